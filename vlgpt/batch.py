@@ -1,0 +1,157 @@
+"""What the loader hands to a stage: `Batch` (language stages), `ConditionBatch` (image stages), and `LossTerm`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+ImageKind = Literal["patches", "visual", "pixels"]
+_NUM_DIMS: dict[str, int] = {"patches": 3, "visual": 3, "pixels": 4}
+
+T = TypeVar("T")
+
+
+def to_device(value: T, device: torch.device | str, dtype: torch.dtype | None = None) -> T:
+    """Move every tensor of a (nested) dataclass; floating tensors are also cast. DeepSpeed casts no dataclass."""
+    if isinstance(value, Tensor):
+        target = dtype if dtype is not None and value.is_floating_point() else value.dtype
+        return value.to(device=device, dtype=target, non_blocking=True)  # type: ignore[return-value]
+    if hasattr(value, "__dataclass_fields__"):
+        moved = {f.name: to_device(getattr(value, f.name), device, dtype) for f in fields(value)}  # type: ignore[arg-type]
+        return replace(value, **moved)  # type: ignore[type-var]
+    return value
+
+
+@dataclass(frozen=True)
+class ImageInput:
+    """M images in reading order, tagged by kind: patches (M, P, C) | visual (M, N, d) | pixels (M, 3, H, W)."""
+
+    kind: ImageKind
+    values: Tensor
+
+    def __post_init__(self) -> None:
+        if self.values.ndim != _NUM_DIMS[self.kind]:
+            raise ValueError(f"{self.kind} need {_NUM_DIMS[self.kind]} dimensions, found shape {tuple(self.values.shape)}")
+
+    def __len__(self) -> int:
+        return self.values.shape[0]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Packed token rows. B rows, L positions, M images, N visual embeddings per image.
+
+    `is_target` marks the position whose own content is predicted from the position before; the shift by one happens
+    in `models/losses.py` and nowhere else. Segment 0 is padding; attention never crosses segments.
+    """
+
+    token_ids: Tensor  # (B, L) int64; visual positions hold a placeholder
+    segment_ids: Tensor  # (B, L) int32; 0 = padding, 1.. = packed sequence
+    position_ids: Tensor  # (B, L) int64; restart at 0 in every segment
+    is_visual: Tensor  # (B, L) bool; runs of exactly N; the sum is M * N
+    is_target: Tensor  # (B, L) bool
+    source_ids: Tensor  # (B, L) int16; for losses per source
+    images: ImageInput | None  # in reading order over the rows; None when the batch has no image
+    documents: tuple[tuple[str, ...], ...]  # document ids of each row, to name bad ones
+    num_visual: int  # N
+
+    def validate(self) -> None:
+        """Check the laws above on CPU. Raises ValueError with the offending counts."""
+        shape = tuple(self.token_ids.shape)
+        for name in ("segment_ids", "position_ids", "is_visual", "is_target", "source_ids"):
+            if (found := tuple(getattr(self, name).shape)) != shape:
+                raise ValueError(f"{name} has shape {found}, token_ids {shape}")
+        num_images = 0 if self.images is None else len(self.images)
+        num_positions = int(self.is_visual.sum())
+        if num_positions != num_images * self.num_visual:
+            raise ValueError(
+                f"{num_positions} visual positions for {num_images} images of {self.num_visual} embeddings "
+                f"(documents {self.documents})"
+            )
+        self._validate_runs()
+        is_start = self._is_segment_start()
+        if bool((self.is_target & is_start).any()):
+            raise ValueError("a segment's first position is a target: nothing stands before it to predict it")
+        if bool((self.is_target & (self.segment_ids == 0)).any()):
+            raise ValueError("padding positions are marked as targets")
+        if bool((self.position_ids[is_start] != 0).any()):
+            raise ValueError("position_ids do not restart at 0 in every segment")
+        step = self.position_ids[:, 1:] - self.position_ids[:, :-1]
+        if bool(((step != 1) & ~is_start[:, 1:]).any()):
+            raise ValueError("position_ids do not count up by one inside a segment")
+
+    def _is_segment_start(self) -> Tensor:
+        """(B, L) bool: first position of every segment, padding included."""
+        is_start = torch.ones_like(self.is_target)
+        is_start[:, 1:] = self.segment_ids[:, 1:] != self.segment_ids[:, :-1]
+        return is_start
+
+    def _validate_runs(self) -> None:
+        before = torch.zeros_like(self.is_visual)
+        before[:, 1:] = self.is_visual[:, :-1]
+        starts = (self.is_visual & ~before).nonzero()
+        if len(starts) * self.num_visual != int(self.is_visual.sum()):
+            raise ValueError(f"visual positions do not come in runs of {self.num_visual}")
+        offsets = torch.arange(self.num_visual)
+        rows, columns = starts[:, :1], starts[:, 1:] + offsets
+        if len(starts) and (columns.max() >= self.is_visual.shape[1] or not bool(self.is_visual[rows, columns].all())):
+            raise ValueError(f"visual positions do not come in runs of {self.num_visual}")
+        if len(starts) and bool((self.segment_ids[rows, columns] != self.segment_ids[rows, starts[:, 1:]]).any()):
+            raise ValueError("an image crosses a segment border")
+
+    @property
+    def num_rows(self) -> int:
+        return self.token_ids.shape[0]
+
+    @property
+    def padding_share(self) -> float:
+        return float((self.segment_ids == 0).float().mean())
+
+
+@dataclass(frozen=True)
+class ConditionBatch:
+    """Images with what a diffusion decoder would be conditioned on (stage 1), or pixels and captions (demo parts).
+
+    B samples; P patches of width C; image condition (Kv, Dv), text condition (Kt, Dt). Fields that a stage computes
+    online, or does not use, are None. `is_valid` is False for a masked slot (a sample that could not be read).
+    """
+
+    documents: tuple[str, ...]
+    source_ids: Tensor  # (B,) int16
+    is_valid: Tensor  # (B,) bool
+    has_text: Tensor  # (B,) bool; image-only data trains stage 1 too
+    captions: tuple[str, ...] = ()
+    pixels: Tensor | None = None  # (B, 3, H, W) in [-1, 1]
+    patches: Tensor | None = None  # (B, P, C)
+    image_condition: Tensor | None = None  # (B, Kv, Dv), e_v
+    text_condition: Tensor | None = None  # (B, Kt, Dt), e_t
+
+    def validate(self) -> None:
+        """Raises ValueError when batch sizes differ."""
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, Tensor) and value.shape[0] != len(self.documents):
+                raise ValueError(f"{f.name} has {value.shape[0]} rows for {len(self.documents)} documents")
+
+    def require(self, name: str) -> Tensor:
+        """The tensor `name`; raises ValueError that says how to provide it."""
+        value: Any = getattr(self, name)
+        if value is None:
+            raise ValueError(f"this stage needs {name} in its batches: list it under `data.features`")
+        return value
+
+
+@dataclass(frozen=True)
+class LossTerm:
+    """A sum over targets, never a mean: the loop divides by the count over all ranks and micro-batches.
+
+    `count` must equal what the stage's `count_targets` gives for the same batch. `by_source` holds per-source
+    (sum, count) pairs for the log, `(2, num_sources)`, detached.
+    """
+
+    total: Tensor
+    weight: float = 1.0
+    by_source: Tensor | None = None

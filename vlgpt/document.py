@@ -1,0 +1,115 @@
+"""The one record type: a `Document` is text and images in reading order.
+
+A caption pair, a web page, a chat, an edit and a few-shot evaluation prompt are all Documents. data_prep writes them,
+training reads them, evaluation prompts are made of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+Role = Literal["plain", "user", "assistant"]
+ROLES: tuple[Role, ...] = get_args(Role)
+
+
+@dataclass(frozen=True, slots=True)
+class TextPart:
+    """A piece of text. `role` says who speaks: `plain` in pre-training documents, `user` or `assistant` in chats."""
+
+    text: str
+    role: Role = "plain"
+
+
+@dataclass(frozen=True, slots=True)
+class ImagePart:
+    """A place where image number `index` of the sample stands."""
+
+    index: int
+    role: Role = "plain"
+
+
+Part = TextPart | ImagePart
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """Text and images in reading order. Images are numbered 0, 1, ... in the order in which they appear.
+
+    `info` is free JSON about provenance and truth (url, licence, hashes, attributes); training never reads it.
+    Raises ValueError when a role is unknown, images are out of order, or chat and plain parts are mixed.
+    """
+
+    id: str
+    source: str
+    parts: tuple[Part, ...]
+    info: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        images = [part.index for part in self.parts if isinstance(part, ImagePart)]
+        if images != list(range(len(images))):
+            raise ValueError(f"document {self.id!r}: images must be numbered 0, 1, ... in reading order, found {images}")
+        roles = {part.role for part in self.parts}
+        if unknown := roles - set(ROLES):
+            raise ValueError(f"document {self.id!r}: unknown role {sorted(unknown)}; valid: {', '.join(ROLES)}")
+        if "plain" in roles and len(roles) > 1:
+            raise ValueError(f"document {self.id!r}: plain parts cannot be mixed with chat roles {sorted(roles)}")
+
+    @property
+    def num_images(self) -> int:
+        return sum(isinstance(part, ImagePart) for part in self.parts)
+
+    @property
+    def is_chat(self) -> bool:
+        return any(part.role != "plain" for part in self.parts)
+
+    @property
+    def text(self) -> str:
+        """All text, joined by single spaces."""
+        return " ".join(part.text for part in self.parts if isinstance(part, TextPart))
+
+    def to_record(self) -> dict[str, Any]:
+        """JSON form: `{"id", "source", "parts": [{"text"|"image", "role"?}, ...], "info"?}`."""
+        parts: list[dict[str, Any]] = []
+        for part in self.parts:
+            record: dict[str, Any] = {"text": part.text} if isinstance(part, TextPart) else {"image": part.index}
+            if part.role != "plain":
+                record["role"] = part.role
+            parts.append(record)
+        record = {"id": self.id, "source": self.source, "parts": parts}
+        if self.info:
+            record["info"] = dict(self.info)
+        return record
+
+    @staticmethod
+    def from_record(record: Mapping[str, Any]) -> Document:
+        """Inverse of `to_record`. Raises ValueError that names the offending field."""
+        missing = [key for key in ("id", "source", "parts") if key not in record]
+        if missing:
+            raise ValueError(f"a document record needs id, source and parts; missing {missing}, found {sorted(record)}")
+        parts = tuple(_part_from_record(record["id"], part) for part in record["parts"])
+        return Document(record["id"], record["source"], parts, record.get("info", {}))
+
+
+def _part_from_record(document_id: str, record: Mapping[str, Any]) -> Part:
+    role = record.get("role", "plain")
+    if isinstance(record.get("text"), str):
+        return TextPart(record["text"], role)
+    if type(record.get("image")) is int:
+        return ImagePart(record["image"], role)
+    raise ValueError(f"document {document_id!r}: a part holds a `text` string or an `image` number, found {dict(record)}")
+
+
+def join(id: str, source: str, pieces: Sequence[Sequence[Part]], info: Mapping[str, Any] | None = None) -> Document:
+    """Concatenate part lists, numbering the images anew in reading order (few-shot prompts, multi-turn chats)."""
+    parts: list[Part] = []
+    num_images = 0
+    for piece in pieces:
+        for part in piece:
+            if isinstance(part, ImagePart):
+                parts.append(ImagePart(num_images, part.role))
+                num_images += 1
+            else:
+                parts.append(part)
+    return Document(id, source, tuple(parts), info or {})

@@ -1,0 +1,88 @@
+"""Logging: one logger for people, one metrics file for programs, TensorBoard beside it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+
+class UserError(ValueError):
+    """Bad input from the user: command lines print its message as one line and exit with code 2."""
+
+
+def get_logger(name: str = "vlgpt") -> logging.Logger:
+    """The logger `vlgpt` or a child of it. Importing configures nothing: a command line calls `configure`."""
+    return logging.getLogger(name if name.startswith("vlgpt") else f"vlgpt.{name}")
+
+
+def configure(*, rank: int = 0, level: int = logging.INFO) -> None:
+    """Send the logger `vlgpt` to stderr; ranks other than 0 print warnings and errors only."""
+    logger = logging.getLogger("vlgpt")
+    logger.handlers.clear()
+    handler = logging.StreamHandler(sys.stderr)
+    where = "" if rank == 0 else f" rank {rank}"
+    handler.setFormatter(logging.Formatter(f"%(asctime)s{where} %(levelname).1s %(message)s", "%H:%M:%S"))
+    logger.addHandler(handler)
+    logger.setLevel(level if rank == 0 else max(level, logging.WARNING))
+    logger.propagate = False
+
+
+def run_command(main: Callable[[], int | None]) -> int:
+    """Run a command line's main; a `UserError` or a missing file becomes one line on stderr and exit code 2."""
+    try:
+        return main() or 0
+    except (UserError, FileNotFoundError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+
+
+class MetricsLog:
+    """metrics.jsonl (one JSON object per line) and TensorBoard events of one run; only rank 0 should hold one."""
+
+    def __init__(self, folder: Path, *, use_tensorboard: bool = True):
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+        self._writer = None
+        if use_tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                get_logger().warning("tensorboard is not installed: metrics.jsonl only (pip install tensorboard)")
+            else:
+                self._writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Append one record; numbers also go to TensorBoard under their own names."""
+        record = {"step": step, "time_s": round(time.time(), 3), **values}
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        if self._writer is not None:
+            for name, value in values.items():
+                if isinstance(value, (int, float)):
+                    self._writer.add_scalar(name, value, step)
+
+    def image(self, step: int, name: str, image: Any) -> None:
+        """Add a picture `(3, H, W)` in [0, 1] to TensorBoard."""
+        if self._writer is not None:
+            self._writer.add_image(name, image, step)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All complete records of a metrics.jsonl (a line cut by a crash is left out)."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records
