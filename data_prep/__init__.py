@@ -1,0 +1,1 @@
+"""From the world's data sets to verified shards of Documents."""

@@ -1,0 +1,79 @@
+"""Sources: each reads one on-disk format and gives Documents. A new source is one file and one line in
+`SOURCES`.
+
+A source class has a constructor whose keyword parameters are its options (their annotations and defaults
+become command-line flags), a docstring that says what it reads, and the three members of `Source`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from vlgpt.document import Document
+
+ImageOpener = bytes | Path | Callable[[], bytes]
+
+SOURCES: dict[str, str] = {
+    "emoji": "data_prep.sources.emoji:EmojiSource",
+    "folder": "data_prep.sources.folder:FolderSource",
+    "images": "data_prep.sources.images:ImagesSource",
+    "text": "data_prep.sources.text:TextSource",
+    "img2dataset": "data_prep.sources.img2dataset:Img2datasetSource",
+    "mmc4": "data_prep.sources.mmc4:Mmc4Source",
+    "obelics": "data_prep.sources.obelics:ObelicsSource",
+    "llava": "data_prep.sources.llava:LlavaSource",
+    "svit": "data_prep.sources.svit:SvitSource",
+    "coco": "data_prep.sources.coco:CocoSource",
+    "instructpix2pix": "data_prep.sources.instructpix2pix:InstructPix2PixSource",
+    "magicbrush": "data_prep.sources.magicbrush:MagicBrushSource",
+}
+
+
+@dataclass(frozen=True)
+class Record:
+    """One document and its images, still as found: the build opens, decodes and encodes them, not the source.
+
+    `document.info` may carry numbers that filters read under these names: `similarity`, `aesthetic`,
+    `watermark`, `nsfw`, `url`, `image_urls` (list, one per image), and anything else that is worth keeping.
+    """
+
+    document: Document
+    images: tuple[ImageOpener, ...] = ()
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """An input record that gives no document: `reason` is one word with underscores, `key` names the record
+    for people.
+    """
+
+    reason: str
+    key: str
+
+
+@runtime_checkable
+class Source(Protocol):
+    """A fixed, ordered list of input records, readable in pieces by any number of tasks."""
+
+    licence: str
+    """One line on licence and attribution, stored in the manifest."""
+
+    def __len__(self) -> int:
+        """The number of input records: the same at every call, on every machine."""
+        ...
+
+    def read(self, start: int, stop: int) -> Iterator[Record | Dropped]:
+        """Exactly `stop - start` items, always the same for the same range. Raises UserError for unreadable
+        input.
+        """
+        ...
+
+
+def source_class(name: str) -> type:
+    """The class behind a name on the command line. Raises KeyError for an unknown name."""
+    module, _, attribute = SOURCES[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)

@@ -1,0 +1,172 @@
+"""Foreign webdataset tars (image + caption per key): indexed once, then read like our own shards.
+
+Only members named `KEY.jpg|jpeg|png|webp`, `KEY.txt` and `KEY.json` are looked at; nothing is extracted,
+unpickled or decoded here, and keys are never used as paths. As in webdataset, a key ends at the first dot of
+the base name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tarfile
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from vlgpt.document import Document, ImagePart, Part, TextPart
+from vlgpt.log import UserError, get_logger
+from vlgpt.shards.atomic import sha256_file, write_atomic
+from vlgpt.shards.index import IndexBuilder, Member, crc32
+from vlgpt.shards.schema import IMAGE_SUFFIXES, ShardIndex, ShardRecord
+
+TEXT_SUFFIXES = ("txt", "json")
+CAPTION_KEYS = ("caption", "text")
+MAX_TEXT_BYTES = 1 << 20
+
+
+class ForeignFolder:
+    """A list of tars without manifest. `skipped` counts samples that cannot be used, by reason."""
+
+    def __init__(self, tars: list[Path], *, index_dir: Path | None):
+        stems = [tar.stem for tar in tars]
+        if len(set(stems)) != len(stems):
+            raise UserError(
+                "foreign tars must have different names, found twice: "
+                f"{Counter(stems).most_common(1)[0][0]}.tar"
+            )
+        self._tars = dict(zip(stems, tars))
+        self._index_dir = index_dir
+        self.where = str(tars[0].parent)
+        self.skipped: dict[str, int] = {}
+        self.records: list[ShardRecord] = []
+        skipped: Counter[str] = Counter()
+        for stem, tar in self._tars.items():
+            record, reasons = self._record(stem, tar)
+            self.records.append(record)
+            skipped.update(reasons)
+        self.skipped = dict(sorted(skipped.items()))
+        if not any(record.num_samples for record in self.records):
+            raise UserError(f"{self.where}: no tar holds a usable image; skipped {self.skipped}")
+        if self.skipped:
+            get_logger(__name__).warning("%s: left out of the index: %s", self.where, self.skipped)
+
+    def path(self, name: str) -> Path:
+        stem, _, suffix = name.rpartition(".")
+        return self._tars[stem] if suffix == "tar" and stem in self._tars else Path(self.where) / name
+
+    def index(self, shard: int) -> ShardIndex:
+        return ShardIndex.load(self._index_path(self._tars[self.records[shard].name]))
+
+    def _index_path(self, tar: Path) -> Path:
+        """Beside the tar, or in the cache folder when given or when the tar's folder is read-only."""
+        folder = self._index_dir
+        if folder is None:
+            writable = os.access(tar.parent, os.W_OK)
+            folder = tar.parent if writable else Path(tempfile.gettempdir()) / f"vlgpt-index-{os.getuid()}"
+        return folder / f"{tar.name}.idx"
+
+    def _record(self, stem: str, tar: Path) -> tuple[ShardRecord, dict[str, int]]:
+        """The manifest line of one tar; read again only when size or time changed."""
+        stat, path = tar.stat(), self._index_path(tar)
+        stamp = {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+        report = path.with_suffix(".idx.json")
+        try:
+            stored = json.loads(report.read_text())
+            if stored["stamp"] == stamp and path.is_file():
+                return ShardRecord.model_validate(stored["record"]), stored["skipped"]
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            pass
+        index, skipped = index_foreign_tar(tar)
+        record = ShardRecord(
+            name=stem,
+            num_samples=index.num_samples,
+            num_images=index.num_images,
+            num_bytes=stat.st_size,
+            sha256=index.tar_sha256,
+        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, index.save_bytes())
+        body = {"stamp": stamp, "record": record.model_dump(), "skipped": skipped}
+        write_atomic(report, json.dumps(body).encode())
+        return record, skipped
+
+
+def foreign_document(text: bytes | None, suffix: str, *, key: str, source: str) -> Document:
+    """The pair (image, caption), or the image alone. Raises UnicodeDecodeError and ValueError for a bad
+    caption.
+    """
+    parts: tuple[Part, ...] = (ImagePart(0),)
+    if text is not None:
+        caption = text.decode("utf-8").strip() if suffix == "txt" else _json_caption(text)
+        parts = (*parts, TextPart(caption))
+    return Document(key, source, parts)
+
+
+def _json_caption(text: bytes) -> str:
+    record = json.loads(text)
+    for name in CAPTION_KEYS:
+        if isinstance(record, dict) and isinstance(record.get(name), str):
+            return record[name].strip()
+    raise ValueError(f"the JSON holds none of {', '.join(CAPTION_KEYS)}")
+
+
+def index_foreign_tar(tar: Path) -> tuple[ShardIndex, dict[str, int]]:
+    """Index every usable sample, in order of first appearance, and count the others by reason.
+
+    A tar that is cut keeps what lies before the cut, and counts once as `truncated_tar`.
+    """
+    samples, skipped = _scan(tar)
+    has_text = any(suffix in TEXT_SUFFIXES for fields in samples.values() for suffix in fields)
+    builder = IndexBuilder()
+    for key, fields in samples.items():
+        image = next((fields[suffix] for suffix in IMAGE_SUFFIXES if suffix in fields), None)
+        text = next((fields[suffix] for suffix in TEXT_SUFFIXES if suffix in fields), None)
+        if image is None:
+            skipped["no_image"] += 1
+        elif text is None and has_text:
+            skipped["no_caption"] += 1
+        elif text is not None and text.size > MAX_TEXT_BYTES:
+            skipped["caption_too_long"] += 1
+        else:
+            parts: tuple[Part, ...] = (ImagePart(0),) if text is None else (ImagePart(0), TextPart(""))
+            builder.add(key, Document(key, "", parts), [image] if text is None else [text, image])
+    return builder.build(tar_sha256=sha256_file(tar)), dict(skipped)
+
+
+def _scan(tar: Path) -> tuple[dict[str, dict[str, Member]], Counter[str]]:
+    samples: dict[str, dict[str, Member]] = {}
+    skipped: Counter[str] = Counter()
+    size = tar.stat().st_size
+    try:
+        with tar.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
+            for info in archive:
+                key, _, suffix = info.name.rpartition("/")[2].partition(".")
+                key, suffix = f"{info.name.rpartition('/')[0]}/{key}".lstrip("/"), suffix.lower()
+                if info.issparse() or not info.isreg():
+                    skipped["not_a_file"] += not info.isdir()
+                elif suffix.rpartition(".")[2] in IMAGE_SUFFIXES and "." in suffix:
+                    skipped["dots_in_key"] += 1
+                elif suffix in (*IMAGE_SUFFIXES, *TEXT_SUFFIXES):
+                    if info.offset_data + info.size > size:
+                        break
+                    fields = samples.setdefault(key, {})
+                    if suffix in fields:
+                        skipped["duplicate"] += suffix in IMAGE_SUFFIXES
+                    else:
+                        data = os.pread(file.fileno(), info.size, info.offset_data)
+                        fields[suffix] = Member(suffix, info.offset_data, info.size, crc32(data))
+                archive.members = []  # type: ignore[attr-defined]  # keep memory flat: tarfile remembers every member
+            else:
+                return samples, skipped
+    except tarfile.TarError:
+        pass
+    skipped["truncated_tar" if size else "empty_tar"] += 1
+    return samples, skipped
+
+
+def has_caption(index: ShardIndex, sample: int) -> bool:
+    """Whether the sample's first member is its text."""
+    return bool(np.isin(index.member_suffix[index.member_start[sample]], TEXT_SUFFIXES))

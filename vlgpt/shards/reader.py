@@ -1,0 +1,219 @@
+"""Opens a data set folder and reads any sample of any shard by number."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from threading import Lock
+
+from vlgpt.document import Document
+from vlgpt.log import UserError
+from vlgpt.shards.cache import DEFAULT_CACHE_BYTES, LocalFolder, RemoteFolder, is_url
+from vlgpt.shards.features import FeatureReader
+from vlgpt.shards.foreign import ForeignFolder, foreign_document, has_caption
+from vlgpt.shards.index import crc32
+from vlgpt.shards.manifest import MANIFEST, SUCCESS, Manifest, fingerprint, read_manifest
+from vlgpt.shards.schema import BadSample, Sample, ShardIndex, ShardRecord
+
+MAX_OPEN_TARS = 128
+MAX_CACHED_INDEXES = 64
+
+
+class ShardSet:
+    """A data set: `num_samples` samples in shards, each readable in any order from any thread or forked
+    worker.
+    """
+
+    def __init__(
+        self,
+        folder: LocalFolder | RemoteFolder | ForeignFolder,
+        *,
+        name: str,
+        shards: Sequence[ShardRecord],
+        manifest: Manifest | None,
+    ):
+        """Use `ShardSet.open`."""
+        self.folder, self.name, self.shards, self.manifest = folder, name, tuple(shards), manifest
+        self.num_samples = sum(shard.num_samples for shard in self.shards)
+        self.num_images = sum(shard.num_images for shard in self.shards)
+        self.fingerprint = fingerprint(self.shards)
+        self._indexes: OrderedDict[int, ShardIndex] = OrderedDict()
+        self._tars: OrderedDict[int, _OpenTar] = OrderedDict()
+        self._lock = Lock()
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path | Sequence[str | Path],
+        *,
+        cache_dir: Path | None = None,
+        cache_bytes: int = DEFAULT_CACHE_BYTES,
+    ) -> ShardSet:
+        """Open a folder made by data_prep (local or an fsspec URL), or a folder or list of foreign webdataset
+        tars.
+
+        Raises FileNotFoundError, or UserError for an unfinished or damaged data set and for tars without
+        usable samples.
+        """
+        if isinstance(path, (str, Path)):
+            if is_url(str(path)):
+                return cls._open_sealed(RemoteFolder(str(path), cache_dir=cache_dir, cache_bytes=cache_bytes))
+            local = Path(path)
+            if not local.exists():
+                raise FileNotFoundError(
+                    f"data set {local} does not exist; build it with python -m data_prep.build"
+                )
+            if (local / MANIFEST).is_file():
+                return cls._open_sealed(LocalFolder(local))
+            if (local / "build.json").is_file():
+                raise UserError(
+                    f"{local} is not finished (no {MANIFEST}); run its python -m data_prep.build again"
+                )
+            tars = sorted(local.glob("*.tar")) if local.is_dir() else [local]
+        else:
+            tars = [Path(tar) for tar in path]
+            local = tars[0].parent if tars else Path()
+        if not tars:
+            raise UserError(f"{local} holds neither a {MANIFEST} nor a *.tar; it is not a data set")
+        foreign = ForeignFolder(tars, index_dir=cache_dir)
+        return cls(foreign, name=local.name, shards=foreign.records, manifest=None)
+
+    @classmethod
+    def _open_sealed(cls, folder: LocalFolder | RemoteFolder) -> ShardSet:
+        try:
+            manifest = read_manifest(folder.read(MANIFEST), where=f"{folder.where}/{MANIFEST}")
+            folder.read(SUCCESS)
+        except FileNotFoundError as error:
+            raise UserError(
+                f"{folder.where} is not finished; run its python -m data_prep.build again ({error})"
+            ) from error
+        folder.expect({f"{shard.name}.tar": shard.sha256 for shard in manifest.shards})
+        return cls(folder, name=manifest.name, shards=manifest.shards, manifest=manifest)
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """Samples of foreign tars that have no place in the index, by reason; empty for our own data sets."""
+        return self.folder.skipped if isinstance(self.folder, ForeignFolder) else {}
+
+    def index(self, shard: int) -> ShardIndex:
+        """The index of a shard (cached). Raises UserError when it does not fit the manifest."""
+        with self._lock:
+            if (index := self._indexes.get(shard)) is not None:
+                self._indexes.move_to_end(shard)
+                return index
+        record = self.shards[shard]
+        if isinstance(self.folder, ForeignFolder):
+            index = self.folder.index(shard)
+        else:
+            index = ShardIndex.load(self.folder.path(f"{record.name}.idx"))
+        if index.tar_sha256 != record.sha256 or index.num_samples != record.num_samples:
+            raise UserError(
+                f"{self.folder.where}: the index of shard {record.name} belongs to another tar; run python "
+                f"-m data_prep.index {self.folder.where}"
+            )
+        with self._lock:
+            self._indexes[shard] = index
+            while len(self._indexes) > MAX_CACHED_INDEXES:
+                self._indexes.popitem(last=False)
+        return index
+
+    def read(self, shard: int, sample: int) -> Sample:
+        """One sample. Raises BadSample (damaged, missing or malformed data) and IndexError."""
+        index, record = self.index(shard), self.shards[shard]
+        if not 0 <= sample < index.num_samples:
+            raise IndexError(f"shard {record.name} has {index.num_samples} samples, asked for {sample}")
+        key = str(index.keys[sample])
+        members = range(int(index.member_start[sample]), int(index.member_start[sample + 1]))
+        data = [self._read_member(shard, index, member, key) for member in members]
+        images = tuple(data[1:])
+        try:
+            if isinstance(self.folder, ForeignFolder):
+                caption, images = (data[0], images) if has_caption(index, sample) else (None, tuple(data))
+                suffix = str(index.member_suffix[members[0]])
+                document = foreign_document(caption, suffix, key=key, source=self.name)
+            else:
+                document = Document.from_record(json.loads(data[0]))
+        except UnicodeDecodeError as error:
+            raise BadSample("text_not_utf8", key, record.name) from error
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise BadSample("bad_record", key, record.name) from error
+        if document.num_images != len(images):
+            raise BadSample("image_count", key, record.name)
+        return Sample(document, images, key)
+
+    def feature(self, name: str) -> FeatureReader:
+        """A precomputed feature. Raises UserError with the command that computes it when it is missing."""
+        return FeatureReader(
+            name,
+            shards=[shard.name for shard in self.shards],
+            locate=self.folder.path,
+            index=self.index,
+            where=self.folder.where,
+        )
+
+    def _read_member(self, shard: int, index: ShardIndex, member: int, key: str) -> bytes:
+        name, size = self.shards[shard].name, int(index.member_size[member])
+        try:
+            data = os.pread(self._open_tar(shard).descriptor, size, int(index.member_offset[member]))
+        except OSError as error:
+            raise BadSample("unreadable_shard", key, name) from error
+        if len(data) != size:
+            raise BadSample("truncated_shard", key, name)
+        if crc32(data) != int(index.member_crc[member]):
+            raise BadSample("checksum", key, name)
+        return data
+
+    def _open_tar(self, shard: int) -> _OpenTar:
+        with self._lock:
+            if (tar := self._tars.get(shard)) is not None:
+                self._tars.move_to_end(shard)
+                return tar
+        tar = self._first_open(f"{self.shards[shard].name}.tar")
+        with self._lock:
+            self._tars[shard] = tar
+            if len(self._tars) > MAX_OPEN_TARS:
+                self._tars.popitem(last=False)
+        return tar
+
+    def _first_open(self, name: str) -> _OpenTar:
+        for _ in range(3):  # another process may evict a cached copy between its download and this open
+            try:
+                return _OpenTar(self.folder.path(name))
+            except FileNotFoundError:
+                continue
+        return _OpenTar(self.folder.path(name))
+
+    def prefetch(self, shards: Sequence[int]) -> None:
+        """Start to download these shards of a remote data set, in this order; nothing to do for a local
+        one.
+        """
+        if not isinstance(self.folder, ForeignFolder):
+            names = [self.shards[shard].name for shard in shards]
+            self.folder.prefetch([f"{name}.{suffix}" for name in names for suffix in ("idx", "tar")])
+
+    def close(self) -> None:
+        """Close all files; reading opens them again."""
+        with self._lock:
+            self._tars.clear()
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_tars": OrderedDict(), "_indexes": OrderedDict(), "_lock": None}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state, _lock=Lock())
+
+
+class _OpenTar:
+    """A file descriptor that is closed when its last user lets go, so a thread never reads from a reused
+    number.
+    """
+
+    def __init__(self, path: Path):
+        self.descriptor = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)

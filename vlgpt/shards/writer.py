@@ -1,0 +1,159 @@
+"""Writes one shard so that a kill at any moment leaves either the whole shard or none."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tarfile
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+
+from vlgpt.document import Document
+from vlgpt.shards.atomic import fsync_folder, write_atomic
+from vlgpt.shards.index import IndexBuilder, Member, crc32
+from vlgpt.shards.schema import (
+    IMAGE_SUFFIXES,
+    MAX_RECORDS_PER_SHARD,
+    MAX_SHARDS,
+    ShardReport,
+    TextTokenizer,
+)
+
+
+def shard_name(shard: int) -> str:
+    """`7 -> "00007"`."""
+    if not 0 <= shard < MAX_SHARDS:
+        raise ValueError(
+            f"shard numbers go from 0 to {MAX_SHARDS - 1}, found {shard}; use a larger shard size"
+        )
+    return f"{shard:05d}"
+
+
+def sample_key(shard: int, *, record: int) -> str:
+    """`(7, 42) -> "0000700042"`: the shard and the record's place in the shard's input range."""
+    if not 0 <= record < MAX_RECORDS_PER_SHARD:
+        raise ValueError(f"record numbers go from 0 to {MAX_RECORDS_PER_SHARD - 1}, found {record}")
+    return f"{shard_name(shard)}{record:05d}"
+
+
+class ShardWriter:
+    """Shard number `shard` of `folder`, made from the input records `first_record, first_record + 1, ...`.
+
+    Every input record is given either to `add` or to `drop`, in order. The bytes of the tar depend on the
+    samples only. Nothing stands under a final name before `close`, which writes index and report first and
+    renames the tar last: a tar under its final name always has a valid report and index beside it.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        shard: int,
+        *,
+        first_record: int = 0,
+        build: str = "",
+        tokenizer: TextTokenizer | None = None,
+    ):
+        self.folder, self.shard, self.name = folder, shard, shard_name(shard)
+        self.first_record, self.build = first_record, build
+        self.num_records = 0
+        self._dropped: dict[str, list[int]] = {}
+        self._index = IndexBuilder(tokenizer)
+        self._partial = folder / f".{self.name}.tar.partial"
+        self._file = _HashingFile(self._partial)
+        self._tar = tarfile.TarFile(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)  # type: ignore[arg-type]
+
+    def add(self, document: Document, images: Sequence[tuple[str, bytes]]) -> str:
+        """Write the next record as a sample and return its key; `images` are (suffix, encoded bytes) in
+        document order.
+
+        Raises ValueError when images and image parts do not match or a suffix is unknown.
+        """
+        if len(images) != document.num_images:
+            raise ValueError(
+                f"document {document.id!r} has {document.num_images} image parts but {len(images)} images "
+                "were given"
+            )
+        key = sample_key(self.shard, record=self.num_records)
+        record = json.dumps(document.to_record(), ensure_ascii=False, separators=(",", ":")).encode()
+        members = [self._write_member(key, "json", record)]
+        for number, (suffix, data) in enumerate(images):
+            if suffix not in IMAGE_SUFFIXES:
+                raise ValueError(
+                    f"document {document.id!r}: image suffix {suffix!r}; valid: {', '.join(IMAGE_SUFFIXES)}"
+                )
+            members.append(self._write_member(f"{key}.{number}", suffix, data))
+        self._index.add(key, document, members)
+        self.num_records += 1
+        return key
+
+    def drop(self, reason: str) -> None:
+        """Count the next record as dropped."""
+        self._dropped.setdefault(reason, []).append(self.num_records)
+        self.num_records += 1
+
+    def close(self) -> ShardReport:
+        """Make the shard visible and return its report."""
+        self._tar.close()
+        num_bytes, sha256 = self._file.finish()
+        index = self._index.build(tar_sha256=sha256)
+        report = ShardReport(
+            name=self.name,
+            first_record=self.first_record,
+            num_records=self.num_records,
+            num_samples=index.num_samples,
+            num_images=index.num_images,
+            dropped={reason: len(records) for reason, records in sorted(self._dropped.items())},
+            dropped_records={reason: tuple(records) for reason, records in sorted(self._dropped.items())},
+            num_bytes=num_bytes,
+            sha256=sha256,
+            first_key=str(index.keys[0]) if index.num_samples else "",
+            last_key=str(index.keys[-1]) if index.num_samples else "",
+            build=self.build,
+        )
+        final = self.folder / f"{self.name}.tar"
+        final.unlink(missing_ok=True)  # an older version must never stand beside the report of the new one
+        write_atomic(self.folder / f"{self.name}.idx", index.save_bytes())
+        write_atomic(self.folder / f"{self.name}.json", report.model_dump_json(indent=1).encode())
+        os.replace(self._partial, final)
+        fsync_folder(self.folder)
+        return report
+
+    def abort(self) -> None:
+        """Forget everything written so far."""
+        self._file.close()
+        self._partial.unlink(missing_ok=True)
+
+    def _write_member(self, stem: str, suffix: str, data: bytes) -> Member:
+        info = tarfile.TarInfo(f"{stem}.{suffix}")
+        info.size = len(data)  # owner, mode and time keep their constant defaults: same samples, same bytes
+        offset = self._tar.offset + tarfile.BLOCKSIZE
+        self._tar.addfile(info, BytesIO(data))
+        return Member(suffix, offset, len(data), crc32(data))
+
+
+class _HashingFile:
+    """A file that knows the sha256 of what was written to it."""
+
+    def __init__(self, path: Path):
+        self._file = path.open("wb")
+        self._digest = hashlib.sha256()
+        self._num_bytes = 0
+
+    def write(self, data: bytes) -> int:
+        self._digest.update(data)
+        self._num_bytes += len(data)
+        return self._file.write(data)
+
+    def tell(self) -> int:
+        return self._num_bytes
+
+    def finish(self) -> tuple[int, str]:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return self._num_bytes, self._digest.hexdigest()
+
+    def close(self) -> None:
+        self._file.close()
