@@ -155,9 +155,15 @@ class ShardSet:
         )
 
     def _read_member(self, shard: int, index: ShardIndex, member: int, key: str) -> bytes:
-        name, size = self.shards[shard].name, int(index.member_size[member])
+        name, size, offset = (
+            self.shards[shard].name,
+            int(index.member_size[member]),
+            int(index.member_offset[member]),
+        )
+        if size < 0 or offset + size > self.shards[shard].num_bytes:
+            raise BadSample("bad_index", key, name)
         try:
-            data = os.pread(self._open_tar(shard).descriptor, size, int(index.member_offset[member]))
+            data = os.pread(self._open_tar(shard).descriptor, size, offset)
         except OSError as error:
             raise BadSample("unreadable_shard", key, name) from error
         if len(data) != size:

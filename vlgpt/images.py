@@ -1,0 +1,168 @@
+"""Bytes of a picture file -> RGB picture: one decoder for data_prep, training, evaluation and serving.
+
+Only five raster formats are ever tried, sizes are judged from the header before any pixel is decoded, and
+everything odd but valid (16-bit grey, palettes, alpha, CMYK, EXIF rotation, animations) ends as the RGB
+picture that a person would see, on white.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+from typing import cast
+
+import numpy as np
+from PIL import Image
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+MAX_PIXELS = 50_000_000
+MAX_SIDE_PX = 20_000
+WHITE = (255, 255, 255)
+DECODER_ERRORS = (
+    *(OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError),
+    *(EOFError, struct.error, ArithmeticError, MemoryError, AssertionError),
+    *(Image.DecompressionBombError, Image.DecompressionBombWarning),
+)
+"""What Pillow's decoders raise on damaged files: anything else is a fault of ours and must be seen."""
+
+
+class BadImage(ValueError):
+    """A picture that cannot be used: `reason` is one word to count by."""
+
+    def __init__(self, reason: str, detail: str = ""):
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason, self.detail = reason, detail
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        return BadImage, (self.reason, self.detail)
+
+
+def decode_image(
+    data: bytes, *, max_pixels: int = MAX_PIXELS, fast: bool = False, min_size_px: int | None = None
+) -> Image.Image:
+    """Decode one picture to RGB, upright, without metadata; of an animation the first frame.
+
+    `min_size_px` lets a large JPEG be decoded at 1/2, 1/4 or 1/8 size as long as its shorter side stays at
+    least that long. `fast` uses simplejpeg for JPEG when it is installed.
+
+    Raises BadImage with the reason `empty`, `not_an_image`, `too_many_pixels`, `too_wide`, `truncated` or
+    `undecodable`.
+    """
+    if not data:
+        raise BadImage("empty")
+    try:
+        image = _open(data, max_pixels=max_pixels)
+        orientation = _orientation(image)
+        decoded = None
+        if fast and image.format == "JPEG" and image.mode in ("RGB", "L"):
+            decoded = _decode_jpeg_fast(data, min_size_px=min_size_px)
+        if decoded is None:
+            if min_size_px is not None and image.format == "JPEG":
+                image.draft(None, _draft_size(image.size, min_size_px))  # type: ignore[arg-type]
+            image.load()
+            decoded = _to_rgb(image)
+        return _upright(decoded, orientation)
+    except BadImage:
+        raise
+    except DECODER_ERRORS as error:
+        reason = "truncated" if "truncated" in str(error).lower() else "undecodable"
+        raise BadImage(reason, f"{type(error).__name__}: {error}") from error
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation; a damaged EXIF block does not make the picture bad."""
+    if image.format not in ("JPEG", "PNG", "WEBP", "TIFF"):
+        return 1
+    try:
+        return image.getexif().get(0x0112, 1)
+    except DECODER_ERRORS:
+        return 1
+
+
+def image_size(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """(width, height) from the header, before EXIF rotation. Raises BadImage."""
+    try:
+        return _open(data, max_pixels=max_pixels).size
+    except BadImage:
+        raise
+    except DECODER_ERRORS as error:
+        raise BadImage("not_an_image", f"{type(error).__name__}: {error}") from error
+
+
+def _open(data: bytes, *, max_pixels: int) -> Image.Image:
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.UnidentifiedImageError as error:
+        raise BadImage("not_an_image", f"none of {', '.join(FORMATS)}") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise BadImage("too_many_pixels", str(error)) from error
+    width, height = image.size
+    if width * height > max_pixels:
+        raise BadImage("too_many_pixels", f"{width} x {height}, the limit is {max_pixels}")
+    if max(width, height) > MAX_SIDE_PX:
+        raise BadImage("too_wide", f"{width} x {height}, the limit is {MAX_SIDE_PX} a side")
+    return image
+
+
+def _draft_size(size: tuple[int, int], min_size_px: int) -> tuple[int, int]:
+    """The size to ask of a scaled decoder so that the shorter side keeps `min_size_px`."""
+    shorter = min(size)
+    return cast(tuple[int, int], tuple(max(1, side * min_size_px // shorter) for side in size))
+
+
+def _decode_jpeg_fast(data: bytes, *, min_size_px: int | None) -> Image.Image | None:
+    """None when simplejpeg is missing or refuses the file: Pillow then decides and names the reason."""
+    try:
+        import simplejpeg
+    except ImportError:
+        return None
+    try:
+        height, width, _, _ = simplejpeg.decode_jpeg_header(data, strict=True)
+        options = {}
+        if min_size_px is not None:
+            min_width, min_height = _draft_size((width, height), min_size_px)
+            options = {"min_width": min_width, "min_height": min_height}
+        return Image.fromarray(simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True, **options))
+    except (ValueError, RuntimeError):
+        return None
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode to RGB as a viewer shows it: 16-bit scaled, transparency on white."""
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I") or image.mode == "F":
+        return _from_high_depth(image)
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        background = Image.new("RGBA", rgba.size, (*WHITE, 255))
+        return Image.alpha_composite(background, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _from_high_depth(image: Image.Image) -> Image.Image:
+    """16- and 32-bit grey: Pillow's own convert would clip everything above 255 to white."""
+    values = np.asarray(image).astype(np.float64)
+    if image.mode == "F":
+        top = 1.0 if values.size and np.nanmax(values) <= 1 else 255.0
+    else:
+        top = 65535.0
+    grey = np.clip(np.nan_to_num(values) * (255.0 / top), 0, 255)
+    return Image.fromarray(np.rint(grey).astype(np.uint8), "L").convert("RGB")
+
+
+def _upright(image: Image.Image, orientation: int) -> Image.Image:
+    """Apply the EXIF orientation and forget all metadata."""
+    methods = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_270,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_90,
+    }
+    if orientation in methods:
+        image = image.transpose(methods[orientation])
+    image.info.clear()
+    return image
