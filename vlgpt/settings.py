@@ -54,3 +54,188 @@ class DataSettings(Settings):
     max_bad_fraction: Fraction = 0.01  # per source, over windows of 10,000 samples
     allow_data_change: bool = False
     watchdog_s: Annotated[float, Field(gt=0)] = 300.0
+
+
+# -------------------------------------------------------------------------------------------------------------- models
+
+
+class ConditionShapes(Settings):
+    """Shapes that the frozen encoders give; checked against features and encoders at start."""
+
+    num_patches: Positive = 257  # P: CLIP ViT-L/14 at 224 px, CLS kept
+    patch_width: Positive = 1024  # C
+    image_tokens: Positive = 16  # Kv of e_v: IP-Adapter Plus
+    image_width: Positive = 768  # Dv
+    text_tokens: Positive = 77  # Kt of e_t: SD 1.5
+    text_width: Positive = 768  # Dt
+
+
+class TransformerSettings(Settings):
+    """Width and depth of the image tokenizer or detokenizer. PAPER: only depth 12 is given."""
+
+    width: Positive = 1024
+    depth: Positive = 12
+    num_heads: Positive = 16
+    mlp_ratio: Annotated[float, Field(gt=0)] = 4.0
+    init_std: Annotated[float, Field(gt=0)] = 0.02
+
+
+class EncoderSettings(Settings):
+    """A frozen CLIP: `path` is a folder or a name that the library knows."""
+
+    path: str
+    library: Literal["open_clip", "transformers"] = "open_clip"
+    pretrained: str | None = None
+    layer: int = -2
+    has_cls: bool = True
+
+
+class LoraConfiguration(Settings):
+    """LoRA on all linear layers (paper: rank 32; PAPER: alpha and dropout as SEED-X)."""
+
+    rank: Positive = 32
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    dropout: Fraction = 0.05
+
+
+class ImageTokenizerStage(Settings):
+    """Stage 1: image tokenizer and detokenizer, L = image_weight * MSE(z_v, e_v) + text_weight * MSE(z_t, e_t)."""
+
+    kind: Literal["image_tokenizer"]
+    shapes: ConditionShapes = ConditionShapes()
+    num_visual: Positive = 32
+    visual_width: Positive = 4096
+    tokenizer: TransformerSettings = TransformerSettings()
+    detokenizer: TransformerSettings = TransformerSettings()
+    has_mean_token: bool = False
+    image_weight: Annotated[float, Field(ge=0)] = 1.0
+    text_weight: Annotated[float, Field(ge=0)] = 1.0
+    encoder: EncoderSettings | None = None  # computes patches online; None: patches come from features
+    conditioner: EncoderSettings | None = None  # computes e_v and e_t online; None: from features
+    statistics_samples: Positive = 8192  # samples from which target statistics are taken
+    has_checkpointing: bool = False
+
+    @model_validator(mode="after")
+    def _has_a_target(self) -> ImageTokenizerStage:
+        if self.image_weight == 0 and self.text_weight == 0:
+            raise ValueError("image_weight and text_weight are both 0: nothing would be trained")
+        return self
+
+
+class LanguageStage(Settings):
+    """Stages 2 and 3: the multimodal language model. Which data it reads makes the difference between the two."""
+
+    kind: Literal["language"]
+    language_model: str  # an export of vlgpt, or any transformers causal LM
+    image_tokenizer: str | None = None  # stage-1 export; None: the one inside the vlgpt export
+    text_tokenizer: str | None = None  # None: the one beside the language model
+    init_from: str | None = None  # a run folder whose newest trainable weights are loaded (stage 3 continues LoRA)
+    template: str = "vlgpt"
+    trained: Literal["lora", "all"] = "lora"
+    lora: LoraConfiguration = LoraConfiguration()
+    head: Literal["linear", "mlp"] = "linear"
+    objective: Literal["mse", "mse_cosine", "smooth_l1"] = "mse"
+    text_weight: Annotated[float, Field(ge=0)] = 1.0
+    visual_weight: Annotated[float, Field(ge=0)] = 1.0
+    first_visual_weight: Annotated[float, Field(gt=0)] = 1.0  # weight of slot 1 against the others of an image
+    visual_input_drop: Fraction = 0.0  # share of visual inputs set to zero in training (against exposure bias)
+    visual_input_noise: Annotated[float, Field(ge=0)] = 0.0  # std of noise on visual inputs, standardised scale
+    is_boundary_target: bool = True
+    encoder: EncoderSettings | None = None
+    attention: Literal["auto", "flash_attention_2", "sdpa", "eager"] = "auto"
+    has_checkpointing: bool = False
+
+
+class DemoClipStage(Settings):
+    """Demo only: a tiny CLIP, trained from scratch because no pre-trained one can be had offline."""
+
+    kind: Literal["demo_clip"]
+    text_tokenizer: str
+    image_size_px: Positive = 48
+    patch_size_px: Positive = 12
+    width: Positive = 128
+    image_depth: Positive = 4
+    text_depth: Positive = 2
+    head_width: Positive = 32
+    context_length: Positive = 24
+
+
+class DemoDecoderStage(Settings):
+    """Demo only: the picture decoder, trained on pictures and their frozen conditions."""
+
+    kind: Literal["demo_decoder"]
+    decoder: Literal["conv", "diffusion"] = "conv"
+    coarse: str | None = None  # diffusion: the trained conv decoder whose residual is modelled
+    shapes: ConditionShapes
+    size_px: Positive = 48
+    image_drop: Fraction = 0.1  # share of samples trained without z_v, so that z_t alone can be drawn
+    text_drop: Fraction = 0.1
+
+
+StageSettings = Annotated[
+    ImageTokenizerStage | LanguageStage | DemoClipStage | DemoDecoderStage, Field(discriminator="kind")
+]
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+class OptimizerSettings(Settings):
+    """AdamW with warm-up and cosine to a floor. PAPER: AdamW, cosine, lr are given; the rest as SEED-X (same lab)."""
+
+    lr: Annotated[float, Field(gt=0)] = 2e-4
+    betas: tuple[Fraction, Fraction] = (0.9, 0.98)
+    eps: Annotated[float, Field(gt=0)] = 1e-6
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05  # not on norms, biases, embeddings and other vectors
+    warmup_steps: Annotated[int, Field(ge=0)] = 500
+    min_lr_ratio: Fraction = 0.05
+    gradient_clipping: Annotated[float, Field(gt=0)] = 1.0
+
+
+class CheckpointSettings(Settings):
+    interval_steps: Positive = 1000
+    keep: Annotated[int, Field(ge=2)] = 3
+    resume: Literal["auto", "never"] = "auto"
+
+
+class ValidationSettings(Settings):
+    """Held-out loss every `interval_steps`; `sources` are shards that training never reads."""
+
+    interval_steps: Positive = 1000
+    sources: tuple[SourceSettings, ...] = ()
+    max_batches: Positive = 32
+
+
+class RunSettings(Settings):
+    """One training run: everything that decides its result."""
+
+    name: str
+    output_dir: str
+    stage: StageSettings
+    data: DataSettings
+    optimizer: OptimizerSettings = OptimizerSettings()
+    steps: Positive
+    global_batch: Positive  # samples (stage 1) or packed rows (stages 2, 3) per optimizer step, over all ranks
+    micro_batch: Positive
+    precision: Literal["bf16", "fp32"] = "bf16"
+    seed: int = 0
+    threads: Positive = 1  # torch threads per process on CPU
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    validation: ValidationSettings = ValidationSettings()
+    log_interval_steps: Positive = 10
+    max_skipped_steps: Positive = 5  # non-finite steps in a row before the run stops
+    step_timeout_s: Annotated[float, Field(gt=0)] = 1800.0
+
+    def accumulation(self, world_size: int) -> int:
+        """Micro-batches per step and rank. Raises ValueError when the global batch cannot be divided."""
+        per_micro_step = self.micro_batch * world_size
+        if self.global_batch % per_micro_step:
+            raise ValueError(
+                f"global_batch {self.global_batch} is not a multiple of micro_batch {self.micro_batch} x "
+                f"{world_size} processes"
+            )
+        return self.global_batch // per_micro_step
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.output_dir)

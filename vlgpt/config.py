@@ -1,0 +1,169 @@
+"""YAML + `a.b=c` overrides -> settings. Every mistake becomes one line: the key, the value, the valid choices."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from vlgpt.log import UserError
+from vlgpt.settings import RunSettings
+
+S = TypeVar("S", bound=BaseModel)
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads `1e-4` as a number (YAML 1.1 wants `1.0e-4`) and refuses duplicate keys."""
+
+
+_FLOAT = re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf)$|^\.(nan|NaN)$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    keys = [loader.construct_object(key) for key, _ in node.value]  # type: ignore[no-untyped-call]
+    if repeated := {key for key in keys if keys.count(key) > 1}:
+        raise UserError(f"key {sorted(repeated)[0]!r} stands twice, line {node.start_mark.line + 1}")
+    return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
+
+
+def parse_yaml(text: str) -> Any:
+    """Safe YAML. Raises UserError with the line of a syntax error."""
+    try:
+        return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError as error:
+        raise UserError(f"not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunSettings:
+    """Read a run's YAML and apply overrides. Raises UserError (one line) or FileNotFoundError."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"configuration {path} does not exist")
+    values = parse_yaml(path.read_text(encoding="utf-8"))
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: a configuration is a mapping of keys, found {type(values).__name__}")
+    for override in overrides:
+        apply_override(values, override)
+    return validate(RunSettings, values, where=str(path))
+
+
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Set `a.b.c=value` (value read as YAML; list positions are numbers). Raises UserError."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"override {override!r} is not of the form key.key=value")
+    steps = key.split(".")
+    target: Any = values
+    for step in steps[:-1]:
+        if isinstance(target, list):
+            target = target[_position(target, step, override)]
+        elif isinstance(target, dict):
+            target = target.setdefault(step, {})
+        else:
+            raise UserError(f"override {override!r}: {step!r} lies inside a plain value")
+    value = parse_yaml(text)
+    if isinstance(target, list):
+        target[_position(target, steps[-1], override)] = value
+    elif isinstance(target, dict):
+        target[steps[-1]] = value
+    else:
+        raise UserError(f"override {override!r}: {steps[-1]!r} lies inside a plain value")
+
+
+def _position(items: list[Any], step: str, override: str) -> int:
+    if not step.isdigit() or int(step) >= len(items):
+        raise UserError(f"override {override!r}: {step!r} is no position of a list of {len(items)} items")
+    return int(step)
+
+
+def validate(model: type[S], values: Any, *, where: str) -> S:
+    """Build settings from plain values. Raises UserError: one line that names key, value and valid choices."""
+    try:
+        return model.model_validate(_relax(values))
+    except ValidationError as error:
+        raise UserError(f"{where}: {_explain(model, values, error)}") from error
+
+
+def _relax(values: Any) -> Any:
+    """Lists become tuples, so that strict models accept what YAML and JSON can write."""
+    if isinstance(values, dict):
+        return {key: _relax(value) for key, value in values.items()}
+    if isinstance(values, list):
+        return tuple(_relax(value) for value in values)
+    return values
+
+
+def _explain(model: type[BaseModel], values: Any, error: ValidationError) -> str:
+    problem = error.errors()[0]
+    location = [step for step in problem["loc"] if not _is_tag(step, values, problem["loc"])]
+    key = ".".join(str(step) for step in location)
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if problem["type"] == "extra_forbidden":
+        names = _field_names(model, problem["loc"][:-1])
+        close = difflib.get_close_matches(str(location[-1]), names, 1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        return f"unknown key {key!r} (value {problem['input']!r}); {hint}valid keys: {', '.join(names)}{more}"
+    if problem["type"] == "missing":
+        return f"key {key!r} is required{more}"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"key {key!r}: {message}, found {_short(problem['input'])}{more}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _is_tag(step: Any, values: Any, location: Sequence[Any]) -> bool:
+    """Whether this step is the tag of a discriminated union (pydantic puts it into the location)."""
+    index = list(location).index(step)
+    current = values
+    for previous in location[:index]:
+        if isinstance(current, dict) and previous in current:
+            current = current[previous]
+        elif isinstance(current, (list, tuple)) and isinstance(previous, int) and previous < len(current):
+            current = current[previous]
+    return isinstance(current, dict) and isinstance(step, str) and current.get("kind") == step and step not in current
+
+
+def _field_names(model: type[BaseModel], location: Sequence[Any]) -> list[str]:
+    """Field names of the settings class at a location of pydantic's error."""
+    current: Any = model
+    for step in location:
+        if isinstance(step, int):
+            continue
+        candidates = list(_models(current))
+        for candidate in candidates:
+            if step in candidate.model_fields:
+                current = candidate.model_fields[step].annotation
+                break
+            kind = candidate.model_fields.get("kind")
+            if kind is not None and step in typing.get_args(kind.annotation):
+                current = candidate
+                break
+    return sorted({name for candidate in _models(current) for name in candidate.model_fields})
+
+
+def _models(annotation: Any) -> typing.Iterator[type[BaseModel]]:
+    """All settings classes inside an annotation (unions, tuples, Annotated)."""
+    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias) and issubclass(annotation, BaseModel):
+        yield annotation
+        return
+    for argument in typing.get_args(annotation):
+        yield from _models(argument)
+
+
+def dump(settings: BaseModel) -> str:
+    """YAML text that `load_run` reads back to equal settings."""
+    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,224 @@
+"""Frozen encoders: CLIP towers through open_clip or transformers, behind one interface."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vlgpt.log import UserError
+from vlgpt.models.component import freeze
+
+Library = Literal["open_clip", "transformers"]
+
+
+def hash_weights(module: nn.Module) -> str:
+    """A hash of all parameters and buffers, the same on every machine (bytes of the tensors, names sorted)."""
+    digest = hashlib.blake2b(digest_size=12)
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+class ClipEncoder(nn.Module, ABC):
+    """Two towers. Pixels come in [-1, 1]; each encoder applies its own size and statistics."""
+
+    layer: int
+    has_cls: bool
+    image_size_px: int
+    mean: Tensor
+    std: Tensor
+
+    def _set_preprocessing(self, *, size_px: int, mean: Sequence[float], std: Sequence[float]) -> None:
+        self.image_size_px = size_px
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+
+    def preprocess(self, pixels: Tensor) -> Tensor:
+        """Resize if needed and normalise: (B, 3, H, W) in [-1, 1] -> (B, 3, size, size)."""
+        size = (self.image_size_px, self.image_size_px)
+        if tuple(pixels.shape[-2:]) != size:
+            pixels = F.interpolate(pixels, size=size, mode="bicubic", antialias=True).clamp(-1, 1)
+        return (pixels * 0.5 + 0.5 - self.mean.to(pixels)) / self.std.to(pixels)
+
+    @abstractmethod
+    def patches(self, pixels: Tensor) -> Tensor:
+        """Hidden states of the chosen layer, CLS first when kept: (B, 3, H, W) -> (B, P, C)."""
+
+    @abstractmethod
+    def embed_images(self, pixels: Tensor) -> Tensor:
+        """Projected image embedding, not normalised: (B, 3, H, W) -> (B, E)."""
+
+    @abstractmethod
+    def text_states(self, captions: Sequence[str]) -> Tensor:
+        """Hidden states of the text tower after its final norm: B strings -> (B, Kt, Dt)."""
+
+    @abstractmethod
+    def embed_texts(self, captions: Sequence[str]) -> Tensor:
+        """Projected text embedding, not normalised: B strings -> (B, E)."""
+
+    @property
+    def preprocessing(self) -> str:
+        """A text that changes with anything done to pixels before the first layer."""
+        mean, std = self.mean.flatten().tolist(), self.std.flatten().tolist()
+        return json.dumps({"size_px": self.image_size_px, "resize": "bicubic", "crop": "center", "mean": mean, "std": std})
+
+
+class OpenClipEncoder(ClipEncoder):
+    """A CLIP of open_clip: a folder with open_clip_config.json, or a model name with `pretrained` weights.
+
+    Raises UserError when the folder or the name cannot be loaded.
+    """
+
+    def __init__(self, path: str | Path, *, pretrained: str | None = None, layer: int = -2, has_cls: bool = True):
+        super().__init__()
+        import open_clip
+
+        is_folder = (Path(path) / "open_clip_config.json").is_file()
+        try:
+            name = f"local-dir:{Path(path).resolve()}" if is_folder else str(path)
+            self.model = open_clip.create_model(name, pretrained=None if is_folder else pretrained)
+        except (RuntimeError, OSError, ValueError) as error:
+            raise UserError(f"open_clip could not load {str(path)!r}: {error}") from error
+        self.tokenizer = self._load_tokenizer(open_clip, Path(path) if is_folder else None, str(path))
+        config = cast(Any, self.model.visual)
+        size = config.image_size
+        self._set_preprocessing(
+            size_px=size if isinstance(size, int) else size[0],
+            mean=getattr(config, "image_mean", None) or open_clip.OPENAI_DATASET_MEAN,
+            std=getattr(config, "image_std", None) or open_clip.OPENAI_DATASET_STD,
+        )
+        self.layer, self.has_cls = layer, has_cls
+        freeze(self)
+
+    def _load_tokenizer(self, open_clip: Any, folder: Path | None, name: str) -> Any:
+        if folder is not None and (folder / "tokenizer.json").is_file():
+            from transformers import AutoTokenizer
+
+            tokenizer = AutoTokenizer.from_pretrained(str(folder))
+            length = cast(int, self.model.context_length)
+            return lambda texts: torch.tensor(
+                [pad_ids([*tokenizer.encode(t)[: length - 1], tokenizer.eos_token_id], length) for t in texts]
+            )
+        return open_clip.get_tokenizer(name if folder is None else f"local-dir:{folder.resolve()}")
+
+    def patches(self, pixels: Tensor) -> Tensor:
+        depth = len(self.model.visual.transformer.resblocks)
+        found = self.model.visual.forward_intermediates(
+            self.preprocess(pixels),
+            indices=[self.layer % depth],
+            intermediates_only=True,
+            output_fmt="NLC",
+            output_extra_tokens=True,
+        )
+        tokens = found["image_intermediates"][0]
+        return torch.cat([found["image_intermediates_prefix"][0], tokens], dim=1) if self.has_cls else tokens
+
+    def embed_images(self, pixels: Tensor) -> Tensor:
+        return self.model.encode_image(self.preprocess(pixels))
+
+    def _text_ids(self, captions: Sequence[str]) -> Tensor:
+        return self.tokenizer(list(captions)).to(self.mean.device)
+
+    def text_states(self, captions: Sequence[str]) -> Tensor:
+        found = self.model.forward_intermediates(
+            text=self._text_ids(captions), text_indices=1, normalize_intermediates=True, intermediates_only=True
+        )
+        return found["text_intermediates"][-1]
+
+    def embed_texts(self, captions: Sequence[str]) -> Tensor:
+        return self.model.encode_text(self._text_ids(captions))
+
+
+class TransformersClipEncoder(ClipEncoder):
+    """A CLIP or SigLIP of transformers, from a folder or hub name. Raises UserError when it cannot be loaded."""
+
+    def __init__(self, path: str | Path, *, layer: int = -2, has_cls: bool = True):
+        super().__init__()
+        from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+
+        try:
+            self.model = AutoModel.from_pretrained(str(path), use_safetensors=True)
+            processor = AutoImageProcessor.from_pretrained(str(path))
+            self.text_tokenizer = AutoTokenizer.from_pretrained(str(path))
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"transformers could not load a CLIP from {str(path)!r}: {reason}") from error
+        self._set_preprocessing(
+            size_px=self.model.config.vision_config.image_size, mean=processor.image_mean, std=processor.image_std
+        )
+        self.layer, self.has_cls = layer, has_cls
+        freeze(self)
+
+    def patches(self, pixels: Tensor) -> Tensor:
+        vision = self.model.vision_model
+        states = vision(pixel_values=self.preprocess(pixels), output_hidden_states=True).hidden_states
+        hidden = states[self.layer]
+        has_class_token = hasattr(vision.embeddings, "class_embedding")
+        return hidden if self.has_cls or not has_class_token else hidden[:, 1:]
+
+    def embed_images(self, pixels: Tensor) -> Tensor:
+        return tensor_of(self.model.get_image_features(pixel_values=self.preprocess(pixels)))
+
+    def _tokenise(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        length = self.model.config.text_config.max_position_embeddings
+        encoded = self.text_tokenizer(
+            list(captions), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+        )
+        return {"input_ids": encoded["input_ids"].to(self.mean.device)}
+
+    def text_states(self, captions: Sequence[str]) -> Tensor:
+        return self.model.text_model(**self._tokenise(captions)).last_hidden_state
+
+    def embed_texts(self, captions: Sequence[str]) -> Tensor:
+        return tensor_of(self.model.get_text_features(**self._tokenise(captions)))
+
+
+def tensor_of(output: Any) -> Tensor:
+    """The projected embedding: transformers 5 wraps it in an output object, transformers 4 returned it bare."""
+    return output if isinstance(output, Tensor) else output.pooler_output
+
+
+def pad_ids(ids: Sequence[int], length: int) -> list[int]:
+    """Pad with zeros to the tower's context length."""
+    return [*ids, *([0] * (length - len(ids)))]
+
+
+def load_clip(
+    path: str | Path, *, library: Library = "open_clip", pretrained: str | None = None, layer: int = -2, has_cls: bool = True
+) -> ClipEncoder:
+    """A frozen CLIP by library and path or name."""
+    if library == "open_clip":
+        return OpenClipEncoder(path, pretrained=pretrained, layer=layer, has_cls=has_cls)
+    return TransformersClipEncoder(path, layer=layer, has_cls=has_cls)
+
+
+def new_open_clip(*, config: dict[str, Any]) -> nn.Module:
+    """An untrained CLIP of open_clip's classes from its own config format (`embed_dim`, `vision_cfg`, `text_cfg`)."""
+    from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+
+    return CLIP(
+        embed_dim=config["embed_dim"],
+        vision_cfg=CLIPVisionCfg(**config["vision_cfg"]),
+        text_cfg=CLIPTextCfg(**config["text_cfg"]),
+    )
+
+
+def save_open_clip(model: nn.Module, *, config: dict[str, Any], folder: Path) -> None:
+    """Write the folder format of open_clip (`local-dir:`): open_clip_config.json and open_clip_model.safetensors."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    preprocessing = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "interpolation": "bicubic", "resize_mode": "shortest"}
+    record = {"model_cfg": config, "preprocess_cfg": preprocessing}
+    (folder / "open_clip_config.json").write_text(json.dumps(record, indent=1) + "\n")
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    save_file(state, folder / "open_clip_model.safetensors")

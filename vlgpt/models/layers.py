@@ -1,0 +1,117 @@
+"""The transformer of the image tokenizer and detokenizer: causal self-attention, cross-attention, MLP (paper §3.1)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+Backend = Literal["sdpa", "flash_attention_2"]
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool, backend: Backend) -> Tensor:
+    """Scaled dot-product attention: (B, H, Q, D), (B, H, S, D), (B, H, S, D) -> (B, H, Q, D)."""
+    if backend == "flash_attention_2":
+        from flash_attn import flash_attn_func
+
+        swapped = (rearrange(x, "b h s d -> b s h d") for x in (query, key, value))
+        return rearrange(flash_attn_func(*swapped, causal=is_causal), "b s h d -> b h s d")
+    return F.scaled_dot_product_attention(query, key, value, is_causal=is_causal)
+
+
+class Attention(nn.Module):
+    """Multi-head attention from `x` to `context` (to itself when they are the same tensor)."""
+
+    def __init__(self, *, width: int, context_width: int, num_heads: int, is_causal: bool, backend: Backend):
+        super().__init__()
+        if width % num_heads:
+            raise ValueError(f"width {width} is not divisible by num_heads {num_heads}")
+        self.num_heads, self.is_causal, self.backend = num_heads, is_causal, backend
+        self.query = nn.Linear(width, width)
+        self.key_value = nn.Linear(context_width, 2 * width)
+        self.output = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """(B, Q, width), (B, S, context_width) -> (B, Q, width)."""
+        query = rearrange(self.query(x), "b q (h d) -> b h q d", h=self.num_heads)
+        key, value = rearrange(self.key_value(context), "b s (two h d) -> two b h s d", two=2, h=self.num_heads)
+        mixed = attend(query, key, value, is_causal=self.is_causal, backend=self.backend)
+        return self.output(rearrange(mixed, "b h q d -> b q (h d)"))
+
+
+class DecoderBlock(nn.Module):
+    """Pre-norm block: causal self-attention, cross-attention to the context, MLP."""
+
+    def __init__(self, *, width: int, context_width: int, num_heads: int, mlp_ratio: float, backend: Backend):
+        super().__init__()
+        self.self_norm = nn.LayerNorm(width)
+        self.self_attention = Attention(
+            width=width, context_width=width, num_heads=num_heads, is_causal=True, backend=backend
+        )
+        self.cross_norm = nn.LayerNorm(width)
+        self.cross_attention = Attention(
+            width=width, context_width=context_width, num_heads=num_heads, is_causal=False, backend=backend
+        )
+        self.mlp_norm = nn.LayerNorm(width)
+        hidden = int(width * mlp_ratio)
+        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """(B, Q, width), (B, S, context_width) -> (B, Q, width)."""
+        normed = self.self_norm(x)
+        x = x + self.self_attention(normed, normed)
+        x = x + self.cross_attention(self.cross_norm(x), context)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class QueryTransformer(nn.Module):
+    """Learned queries, decoded in causal order while attending to a context of fixed length.
+
+    PAPER: widths, norms and initialisation are not given (§3.1 says "standard transformer decoder", 12 blocks);
+    pre-norm, GELU, learned positions of the context. `init_std` is that of queries and positions: tiny models need
+    1.0 (with 0.02 their cross-attention stays uniform for thousands of steps).
+    """
+
+    def __init__(
+        self,
+        *,
+        num_queries: int,
+        num_context: int,
+        context_width: int,
+        width: int,
+        depth: int,
+        num_heads: int,
+        mlp_ratio: float,
+        init_std: float,
+        backend: Backend,
+        has_checkpointing: bool,
+    ):
+        super().__init__()
+        self.has_checkpointing = has_checkpointing
+        self.queries = nn.Parameter(torch.randn(num_queries, width) * init_std)
+        self.context_norm = nn.LayerNorm(context_width)
+        self.context_positions = nn.Parameter(torch.randn(num_context, context_width) * init_std)
+        self.blocks = nn.ModuleList(
+            DecoderBlock(
+                width=width, context_width=context_width, num_heads=num_heads, mlp_ratio=mlp_ratio, backend=backend
+            )
+            for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, context: Tensor) -> Tensor:
+        """(B, S, context_width) -> (B, num_queries, width). Raises ValueError for another context length."""
+        if context.shape[1] != self.context_positions.shape[0]:
+            raise ValueError(f"context has {context.shape[1]} tokens, this model reads {self.context_positions.shape[0]}")
+        context = self.context_norm(context) + self.context_positions
+        x = self.queries.expand(context.shape[0], -1, -1)
+        for block in self.blocks:
+            if self.has_checkpointing and self.training:
+                x = checkpoint(block, x, context, use_reentrant=False)
+            else:
+                x = block(x, context)
+        return self.norm(x)

@@ -1,0 +1,216 @@
+"""The multimodal language model: a causal LM that reads and predicts visual embeddings too (paper §3.2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from vlgpt.batch import Batch
+from vlgpt.log import UserError, get_logger
+from vlgpt.models.heads import HeadKind, RegressionHead
+from vlgpt.models.losses import TargetPositions
+
+Attention = Literal["auto", "flash_attention_2", "sdpa", "eager"]
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """LoRA on all linear layers of the transformer (paper §4.1: rank 32; PAPER: alpha and dropout are not given)."""
+
+    rank: int = 32
+    alpha: float = 32.0
+    dropout: float = 0.05
+
+
+def choose_attention(wanted: Attention) -> str:
+    """`auto`: flash-attn when a GPU and the package are there, SDPA otherwise; says which in one log line."""
+    if wanted != "auto":
+        return wanted
+    from importlib.util import find_spec
+
+    has_flash = torch.cuda.is_available() and find_spec("flash_attn") is not None
+    chosen = "flash_attention_2" if has_flash else "sdpa"
+    reason = "" if has_flash else " (flash-attn needs a CUDA GPU and `pip install vlgpt[gpu]`)"
+    get_logger().info("attention: %s%s", chosen, reason)
+    return chosen
+
+
+def load_language_model(path: str | Path, *, attention: Attention = "auto", dtype: torch.dtype = torch.float32) -> Any:
+    """Any transformers causal LM from a folder or hub name. Raises UserError when it cannot be loaded."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            str(path), dtype=dtype, attn_implementation=choose_attention(attention), use_safetensors=True
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"no language model could be loaded from {str(path)!r}: {reason}") from error
+    model.config.use_cache = False
+    return model
+
+
+class MultimodalLM(nn.Module):
+    """A causal LM, a scale and projection for visual inputs, and a regression head beside the LM head.
+
+    Args:
+        language_model: a transformers causal LM whose vocabulary already holds the image tokens.
+        num_tokens: real tokens; logits of the padding rows after them are masked.
+        num_visual, visual_width: N and d of the image tokenizer.
+        head: `linear` (paper) or `mlp`.
+    A standardised visual embedding enters as `projection(x) * visual_scale`, `visual_scale` being the RMS of the
+    token embeddings, so pictures and words have one scale; a predicted embedding is fed back the same way.
+    """
+
+    visual_scale: Tensor
+
+    def __init__(
+        self, language_model: Any, *, num_tokens: int, num_visual: int, visual_width: int, head: HeadKind = "linear"
+    ):
+        super().__init__()
+        self.language_model = language_model
+        self.num_tokens, self.num_visual, self.visual_width = num_tokens, num_visual, visual_width
+        hidden = language_model.config.hidden_size
+        self.projection = nn.Identity() if hidden == visual_width else nn.Linear(visual_width, hidden)
+        if isinstance(self.projection, nn.Linear):
+            nn.init.normal_(self.projection.weight, std=visual_width**-0.5)
+            nn.init.zeros_(self.projection.bias)
+        self.regression_head = RegressionHead(hidden_width=hidden, visual_width=visual_width, kind=head)
+        weight = language_model.get_input_embeddings().weight
+        scale = weight.detach().float().square().mean().sqrt() if weight.device.type != "meta" else torch.ones(())
+        self.register_buffer("visual_scale", scale.reshape(()))
+
+    @property
+    def backbone(self) -> Any:
+        """The transformer without the LM head."""
+        base = self.language_model.get_base_model() if self.has_lora else self.language_model
+        return base.model
+
+    @property
+    def lm_head(self) -> nn.Module:
+        base = self.language_model.get_base_model() if self.has_lora else self.language_model
+        return base.get_output_embeddings()
+
+    @property
+    def has_lora(self) -> bool:
+        return hasattr(self.language_model, "peft_config")
+
+    def embed(self, token_ids: Tensor, is_visual: Tensor, visual: Tensor | None) -> Tensor:
+        """Input embeddings: (B, L), (B, L), (M, N, d) | None -> (B, L, D)."""
+        embeddings = self.backbone.get_input_embeddings()(token_ids)
+        if visual is None or visual.shape[0] == 0:
+            return embeddings + 0.0 * self._touch_projection()
+        return embeddings.masked_scatter(is_visual[..., None], self.embed_visual(visual).to(embeddings.dtype))
+
+    def embed_visual(self, visual: Tensor) -> Tensor:
+        """Standardised visual embeddings at the scale of words: (..., d) -> (..., D)."""
+        return self.projection(visual) * self.visual_scale
+
+    def _touch_projection(self) -> Tensor:
+        """Zero that depends on the projection: every rank touches the same parameters whatever its batch holds."""
+        zero = torch.zeros((), device=self.visual_scale.device)
+        return sum((p.sum() * 0.0 for p in self.projection.parameters()), zero)
+
+    def hidden_states(self, batch: Batch, visual: Tensor | None) -> Tensor:
+        """Last hidden states of packed rows: (B, L), (M, N, d) -> (B, L, D).
+
+        Packing is expressed by restarting positions with no mask at all and `use_cache=False`: a 2D mask, or a cache,
+        lets packed documents see each other in transformers. flash-attn gets the segment bounds explicitly.
+        """
+        embeddings = self.embed(batch.token_ids, batch.is_visual, visual)
+        arguments: dict[str, Any] = {}
+        if self.backbone.config._attn_implementation.startswith("flash_attention"):
+            arguments = varlen_arguments(batch.segment_ids)
+            rows, length, width = embeddings.shape
+            output = self.backbone(
+                inputs_embeds=embeddings.reshape(1, rows * length, width),
+                position_ids=batch.position_ids.reshape(1, -1),
+                use_cache=False,
+                **arguments,
+            )
+            return output.last_hidden_state.reshape(rows, length, width)
+        output = self.backbone(inputs_embeds=embeddings, position_ids=batch.position_ids, use_cache=False)
+        return output.last_hidden_state
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """LM head with the padding rows of the vocabulary masked: (..., D) -> (..., vocabulary)."""
+        logits = self.lm_head(hidden)
+        if logits.shape[-1] > self.num_tokens:
+            padding = torch.arange(logits.shape[-1], device=logits.device) >= self.num_tokens
+            logits = logits.masked_fill(padding, torch.finfo(logits.dtype).min)
+        return logits
+
+    def predict(self, hidden: Tensor, targets: TargetPositions) -> tuple[Tensor, Tensor]:
+        """Predictions at the target positions only: (B, L, D) -> logits (T, vocabulary), embeddings (V, d)."""
+        flat = hidden.flatten(0, 1)
+        return self.logits(flat[targets.text_from]), self.regression_head(flat[targets.visual_from])
+
+    def add_lora(self, settings: LoraSettings, trainable_tokens: list[int]) -> None:
+        """Freeze the LM, add LoRA to all its linear layers, and train only these rows of the two embeddings.
+
+        PAPER: the paper says that only LoRA and the regression head are trained (§4.1), but then [IMG] could never be
+        predicted: its rows are new. The two rows are trained.
+        """
+        from peft import LoraConfig, get_peft_model
+
+        tied = bool(getattr(self.language_model.config, "tie_word_embeddings", False))
+        rows: dict[str, list[int]] = {"embed_tokens": trainable_tokens}
+        if not tied:
+            rows["lm_head"] = trainable_tokens
+        config = LoraConfig(
+            r=settings.rank,
+            lora_alpha=settings.alpha,
+            lora_dropout=settings.dropout,
+            target_modules="all-linear",
+            trainable_token_indices=rows,
+            task_type="CAUSAL_LM",
+        )
+        self.language_model = get_peft_model(self.language_model, config)
+
+    def merge_lora(self) -> None:
+        """Fold the adapter into the weights of the language model."""
+        if self.has_lora:
+            self.language_model = self.language_model.merge_and_unload()
+
+
+def varlen_arguments(segment_ids: Tensor) -> dict[str, Any]:
+    """Segment bounds for flash-attn's varlen path over the flattened batch: (B, L) -> cu_seq_lens, max_length.
+
+    Padding is a segment of its own; rows never share a segment.
+    """
+    flat = segment_ids.flatten()
+    is_start = torch.ones_like(flat, dtype=torch.bool)
+    is_start[1:] = flat[1:] != flat[:-1]
+    is_start[:: segment_ids.shape[1]] = True
+    bounds = torch.cat([is_start.nonzero().squeeze(1), torch.tensor([flat.numel()], device=flat.device)])
+    lengths = bounds[1:] - bounds[:-1]
+    cumulative = bounds.to(torch.int32)
+    longest = int(lengths.max())
+    return {
+        "cu_seq_lens_q": cumulative,
+        "cu_seq_lens_k": cumulative,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
+
+
+def resize_vocabulary(language_model: Any, num_tokens: int, vocabulary_size: int, seed_rows: int) -> None:
+    """Grow the embeddings to `vocabulary_size` rows; new rows start at the mean of the old ones, as is usual.
+
+    `seed_rows` is the number of rows that hold trained tokens. Raises UserError when the model has fewer rows.
+    """
+    embedding = language_model.get_input_embeddings().weight
+    if embedding.shape[0] < seed_rows:
+        raise UserError(
+            f"the language model has {embedding.shape[0]} token rows, its tokenizer {seed_rows} tokens: "
+            "they do not belong together"
+        )
+    if embedding.shape[0] < vocabulary_size:
+        language_model.resize_token_embeddings(vocabulary_size, mean_resizing=False)
+    with torch.no_grad():
+        for layer in {language_model.get_input_embeddings(), language_model.get_output_embeddings()}:
+            layer.weight[seed_rows:num_tokens] = layer.weight[:seed_rows].mean(0)

@@ -1,0 +1,78 @@
+"""Per-(slot, dimension) standardisation with stored statistics, for visual embeddings and condition targets."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+
+class Standardiser(nn.Module):
+    """(x - mean) / std per slot and dimension; identity until `set_statistics` is called.
+
+    PAPER: not in the paper. Without it the scale of the regression target is arbitrary against the cross-entropy.
+    """
+
+    def __init__(self, num_slots: int, width: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(num_slots, width))
+        self.register_buffer("std", torch.ones(num_slots, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, slots, width) -> (B, slots, width), about zero mean and unit variance."""
+        return (x - cast(Tensor, self.mean)) / cast(Tensor, self.std)
+
+    def inverse(self, x: Tensor) -> Tensor:
+        """(B, slots, width) -> (B, slots, width), back in the original scale."""
+        return x * cast(Tensor, self.std) + cast(Tensor, self.mean)
+
+    @torch.no_grad()
+    def set_statistics(self, moments: Tensor) -> None:
+        """Take `accumulate`'s (3, slots, width) moments; nearly constant dimensions get a floor, never a division by 0."""
+        count, total, squares = moments.double()
+        mean = total / count.clamp_min(1)
+        variance = (squares / count.clamp_min(1) - mean**2).clamp_min(0)
+        floor = 1e-3 * variance.mean().sqrt().clamp_min(1e-6)
+        self.mean.copy_(mean)  # type: ignore[operator]
+        self.std.copy_(variance.sqrt().clamp_min(floor))  # type: ignore[operator]
+
+
+def accumulate(values: Tensor) -> Tensor:
+    """Moments that add up over batches and ranks: (B, slots, width) -> (3, slots, width) of count, sum, squares."""
+    values = values.double()
+    count = torch.full(values.shape[1:], float(values.shape[0]), dtype=torch.float64, device=values.device)
+    return torch.stack([count, values.sum(0), (values**2).sum(0)])
+
+
+class ConditionStandardiser(nn.Module):
+    """Brings a condition embedding (K tokens) to the scale in which the detokenizer regresses it, and back.
+
+    With `has_mean_token` the target is K + 1 tokens: the mean over tokens, then the residuals, each standardised. In
+    features whose variance is mostly the mean token, a plain MSE learns the global colour and stops there.
+    """
+
+    def __init__(self, num_tokens: int, width: int, *, has_mean_token: bool):
+        super().__init__()
+        self.has_mean_token = has_mean_token
+        self.num_targets = num_tokens + int(has_mean_token)
+        self.standardiser = Standardiser(self.num_targets, width)
+
+    def split(self, condition: Tensor) -> Tensor:
+        """(B, K, D) -> (B, num_targets, D), unstandardised."""
+        if not self.has_mean_token:
+            return condition
+        mean = condition.mean(1, keepdim=True)
+        return torch.cat([mean, condition - mean], dim=1)
+
+    def forward(self, condition: Tensor) -> Tensor:
+        """(B, K, D) -> (B, num_targets, D)."""
+        return self.standardiser(self.split(condition))
+
+    def inverse(self, target: Tensor) -> Tensor:
+        """(B, num_targets, D) -> (B, K, D)."""
+        target = self.standardiser.inverse(target)
+        if not self.has_mean_token:
+            return target
+        residual = target[:, 1:]
+        return target[:, :1] + residual - residual.mean(1, keepdim=True)

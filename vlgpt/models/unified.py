@@ -1,0 +1,125 @@
+"""The whole model as one folder: language model, regression head, image tokenizer and detokenizer.
+
+An export holds `config.json` (model_type vlgpt), safetensors weights, the text tokenizer, and, for drawing and
+reading pictures, `image_encoder/` and `picture_decoder/` or references to them. No pickle, no deepspeed.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlgpt.log import UserError
+from vlgpt.models.component import load_weights
+from vlgpt.models.image_detokenizer import ImageDetokenizer
+from vlgpt.models.image_tokenizer import ImageTokenizer
+from vlgpt.models.multimodal_lm import Attention, MultimodalLM, choose_attention
+
+MODEL_TYPE = "vlgpt"
+
+
+@dataclass
+class UnifiedConfig:
+    """Everything needed to build a `UnifiedModel` without weights; JSON only."""
+
+    text_config: dict[str, Any]  # the transformers configuration of the language model, with its model_type
+    image_tokenizer: dict[str, Any]  # arguments of ImageTokenizer
+    image_detokenizer: dict[str, Any]  # arguments of ImageDetokenizer
+    num_tokens: int
+    template: str
+    head: str = "linear"
+    is_boundary_target: bool = True
+    image_encoder: dict[str, Any] | None = None  # EncoderSettings; path relative to the export, or a name
+    picture_decoder: dict[str, Any] | None = None  # {"kind": ..., "path": ...}
+    base_hashes: dict[str, str] = field(default_factory=dict)
+
+    def to_record(self) -> dict[str, Any]:
+        record = {k: v for k, v in vars(self).items() if v is not None}
+        return {"model_type": MODEL_TYPE, "architectures": ["VLGPTForConditionalGeneration"], **record}
+
+    @staticmethod
+    def from_folder(folder: Path) -> UnifiedConfig:
+        """Raises UserError when the folder is no export of vlgpt."""
+        path = folder / "config.json"
+        if not path.is_file():
+            raise UserError(f"{folder} is no export of vlgpt: config.json is missing (make one with `vlgpt export RUN`)")
+        record = json.loads(path.read_text())
+        if record.get("model_type") != MODEL_TYPE:
+            raise UserError(f"{path}: model_type is {record.get('model_type')!r}, wanted {MODEL_TYPE!r}")
+        names = UnifiedConfig.__dataclass_fields__
+        return UnifiedConfig(**{key: value for key, value in record.items() if key in names})
+
+
+def is_export(folder: str | Path) -> bool:
+    """Whether a folder holds an export of vlgpt (and not, say, a plain language model)."""
+    path = Path(folder) / "config.json"
+    return path.is_file() and json.loads(path.read_text()).get("model_type") == MODEL_TYPE
+
+
+def build_language_model(text_config: dict[str, Any], attention: Attention) -> Any:
+    """A transformers causal LM without weights from its configuration."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    values = dict(text_config)
+    config = AutoConfig.for_model(values.pop("model_type"), **values)
+    config.use_cache = False
+    return AutoModelForCausalLM.from_config(config, attn_implementation=choose_attention(attention))
+
+
+class UnifiedModel(nn.Module):
+    """The parts of VL-GPT together; see `MultimodalLM`, `ImageTokenizer`, `ImageDetokenizer`."""
+
+    def __init__(self, *, lm: MultimodalLM, image_tokenizer: ImageTokenizer, image_detokenizer: ImageDetokenizer):
+        super().__init__()
+        self.lm = lm
+        self.image_tokenizer = image_tokenizer
+        self.image_detokenizer = image_detokenizer
+
+    @classmethod
+    def from_config(cls, config: UnifiedConfig, *, attention: Attention = "auto") -> UnifiedModel:
+        """Build with random weights (on whatever device is the default, `meta` included)."""
+        tokenizer = ImageTokenizer(**config.image_tokenizer)
+        lm = MultimodalLM(
+            build_language_model(config.text_config, attention),
+            num_tokens=config.num_tokens,
+            num_visual=tokenizer.num_visual,
+            visual_width=tokenizer.visual_width,
+            head=config.head,  # type: ignore[arg-type]
+        )
+        return cls(lm=lm, image_tokenizer=tokenizer, image_detokenizer=ImageDetokenizer(**config.image_detokenizer))
+
+    @classmethod
+    def from_folder(cls, folder: str | Path, *, attention: Attention = "auto") -> UnifiedModel:
+        """Load an export. Raises UserError when files or tensors are missing or differ."""
+        folder = Path(folder)
+        config = UnifiedConfig.from_folder(folder)
+        with torch.device("meta"):
+            model = cls.from_config(config, attention=attention)
+        model.to_empty(device="cpu")
+        reset_computed_buffers(model)
+        load_weights(model, folder / "model.safetensors")
+        return model.eval()
+
+    @torch.no_grad()
+    def tokenize_patches(self, patches: Tensor) -> Tensor:
+        """Standardised visual embeddings: (M, P, C) -> (M, N, d)."""
+        return self.image_tokenizer.encode(patches)
+
+    @torch.no_grad()
+    def conditions_of(self, visual: Tensor) -> tuple[Tensor, Tensor]:
+        """Standardised visual embeddings -> z_v, z_t of the decoder: (M, N, d) -> (M, Kv, Dv), (M, Kt, Dt)."""
+        return self.image_detokenizer.decode(self.image_tokenizer.standardiser.inverse(visual))
+
+
+def reset_computed_buffers(model: nn.Module) -> None:
+    """Recompute buffers that no checkpoint stores (rotary frequencies) after a meta-device construction."""
+    for module in model.modules():
+        if "inv_freq" in dict(module.named_buffers(recurse=False)):
+            rebuilt = type(module)(module.config)  # type: ignore[call-arg]
+            for name, buffer in rebuilt.named_buffers(recurse=False):
+                setattr(module, name, buffer)

@@ -1,0 +1,1 @@
+"""What DeepSpeed wraps: a stage turns a batch into sums of losses."""

@@ -1,0 +1,83 @@
+"""A stage: a module from a batch to sums of losses. The loop knows nothing else about what is trained."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from vlgpt.batch import LossTerm
+from vlgpt.models.encoders import hash_weights
+
+AllSum = Callable[[Tensor], Tensor]
+
+
+class Stage(nn.Module, ABC):
+    """Base of all stages.
+
+    `batch_kind` says which batches the loader must give; `terms` names the losses in their fixed order. `frozen`
+    modules never train; their hashes travel with every checkpoint, their weights do not.
+    """
+
+    batch_kind: Literal["packed", "conditions"]
+    terms: tuple[str, ...]
+
+    @abstractmethod
+    def count_targets(self, batch: Any) -> dict[str, float]:
+        """How many targets each term sums over in this batch, from the masks alone."""
+
+    @abstractmethod
+    def forward(self, batch: Any) -> dict[str, LossTerm]:
+        """Sums of losses over this batch, one per term, also when it holds no target of that term."""
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Write what the next stage starts from (components, or an export)."""
+
+    def prepare(self, batches: Iterable[Any], all_sum: AllSum) -> None:  # noqa: B027 - most stages need nothing
+        """Take statistics from data before step 1 (every rank calls it; `all_sum` adds over ranks)."""
+
+    def finish(self, batches: Iterable[Any], all_sum: AllSum) -> None:  # noqa: B027 - most stages need nothing
+        """Take statistics after the last step, for the next stage."""
+
+    def frozen_modules(self) -> dict[str, nn.Module]:
+        """Modules that must not change, by name."""
+        return {}
+
+    def frozen_hashes(self) -> dict[str, str]:
+        return {name: hash_weights(module) for name, module in self.frozen_modules().items()}
+
+    def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                yield name, parameter
+
+
+def parameter_groups(stage: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW groups: weight decay on matrices only; norms, biases, embeddings, queries and token rows get none.
+
+    Raises ValueError when nothing is trainable.
+    """
+    embeddings = {id(m.weight) for m in stage.modules() if isinstance(m, nn.Embedding)}
+    decayed, plain = [], []
+    for name, parameter in stage.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        is_table = id(parameter) in embeddings or name.endswith(("queries", "positions", "_absent"))
+        is_token_row = "trainable_tokens" in name
+        (plain if parameter.ndim < 2 or is_table or is_token_row else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
+    if not groups:
+        raise ValueError("the stage has no trainable parameter")
+    return groups
+
+
+def empty_like_loss(stage: nn.Module) -> Tensor:
+    """A zero that depends on every trainable parameter, so a rank without targets still takes part in each reduction."""
+    zeros = [parameter.sum() * 0.0 for parameter in stage.parameters() if parameter.requires_grad]
+    return torch.stack([zero.float() for zero in zeros]).sum()

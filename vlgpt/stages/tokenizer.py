@@ -1,0 +1,123 @@
+"""Stage 1: train the image tokenizer and detokenizer on the frozen conditions of the diffusion decoder (paper §3.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlgpt.batch import ConditionBatch, LossTerm
+from vlgpt.models.encoders import ClipEncoder
+from vlgpt.models.image_detokenizer import ImageDetokenizer
+from vlgpt.models.image_tokenizer import ImageTokenizer
+from vlgpt.models.losses import squared_errors, sums_by_source
+from vlgpt.models.standardise import accumulate
+from vlgpt.stages.base import AllSum, Stage, empty_like_loss
+
+
+class ImageTokenizerStage(Stage):
+    """patches -> x_v -> (z_v, z_t) against (e_v, e_t): L = image_weight * MSE + text_weight * MSE (eq. 2).
+
+    Targets are compared in standardised space; images without text train the image term only.
+    """
+
+    batch_kind = "conditions"
+    terms = ("image", "text")
+
+    def __init__(
+        self,
+        *,
+        tokenizer: ImageTokenizer,
+        detokenizer: ImageDetokenizer,
+        image_weight: float = 1.0,
+        text_weight: float = 1.0,
+        encoder: ClipEncoder | None = None,
+        conditioner: Any = None,
+        statistics_samples: int = 8192,
+        num_sources: int = 1,
+    ):
+        super().__init__()
+        self.tokenizer, self.detokenizer = tokenizer, detokenizer
+        self.image_weight, self.text_weight = image_weight, text_weight
+        self.encoder, self.conditioner = encoder, conditioner
+        self.statistics_samples, self.num_sources = statistics_samples, num_sources
+
+    def frozen_modules(self) -> dict[str, torch.nn.Module]:
+        parts = {"encoder": self.encoder, "conditioner": self.conditioner}
+        return {name: module for name, module in parts.items() if module is not None}
+
+    def patches_of(self, batch: ConditionBatch) -> Tensor:
+        """(B, P, C), read from features or computed from pixels."""
+        if batch.patches is not None or self.encoder is None:
+            return batch.require("patches")
+        with torch.no_grad():
+            return self.encoder.patches(batch.require("pixels"))
+
+    def targets_of(self, batch: ConditionBatch) -> tuple[Tensor, Tensor]:
+        """e_v (B, Kv, Dv) and e_t (B, Kt, Dt), read from features or computed online."""
+        if self.conditioner is None:
+            return batch.require("image_condition"), batch.require("text_condition")
+        with torch.no_grad():
+            image = batch.image_condition
+            if image is None:
+                image = self.conditioner.patches(batch.require("pixels"))
+            text = batch.text_condition
+            if text is None:
+                text = self.conditioner.text_states(batch.captions)
+        return image, text
+
+    def count_targets(self, batch: ConditionBatch) -> dict[str, float]:
+        valid, with_text = batch.is_valid, batch.is_valid & batch.has_text
+        return {"image": float(valid.sum()), "text": float(with_text.sum())}
+
+    def forward(self, batch: ConditionBatch) -> dict[str, LossTerm]:
+        """Sum over images of the mean squared error over the tokens of each condition."""
+        image_target, text_target = self.targets_of(batch)
+        predicted_image, predicted_text = self.detokenizer(self.tokenizer(self.patches_of(batch)))
+        image = squared_errors(predicted_image, self.detokenizer.image_targets(image_target)).mean(1)
+        text = squared_errors(predicted_text, self.detokenizer.text_targets(text_target)).mean(1)
+        zero = 0.0 * empty_like_loss(self)
+        return {
+            "image": self._term(image, batch.is_valid, batch, self.image_weight, zero),
+            "text": self._term(text, batch.is_valid & batch.has_text, batch, self.text_weight, zero),
+        }
+
+    def _term(self, errors: Tensor, mask: Tensor, batch: ConditionBatch, weight: float, zero: Tensor) -> LossTerm:
+        chosen = errors[mask]
+        by_source = sums_by_source(chosen, batch.source_ids[mask].long(), self.num_sources)
+        return LossTerm(chosen.sum() + zero, weight, by_source)
+
+    @torch.no_grad()
+    def prepare(self, batches: Iterable[ConditionBatch], all_sum: AllSum) -> None:
+        """Statistics of e_v and e_t over about `statistics_samples` samples of the training stream."""
+        image_sum: Any = 0.0
+        text_sum: Any = 0.0
+        num_seen = 0
+        for batch in batches:
+            image, text = self.targets_of(batch)
+            image_sum = image_sum + accumulate(self.detokenizer.image_targets.split(image[batch.is_valid]))
+            text_sum = text_sum + accumulate(text[batch.is_valid & batch.has_text])
+            num_seen += len(batch.documents)
+            if num_seen >= self.statistics_samples:
+                break
+        self.detokenizer.image_targets.standardiser.set_statistics(all_sum(image_sum))
+        self.detokenizer.text_targets.standardiser.set_statistics(all_sum(text_sum))
+
+    @torch.no_grad()
+    def finish(self, batches: Iterable[ConditionBatch], all_sum: AllSum) -> None:
+        """Statistics of the trained visual embeddings, by which the language model sees them standardised."""
+        moments: Any = 0.0
+        num_seen = 0
+        for batch in batches:
+            moments = moments + accumulate(self.tokenizer(self.patches_of(batch))[batch.is_valid])
+            num_seen += len(batch.documents)
+            if num_seen >= self.statistics_samples:
+                break
+        self.tokenizer.standardiser.set_statistics(all_sum(moments))
+
+    def save(self, folder: Path) -> None:
+        self.tokenizer.save(folder / "image_tokenizer")
+        self.detokenizer.save(folder / "image_detokenizer")
