@@ -28,11 +28,9 @@ def hash_weights(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-class ClipEncoder(nn.Module, ABC):
-    """Two towers. Pixels come in [-1, 1]; each encoder applies its own size and statistics."""
+class PixelEncoder(nn.Module):
+    """What all frozen image encoders share: pixels come in [-1, 1]; each applies its own size and statistics."""
 
-    layer: int
-    has_cls: bool
     image_size_px: int
     mean: Tensor
     std: Tensor
@@ -49,6 +47,19 @@ class ClipEncoder(nn.Module, ABC):
             pixels = F.interpolate(pixels, size=size, mode="bicubic", antialias=True).clamp(-1, 1)
         return (pixels * 0.5 + 0.5 - self.mean.to(pixels)) / self.std.to(pixels)
 
+    @property
+    def preprocessing(self) -> str:
+        """A text that changes with anything done to pixels before the first layer."""
+        mean, std = self.mean.flatten().tolist(), self.std.flatten().tolist()
+        return json.dumps({"size_px": self.image_size_px, "resize": "bicubic", "crop": "center", "mean": mean, "std": std})
+
+
+class ClipEncoder(PixelEncoder, ABC):
+    """An image tower and a text tower."""
+
+    layer: int
+    has_cls: bool
+
     @abstractmethod
     def patches(self, pixels: Tensor) -> Tensor:
         """Hidden states of the chosen layer, CLS first when kept: (B, 3, H, W) -> (B, P, C)."""
@@ -64,12 +75,6 @@ class ClipEncoder(nn.Module, ABC):
     @abstractmethod
     def embed_texts(self, captions: Sequence[str]) -> Tensor:
         """Projected text embedding, not normalised: B strings -> (B, E)."""
-
-    @property
-    def preprocessing(self) -> str:
-        """A text that changes with anything done to pixels before the first layer."""
-        mean, std = self.mean.flatten().tolist(), self.std.flatten().tolist()
-        return json.dumps({"size_px": self.image_size_px, "resize": "bicubic", "crop": "center", "mean": mean, "std": std})
 
 
 class OpenClipEncoder(ClipEncoder):
