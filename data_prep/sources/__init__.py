@@ -1,8 +1,10 @@
-"""Sources: each reads one on-disk format and gives Documents. A new source is one file and one line in
-`SOURCES`.
+"""Sources: each reads one on-disk format and gives Documents. A new source is one file and one line here.
 
-A source class has a constructor whose keyword parameters are its options (their annotations and defaults
-become command-line flags), a docstring that says what it reads, and the three members of `Source`.
+A source class is made as `SomeSource(inputs, *, option=default, ...)`: `inputs` are the paths after
+`--input`, and every keyword parameter becomes a flag (`Annotated[int, "help text"]`; str, int, float, bool,
+Path, Literal and `X | None` work). Its docstring says what it reads. Apart from the three members of `Source`
+it may set `image_format` ("jpg" or "png", the build's default encoding) and `libraries` (names of packages
+whose version decides its output).
 """
 
 from __future__ import annotations
