@@ -49,7 +49,10 @@ class DataSettings(Settings):
     image_size_px: Positive = 224
     decoder: Literal["pillow", "fast"] = "pillow"
     num_workers: Annotated[int, Field(ge=0)] = 2
-    prefetch_batches: Positive = 4
+    prefetch_batches: Positive = 4  # prepared ahead per rank
+    shuffle_shards: Positive = 16  # samples are shuffled inside blocks of this many shards of a source
+    cache_dir: str | None = None  # where copies of remote shards and indexes of foreign tars are kept
+    cache_bytes: Positive = 64 << 30
     seed: int = 0
     max_bad_fraction: Fraction = 0.01  # per source, over windows of 10,000 samples
     allow_data_change: bool = False
@@ -141,7 +144,8 @@ class LanguageStage(Settings):
     visual_input_drop: Fraction = 0.0  # share of visual inputs set to zero in training (against exposure bias)
     visual_input_noise: Annotated[float, Field(ge=0)] = 0.0  # std of noise on visual inputs, standardised scale
     is_boundary_target: bool = True
-    encoder: EncoderSettings | None = None
+    encoder: EncoderSettings | None = None  # computes patches online, and goes into the export
+    picture_decoder: str | None = None  # goes into the export, so that it can draw
     attention: Literal["auto", "flash_attention_2", "sdpa", "eager"] = "auto"
     has_checkpointing: bool = False
 

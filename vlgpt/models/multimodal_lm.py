@@ -13,6 +13,7 @@ from vlgpt.batch import Batch
 from vlgpt.log import UserError, get_logger
 from vlgpt.models.heads import HeadKind, RegressionHead
 from vlgpt.models.losses import TargetPositions
+from vlgpt.tokens import DocumentTokenizer
 
 Attention = Literal["auto", "flash_attention_2", "sdpa", "eager"]
 
@@ -198,19 +199,22 @@ def varlen_arguments(segment_ids: Tensor) -> dict[str, Any]:
     }
 
 
-def resize_vocabulary(language_model: Any, num_tokens: int, vocabulary_size: int, seed_rows: int) -> None:
-    """Grow the embeddings to `vocabulary_size` rows; new rows start at the mean of the old ones, as is usual.
+def resize_vocabulary(language_model: Any, tokenizer: DocumentTokenizer) -> None:
+    """Grow the embeddings to the padded vocabulary; rows of new tokens start at the mean of the old ones, as is usual.
 
-    `seed_rows` is the number of rows that hold trained tokens. Raises UserError when the model has fewer rows.
+    Raises UserError when the model has fewer rows than its tokenizer has base tokens.
     """
     embedding = language_model.get_input_embeddings().weight
-    if embedding.shape[0] < seed_rows:
+    num_rows = embedding.shape[0]
+    num_new = 2  # [IMG] and [/IMG] stand last
+    if num_rows < tokenizer.num_tokens - num_new:
         raise UserError(
-            f"the language model has {embedding.shape[0]} token rows, its tokenizer {seed_rows} tokens: "
+            f"the language model has {num_rows} token rows, its tokenizer {tokenizer.num_tokens - num_new} tokens: "
             "they do not belong together"
         )
-    if embedding.shape[0] < vocabulary_size:
-        language_model.resize_token_embeddings(vocabulary_size, mean_resizing=False)
+    if num_rows >= tokenizer.vocabulary_size:
+        return
+    language_model.resize_token_embeddings(tokenizer.vocabulary_size, mean_resizing=False)
     with torch.no_grad():
-        for layer in {language_model.get_input_embeddings(), language_model.get_output_embeddings()}:
-            layer.weight[seed_rows:num_tokens] = layer.weight[:seed_rows].mean(0)
+        for layer in (language_model.get_input_embeddings(), language_model.get_output_embeddings()):
+            layer.weight[num_rows:] = layer.weight[:num_rows].mean(0)

@@ -5,8 +5,8 @@ Stage 3 is stage 2 on chats, whose targets are the replies only: the difference 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,6 @@ class LanguageStage(Stage):
         visual_input_drop: float = 0.0,
         visual_input_noise: float = 0.0,
         num_sources: int = 1,
-        exporter: Any = None,
     ):
         super().__init__()
         self.model, self.encoder = model, encoder
@@ -49,7 +48,7 @@ class LanguageStage(Stage):
         self.text_weight, self.visual_weight = text_weight, visual_weight
         self.visual_input_drop, self.visual_input_noise = visual_input_drop, visual_input_noise
         self.num_sources = num_sources
-        self.exporter = exporter
+        self.exporter: Callable[[UnifiedModel, Path], None] | None = None  # set by who may import export
         num_visual = model.image_tokenizer.num_visual
         weights = torch.ones(num_visual)
         weights[0] = first_visual_weight
@@ -121,5 +120,5 @@ class LanguageStage(Stage):
 
     def save(self, folder: Path) -> None:
         if self.exporter is None:
-            raise ValueError("this stage was built without an exporter")
+            raise ValueError("no exporter is set: assign stage.exporter before saving")
         self.exporter(self.model, folder)

@@ -1,0 +1,8 @@
+"""Stage 3: instruction tuning. `deepspeed launchers/finetune.py --deepspeed ds_configs/zero2.json [--config YAML] [KEY=VALUE ...]`."""
+
+import sys
+
+from vlgpt.cli import launch_training
+
+if __name__ == "__main__":
+    sys.exit(launch_training(default_config="launchers/configs/demo/finetune.yaml"))

@@ -1,0 +1,8 @@
+"""Stage 2: multimodal pre-training. `deepspeed launchers/pretrain.py --deepspeed ds_configs/zero2.json [--config YAML] [KEY=VALUE ...]`."""
+
+import sys
+
+from vlgpt.cli import launch_training
+
+if __name__ == "__main__":
+    sys.exit(launch_training(default_config="launchers/configs/demo/pretrain.yaml"))

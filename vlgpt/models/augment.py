@@ -1,0 +1,34 @@
+"""Small random crops and zooms, as CLIP training uses them (paper: "augmentation techniques employed in CLIP models")."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def random_views(
+    pixels: Tensor,
+    generator: torch.Generator | None = None,
+    *,
+    max_zoom: float = 0.12,
+    max_shift: float = 0.08,
+    max_turn: float = 0.1,
+) -> Tensor:
+    """A random zoom, shift and slight turn per image, white outside: (B, 3, H, W) in [-1, 1] -> the same.
+
+    PAPER: the exact augmentation is not given; pictures are never mirrored (texts name left and right).
+    """
+    batch = pixels.shape[0]
+
+    def draw(limit: float) -> Tensor:
+        return (torch.rand(batch, generator=generator) * 2 - 1) * limit
+
+    angle, zoom = draw(max_turn), 1 + draw(max_zoom)
+    matrix = torch.zeros(batch, 2, 3)
+    matrix[:, 0, 0] = matrix[:, 1, 1] = zoom * torch.cos(angle)
+    matrix[:, 0, 1] = -zoom * torch.sin(angle)
+    matrix[:, 1, 0] = zoom * torch.sin(angle)
+    matrix[:, 0, 2], matrix[:, 1, 2] = draw(2 * max_shift), draw(2 * max_shift)
+    grid = F.affine_grid(matrix.to(pixels), list(pixels.shape), align_corners=False)
+    return F.grid_sample(pixels - 1, grid, mode="bilinear", padding_mode="zeros", align_corners=False) + 1

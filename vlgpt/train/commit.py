@@ -1,0 +1,171 @@
+"""The commit protocol: a checkpoint exists only once its marker does, and the marker vouches for every byte.
+
+Order: every rank fsyncs its files and writes `rank_R.json` (names, sizes, hashes) -> barrier -> rank 0 checks that all
+manifests are there and writes `COMMITTED.json` by temporary file, fsync and rename -> old tags are deleted last.
+No deepspeed, no torch.distributed here: pure files, so that the protocol can be killed a hundred times in a test.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlgpt.log import UserError, get_logger
+
+MARKER = "COMMITTED.json"
+_TAG = re.compile(r"^step_(\d{8})$")
+
+
+def tag_of(step: int) -> str:
+    """Folder name of the checkpoint after `step` steps."""
+    return f"step_{step:08d}"
+
+
+def step_of(tag: str) -> int:
+    """Inverse of `tag_of`. Raises ValueError for another name."""
+    match = _TAG.match(tag)
+    if match is None:
+        raise ValueError(f"{tag!r} is no checkpoint tag (step_NNNNNNNN)")
+    return int(match.group(1))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a small file so that it is either whole or absent after a kill."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def hash_file(path: Path) -> str:
+    """sha256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_manifest(folder: Path, rank: int, files: Iterable[Path]) -> None:
+    """fsync this rank's files and record their sizes and hashes in `rank_R.json`."""
+    records = []
+    for path in sorted(files):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        records.append(
+            {"name": str(path.relative_to(folder)), "num_bytes": path.stat().st_size, "sha256": hash_file(path)}
+        )
+    write_atomically(folder / f"rank_{rank}.json", json.dumps({"rank": rank, "files": records}, indent=1))
+
+
+def commit(folder: Path, *, world_size: int, facts: dict[str, Any]) -> None:
+    """Write the marker; call on rank 0 after a barrier. Raises ValueError when a rank's manifest is missing."""
+    manifests = []
+    for rank in range(world_size):
+        path = folder / f"rank_{rank}.json"
+        if not path.is_file():
+            raise ValueError(f"{folder.name}: manifest of rank {rank} is missing, {world_size} expected")
+        manifests.append(hash_file(path))
+    marker = {"world_size": world_size, "manifests": manifests, **facts}
+    write_atomically(folder / MARKER, json.dumps(marker, indent=1))
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """Check every byte the marker vouches for and return the marker. Raises ValueError naming the damage."""
+    path = folder / MARKER
+    if not path.is_file():
+        raise ValueError("not committed (killed while saving)")
+    try:
+        marker = json.loads(path.read_text(encoding="utf-8"))
+        for rank, expected in enumerate(marker["manifests"]):
+            manifest_path = folder / f"rank_{rank}.json"
+            if not manifest_path.is_file() or hash_file(manifest_path) != expected:
+                raise ValueError(f"manifest of rank {rank} is missing or damaged")
+            for record in json.loads(manifest_path.read_text(encoding="utf-8"))["files"]:
+                _verify_file(folder, record)
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"marker or manifest is not readable: {error!r}") from error
+    return marker
+
+
+def _verify_file(folder: Path, record: dict[str, Any]) -> None:
+    path = folder / record["name"]
+    if not path.is_file():
+        raise ValueError(f"{record['name']} is missing")
+    if path.stat().st_size != record["num_bytes"]:
+        raise ValueError(f"{record['name']} has {path.stat().st_size} bytes, {record['num_bytes']} were written")
+    if hash_file(path) != record["sha256"]:
+        raise ValueError(f"{record['name']} is damaged (sha256 differs)")
+
+
+@dataclass(frozen=True)
+class Found:
+    """The newest good checkpoint, its marker, and what was passed over and why."""
+
+    tag: str
+    marker: dict[str, Any]
+    skipped: tuple[tuple[str, str], ...]
+
+
+def tags(root: Path) -> list[str]:
+    """All checkpoint folders, newest first."""
+    if not root.is_dir():
+        return []
+    names = [entry.name for entry in root.iterdir() if entry.is_dir() and _TAG.match(entry.name)]
+    return sorted(names, reverse=True)
+
+
+def newest(root: Path) -> Found | None:
+    """Newest checkpoint that verifies; None when there is none at all.
+
+    Raises UserError when checkpoints are there but none is good: silently starting anew would waste the run.
+    """
+    skipped: list[tuple[str, str]] = []
+    was_committed = False
+    for tag in tags(root):
+        try:
+            return Found(tag, verify(root / tag), tuple(skipped))
+        except ValueError as error:
+            was_committed = was_committed or (root / tag / MARKER).exists()
+            skipped.append((tag, str(error)))
+            get_logger().warning("checkpoint %s is passed over: %s", tag, error)
+    if was_committed:
+        listing = "; ".join(f"{tag}: {why}" for tag, why in skipped)
+        raise UserError(f"no checkpoint under {root} is whole ({listing}); restore one, or set checkpoint.resume=never")
+    return None
+
+
+def prune(root: Path, *, keep: int, on_delete: Callable[[str], None] | None = None) -> None:
+    """Delete old checkpoints but the newest `keep` committed ones; torn ones older than those go too.
+
+    The marker is deleted first, so a kill in between leaves a folder that nobody trusts.
+    """
+    committed = [tag for tag in tags(root) if (root / tag / MARKER).is_file()]
+    if not committed:
+        return
+    kept = set(committed[:keep])
+    for tag in tags(root):
+        if tag not in kept and tag < committed[0]:
+            if on_delete is not None:
+                on_delete(tag)
+            (root / tag / MARKER).unlink(missing_ok=True)
+            shutil.rmtree(root / tag, ignore_errors=True)

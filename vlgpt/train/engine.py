@@ -1,0 +1,220 @@
+"""The only file that imports deepspeed: distributed set-up, the merged configuration, steps, saves and loads."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from vlgpt.batch import LossTerm, to_device
+from vlgpt.log import UserError, get_logger
+from vlgpt.settings import RunSettings
+from vlgpt.stages.base import Stage, parameter_groups
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did: the gradient norm before clipping, and whether it was skipped as non-finite."""
+
+    gradient_norm: float
+    is_skipped: bool
+
+
+def start_process_group(*, timeout_s: float) -> None:
+    """Join the processes of the launcher (environment variables), or start a group of one."""
+    if dist.is_initialized():
+        return
+    import deepspeed
+
+    os.environ.setdefault("RANK", "0")
+    os.environ.setdefault("WORLD_SIZE", "1")
+    os.environ.setdefault("LOCAL_RANK", "0")
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    if not os.environ.get("LOCAL_SIZE", "").isdigit():  # an empty LOCAL_SIZE breaks deepspeed's CPU accelerator
+        os.environ["LOCAL_SIZE"] = os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])
+    if not torch.cuda.is_available():
+        _skip_shared_memory_extension()
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed(backend, timeout=timedelta(seconds=timeout_s), verbose=False)
+
+
+def _skip_shared_memory_extension() -> None:
+    """On CPU deepspeed compiles a C++ extension at start-up (a minute or two) that gloo does not need."""
+    with contextlib.suppress(ImportError, AttributeError, TypeError):
+        import deepspeed.ops
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def merge_config(settings: RunSettings, ds_config: Mapping[str, Any], *, world_size: int, source: str) -> dict[str, Any]:
+    """DeepSpeed's configuration: the run's facts and the JSON's ZeRO settings.
+
+    Raises UserError when the JSON sets a fact of the run to another value, naming both.
+    """
+    try:
+        accumulation = settings.accumulation(world_size)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    facts: dict[str, Any] = {
+        "train_batch_size": settings.global_batch,
+        "train_micro_batch_size_per_gpu": settings.micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": settings.optimizer.gradient_clipping,
+        "bf16": {"enabled": settings.precision == "bf16"},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "steps_per_print": 1_000_000_000,
+    }
+    if settings.precision == "bf16":
+        facts["bf16"]["check_grad_overflow"] = True
+    for key in ("optimizer", "scheduler", "fp16"):
+        if key in ds_config:
+            raise UserError(f"{source} sets {key!r}: optimisation and precision live in the run's YAML; remove it there")
+    merged = dict(ds_config)
+    for key, value in facts.items():
+        found = ds_config.get(key)
+        if found is not None and found not in ("auto", value):
+            raise UserError(f"{source} sets {key} = {found!r}, the run's YAML means {value!r}: remove it from the JSON")
+        merged[key] = value
+    return merged
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """Read a DeepSpeed JSON. Raises UserError for bad JSON, FileNotFoundError when it is missing."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"DeepSpeed configuration {path} does not exist (see ds_configs/)")
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from error
+
+
+class Engine:
+    """A stage under DeepSpeed. All methods but the properties are collective: every rank calls them."""
+
+    def __init__(self, stage: Stage, settings: RunSettings, ds_config: Mapping[str, Any]):
+        import deepspeed
+
+        self.stage = stage
+        self.settings = settings
+        groups = parameter_groups(stage, settings.optimizer.weight_decay)
+        optimizer = torch.optim.AdamW(
+            groups, lr=settings.optimizer.lr, betas=settings.optimizer.betas, eps=settings.optimizer.eps
+        )
+        self._engine, self._optimizer, _, _ = deepspeed.initialize(
+            model=stage, optimizer=optimizer, config=dict(ds_config), dist_init_required=False
+        )
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank()
+
+    @property
+    def world_size(self) -> int:
+        return dist.get_world_size()
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self._engine.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.settings.precision == "bf16" else torch.float32
+
+    def place(self, batch: Any) -> Any:
+        """Move a batch to this rank's device and the training precision."""
+        return to_device(batch, self.device, self.dtype)
+
+    def all_sum(self, values: Tensor) -> Tensor:
+        """Sum over ranks, in the precision given."""
+        values = values.to(self.device)
+        dist.all_reduce(values)
+        return values
+
+    def all_max(self, values: Tensor) -> Tensor:
+        values = values.to(self.device)
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+        return values
+
+    def forward(self, batch: Any) -> dict[str, LossTerm]:
+        """Losses of one micro-batch, as sums."""
+        return self._engine(batch)
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate gradients. DeepSpeed divides by the accumulation and averages over ranks."""
+        self._engine.backward(loss)
+
+    def end_micro_batch(self) -> None:
+        """Tell DeepSpeed that a micro-batch is over; at the last one of a step this is the optimizer step."""
+        self._engine.step()
+
+    def set_learning_rate(self, lr: float) -> None:
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+
+    def step_result(self) -> StepResult:
+        """Outcome of the optimizer step just taken; a non-finite gradient skips it on all ranks alike."""
+        is_skipped = bool(getattr(self._engine.optimizer, "overflow", False))
+        norm = self._engine.get_global_grad_norm()
+        return StepResult(float("nan") if norm is None else float(norm), is_skipped)
+
+    def train(self, mode: bool = True) -> None:
+        self._engine.train(mode)
+
+    def save(self, root: Path, tag: str) -> None:
+        """DeepSpeed's own files under root/tag: optimizer partitions and trainable weights; `latest` is not touched."""
+        self._engine.save_checkpoint(str(root), tag=tag, save_latest=False, exclude_frozen_parameters=True)
+
+    def load(self, root: Path, tag: str) -> None:
+        """Load what `save` wrote, at the same world size. Raises UserError when DeepSpeed finds nothing."""
+        path, _ = self._engine.load_checkpoint(str(root), tag=tag, load_module_strict=False)
+        if path is None:
+            raise UserError(f"DeepSpeed found no checkpoint {tag} under {root}")
+
+    def trainable_state(self) -> dict[str, Tensor]:
+        """fp32 master weights of everything trained, gathered to CPU on every rank."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        state = {}
+        for name, parameter in self.stage.named_parameters():
+            if parameter.requires_grad:
+                full = safe_get_full_fp32_param(parameter)
+                value = parameter if full is None else full
+                state[name] = value.detach().float().cpu().reshape(parameter.shape).clone()
+        return state
+
+    def barrier(self) -> None:
+        dist.barrier()
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """One JSON-like value per rank, on every rank (control messages, never data from files)."""
+        gathered: list[Any] = [None] * self.world_size
+        dist.all_gather_object(gathered, value)
+        return gathered
+
+
+def stop_process_group() -> None:
+    """Leave the group in order: without it the launcher may report a crash after success."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+        get_logger().debug("process group closed")

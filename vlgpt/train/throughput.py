@@ -1,0 +1,102 @@
+"""Speed, waits and the progress line of a run."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+import torch
+
+from vlgpt.batch import Batch
+from vlgpt.log import get_logger
+
+
+class Progress:
+    """Counts work between log lines; shows a bar with time left on a terminal, aligned lines elsewhere."""
+
+    def __init__(self, steps: int, start: int, *, is_shown: bool):
+        self.steps, self.start, self.is_shown = steps, start, is_shown
+        self.started = time.monotonic()
+        self._bar: Any = None
+        if is_shown and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, leave=True)
+        self._reset()
+
+    def _reset(self) -> None:
+        self.num_steps = 0
+        self.num_tokens = 0
+        self.num_images = 0
+        self.num_padding = 0
+        self.num_positions = 0
+        self.seconds = 0.0
+        self.wait_s = 0.0
+
+    def add(self, micro_batches: list[Any], seconds: float, wait_s: float) -> None:
+        """One optimizer step of this rank took `seconds`, of which `wait_s` were spent waiting for data."""
+        self.num_steps += 1
+        self.seconds += seconds
+        self.wait_s += wait_s
+        for batch in micro_batches:
+            if isinstance(batch, Batch):
+                padding = int((batch.segment_ids == 0).sum())
+                self.num_tokens += batch.token_ids.numel() - padding
+                self.num_padding += padding
+                self.num_positions += batch.token_ids.numel()
+                self.num_images += 0 if batch.images is None else len(batch.images)
+            else:
+                self.num_images += len(batch.documents)
+        if self._bar is not None:
+            self._bar.update(1)
+
+    def rates(self, engine: Any) -> dict[str, float]:
+        """Rates since the last call, summed over ranks (collective)."""
+        sums = torch.tensor([self.num_tokens, self.num_images, self.num_padding, self.num_positions], dtype=torch.float64)
+        tokens, images, padding, positions = engine.all_sum(sums).tolist()
+        seconds = max(self.seconds, 1e-9)
+        values = {
+            "images_per_s": images / seconds,
+            "step_s": seconds / max(self.num_steps, 1),
+            "data_wait_share": self.wait_s / seconds,
+        }
+        if positions:
+            values["tokens_per_s"] = tokens / seconds
+            values["padding_share"] = padding / positions
+        if torch.cuda.is_available():
+            values["memory_peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        self._reset()
+        return values
+
+    def line(self, step: int, values: dict[str, Any]) -> None:
+        """One aligned line with the time left."""
+        if not self.is_shown:
+            return
+        elapsed = time.monotonic() - self.started
+        left_s = elapsed / max(step - self.start, 1) * (self.steps - step)
+        losses = "  ".join(
+            f"{key.removeprefix('loss/')} {value:7.4f}"
+            for key, value in values.items()
+            if key.startswith("loss/") and key.count("/") == 1 and value is not None
+        )
+        norm = values.get("gradient_norm")
+        shown_norm = "   nan" if norm is None else f"{norm:6.2f}"
+        text = (
+            f"step {step:6d}/{self.steps}  {losses}  |g| {shown_norm}  lr {values['learning_rate']:.2e}  "
+            f"{values['step_s'] * 1e3:6.0f} ms/step  wait {values['data_wait_share']:4.0%}  left {_clock(left_s)}"
+        )
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stderr)
+        else:
+            get_logger().info(text)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
