@@ -34,6 +34,7 @@ class Manifest(Record):
     num_images: int
     num_bytes: int
     dropped: dict[str, int]
+    dropped_images: dict[str, int]
     shards: tuple[ShardRecord, ...]
 
     @property
@@ -108,8 +109,10 @@ def write_manifest(
         reports.append(report)
         on_shard(shard)
     dropped: Counter[str] = Counter()
+    dropped_images: Counter[str] = Counter()
     for report in reports:
         dropped.update(report.dropped)
+        dropped_images.update({reason: len(records) for reason, records in report.dropped_images.items()})
     manifest = Manifest(
         name=name,
         licence=licence,
@@ -120,6 +123,7 @@ def write_manifest(
         num_images=sum(report.num_images for report in reports),
         num_bytes=sum(report.num_bytes for report in reports),
         dropped=dict(sorted(dropped.items())),
+        dropped_images=dict(sorted(dropped_images.items())),
         shards=tuple(report.record() for report in reports),
     )
     write_atomic(folder / MANIFEST, manifest.model_dump_json(indent=1).encode())

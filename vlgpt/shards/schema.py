@@ -93,6 +93,8 @@ class ShardReport(Record):
     dropped: dict[str, int]
     dropped_records: dict[str, tuple[int, ...]]
     """Record numbers inside the shard, by reason: what `--retry-failed` reads again."""
+    dropped_images: dict[str, tuple[int, ...]] = {}
+    """Images that written documents lost on the way: by reason, the record number of each."""
     num_bytes: int
     sha256: str
     first_key: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -9,8 +10,10 @@ import tarfile
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
+from typing import BinaryIO
 
 from vlgpt.document import Document
+from vlgpt.log import get_logger
 from vlgpt.shards.atomic import fsync_folder, write_atomic
 from vlgpt.shards.index import IndexBuilder, Member, crc32
 from vlgpt.shards.schema import (
@@ -59,14 +62,19 @@ class ShardWriter:
         self.first_record, self.build = first_record, build
         self.num_records = 0
         self._dropped: dict[str, list[int]] = {}
+        self._dropped_images: dict[str, list[int]] = {}
         self._index = IndexBuilder(tokenizer)
         self._partial = folder / f".{self.name}.tar.partial"
         self._file = _HashingFile(self._partial)
         self._tar = tarfile.TarFile(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)  # type: ignore[arg-type]
 
-    def add(self, document: Document, images: Sequence[tuple[str, bytes]]) -> str:
+    def add(
+        self, document: Document, images: Sequence[tuple[str, bytes]], *, dropped_images: Sequence[str] = ()
+    ) -> str:
         """Write the next record as a sample and return its key; `images` are (suffix, encoded bytes) in
         document order.
+
+        `dropped_images` are the reasons of images that the document lost on the way.
 
         Raises ValueError when images and image parts do not match or a suffix is unknown.
         """
@@ -85,6 +93,8 @@ class ShardWriter:
                 )
             members.append(self._write_member(f"{key}.{number}", suffix, data))
         self._index.add(key, document, members)
+        for reason in dropped_images:
+            self._dropped_images.setdefault(reason, []).append(self.num_records)
         self.num_records += 1
         return key
 
@@ -106,6 +116,7 @@ class ShardWriter:
             num_images=index.num_images,
             dropped={reason: len(records) for reason, records in sorted(self._dropped.items())},
             dropped_records={reason: tuple(records) for reason, records in sorted(self._dropped.items())},
+            dropped_images={name: tuple(records) for name, records in sorted(self._dropped_images.items())},
             num_bytes=num_bytes,
             sha256=sha256,
             first_key=str(index.keys[0]) if index.num_samples else "",
@@ -118,12 +129,13 @@ class ShardWriter:
         write_atomic(self.folder / f"{self.name}.json", report.model_dump_json(indent=1).encode())
         os.replace(self._partial, final)
         fsync_folder(self.folder)
+        self._file.close()
         return report
 
     def abort(self) -> None:
         """Forget everything written so far."""
-        self._file.close()
         self._partial.unlink(missing_ok=True)
+        self._file.close()
 
     def _write_member(self, stem: str, suffix: str, data: bytes) -> Member:
         info = tarfile.TarInfo(f"{stem}.{suffix}")
@@ -134,10 +146,14 @@ class ShardWriter:
 
 
 class _HashingFile:
-    """A file that knows the sha256 of what was written to it."""
+    """A file that knows the sha256 of what was written to it; it belongs to one process at a time.
+
+    The lock ends with its process, however it ends, so a restarted task waits for a worker that outlived the
+    killed one.
+    """
 
     def __init__(self, path: Path):
-        self._file = path.open("wb")
+        self._file = _open_locked(path)
         self._digest = hashlib.sha256()
         self._num_bytes = 0
 
@@ -152,8 +168,23 @@ class _HashingFile:
     def finish(self) -> tuple[int, str]:
         self._file.flush()
         os.fsync(self._file.fileno())
-        self._file.close()
         return self._num_bytes, self._digest.hexdigest()
 
     def close(self) -> None:
         self._file.close()
+
+
+def _open_locked(path: Path) -> BinaryIO:
+    while True:
+        file = path.open("ab")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:  # some network file systems have no locks
+            get_logger(__name__).warning("no file lock on %s: %s", path, error)
+        try:
+            if os.fstat(file.fileno()).st_ino == path.stat().st_ino:
+                file.truncate(0)
+                return file
+        except FileNotFoundError:
+            pass
+        file.close()  # its owner has just finished the shard or given it up: begin with a new file

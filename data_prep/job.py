@@ -1,0 +1,294 @@
+"""One build: its settings, its plan (which records make which shard) and the work of one shard.
+
+Shard i holds the input records `i * shard_size ... (i + 1) * shard_size - 1`, whatever becomes of them, so
+any number of tasks in any order, killed and restarted, write the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from data_prep.filters import FilterSettings, RecordFilter
+from data_prep.pictures import PicturePreparer, PictureSettings, StoredPicture
+from data_prep.sources import Dropped, ImageOpener, Record, Source
+from vlgpt.document import Document, ImagePart, Part
+from vlgpt.images import BadImage
+from vlgpt.log import UserError
+from vlgpt.shards import ShardReport, ShardWriter
+from vlgpt.shards.atomic import fsync_folder
+from vlgpt.shards.manifest import read_report
+from vlgpt.shards.schema import TextTokenizer
+from vlgpt.shards.stored import read_stored_samples
+
+SETTINGS = "build.json"
+FILTERED = "filtered:"
+LIBRARIES = ("pillow", "numpy")
+FAST_LIBRARIES = ("simplejpeg", "opencv-python-headless")
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that decides the bytes of a data set, and where they go."""
+
+    folder: Path
+    source: Source
+    source_name: str
+    source_options: Mapping[str, Any]
+    inputs: tuple[Path, ...]
+    pictures: PictureSettings
+    filters: FilterSettings
+    shard_size: int
+    tokenizer: TextTokenizer | None = None
+    crashed: frozenset[int] = field(default_factory=frozenset)
+    """Input records whose decoding killed a process: dropped as `decoder_crash`."""
+
+    @property
+    def num_shards(self) -> int:
+        return -(-len(self.source) // self.shard_size)
+
+    def record_range(self, shard: int) -> range:
+        """The input records of a shard."""
+        return range(shard * self.shard_size, min((shard + 1) * self.shard_size, len(self.source)))
+
+    def versions(self) -> dict[str, str]:
+        """Libraries that decide the bytes."""
+        names = [*LIBRARIES, *getattr(self.source, "libraries", ())]
+        names += FAST_LIBRARIES if self.pictures.fast else ()
+        return {name: metadata.version(name) for name in sorted(set(names))}
+
+    def settings(self) -> dict[str, Any]:
+        """What `build.json` records: a restart with anything else is refused."""
+        options = {name: _plain(value) for name, value in sorted(self.source_options.items())}
+        return {
+            "source": self.source_name,
+            "inputs": [str(path.resolve()) for path in self.inputs],
+            "options": options,
+            "num_records": len(self.source),
+            "shard_size": self.shard_size,
+            "pictures": self.pictures.model_dump(),
+            "filters": self.filters.model_dump(mode="json"),
+            "tokenizer": "" if self.tokenizer is None else self.tokenizer.fingerprint,
+            "versions": self.versions(),
+        }
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the settings that decide the tars: token lengths live in the index, and inputs may be moved."""
+        settings = {
+            key: value for key, value in self.settings().items() if key not in ("tokenizer", "inputs")
+        }
+        return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=12).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def claim_folder(job: Job) -> None:
+    """Write `build.json`, or check that this folder is being built with the very same settings.
+
+    Raises UserError that names the first setting that differs, both values and the fix.
+    """
+    job.folder.mkdir(parents=True, exist_ok=True)
+    path = job.folder / SETTINGS
+    wanted = json.dumps(job.settings(), indent=1, sort_keys=True)
+    temporary = job.folder / f".{SETTINGS}.{os.getpid()}"
+    temporary.write_text(wanted)
+    try:
+        os.link(temporary, path)  # the first task wins; the others compare
+        fsync_folder(job.folder)
+    except FileExistsError:
+        pass
+    finally:
+        temporary.unlink()
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); remove {job.folder} to build again") from error
+    for name, old, new in _differences(found, json.loads(wanted)):
+        raise UserError(
+            f"{job.folder} is being built with {name} = {old!r}, this run has {new!r}; "
+            "use the same value, or another --output"
+        )
+
+
+def _differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted({*old, *new}):
+            yield from _differences(old.get(key), new.get(key), f"{name}.{key}".lstrip("."))
+    elif old != new:
+        yield name, old, new
+
+
+class ShardBuilder:
+    """Builds shards of one job, one after the other, in one process."""
+
+    def __init__(self, job: Job, *, on_record: Callable[[int], None] = lambda number: None):
+        """`on_record` hears the number of every input record before it is touched."""
+        self._job, self._on_record = job, on_record
+        self._workshop = _Workshop(job)
+
+    def build(self, shard: int, *, retry: bool = False) -> ShardReport:
+        """Write a shard unless it is there; `retry` reads the failed records of a finished one again."""
+        existing = read_report(self._job.folder, shard)
+        if existing and not (retry and has_failures(existing)):
+            return existing
+        writer = ShardWriter(
+            self._job.folder,
+            shard,
+            first_record=self._job.record_range(shard).start,
+            build=self._job.fingerprint,
+            tokenizer=self._job.tokenizer,
+        )
+        try:
+            if existing is None and (finished := read_report(self._job.folder, shard)):
+                writer.abort()  # another process finished it while this one waited for the lock
+                return finished
+            if existing is None:
+                self._write_all(writer, self._job.record_range(shard))
+            else:
+                self._write_again(writer, self._job.record_range(shard), existing)
+            return writer.close()
+        except BaseException:
+            writer.abort()
+            raise
+
+    def _write_all(self, writer: ShardWriter, records: range) -> None:
+        items = self._job.source.read(records.start, records.stop)
+        for number in records:
+            self._on_record(number)
+            item = next(items)
+            if number in self._job.crashed:
+                writer.drop("decoder_crash")
+            else:
+                self._workshop.process(item, writer)
+
+    def _write_again(self, writer: ShardWriter, records: range, report: ShardReport) -> None:
+        """Copy what is good, keep what filters decided, read the rest anew."""
+        samples = read_stored_samples(self._job.folder, report)
+        decided = {
+            place: reason
+            for reason, places in report.dropped_records.items()
+            for place in places
+            if not is_failure(reason)
+        }
+        for place, number in enumerate(records):
+            self._on_record(number)
+            if place in samples:
+                writer.add(*samples[place])
+            elif place in decided:
+                writer.drop(decided[place])
+            elif number in self._job.crashed:
+                writer.drop("decoder_crash")
+            else:
+                self._workshop.process(next(self._job.source.read(number, number + 1)), writer)
+
+
+def is_failure(reason: str) -> bool:
+    """Whether a record was lost to damage; filters are intentions."""
+    return not reason.startswith(FILTERED)
+
+
+def num_failures(report: ShardReport) -> int:
+    """Records lost to damage."""
+    return sum(count for reason, count in report.dropped.items() if is_failure(reason))
+
+
+def has_failures(report: ShardReport) -> bool:
+    """Whether reading again could bring back a record or an image."""
+    return any(map(is_failure, (*report.dropped, *report.dropped_images)))
+
+
+class _Workshop:
+    """Turns source items into samples or counted drops."""
+
+    def __init__(self, job: Job):
+        self._filter = RecordFilter(job.filters)
+        self._pictures = PicturePreparer(job.pictures)
+        self._max_file_bytes = job.pictures.max_file_bytes
+        self._is_image_optional = getattr(job.source, "is_image_optional", False)
+
+    def process(self, item: Record | Dropped, writer: ShardWriter) -> None:
+        """Add the item to the shard, or count why not."""
+        reason = item.reason if isinstance(item, Dropped) else self._filter.reason(item)
+        if isinstance(item, Dropped) or reason:
+            writer.drop(reason or "unknown")
+            return
+        record = self._filter.crop(item)
+        kept: list[StoredPicture | None] = []
+        lost: list[str] = []
+        for opener in record.images:
+            try:
+                kept.append(self._picture(opener))
+            except BadImage as error:
+                kept.append(None)
+                lost.append(error.reason)
+        stored = [(picture.suffix, picture.data) for picture in kept if picture is not None]
+        if lost and not (self._is_image_optional and stored):
+            writer.drop(lost[0])
+            return
+        document = _with_images(record.document, kept)
+        if _is_storable(document):
+            writer.add(document, stored, dropped_images=lost)
+        else:
+            writer.drop("bad_text")
+
+    def _picture(self, opener: ImageOpener) -> StoredPicture:
+        stored = self._pictures.prepare(_open(opener, max_bytes=self._max_file_bytes))
+        if self._filter.opted_out_hash(stored.info["sha256"]):
+            raise BadImage("filtered:opt_out")
+        return stored
+
+
+def _open(opener: ImageOpener, *, max_bytes: int) -> bytes:
+    try:
+        if isinstance(opener, Path):
+            if opener.stat().st_size > max_bytes:
+                raise BadImage("too_many_bytes", str(opener))
+            return opener.read_bytes()
+        data = opener if isinstance(opener, bytes) else opener()
+    except FileNotFoundError as error:
+        raise BadImage("missing_file", str(error)) from error
+    except OSError as error:
+        raise BadImage("unreadable_file", str(error)) from error
+    if len(data) > max_bytes:
+        raise BadImage("too_many_bytes", f"{len(data)} bytes")
+    return data
+
+
+def _is_storable(document: Document) -> bool:
+    """False for text that is no Unicode (lone surrogates) and for info that is no JSON."""
+    try:
+        json.dumps(document.to_record(), ensure_ascii=False).encode()
+    except (UnicodeEncodeError, TypeError, ValueError):
+        return False
+    return True
+
+
+def _with_images(document: Document, pictures: list[StoredPicture | None]) -> Document:
+    """The document with lost images taken out, and the originals' hashes and sizes in `info`."""
+    numbers: dict[int, int] = {}
+    for index, picture in enumerate(pictures):
+        if picture is not None:
+            numbers[index] = len(numbers)
+    parts: list[Part] = []
+    for part in document.parts:
+        if not isinstance(part, ImagePart):
+            parts.append(part)
+        elif part.index in numbers:
+            parts.append(ImagePart(numbers[part.index], part.role))
+    info = dict(document.info)
+    if numbers:
+        info["images"] = [picture.info for picture in pictures if picture is not None]
+    if "image_urls" in info:
+        info["image_urls"] = [url for index, url in enumerate(info["image_urls"]) if index in numbers]
+    return Document(document.id, document.source, tuple(parts), info)

@@ -1,0 +1,143 @@
+"""A picture as found -> a picture as stored: decoded once, upright, RGB, resized, encoded, without
+metadata.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections import OrderedDict
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field
+
+from vlgpt.images import MAX_PIXELS, BadImage, decode_image, image_size
+
+CACHED_BYTES = 64 << 10
+
+
+class PictureSettings(BaseModel):
+    """How pictures are stored."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    image_format: Literal["jpg", "png", "webp"] = Field("jpg", description="encoding of stored pictures")
+    quality: int = Field(95, ge=1, le=100, description="of jpg and webp")
+    size_px: int = Field(256, ge=1, description="shorter side is reduced to this; smaller pictures stay")
+    max_pixels: int = Field(MAX_PIXELS, ge=1, description="larger pictures are refused by their header")
+    max_file_bytes: int = Field(100 << 20, ge=1, description="larger files are refused unread")
+    min_side_px: int | None = Field(None, ge=1, description="drop pictures with a shorter side")
+    max_side_px: int | None = Field(None, ge=1, description="drop pictures with a longer side")
+    max_aspect: float | None = Field(None, ge=1, description="drop pictures with a larger side ratio")
+    min_file_bytes: int | None = Field(None, ge=1, description="drop pictures from smaller files")
+    perceptual_hash: bool = Field(
+        True, description="store a 64-bit perceptual hash for near-duplicate removal"
+    )
+    fast: bool = Field(False, description="use simplejpeg and OpenCV (pip install vlgpt[fast]); other bytes")
+
+
+@dataclass(frozen=True)
+class StoredPicture:
+    """Encoded bytes and what is worth knowing about the original."""
+
+    suffix: str
+    data: bytes
+    info: dict[str, Any]
+
+
+class PicturePreparer:
+    """Prepares pictures; small files that come again and again are prepared once."""
+
+    def __init__(self, settings: PictureSettings, *, cache_size: int = 8192):
+        self._settings = settings
+        self._cache: OrderedDict[bytes, StoredPicture] = OrderedDict()
+        self._cache_size = cache_size
+
+    def prepare(self, data: bytes) -> StoredPicture:
+        """Raises BadImage; reasons that start with `filtered:` come from the settings' filters."""
+        digest = hashlib.sha256(data)
+        if (stored := self._cache.get(digest.digest())) is not None:
+            return stored
+        stored = _prepare(data, digest.hexdigest(), self._settings)
+        if len(data) + len(stored.data) <= CACHED_BYTES:
+            self._cache[digest.digest()] = stored
+            if len(self._cache) > self._cache_size:
+                self._cache.popitem(last=False)
+        return stored
+
+
+def _prepare(data: bytes, sha256: str, settings: PictureSettings) -> StoredPicture:
+    if not data:
+        raise BadImage("empty")
+    size = image_size(data, max_pixels=settings.max_pixels)
+    _filter(size, len(data), settings)
+    image = decode_image(
+        data, max_pixels=settings.max_pixels, fast=settings.fast, min_size_px=settings.size_px
+    )
+    if (image.width < image.height) != (size[0] < size[1]):
+        size = size[1], size[0]  # the header of a rotated picture
+    image = _resize(image, settings)
+    info = {"sha256": sha256, "width": size[0], "height": size[1]}
+    if settings.perceptual_hash:
+        info["phash"] = f"{perceptual_hash(image):016x}"
+    return StoredPicture(settings.image_format, _encode(image, settings), info)
+
+
+def _filter(size: tuple[int, int], num_bytes: int, settings: PictureSettings) -> None:
+    shorter, longer = min(size), max(size)
+    if settings.min_file_bytes is not None and num_bytes < settings.min_file_bytes:
+        raise BadImage("filtered:file_bytes")
+    if settings.min_side_px is not None and shorter < settings.min_side_px:
+        raise BadImage("filtered:min_side")
+    if settings.max_side_px is not None and longer > settings.max_side_px:
+        raise BadImage("filtered:max_side")
+    if settings.max_aspect is not None and longer > settings.max_aspect * shorter:
+        raise BadImage("filtered:aspect")
+
+
+def _resize(image: Image.Image, settings: PictureSettings) -> Image.Image:
+    """Shorter side to `size_px` at most, ratio kept."""
+    shorter = min(image.size)
+    if shorter <= settings.size_px:
+        return image
+    width, height = (max(1, round(side * settings.size_px / shorter)) for side in image.size)
+    if settings.fast:
+        import cv2
+
+        return Image.fromarray(cv2.resize(np.asarray(image), (width, height), interpolation=cv2.INTER_AREA))
+    return image.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def _encode(image: Image.Image, settings: PictureSettings) -> bytes:
+    if settings.fast and settings.image_format == "jpg":
+        import simplejpeg
+
+        return simplejpeg.encode_jpeg(
+            np.ascontiguousarray(image), quality=settings.quality, colorsubsampling="420"
+        )
+    buffer = io.BytesIO()
+    if settings.image_format == "png":
+        image.save(buffer, "PNG")
+    else:
+        image.save(buffer, "JPEG" if settings.image_format == "jpg" else "WEBP", quality=settings.quality)
+    return buffer.getvalue()
+
+
+def perceptual_hash(image: Image.Image) -> int:
+    """The 64-bit DCT hash of Zauner (2010): sign of the 8x8 lowest frequencies of a 32x32 grey copy, against
+    their median.
+    """
+    grey = np.asarray(image.convert("L").resize((32, 32), Image.Resampling.LANCZOS), dtype=np.float64)
+    low = _dct_rows() @ grey @ _dct_rows().T
+    return int.from_bytes(np.packbits(low > np.median(low)).tobytes(), "big")
+
+
+@lru_cache(maxsize=1)
+def _dct_rows() -> np.ndarray:
+    """The first 8 rows of the 32-point DCT-II. -> (8, 32)"""
+    frequency, position = np.arange(8)[:, None], np.arange(32)[None, :]
+    return 2 * np.cos(np.pi * frequency * (2 * position + 1) / 64)
