@@ -1,0 +1,89 @@
+"""Loaded samples -> `Batch` or `ConditionBatch`, padded and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vlgpt.batch import Batch, ConditionBatch, ImageInput, ImageKind
+from vlgpt.data.pixels import to_pixels
+from vlgpt.data.samples import LoadedCondition, LoadedSequence
+
+
+def collate_rows(
+    rows: Sequence[Sequence[LoadedSequence]], *, sequence_length: int, kind: ImageKind | None, num_visual: int
+) -> Batch:
+    """Sequences of every row, one after the other, then padding (segment 0). Raises ValueError
+    (`Batch.validate`).
+    """
+    shape = (len(rows), sequence_length)
+    token_ids, position_ids = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    segment_ids, source_ids = np.zeros(shape, np.int32), np.zeros(shape, np.int16)
+    is_visual, is_target = np.zeros(shape, bool), np.zeros(shape, bool)
+    images = []
+    for r, row in enumerate(rows):
+        end = 0
+        for number, loaded in enumerate(row, start=1):
+            start, end = end, end + len(loaded.sequence.token_ids)
+            at = (r, slice(start, end))
+            token_ids[at], is_visual[at] = loaded.sequence.token_ids, loaded.sequence.is_visual
+            is_target[at], segment_ids[at] = loaded.sequence.is_target, number
+            position_ids[at], source_ids[at] = np.arange(end - start), loaded.source
+            if loaded.images is not None:
+                images.append(loaded.images)
+        position_ids[r, end:] = np.arange(sequence_length - end)
+    batch = Batch(
+        token_ids=torch.from_numpy(token_ids),
+        segment_ids=torch.from_numpy(segment_ids),
+        position_ids=torch.from_numpy(position_ids),
+        is_visual=torch.from_numpy(is_visual),
+        is_target=torch.from_numpy(is_target),
+        source_ids=torch.from_numpy(source_ids),
+        images=_image_input(kind, images),
+        documents=tuple(tuple(loaded.document for loaded in row) for row in rows),
+        num_visual=num_visual,
+    )
+    batch.validate()
+    return batch
+
+
+def _image_input(kind: ImageKind | None, images: Sequence[np.ndarray]) -> ImageInput | None:
+    if kind is None or not images:
+        return None
+    values = np.concatenate(images)
+    return ImageInput(kind, to_pixels(values) if kind == "pixels" else torch.from_numpy(values))
+
+
+def collate_conditions(
+    slots: Sequence[LoadedCondition | None], *, shapes: Mapping[str, tuple[tuple[int, ...], np.dtype]]
+) -> ConditionBatch:
+    """Samples, None for a masked slot: its tensors are zeros and `is_valid` is False.
+
+    `shapes` names every array of the batch with its shape (without B) and dtype.
+    """
+    tensors = {name: _stack(slots, name, shape, dtype) for name, (shape, dtype) in shapes.items()}
+    has_text = [slot is not None and bool(slot.caption) for slot in slots]
+    batch = ConditionBatch(
+        documents=tuple("" if slot is None else slot.document for slot in slots),
+        source_ids=torch.tensor([0 if slot is None else slot.source for slot in slots], dtype=torch.int16),
+        is_valid=torch.tensor([slot is not None for slot in slots]),
+        has_text=torch.tensor(has_text),
+        captions=tuple("" if slot is None else slot.caption for slot in slots),
+        **tensors,
+    )
+    batch.validate()
+    return batch
+
+
+def _stack(
+    slots: Sequence[LoadedCondition | None], name: str, shape: tuple[int, ...], dtype: np.dtype
+) -> Tensor:
+    """One array of every slot: -> (B, ...); zeros where a slot has none."""
+    values = np.zeros((len(slots), *shape), dtype)
+    for value, slot in zip(values, slots):
+        if slot is not None and name in slot.arrays:
+            value[...] = slot.arrays[name]
+    return to_pixels(values) if name == "pixels" else torch.from_numpy(values)

@@ -1,0 +1,315 @@
+"""The data loader of the training loop: exact, elastic, packed, and honest about what it skips.
+
+    loader = Loader(settings, kind="packed", micro_batch=4, rank=0, world_size=8, tokenizer=tokenizer)
+    loader.load_state_dict(state)              # optional, before the first batch
+    for batch in loader:                       # endless
+        ...; loader.advance(1)                 # the trainer consumed it: this is what state_dict() remembers
+
+The order of samples is a pure function of (seed, data, position), see `mixture.py`; the state is a small
+JSON and resumes at any number of ranks, workers and rows per batch, in a time that does not depend on the
+position.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from vlgpt.batch import Batch, ConditionBatch
+from vlgpt.data.assemble import Assembler
+from vlgpt.data.draws import Draws
+from vlgpt.data.mixture import SLOTS, Mixture, OnePass, SlotPlan, SourceOrder, base_weights, ramp_factors
+from vlgpt.data.packing import Packer
+from vlgpt.data.samples import ConditionLoader, Place, SequenceLoader
+from vlgpt.data.sources import feature_specs, open_sources
+from vlgpt.data.state import check_state, make_state, position_of
+from vlgpt.data.stream import BadRecord, ConditionMaker, Delivery, Maker, Position, RowMaker, deliveries
+from vlgpt.data.tally import Tally
+from vlgpt.data.workers import Board, WorkerGuard, WorkerPool
+from vlgpt.log import UserError, get_logger
+from vlgpt.settings import DataSettings
+from vlgpt.shards import FeatureSpec
+from vlgpt.tokens import DocumentTokenizer
+
+Kind = Literal["packed", "conditions"]
+MEASURED_DRAWS = 256  # samples per source from which the mean sequence length is estimated (ramps only)
+WAIT_WARNING_SHARE, WAIT_WARNING_PERIOD_S = 0.05, 300.0
+
+
+class Loader:
+    """Batches of one rank.
+
+    Args:
+        kind: `packed` gives `Batch` (language stages), `conditions` gives `ConditionBatch` (image stages).
+        micro_batch: rows, or samples, per batch of this rank.
+        run_positions: rows, or samples, that the whole run consumes over all ranks; needed when a source has
+        a ramp.
+        quarantine: JSONL file to which every bad sample is written once.
+        is_one_pass: every sample once, then stop: see `one_pass`.
+    Raises FileNotFoundError or UserError: missing or unsuitable data, settings that do not fit it.
+    """
+
+    def __init__(
+        self,
+        settings: DataSettings,
+        *,
+        kind: Kind,
+        micro_batch: int,
+        rank: int = 0,
+        world_size: int = 1,
+        tokenizer: DocumentTokenizer | None = None,
+        run_positions: int | None = None,
+        quarantine: Path | None = None,
+        is_one_pass: bool = False,
+    ):
+        if kind == "packed" and tokenizer is None:
+            raise UserError("a loader of packed rows needs the tokenizer of the run")
+        self.settings, self.kind, self.tokenizer = settings, kind, tokenizer
+        self.micro_batch, self.rank, self.world_size = micro_batch, rank, world_size
+        self.sources = open_sources(settings)
+        self.source_names = tuple(source.name for source in self.sources)
+        self._is_one_pass = is_one_pass
+        self._assemblers = self._make_assemblers()
+        self._total_windows = self._count_windows(run_positions)
+        self._position = Position()
+        self._maker = self._make_maker()
+        self._tally = Tally(
+            self.source_names, max_bad_fraction=settings.max_bad_fraction, quarantine=quarantine, rank=rank
+        )
+        self._delivered: deque[Position] = deque()
+        self._running: Iterator[Batch | ConditionBatch] | None = None
+        self._pool: WorkerPool | None = None
+        self._wait_s, self._started_s = 0.0, 0.0
+        self._warned_s, self._warned_wait_s = 0.0, 0.0
+
+    @property
+    def feature_specs(self) -> dict[str, FeatureSpec]:
+        """How the features that this loader reads were made."""
+        return feature_specs(self.sources)
+
+    # --- building
+
+    def _make_assemblers(self) -> list[Assembler]:
+        if self.tokenizer is None or self.kind != "packed":
+            return []
+        length = self.settings.sequence_length
+        return [
+            Assembler(source.settings, tokenizer=self.tokenizer, sequence_length=length)
+            for source in self.sources
+        ]
+
+    def _orders(self) -> list[SourceOrder]:
+        return [
+            SourceOrder(
+                source.name,
+                seed=self.settings.seed,
+                counts=source.counts,
+                shuffle_shards=self.settings.shuffle_shards,
+            )
+            for source in self.sources
+        ]
+
+    def _plan(self) -> SlotPlan:
+        if self._is_one_pass:
+            return OnePass([source.counts for source in self.sources], seed=self.settings.seed)
+        return Mixture(
+            self._orders(),
+            seed=self.settings.seed,
+            weights=base_weights(self.settings, [source.num_samples for source in self.sources]),
+            ramps=[source.settings.ramp for source in self.sources],
+            total_windows=self._total_windows,
+        )
+
+    def _make_maker(self) -> Maker:
+        if self.kind == "conditions":
+            return ConditionMaker(self._plan(), ConditionLoader(self.sources, settings=self.settings))
+        assert self.tokenizer is not None
+        tokenizer = self.tokenizer
+        packer = Packer(
+            self._plan(),
+            seed=self.settings.seed,
+            assemblers=self._assemblers,
+            lengths=lambda source, shard: self.sources[source].lengths(shard, tokenizer=tokenizer),
+            packing=self.settings.packing,
+            sequence_length=self.settings.sequence_length,
+        )
+        loader = SequenceLoader(self.sources, settings=self.settings, assemblers=self._assemblers)
+        return RowMaker(packer, loader, sequence_length=self.settings.sequence_length)
+
+    def _count_windows(self, run_positions: int | None) -> int | None:
+        """Windows of the whole run, which ramps are measured in; None when there is no ramp.
+
+        With packing it is estimated from the mean sequence length of every source, a pure function of the
+        data.
+        """
+        ramps = [source.settings.ramp for source in self.sources]
+        if self._is_one_pass or run_positions is None or not any(end > 0 for _, end in ramps):
+            return None
+        rows_per_slot = 1.0
+        if self.kind == "packed" and self.settings.packing == "best_fit":
+            weights = base_weights(self.settings, [source.num_samples for source in self.sources])
+            shares = weights * ramp_factors(ramps, np.linspace(0, 1, 101))
+            shares = (shares / np.maximum(shares.sum(axis=1, keepdims=True), 1e-12)).mean(axis=0)
+            lengths = [self._mean_length(s, order) for s, order in enumerate(self._orders())]
+            rows_per_slot = float(shares @ np.array(lengths)) / self.settings.sequence_length
+        return max(1, round(run_positions / (SLOTS * max(rows_per_slot, 1e-6))))
+
+    def _mean_length(self, s: int, order: SourceOrder) -> float:
+        assert self.tokenizer is not None
+        shards, samples = order.locate(np.arange(min(MEASURED_DRAWS, order.num_samples)))
+        total = 0
+        for key, (shard, sample) in enumerate(zip(shards.tolist(), samples.tolist())):
+            parts = self.sources[s].lengths(shard, tokenizer=self.tokenizer).parts(sample)
+            total += self._assemblers[s].plan(parts, Draws(key)).length
+        return total / len(shards)
+
+    # --- iterating
+
+    def __iter__(self) -> Iterator[Batch | ConditionBatch]:
+        """Batches from the position that the trainer has consumed. A new iteration ends the one before."""
+        self.close()
+        self._running = self._iterate()
+        return self._running
+
+    def one_pass(self) -> Iterator[Batch | ConditionBatch]:
+        """Every sample of the sources exactly once, in their order, dealt to ranks: for validation.
+
+        The last batches are filled with empty rows or masked slots, so that all ranks get the same number.
+        """
+        options = {
+            name: getattr(self, name) for name in ("kind", "micro_batch", "rank", "world_size", "tokenizer")
+        }
+        loader = Loader(self.settings, **options, is_one_pass=True)
+        try:
+            yield from loader
+        finally:
+            loader.close()
+
+    def __next__(self) -> Batch | ConditionBatch:
+        """The next batch; starts an iteration when none runs."""
+        return next(self._running if self._running is not None else iter(self))
+
+    def _iterate(self) -> Iterator[Batch | ConditionBatch]:
+        source = iter(self._start(self._position))
+        self._started_s = self._warned_s = time.monotonic()
+        self._wait_s = self._warned_wait_s = 0.0
+        while True:
+            before_s = time.monotonic()
+            delivery = next(source, None)
+            self._wait_s += time.monotonic() - before_s
+            if delivery is None:
+                return
+            self._tally.add(delivery.report)
+            self._delivered.append(delivery.end)
+            self._warn_when_slow()
+            yield delivery.batch
+
+    def _start(self, start: Position) -> Iterator[Delivery] | WorkerPool:
+        num_workers = self.settings.num_workers
+        if num_workers == 0:
+            return self._produce(start, 0, WorkerGuard(Board(1), 0), stride=1)
+        self._pool = WorkerPool(
+            lambda start, first, guard: self._produce(start, first, guard, stride=num_workers),
+            start=start,
+            num_workers=num_workers,
+            prefetch_batches=self.settings.prefetch_batches,
+            watchdog_s=self.settings.watchdog_s,
+            on_death=self._on_death,
+        )
+        return self._pool
+
+    def _produce(self, start: Position, first: int, guard: WorkerGuard, *, stride: int) -> Iterator[Delivery]:
+        return deliveries(
+            self._maker,
+            start,
+            micro_batch=self.micro_batch,
+            rank=self.rank,
+            world_size=self.world_size,
+            guard=guard,
+            worker=first,
+            num_workers=stride,
+        )
+
+    def _on_death(self, worker: int, place: Place | None) -> None:
+        if place is not None:
+            bad = self.sources[place.source].bad("killed_worker", place.shard, place.sample)
+            record = BadRecord(place.source, bad.reason, bad.key, bad.shard)
+            self._tally.quarantine(record)
+            get_logger(__name__).error("data worker %d died while reading %s", worker, bad)
+
+    def _warn_when_slow(self) -> None:
+        now_s = time.monotonic()
+        if now_s - self._warned_s < WAIT_WARNING_PERIOD_S:
+            return
+        share = (self._wait_s - self._warned_wait_s) / (now_s - self._warned_s)
+        if share > WAIT_WARNING_SHARE:
+            get_logger(__name__).warning(
+                "the trainer waited for data %.0f %% of the last %.0f s: raise data.num_workers (now %d)",
+                100 * share,
+                now_s - self._warned_s,
+                self.settings.num_workers,
+            )
+        self._warned_s, self._warned_wait_s = now_s, self._wait_s
+
+    def close(self) -> None:
+        """End the workers; the position stays."""
+        if self._pool is not None:
+            self._pool.close()
+        self._pool, self._running = None, None
+        self._delivered.clear()
+
+    # --- the position
+
+    def advance(self, num_micro_batches: int = 1) -> None:
+        """The trainer consumed this many of the delivered batches (all ranks did). Raises ValueError for
+        more.
+        """
+        if num_micro_batches > len(self._delivered):
+            raise ValueError(
+                f"advance({num_micro_batches}): only {len(self._delivered)} delivered batches are open"
+            )
+        for _ in range(num_micro_batches):
+            self._position = self._delivered.popleft()
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON of the position consumed by the trainer, equal on all ranks."""
+        plan = self._maker.plan
+        return make_state(
+            self.settings,
+            self.sources,
+            kind=self.kind,
+            position=self._position,
+            epoch=plan.epoch(self._position.window),
+            tokenizer="" if self.tokenizer is None else self.tokenizer.fingerprint,
+            total_windows=self._total_windows,
+        )
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to the position of a saved state; the next iteration starts there.
+
+        Raises UserError when the data or a setting that decides the order changed, naming it, unless
+        `data.allow_data_change`.
+        """
+        self.close()
+        check_state(state, self.state_dict(), self.sources, is_change_allowed=self.settings.allow_data_change)
+        if state["total_windows"] != self._total_windows:
+            get_logger(__name__).warning("ramps keep the run length that they were started with")
+            self._total_windows = state["total_windows"]
+            self._maker = self._make_maker()
+        self._position = position_of(state)
+
+    def statistics(self) -> dict[str, Any]:
+        """Counts of this rank since the loader was made: samples, mixture, tokens and padding share, bad and
+        rejected samples by source and reason, time waited for data, planning time per window.
+        """
+        elapsed_s = time.monotonic() - self._started_s if self._started_s else 0.0
+        return {
+            **self._tally.statistics(),
+            "data_wait_s": self._wait_s,
+            "data_wait_share": self._wait_s / elapsed_s if elapsed_s else 0.0,
+        }

@@ -1,0 +1,252 @@
+"""Which sample stands at which position of the endless training stream: a pure function of seed and shard
+sizes.
+
+The stream is cut into windows of 4,096 slots. Every window holds a fixed integer number of slots per source,
+so the weights are exact within 1/4096 at any moment, and the number of draws that a source has made before
+any window is a multiplication, not a replay. The k-th draw of a source is found from (epoch, permutation of
+the shards, permutation of the samples inside a block of shards); nothing as large as the data set is ever
+held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Protocol
+
+import numpy as np
+
+from vlgpt.log import UserError
+from vlgpt.seeds import generator
+from vlgpt.settings import DataSettings
+
+SLOTS = 4096  # slots of a window; weights are exact within 1/SLOTS
+
+
+@dataclass(frozen=True)
+class Slots:
+    """One window of the stream: arrays `(n,)`, n = 4,096 except in the last window of a finite pass."""
+
+    source: np.ndarray  # int64, position in the list of sources
+    shard: np.ndarray  # int64
+    sample: np.ndarray  # int64, inside the shard
+    key: np.ndarray  # uint64, addresses every random choice made for this slot
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+
+class SlotPlan(Protocol):
+    """A stream of windows: endless (`Mixture`) or every sample once (`OnePass`)."""
+
+    num_windows: int | None
+
+    def num_slots(self, window: int) -> int: ...
+
+    def slots(self, window: int) -> Slots: ...
+
+    def epoch(self, window: int) -> int: ...
+
+
+def slot_keys(seed: int, window: int, num_slots: int) -> np.ndarray:
+    """Addresses of the random choices of every slot of a window: -> (num_slots,) uint64."""
+    return generator(seed, "slots", window).integers(0, 2**64, num_slots, dtype=np.uint64)
+
+
+class SourceOrder:
+    """The k-th draw of one source, for any k, in logarithmic time.
+
+    Args:
+        counts: samples per shard `(S,)`; empty shards are allowed.
+        shuffle_shards: samples are permuted inside blocks of this many shards: it bounds how many shards are
+            read from at a time. 0 keeps the order of the data set.
+    """
+
+    def __init__(self, name: str, *, seed: int, counts: np.ndarray, shuffle_shards: int):
+        self.name, self.seed = name, seed
+        self.counts = np.asarray(counts, dtype=np.int64)
+        self.num_samples = int(self.counts.sum())
+        self._block = shuffle_shards
+        if self.num_samples == 0:
+            raise UserError(
+                f"source {name!r} holds no sample in its {len(self.counts)} shards; remove it or build it"
+            )
+        self._shards = lru_cache(maxsize=2)(self._permute_shards)
+        self._samples = lru_cache(maxsize=4)(self._permute_samples)
+
+    def _permute_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Shards in the order of this epoch, and the number of samples before each: -> (S,), (S + 1,)."""
+        order = (
+            generator(self.seed, "shards", self.name, epoch).permutation(len(self.counts)).astype(np.int32)
+        )
+        return order, np.concatenate([[0], np.cumsum(self.counts[order])])
+
+    def _permute_samples(self, epoch: int, block: int, num_samples: int) -> np.ndarray:
+        return (
+            generator(self.seed, "samples", self.name, epoch, block).permutation(num_samples).astype(np.int32)
+        )
+
+    def locate(self, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Shard and sample of these draws: (n,) -> (n,), (n,)."""
+        shard, sample = np.empty_like(draws), np.empty_like(draws)
+        epochs = draws // self.num_samples
+        for epoch in np.unique(epochs):
+            at = epochs == epoch
+            shard[at], sample[at] = self._locate_in_epoch(int(epoch), draws[at] - epoch * self.num_samples)
+        return shard, sample
+
+    def _locate_in_epoch(self, epoch: int, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        order, starts = self._shards(epoch)
+        block_starts = np.append(starts[:-1][:: self._block], starts[-1])
+        blocks = np.searchsorted(block_starts, places, side="right") - 1
+        for block in np.unique(blocks):
+            start, size = block_starts[block], int(block_starts[block + 1] - block_starts[block])
+            at = blocks == block
+            places[at] = start + self._samples(epoch, int(block), size)[places[at] - start]
+        position = np.searchsorted(starts, places, side="right") - 1
+        return order[position], places - starts[position]
+
+
+def base_weights(settings: DataSettings, sizes: Sequence[int]) -> np.ndarray:
+    """Weight of every source before ramps: (S,). Raises UserError when "size" and numbers are mixed."""
+    given = [source.weight for source in settings.sources]
+    by_size = [source.name for source in settings.sources if source.weight == "size"]
+    if by_size and len(by_size) < len(given):
+        raise UserError(
+            f"data.sources: give all weights as numbers or all as 'size'; {', '.join(by_size)} are by size, "
+            f"the "
+            f"others are numbers"
+        )
+    weights = np.asarray(sizes, dtype=np.float64) if by_size else np.asarray(given, dtype=np.float64)
+    if settings.mixing == "temperature":
+        weights = np.where(weights > 0, weights, 0.0) ** (1.0 / settings.temperature) * (weights > 0)
+    if not weights.sum() > 0:
+        raise UserError("data.sources: every weight is 0; give at least one source a positive weight")
+    return weights / weights.sum()
+
+
+def quotas(weights: np.ndarray) -> np.ndarray:
+    """Slots per source by largest remainder, each row sums to 4,096: (W, S) -> (W, S) int64.
+
+    A source with any weight gets a slot before larger ones are rounded up.
+    """
+    exact = weights / weights.sum(axis=1, keepdims=True) * SLOTS
+    whole = np.floor(exact + 1e-9)
+    remainder = exact - whole + ((whole == 0) & (weights > 0))
+    rank = np.argsort(np.argsort(-remainder, axis=1, kind="stable"), axis=1, kind="stable")
+    left = SLOTS - whole.sum(axis=1, keepdims=True)
+    return (whole + (rank < left)).astype(np.int64)
+
+
+def ramp_factors(ramps: Sequence[tuple[float, float]], shares: np.ndarray) -> np.ndarray:
+    """How much of its weight each source has at these shares of the run: (W,) -> (W, S)."""
+    factors = np.ones((len(shares), len(ramps)))
+    for s, (start, end) in enumerate(ramps):
+        if end > 0:
+            factors[:, s] = np.clip((shares - start) / max(end - start, 1e-9), 0.0, 1.0)
+    return factors
+
+
+class Mixture:
+    """The endless stream over all sources.
+
+    Args:
+        weights: (S,), positive sum.
+        ramps: per source the shares of the run between which its weight grows from 0 to full.
+        total_windows: windows of the whole run; needed when there is a ramp.
+    Raises UserError when a weight is too small for one slot, or ramps leave the start of the run without
+    data.
+    """
+
+    num_windows: int | None = None
+
+    def __init__(
+        self,
+        orders: Sequence[SourceOrder],
+        *,
+        seed: int,
+        weights: np.ndarray,
+        ramps: Sequence[tuple[float, float]] = (),
+        total_windows: int | None = None,
+    ):
+        self.orders, self.seed = tuple(orders), seed
+        self._full = quotas(weights[None])[0]
+        for order, weight, quota in zip(orders, weights, self._full):
+            if weight > 0 and quota == 0:
+                raise UserError(
+                    f"source {order.name!r} has weight {weight:.2g} of 1: less than one of {SLOTS} slots; "
+                    f"raise it "
+                    "or leave the source out"
+                )
+        ramp_end = max((end for _, end in ramps), default=0.0)
+        if ramp_end > 0 and total_windows is None:
+            raise UserError(
+                "a source has a ramp, so the loader must be told the length of the run (run_positions)"
+            )
+        num_ramp = int(np.ceil(ramp_end * (total_windows or 0)))
+        shares = np.arange(num_ramp) / max(total_windows or 1, 1)
+        ramped = weights * ramp_factors(ramps, shares) if num_ramp else np.empty((0, len(weights)))
+        if num_ramp and not ramped.sum(axis=1).min() > 0:
+            raise UserError(
+                "data.sources: all sources are ramped in, so the run starts without data; leave one at (0, 0)"
+            )
+        self._ramp = quotas(ramped) if num_ramp else np.empty((0, len(weights)), dtype=np.int64)
+        self._before = np.concatenate([np.zeros((1, len(weights)), np.int64), np.cumsum(self._ramp, axis=0)])
+
+    def quota(self, window: int) -> np.ndarray:
+        """Slots of each source in a window: -> (S,)."""
+        return self._ramp[window] if window < len(self._ramp) else self._full
+
+    def draws_before(self, window: int) -> np.ndarray:
+        """How often each source was drawn before a window: -> (S,)."""
+        num_ramp = len(self._ramp)
+        if window <= num_ramp:
+            return self._before[window]
+        return self._before[num_ramp] + (window - num_ramp) * self._full
+
+    def num_slots(self, window: int) -> int:
+        return SLOTS
+
+    def slots(self, window: int) -> Slots:
+        """All slots of a window."""
+        quota, before = self.quota(window), self.draws_before(window)
+        source = np.repeat(np.arange(len(quota)), quota)
+        source = source[generator(self.seed, "mixing", window).permutation(SLOTS)]
+        shard, sample = np.empty(SLOTS, np.int64), np.empty(SLOTS, np.int64)
+        for s, order in enumerate(self.orders):
+            if quota[s]:
+                shard[source == s], sample[source == s] = order.locate(before[s] + np.arange(quota[s]))
+        return Slots(source, shard, sample, slot_keys(self.seed, window, SLOTS))
+
+    def epoch(self, window: int) -> int:
+        """Complete passes over every source that takes part, before a window."""
+        before = self.draws_before(window)
+        return min(
+            int(n) // order.num_samples for n, order, full in zip(before, self.orders, self._full) if full
+        )
+
+
+class OnePass:
+    """Every sample of every source exactly once, in the order of the data sets: for validation."""
+
+    def __init__(self, counts: Sequence[np.ndarray], *, seed: int):
+        """`counts`: samples per shard of each source."""
+        self.seed = seed
+        self._source = np.concatenate([np.full(len(c), s) for s, c in enumerate(counts)])
+        self._shard = np.concatenate([np.arange(len(c)) for c in counts])
+        self._starts = np.concatenate([[0], np.cumsum(np.concatenate(counts))]).astype(np.int64)
+        self.num_samples = int(self._starts[-1])
+        self.num_windows: int | None = -(-self.num_samples // SLOTS)
+
+    def num_slots(self, window: int) -> int:
+        return min(SLOTS, self.num_samples - window * SLOTS)
+
+    def slots(self, window: int) -> Slots:
+        places = np.arange(window * SLOTS, window * SLOTS + self.num_slots(window))
+        position = np.searchsorted(self._starts, places, side="right") - 1
+        key = slot_keys(self.seed, window, SLOTS)[: len(places)]
+        return Slots(self._source[position], self._shard[position], places - self._starts[position], key)
+
+    def epoch(self, window: int) -> int:
+        return int(window >= (self.num_windows or 0))

@@ -1,0 +1,159 @@
+"""The data sets of a mixture, opened and checked against each other before the first batch."""
+
+from __future__ import annotations
+
+import hashlib
+from base64 import b64encode
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlgpt.data.assemble import ShardLengths
+from vlgpt.log import UserError
+from vlgpt.settings import DataSettings, SourceSettings
+from vlgpt.shards import BadSample, FeatureReader, FeatureSpec, Sample, ShardSet
+from vlgpt.tokens import DocumentTokenizer
+
+MAX_CACHED_LENGTHS = 64
+DIGEST_BYTES = 3  # per shard in the loader's state: enough to name the shard that differs
+
+
+class OpenSource:
+    """One data set of the mixture."""
+
+    def __init__(self, settings: SourceSettings, *, shards: ShardSet, features: dict[str, FeatureReader]):
+        self.settings, self.shards, self.features = settings, shards, features
+        self.name = settings.name
+        self.counts = np.array([shard.num_samples for shard in shards.shards], dtype=np.int64)
+        self.has_images = any(shard.num_images for shard in shards.shards)
+        self._lengths: OrderedDict[int, ShardLengths] = OrderedDict()
+
+    @property
+    def num_samples(self) -> int:
+        return int(self.counts.sum())
+
+    def lengths(self, shard: int, *, tokenizer: DocumentTokenizer) -> ShardLengths:
+        """Part lengths of a shard. Raises UserError when they were made with another tokenizer."""
+        if shard in self._lengths:
+            self._lengths.move_to_end(shard)
+            return self._lengths[shard]
+        index = self.shards.index(shard)
+        if index.tokenizer != tokenizer.fingerprint:
+            found = f"of tokenizer {index.tokenizer}" if index.tokenizer else "none"
+            raise UserError(
+                f"source {self.name!r}, shard {self.shards.shards[shard].name}: packing needs token lengths "
+                f"of the "
+                f"run's tokenizer ({tokenizer.fingerprint}), found {found}; write them with: "
+                f"python -m data_prep.index {self.settings.path} --tokenizer PATH"
+            )
+        lengths = ShardLengths(index, image_length=tokenizer.image_length)
+        self._lengths[shard] = lengths
+        if len(self._lengths) > MAX_CACHED_LENGTHS:
+            self._lengths.popitem(last=False)
+        return lengths
+
+    def read(self, shard: int, sample: int, *, with_images: bool) -> Sample:
+        """One sample, its pictures only on demand. Raises BadSample."""
+        index = self.shards.index(shard)
+        try:
+            return self.shards.read(shard, sample)
+        except FileNotFoundError as error:
+            key, name = str(index.keys[sample]), self.shards.shards[shard].name
+            raise BadSample("missing_shard", key, name) from error
+
+    def image_row(self, shard: int, sample: int) -> int:
+        """Row of the sample's first image in every per-image feature of the shard."""
+        return int(self.shards.index(shard).image_start[sample])
+
+    def text_row(self, shard: int, sample: int) -> int:
+        """Row of the sample's first text part in every per-text feature of the shard."""
+        return int(self.shards.index(shard).text_start[sample])
+
+    def bad(self, reason: str, shard: int, sample: int) -> BadSample:
+        """The error that names this sample."""
+        return BadSample(reason, str(self.shards.index(shard).keys[sample]), self.shards.shards[shard].name)
+
+    def state(self) -> dict[str, Any]:
+        """What identifies the data: the fingerprint, and a short digest per shard to name the one that
+        differs.
+        """
+        digests = b"".join(
+            _digest(shard.name, shard.sha256, shard.num_samples) for shard in self.shards.shards
+        )
+        return {
+            "fingerprint": self.shards.fingerprint,
+            "num_shards": len(self.shards.shards),
+            "num_samples": self.num_samples,
+            "shard_digests": b64encode(digests).decode(),
+        }
+
+    def difference(self, state: dict[str, Any]) -> str:
+        """What changed since `state` was saved, in words; "" when nothing did."""
+        now = self.state()
+        if now["fingerprint"] == state["fingerprint"]:
+            return ""
+        width = 4 * DIGEST_BYTES // 3
+        for i, shard in enumerate(self.shards.shards):
+            if (
+                now["shard_digests"][i * width : (i + 1) * width]
+                != state["shard_digests"][i * width : (i + 1) * width]
+            ):
+                what = "differs" if i < state["num_shards"] else "is new"
+                return f"shard {shard.name} of source {self.name!r} {what}"
+        return f"source {self.name!r} had {state['num_shards']} shards and now has {now['num_shards']}"
+
+
+def _digest(name: str, sha256: str, num_samples: int) -> bytes:
+    return hashlib.blake2b(f"{name}|{sha256}|{num_samples}".encode(), digest_size=DIGEST_BYTES).digest()
+
+
+def open_sources(settings: DataSettings) -> list[OpenSource]:
+    """Open every source with the features that the run reads.
+
+    Raises FileNotFoundError or UserError: a missing data set or feature, two sources of one name, or
+    features of two sources that were made differently.
+    """
+    names = [source.name for source in settings.sources]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise UserError(f"data.sources: the name {sorted(twice)[0]!r} stands twice; names must differ")
+    opened = []
+    for source in settings.sources:
+        cache = Path(settings.cache_dir) if settings.cache_dir else None
+        shards = ShardSet.open(source.path, cache_dir=cache, cache_bytes=settings.cache_bytes)
+        features: dict[str, FeatureReader] = {name: shards.feature(name) for name in settings.features}
+        opened.append(OpenSource(source, shards=shards, features=features))
+    feature_specs(opened)
+    return opened
+
+
+def feature_specs(sources: Sequence[OpenSource]) -> dict[str, FeatureSpec]:
+    """The specification of every feature. Raises UserError naming two sources whose features do not fit
+    together.
+    """
+    specs: dict[str, tuple[str, FeatureSpec]] = {}
+    for source in sources:
+        for name, reader in source.features.items():
+            first, spec = specs.setdefault(name, (source.name, reader.spec))
+            if _meaning(spec) != _meaning(reader.spec):
+                old, new = _meaning(spec), _meaning(reader.spec)
+                changed = next(key for key in old if old[key] != new[key])
+                raise UserError(
+                    f"feature {name!r} of source {source.name!r} has {changed} {new[changed]!r}, of source "
+                    f"{first!r} "
+                    f"{old[changed]!r}; compute both with the same encoder (python -m data_prep.features)"
+                )
+    return {name: spec for name, (_, spec) in specs.items()}
+
+
+def feature_dtype(sources: Sequence[OpenSource], name: str) -> np.dtype:
+    """What a feature is handed over as: float16 when every source stores it so, else float32."""
+    stored = {source.features[name].spec.dtype for source in sources}
+    return np.dtype(np.float16 if stored == {"float16"} else np.float32)
+
+
+def _meaning(spec: FeatureSpec) -> dict[str, Any]:
+    """What must agree between sources; storage type and number of views may differ."""
+    return {key: value for key, value in spec.model_dump().items() if key not in ("dtype", "views")}

@@ -1,0 +1,123 @@
+"""What the loader met: counts by source and reason, the quarantine file, and when enough is enough."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vlgpt.data.stream import BadRecord, Report
+from vlgpt.log import get_logger
+
+BAD_WINDOW = 10_000  # samples over which `max_bad_fraction` is judged
+MAX_CONSECUTIVE_BAD = 100
+MAX_QUARANTINE_LINES = 100_000
+
+
+class TooManyBadSamples(RuntimeError):
+    """A source has more bad samples than `data.max_bad_fraction` allows."""
+
+
+class Tally:
+    """Adds up the reports of a rank. All its numbers may be summed over ranks."""
+
+    def __init__(
+        self, source_names: Sequence[str], *, max_bad_fraction: float, quarantine: Path | None, rank: int = 0
+    ):
+        self._names, self._max_bad_fraction, self._rank = tuple(source_names), max_bad_fraction, rank
+        self.bad: Counter[tuple[int, str]] = Counter()
+        self.rejected: Counter[tuple[int, str]] = Counter()
+        self.good: Counter[int] = Counter()
+        self.tokens: Counter[int] = Counter()
+        self.num_positions = self.num_dropped_images = self.num_windows_planned = 0
+        self.planning_ms = 0.0
+        self._recent_read: Counter[int] = Counter()
+        self._recent_bad: Counter[int] = Counter()
+        self._consecutive_bad: Counter[int] = Counter()
+        self._quarantine, self._quarantined = quarantine, set[tuple[str, str]]()
+
+    def add(self, report: Report) -> None:
+        """Count one batch. Raises TooManyBadSamples."""
+        self.tokens.update(report.tokens)
+        self.rejected.update(report.rejected)
+        self.num_positions += report.num_positions
+        self.num_dropped_images += report.num_dropped_images
+        self.num_windows_planned += report.num_windows_planned
+        self.planning_ms += report.planning_ms
+        for source, bad in report.outcomes:
+            self._recent_read[source] += 1
+            if bad is None:
+                self.good[source] += 1
+                self._consecutive_bad[source] = 0
+            else:
+                self._add_bad(bad)
+            if self._recent_read[source] >= BAD_WINDOW:
+                self._recent_read[source] = self._recent_bad[source] = 0
+
+    def _add_bad(self, bad: BadRecord) -> None:
+        source, name = bad.source, self._names[bad.source]
+        self.bad[source, bad.reason] += 1
+        self._recent_bad[source] += 1
+        self._consecutive_bad[source] += 1
+        self.quarantine(bad)
+        last = f"{bad.reason} (sample {bad.key} of shard {bad.shard})"
+        found = f"the last one: {last}; all: {self.by_source(self.bad)[name]}"
+        if self._recent_bad[source] > self._max_bad_fraction * BAD_WINDOW:
+            raise TooManyBadSamples(
+                f"source {name!r}: {self._recent_bad[source]} bad of the last {self._recent_read[source]} "
+                f"samples; "
+                f"data.max_bad_fraction {self._max_bad_fraction} allows "
+                f"{self._max_bad_fraction * BAD_WINDOW:.0f} of "
+                f"{BAD_WINDOW}; {found}"
+            )
+        if self._consecutive_bad[source] > MAX_CONSECUTIVE_BAD:
+            raise TooManyBadSamples(
+                f"source {name!r}: {self._consecutive_bad[source]} bad samples in a row; {found}"
+            )
+
+    def quarantine(self, bad: BadRecord) -> None:
+        """Write a bad sample to the quarantine file, once, and the first few to the log."""
+        if (bad.shard, bad.key) in self._quarantined or len(self._quarantined) >= MAX_QUARANTINE_LINES:
+            return
+        self._quarantined.add((bad.shard, bad.key))
+        name = self._names[bad.source]
+        if len(self._quarantined) <= 10:
+            get_logger(__name__).warning(
+                "bad sample: %s, shard %s, key %s: %s", name, bad.shard, bad.key, bad.reason
+            )
+        if self._quarantine is not None:
+            record = {
+                "source": name,
+                "shard": bad.shard,
+                "key": bad.key,
+                "reason": bad.reason,
+                "rank": self._rank,
+            }
+            self._quarantine.parent.mkdir(parents=True, exist_ok=True)
+            with self._quarantine.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+
+    def by_source(self, counts: Counter[tuple[int, str]]) -> dict[str, dict[str, int]]:
+        """{(source, reason): n} -> {source name: {reason: n}}."""
+        result: dict[str, dict[str, int]] = {}
+        for (source, reason), count in sorted(counts.items()):
+            result.setdefault(self._names[source], {})[reason] = count
+        return result
+
+    def statistics(self) -> dict[str, Any]:
+        """The counts and shares of this rank so far."""
+        num_good, num_tokens = sum(self.good.values()), sum(self.tokens.values())
+        result: dict[str, Any] = {
+            "samples": {name: self.good[s] for s, name in enumerate(self._names)},
+            "mixture": {name: self.good[s] / max(num_good, 1) for s, name in enumerate(self._names)},
+            "bad": self.by_source(self.bad),
+            "rejected": self.by_source(self.rejected),
+            "planning_ms": self.planning_ms / max(self.num_windows_planned, 1),
+        }
+        if self.num_positions:
+            result["tokens"] = {name: self.tokens[s] for s, name in enumerate(self._names)}
+            result["padding_share"] = 1.0 - num_tokens / self.num_positions
+            result["dropped_images"] = self.num_dropped_images
+        return result
