@@ -121,7 +121,7 @@ class SequenceLoader:
         rows = []
         for number in numbers:
             view = draws.below(reader.spec.views, purpose.VIEW + number)
-            rows.append(reader.rows(place.shard, first + number, first + number + 1)[0, view])
+            rows.append(reader.rows(place.shard, first + number, first + number + 1, view=view)[0])
         return np.stack(rows).astype(self._dtype, copy=False)
 
 
@@ -154,10 +154,10 @@ class ConditionLoader:
                 view = (
                     draws.below(reader.spec.views, purpose.VIEW + image) if name != "image_condition" else 0
                 )
-                arrays[name] = reader.rows(place.shard, row, row + 1)[0, view]
+                arrays[name] = reader.rows(place.shard, row, row + 1, view=view)[0]
             elif caption and text is not None:
                 row = source.text_row(place.shard, place.sample) + text
-                arrays[name] = reader.rows(place.shard, row, row + 1)[0, 0]
+                arrays[name] = reader.rows(place.shard, row, row + 1, view=0)[0]
         if self.settings.pixels:
             arrays["pixels"] = read_image(source, place, sample, image, self.settings)
         return LoadedCondition(document.id, place.source, caption, arrays)

@@ -59,7 +59,7 @@ class OpenSource:
         """One sample, its pictures only on demand. Raises BadSample."""
         index = self.shards.index(shard)
         try:
-            return self.shards.read(shard, sample)
+            return self.shards.read(shard, sample, with_images=with_images)
         except FileNotFoundError as error:
             key, name = str(index.keys[sample]), self.shards.shards[shard].name
             raise BadSample("missing_shard", key, name) from error

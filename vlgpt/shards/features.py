@@ -120,9 +120,9 @@ class FeatureReader:
         except FileNotFoundError as error:
             raise UserError(f"{where} has no feature {name!r}; compute it: {self._command}") from error
 
-    def rows(self, shard: int, start: int, stop: int) -> np.ndarray:
+    def rows(self, shard: int, start: int, stop: int, *, view: int | None = None) -> np.ndarray:
         """Rows start..stop of a shard. -> (stop - start, views, *shape) float16 or float32 (int8 is
-        dequantised)
+        dequantised); with `view` only that one is read: -> (stop - start, *shape)
 
         Raises UserError when the shard's rows are missing or belong to another tar.
         """
@@ -132,8 +132,9 @@ class FeatureReader:
             self._open.move_to_end(shard)
             if len(self._open) > MAX_OPEN_ARRAYS:
                 self._open.popitem(last=False)
-        part = np.array(rows[start:stop])
-        return part if scales is None else dequantise(part, np.array(scales[start:stop]))
+        wanted = slice(start, stop) if view is None else (slice(start, stop), view)
+        part = np.array(rows[wanted])
+        return part if scales is None else dequantise(part, np.array(scales[wanted]))
 
     def _map(self, shard: int) -> tuple[np.ndarray, np.ndarray | None]:
         name, index = self._shards[shard], self._index(shard)

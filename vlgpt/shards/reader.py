@@ -120,14 +120,18 @@ class ShardSet:
                 self._indexes.popitem(last=False)
         return index
 
-    def read(self, shard: int, sample: int) -> Sample:
-        """One sample. Raises BadSample (damaged, missing or malformed data) and IndexError."""
+    def read(self, shard: int, sample: int, *, with_images: bool = True) -> Sample:
+        """One sample; without its images only its record is read from the tar.
+
+        Raises BadSample (damaged, missing or malformed data) and IndexError.
+        """
         index, record = self.index(shard), self.shards[shard]
         if not 0 <= sample < index.num_samples:
             raise IndexError(f"shard {record.name} has {index.num_samples} samples, asked for {sample}")
         key = str(index.keys[sample])
         members = range(int(index.member_start[sample]), int(index.member_start[sample + 1]))
-        data = [self._read_member(shard, index, member, key) for member in members]
+        read = members if with_images else members[:1]
+        data = [self._read_member(shard, index, member, key) for member in read]
         images = tuple(data[1:])
         try:
             if isinstance(self.folder, ForeignFolder):
@@ -140,9 +144,9 @@ class ShardSet:
             raise BadSample("text_not_utf8", key, record.name) from error
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise BadSample("bad_record", key, record.name) from error
-        if document.num_images != len(images):
+        if with_images and document.num_images != len(images):
             raise BadSample("image_count", key, record.name)
-        return Sample(document, images, key)
+        return Sample(document, images if with_images else (), key)
 
     def feature(self, name: str) -> FeatureReader:
         """A precomputed feature. Raises UserError with the command that computes it when it is missing."""
