@@ -214,6 +214,7 @@ def new_open_clip(*, config: dict[str, Any]) -> nn.Module:
         embed_dim=config["embed_dim"],
         vision_cfg=CLIPVisionCfg(**config["vision_cfg"]),
         text_cfg=CLIPTextCfg(**config["text_cfg"]),
+        nonscalar_logit_scale=config.get("nonscalar_logit_scale", False),
     )
 
 

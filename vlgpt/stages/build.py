@@ -142,6 +142,7 @@ def build_demo_clip(stage: s.DemoClipStage) -> Stage:
     tokenizer = DocumentTokenizer.load(stage.text_tokenizer, num_visual=1, template="short")
     config = {
         "embed_dim": stage.width,
+        "nonscalar_logit_scale": True,  # deepspeed cannot broadcast parameters without a dimension
         "vision_cfg": {
             "image_size": stage.image_size_px,
             "patch_size": stage.patch_size_px,

@@ -16,7 +16,14 @@ from vlgpt.batch import ConditionBatch, LossTerm
 from vlgpt.models.augment import random_views
 from vlgpt.models.decoders import ConvDecoder
 from vlgpt.models.encoders import new_open_clip, pad_ids, save_open_clip
+from vlgpt.models.losses import sums_by_source
 from vlgpt.stages.base import Stage
+
+
+def summed(errors: Tensor) -> LossTerm:
+    """A term of one source: (B,) -> sum, with its count for the log."""
+    sources = torch.zeros(len(errors), dtype=torch.long, device=errors.device)
+    return LossTerm(errors.sum(), by_source=sums_by_source(errors, sources, 1))
 
 
 class DemoClipStage(Stage):
@@ -54,7 +61,7 @@ class DemoClipStage(Stage):
         wanted = wanted / wanted.sum(1, keepdim=True)
         by_image = -(wanted * logits.log_softmax(1)).sum(1)
         by_text = -(wanted * logits.log_softmax(0).T).sum(1)
-        return {"contrastive": LossTerm(0.5 * (by_image + by_text).sum())}
+        return {"contrastive": summed(0.5 * (by_image + by_text))}
 
     def save(self, folder: Path) -> None:
         save_open_clip(self.clip, config=self.config, folder=folder)
@@ -84,10 +91,7 @@ class DemoDecoderStage(Stage):
             image = self.decoder.drop_conditions(image, self.decoder.image_absent, draw < self.image_drop)
             text = self.decoder.drop_conditions(text, self.decoder.text_absent, draw > 1 - self.text_drop)
         error = (self.decoder(image, text) - batch.require("pixels"))[batch.is_valid].float()
-        return {
-            "l1": LossTerm(error.abs().mean((1, 2, 3)).sum()),
-            "mse": LossTerm(error.square().mean((1, 2, 3)).sum()),
-        }
+        return {"l1": summed(error.abs().mean((1, 2, 3))), "mse": summed(error.square().mean((1, 2, 3)))}
 
     def save(self, folder: Path) -> None:
         self.decoder.save(folder)

@@ -18,7 +18,6 @@ import torch
 from vlgpt import log, seeds
 from vlgpt.config import dump
 from vlgpt.data.loader import Loader
-from vlgpt.export import export_model
 from vlgpt.models.unified import UnifiedModel
 from vlgpt.settings import DataSettings, EncoderSettings, LanguageStage, RunSettings
 from vlgpt.stages import language
@@ -85,7 +84,7 @@ def build_run(settings: RunSettings, merged: Mapping[str, Any]) -> tuple[Run, Ru
             rank=engine.rank,
             world_size=engine.world_size,
             tokenizer=tokenizer,
-            total_samples_or_windows=settings.steps * settings.global_batch,
+            run_positions=settings.steps * settings.global_batch,
             quarantine=settings.run_dir / f"quarantine_rank_{engine.rank}.jsonl",
         )
 
@@ -149,7 +148,7 @@ def finish(run: Run) -> None:
         rank=engine.rank,
         world_size=engine.world_size,
         tokenizer=getattr(run.loader, "tokenizer", None),
-        total_samples_or_windows=settings.steps * settings.global_batch,
+        run_positions=settings.steps * settings.global_batch,
     )
     engine.train(False)
     engine.stage.finish(placed(engine, loader), engine.all_sum)
@@ -184,6 +183,7 @@ def exporter(settings: RunSettings, tokenizer: DocumentTokenizer) -> Callable[[U
     stage = settings.stage
     assert isinstance(stage, LanguageStage)
     encoder: EncoderSettings | None = stage.encoder
+    from vlgpt.export import export_model
 
     def write(model: UnifiedModel, folder: Path) -> None:
         export_model(
