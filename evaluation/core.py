@@ -66,7 +66,7 @@ def read_json(path: Path) -> Any:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a model is asked: the fields of `vlgpt.generate.Prompt`, without torch and with pictures as paths."""
+    """What a model is asked: `vlgpt.generate.Prompt`, but without torch and with pictures as paths."""
 
     document: Document
     images: tuple[ImageSource, ...] = ()
@@ -123,8 +123,8 @@ class Scores:
     """Results of one benchmark.
 
     metrics: {name: {"value": float, "n": int, "chance"?: float}}; per_example: the primary metric by id (for
-    paired bootstrap and for picking examples); breakdown: {group: {type: {"value", "n"}}}; notes: protocol facts
-    found only while scoring (such as which tokenizer ran).
+    paired bootstrap and for picking examples); breakdown: {group: {type: {"value", "n"}}}; notes: protocol
+    facts found only while scoring (such as which tokenizer ran).
     """
 
     metrics: dict[str, dict[str, float]]
@@ -185,6 +185,8 @@ class Benchmark(ABC):
     """The metric that the paper's tables show."""
     higher_is_better: ClassVar[bool] = True
     default_decoding: ClassVar[Decoding] = Decoding()
+    answer_options: ClassVar[tuple[str, ...]] = ()
+    """Options that change predictions, not only their scores (those that change prompts need no entry)."""
 
     split: str = "val"
     prompt: str = ""

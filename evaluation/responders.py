@@ -1,7 +1,7 @@
 """Who answers a benchmark: a model, or a fake that tests the benchmark itself.
 
-An `OracleResponder` must reach the best possible score and a `ShuffledResponder` (perfect answers, given to the
-wrong questions) chance level: a benchmark where they do not is broken, whatever a model scores on it.
+An `OracleResponder` must reach the best possible score and a `ShuffledResponder` (perfect answers, given to
+the wrong questions) chance level: a benchmark where they do not is broken, whatever a model scores on it.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ ROLE_OF: dict[str, Role] = {"USER:": "user", "ASSISTANT:": "assistant"}
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """One row of a prompt file: `text` holds the templates `prompt`, `demonstration`, `start`, `candidate`."""
+    """One row of a prompt file: `text` holds its templates (prompt, demonstration, start, candidate)."""
 
     kind: str
     name: str
@@ -51,7 +51,7 @@ class PromptTemplate:
         return self.text["prompt"].endswith("[IMG]")
 
     def fill(self, template: str, **values: str) -> str:
-        """Put values into one template, each cut by its stripping rule. Raises UserError for a missing one."""
+        """Put values into one template, each cut by its strip rule. Raises UserError for a missing one."""
 
         def value(match: re.Match[str]) -> str:
             name = match[1]
@@ -62,7 +62,7 @@ class PromptTemplate:
         return re.sub(r"\{(\w+)\}", value, template)
 
     def parts(self, which: str = "prompt", *, has_image: bool = True, **values: str) -> tuple[Part, ...]:
-        """The document parts of a template; `has_image=False` leaves pictures out (text-only demonstrations)."""
+        """The document parts of a template; `has_image=False` leaves its pictures out."""
         if which not in self.text:
             raise UserError(f"prompt {self.id} has no {which!r}; it has: {', '.join(self.text)}")
         role: Role = "plain"

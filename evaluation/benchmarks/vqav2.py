@@ -1,0 +1,72 @@
+"""VQAv2: open questions about COCO pictures (paper, Tables 2 and 3: test-dev, whose answers only the server
+knows).
+
+Official files `v2_OpenEnded_mscoco_{split}_questions.json` and `v2_mscoco_{split}_annotations.json`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+from evaluation.benchmarks.files import coco_folder, coco_image, find_file, has_file
+from evaluation.benchmarks.vqa import VqaBenchmark
+from evaluation.core import Example, Prediction, read_json
+from evaluation.metrics.vqa import answers_of
+from vlgpt.log import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vqav2(VqaBenchmark):
+    """Splits: val2014 (scored here), test-dev2015 and test2015 (submission.json for EvalAI), train2014
+    (shots)."""
+
+    name: ClassVar[str] = "vqav2"
+    question_files: ClassVar[tuple[str, ...]] = ("v2_OpenEnded_mscoco_{split}_questions.json",)
+    annotation_files: ClassVar[tuple[str, ...]] = ("v2_mscoco_{split}_annotations.json",)
+
+    split: str = "val2014"
+
+    def examples(self, data: Path) -> Sequence[Example]:
+        questions = read_json(self._find(data, self.question_files))["questions"]
+        annotations: dict[int, dict[str, Any]] = {}
+        if has_file(data, *self._names(self.annotation_files)):
+            records = read_json(self._find(data, self.annotation_files))["annotations"]
+            annotations = {record["question_id"]: record for record in records}
+        elif not self.split.startswith("test"):
+            self._find(data, self.annotation_files)  # raises, naming the file
+        subset = "test2015" if self.split.startswith("test") else self.split
+        folder = coco_folder(data, subset)
+        return [self._example(q, annotations, coco_image(folder, subset, q["image_id"])) for q in questions]
+
+    def _example(self, question: Mapping[str, Any], annotations: Mapping[int, Any], image: Path) -> Example:
+        id = str(question["question_id"])
+        info = {"question": question["question"], "image_id": question["image_id"]}
+        truth = None
+        if annotations:
+            if question["question_id"] not in annotations:
+                raise UserError(f"{self.name}: question {id} has no annotation; the two files are not a pair")
+            annotation = annotations[question["question_id"]]
+            truth = answers_of(annotation)
+            info |= {key: annotation[key] for key in ("answer_type", "question_type") if key in annotation}
+        return Example(id, self.make_prompt(id, images=(image,), question=question["question"]), truth, info)
+
+    def _names(self, patterns: Sequence[str]) -> list[str]:
+        return [f"{self.name}/{pattern.format(split=self.split)}" for pattern in patterns]
+
+    def _find(self, data: Path, patterns: Sequence[str]) -> Path:
+        return find_file(data, *self._names(patterns))
+
+    def pool(self, data: Path) -> Sequence[Example]:
+        return replace(self, split="train2014").examples(data)
+
+    def from_submission(self, records: Iterable[Mapping[str, Any]]) -> list[Prediction]:
+        return [{"id": str(record["question_id"]), "text": record["answer"]} for record in records]
+
+    def submission(self, predictions: Mapping[str, Prediction], data: Path) -> list[dict[str, Any]]:
+        """`[{"question_id": int, "answer": str}]` for exactly all questions of the split, as the server
+        demands."""
+        answers = self.answers(predictions)
+        return [{"question_id": int(e.id), "answer": answers[e.id]} for e in self.examples(data)]
