@@ -1,0 +1,235 @@
+"""`make demo`: every stage of VL-GPT on real pictures, on a laptop CPU, with the commands that a user would type.
+
+Each step is printed, runs as its own process, logs to runs/demo/logs/NAME.log and leaves a stamp when it is done; what
+is independent runs side by side. An interrupted demo continues where it stopped; a finished one ends at once. When a
+command, its configuration or a step before it changed, the step's output is made anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+
+ROOT = Path("runs/demo")
+ZERO2 = "--deepspeed ds_configs/zero2.json"
+CONFIGS = "launchers/configs/demo"
+HELD_OUT = ("seen", "combination", "unseen")
+console = Console(highlight=False, soft_wrap=True)
+
+
+@dataclass
+class Step:
+    """One command. `output` is what it makes (deleted when it must be made anew); `after` names earlier steps."""
+
+    name: str
+    command: str
+    output: str
+    after: tuple[str, ...] = ()
+    inputs: tuple[str, ...] = ()  # files whose change makes the step run again
+    process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
+    started: float = 0.0
+
+
+def build(kind: str, split: str, options: str = "") -> Step:
+    """data_prep of one part of the emoji source."""
+    folder = f"{ROOT}/data/{kind}-{split}"
+    command = f"python -m data_prep.build emoji --kind {kind} --split {split} --output {folder}{options}"
+    return Step(f"{kind}-{split}", command, folder)
+
+
+def training(name: str, launcher: str, *, after: tuple[str, ...], port: int, options: str = "") -> Step:
+    """A training run through the deepspeed launcher; ports differ because runs stand side by side."""
+    config = f"{CONFIGS}/{'clip' if name == 'judge' else name}.yaml"
+    command = f"deepspeed --master_port {port} launchers/{launcher}.py {ZERO2} --config {config}{options}"
+    return Step(name, command, f"{ROOT}/{name}", after, (config,))
+
+
+def steps(decoder: str) -> list[Step]:
+    """All steps in the order in which they are printed."""
+    train = ("pairs", "documents", "instructions")
+    data = [build(kind, "train") for kind in train]
+    data += [build(kind, split) for split in HELD_OUT for kind in ("pairs", "instructions")]
+    data += [build("instructions", "target"), build("documents", "seen")]
+    folders = " ".join(f"{ROOT}/data/{kind}-train" for kind in train)
+    model = f"{ROOT}/language_model"
+    trained = tuple(f"{kind}-train" for kind in train)
+    features = "python -m data_prep.features {} --encoder " + f"{ROOT}/clip/result --features "
+    chat = f"{ROOT}/finetune/result"
+    generate = f"vlgpt generate --model {chat} --output {ROOT}/examples"
+    return [
+        *data,
+        Step("text", f"python -m data_prep.text_tokenizer {folders} --output {model}", model, trained),
+        Step("lengths", f"python -m data_prep.index {folders} --tokenizer {model}", "", ("text",)),
+        training("clip", "train_demo_parts", after=("text",), port=29511),
+        training(
+            "judge", "train_demo_parts", after=("text",), port=29512, options=f" output_dir={ROOT}/judge seed=1 data.seed=1"
+        ),
+        Step(
+            "features",
+            features.format(f"{ROOT}/data/pairs-train") + "patches,image_condition,text_condition --views 4",
+            f"{ROOT}/data/pairs-train/features",
+            ("clip", "lengths"),
+        ),
+        Step(
+            "features-2",
+            features.format(f"{ROOT}/data/documents-train {ROOT}/data/instructions-train") + "patches --views 2",
+            "",
+            ("features",),
+        ),
+        training("tokenizer", "train_tokenizer", after=("features",), port=29513),
+        training("decoder", "train_demo_parts", after=("features",), port=29514),
+        training("pretrain", "pretrain", after=("tokenizer", "features-2"), port=29515),
+        training("finetune", "finetune", after=("pretrain", "decoder"), port=29516),
+        Step(
+            "evaluation",
+            f"bash evaluation/run_all.sh {chat} {ROOT}/data {ROOT}/evaluation",
+            f"{ROOT}/evaluation",
+            ("finetune", "judge", *(step.name for step in data)),
+        ),
+        Step("write", f"{generate}/write --image examples/fox.png --prompt 'Provide a brief description of the given image'", f"{ROOT}/examples/write", ("finetune",)),
+        Step("draw", f"{generate}/draw --prompt 'Create an image that visually represents the description: red heart.'", f"{ROOT}/examples/draw", ("finetune",)),
+        Step("edit", f"{generate}/edit --image examples/waving_hand.png --prompt 'Change the skin tone to dark.'", f"{ROOT}/examples/edit", ("finetune",)),
+        Step("report", f"python -m evaluation.demo_report --run {ROOT} --output {ROOT}/report.html", f"{ROOT}/report.html", ("evaluation", "write", "draw", "edit")),
+    ]  # fmt: skip
+
+
+def stamp_of(step: Step, done: dict[str, dict]) -> dict[str, object]:
+    """What decides a step's result: its command, its files, and which runs of earlier steps it builds on."""
+    files = {name: hashlib.sha256(Path(name).read_bytes()).hexdigest() for name in step.inputs}
+    return {"command": step.command, "files": files, "after": {name: done[name]["run"] for name in step.after}}
+
+
+def read_stamp(step: Step, suffix: str) -> dict | None:
+    path = ROOT / "steps" / f"{step.name}.{suffix}.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def write_stamp(step: Step, suffix: str, stamp: dict) -> None:
+    path = ROOT / "steps" / f"{step.name}.{suffix}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(stamp, indent=1))
+    partial.replace(path)
+
+
+def start(step: Step, done: dict[str, dict]) -> None:
+    """Start a step; what an older version of it left behind is deleted, what an interrupted one left is used."""
+    stamp = stamp_of(step, done)
+    before = read_stamp(step, "started")
+    if before is not None and before["stamp"] != stamp and step.output and Path(step.output).exists():
+        target = Path(step.output)
+        shutil.rmtree(target) if target.is_dir() else target.unlink()
+    write_stamp(step, "started", {"stamp": stamp})
+    console.print(f"[bold]\\[{step.name}][/bold] {step.command}")
+    log = ROOT / "logs" / f"{step.name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    environment |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    with log.open("ab") as file:
+        step.process = subprocess.Popen(
+            shlex.split(step.command), stdout=file, stderr=file, env=environment, start_new_session=True
+        )
+    step.started = time.monotonic()
+
+
+def last_line(step: Step) -> str:
+    """The newest line of a step's log, for the status line."""
+    path = ROOT / "logs" / f"{step.name}.log"
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 4096))
+        text = file.read().decode(errors="replace").replace("\r", "\n")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else "starting"
+
+
+def stop(running: list[Step]) -> None:
+    """End what still runs: each step is a process group of its own."""
+    for step in running:
+        if step.process is not None and step.process.poll() is None:
+            os.killpg(step.process.pid, signal.SIGTERM)
+    for step in running:
+        if step.process is not None:
+            try:
+                step.process.wait(timeout=20)
+            except subprocess.TimeoutExpired:
+                os.killpg(step.process.pid, signal.SIGKILL)
+
+
+def finish(step: Step, done: dict[str, dict], timings: dict[str, float]) -> None:
+    """Note a finished step. Raises SystemExit when it failed, showing the end of its log."""
+    assert step.process is not None
+    seconds = time.monotonic() - step.started
+    if step.process.returncode != 0:
+        log = ROOT / "logs" / f"{step.name}.log"
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-25:])
+        console.print(f"{tail}\n[bold red]{step.name} failed[/bold red] (exit {step.process.returncode}); log: {log}", markup=True)
+        raise SystemExit(1)
+    stamp = {"stamp": stamp_of(step, done), "run": f"{time.time():.3f}", "seconds": round(seconds, 1)}
+    write_stamp(step, "done", stamp)
+    done[step.name] = stamp
+    timings[step.name] = round(seconds, 1)
+    console.print(f"[green]done[/green] {step.name} in {seconds:.0f} s")
+
+
+def run(pending: list[Step], *, jobs: int) -> dict[str, float]:
+    """Run all steps that are not done, up to `jobs` at a time. Returns seconds per step."""
+    done: dict[str, dict] = {}
+    running: list[Step] = []
+    timings: dict[str, float] = {}
+    with console.status("") as status:
+        try:
+            while pending or running:
+                for step in list(pending):
+                    if len(running) >= jobs or not all(name in done for name in step.after):
+                        continue
+                    pending.remove(step)
+                    old = read_stamp(step, "done")
+                    is_made = not step.output or Path(step.output).exists()
+                    if old is not None and is_made and old["stamp"] == stamp_of(step, done):
+                        done[step.name] = old
+                        timings[step.name] = old["seconds"]
+                        continue
+                    start(step, done)
+                    running.append(step)
+                for step in list(running):
+                    if step.process is not None and step.process.poll() is not None:
+                        running.remove(step)
+                        finish(step, done, timings)
+                status.update("\n".join(f"{s.name}: {last_line(s)[-140:]}" for s in running))
+                time.sleep(0.1 if running else 0)
+        except BaseException:
+            stop(running)
+            raise
+    return timings
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", type=int, default=2, help="steps side by side")
+    parser.add_argument("--decoder", choices=("conv", "diffusion"), default="conv", help="what draws the pictures")
+    arguments = parser.parse_args()
+    began = time.monotonic()
+    try:
+        timings = run(steps(arguments.decoder), jobs=arguments.jobs)
+    except KeyboardInterrupt:
+        console.print("interrupted; `make demo` goes on from here")
+        return 130
+    (ROOT / "timings.json").write_text(json.dumps(timings, indent=1))
+    console.print(f"finished in {time.monotonic() - began:.0f} s: open {ROOT}/report.html")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
