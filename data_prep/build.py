@@ -11,15 +11,15 @@ import argparse
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from data_prep.filters import FilterSettings
 from data_prep.job import Job, claim_folder, has_failures, is_failure, num_failures
-from data_prep.options import add_options, chosen, constructor_options, model_options
+from data_prep.options import Option, add_options, chosen, constructor_options, model_options
 from data_prep.pictures import PictureSettings
 from data_prep.sources import SOURCES, source_class
 from data_prep.workers import STOPPED, Stopped, run_shards
@@ -139,16 +139,10 @@ def _parser(source: type | None) -> argparse.ArgumentParser:
     return parser
 
 
-def _picture_options(source: type | None) -> list[Any]:
-    """The settings' fields; a source may have another default encoding."""
-    from dataclasses import replace
-
-    wanted = getattr(source, "image_format", None)
+def _picture_options(source: type | None) -> list[Option]:
+    """The settings' fields; a source may have other defaults (`image_format = "png"`)."""
     options = model_options(PictureSettings)
-    return [
-        replace(option, default=wanted) if wanted and option.name == "image_format" else option
-        for option in options
-    ]
+    return [replace(option, default=getattr(source, option.name, option.default)) for option in options]
 
 
 def make_job(arguments: argparse.Namespace, source_type: type) -> Job:

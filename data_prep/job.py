@@ -24,7 +24,7 @@ from vlgpt.log import UserError
 from vlgpt.shards import ShardReport, ShardWriter
 from vlgpt.shards.atomic import fsync_folder
 from vlgpt.shards.manifest import read_report
-from vlgpt.shards.schema import TextTokenizer
+from vlgpt.shards.schema import TextTokenizer, UnstorableDocument
 from vlgpt.shards.stored import read_stored_samples
 
 SETTINGS = "build.json"
@@ -236,10 +236,9 @@ class _Workshop:
         if lost and not (self._is_image_optional and stored):
             writer.drop(lost[0])
             return
-        document = _with_images(record.document, kept)
-        if _is_storable(document):
-            writer.add(document, stored, dropped_images=lost)
-        else:
+        try:
+            writer.add(_with_images(record.document, kept), stored, dropped_images=lost)
+        except UnstorableDocument:
             writer.drop("bad_text")
 
     def _picture(self, opener: ImageOpener) -> StoredPicture:
@@ -263,15 +262,6 @@ def _open(opener: ImageOpener, *, max_bytes: int) -> bytes:
     if len(data) > max_bytes:
         raise BadImage("too_many_bytes", f"{len(data)} bytes")
     return data
-
-
-def _is_storable(document: Document) -> bool:
-    """False for text that is no Unicode (lone surrogates) and for info that is no JSON."""
-    try:
-        json.dumps(document.to_record(), ensure_ascii=False).encode()
-    except (UnicodeEncodeError, TypeError, ValueError):
-        return False
-    return True
 
 
 def _with_images(document: Document, pictures: list[StoredPicture | None]) -> Document:

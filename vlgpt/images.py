@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import struct
+from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
@@ -48,45 +49,58 @@ def decode_image(
     Raises BadImage with the reason `empty`, `not_an_image`, `too_many_pixels`, `too_wide`, `truncated` or
     `undecodable`.
     """
+    return open_image(data, max_pixels=max_pixels).decode(fast=fast, min_size_px=min_size_px)
+
+
+@dataclass(frozen=True)
+class OpenedImage:
+    """A picture of which only the header was read. `size` is (width, height) before EXIF rotation."""
+
+    data: bytes
+    image: Image.Image
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.image.size
+
+    def decode(self, *, fast: bool = False, min_size_px: int | None = None) -> Image.Image:
+        """See `decode_image`; once per opened picture. Raises BadImage."""
+        image = self.image
+        try:
+            decoded = None
+            if fast and image.format == "JPEG" and image.mode in ("RGB", "L"):
+                decoded = _decode_jpeg_fast(self.data, min_size_px=min_size_px)
+            if decoded is None:
+                if min_size_px is not None and image.format == "JPEG":
+                    image.draft(None, _draft_size(image.size, min_size_px))  # type: ignore[arg-type]
+                image.load()
+                decoded = _to_rgb(image)
+            return _upright(decoded, _orientation(image))
+        except DECODER_ERRORS as error:
+            reason = "truncated" if "truncated" in str(error).lower() else "undecodable"
+            raise BadImage(reason, f"{type(error).__name__}: {error}") from error
+
+
+def open_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> OpenedImage:
+    """Read the header only. Raises BadImage for other formats and for more pixels than allowed."""
     if not data:
         raise BadImage("empty")
     try:
-        image = _open(data, max_pixels=max_pixels)
-        orientation = _orientation(image)
-        decoded = None
-        if fast and image.format == "JPEG" and image.mode in ("RGB", "L"):
-            decoded = _decode_jpeg_fast(data, min_size_px=min_size_px)
-        if decoded is None:
-            if min_size_px is not None and image.format == "JPEG":
-                image.draft(None, _draft_size(image.size, min_size_px))  # type: ignore[arg-type]
-            image.load()
-            decoded = _to_rgb(image)
-        return _upright(decoded, orientation)
+        return OpenedImage(data, _open(data, max_pixels=max_pixels))
     except BadImage:
         raise
     except DECODER_ERRORS as error:
-        reason = "truncated" if "truncated" in str(error).lower() else "undecodable"
-        raise BadImage(reason, f"{type(error).__name__}: {error}") from error
+        raise BadImage("not_an_image", f"{type(error).__name__}: {error}") from error
 
 
 def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation; a damaged EXIF block does not make the picture bad."""
+    """The EXIF orientation of a loaded picture; a damaged EXIF block does not make the picture bad."""
     if image.format not in ("JPEG", "PNG", "WEBP", "TIFF"):
         return 1
     try:
         return image.getexif().get(0x0112, 1)
     except DECODER_ERRORS:
         return 1
-
-
-def image_size(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """(width, height) from the header, before EXIF rotation. Raises BadImage."""
-    try:
-        return _open(data, max_pixels=max_pixels).size
-    except BadImage:
-        raise
-    except DECODER_ERRORS as error:
-        raise BadImage("not_an_image", f"{type(error).__name__}: {error}") from error
 
 
 def _open(data: bytes, *, max_pixels: int) -> Image.Image:

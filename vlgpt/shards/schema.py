@@ -45,6 +45,10 @@ class BadSample(Exception):
         return BadSample, (self.reason, self.key, self.shard)
 
 
+class UnstorableDocument(ValueError):
+    """A document that has no JSON form: text that is no Unicode (lone surrogates), or info of other types."""
+
+
 class TextTokenizer(Protocol):
     """What the writer needs of a tokenizer to store token lengths."""
 

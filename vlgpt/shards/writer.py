@@ -22,6 +22,7 @@ from vlgpt.shards.schema import (
     MAX_SHARDS,
     ShardReport,
     TextTokenizer,
+    UnstorableDocument,
 )
 
 
@@ -76,7 +77,8 @@ class ShardWriter:
 
         `dropped_images` are the reasons of images that the document lost on the way.
 
-        Raises ValueError when images and image parts do not match or a suffix is unknown.
+        Raises UnstorableDocument, with nothing written, for text that is no Unicode, and ValueError when
+        images and image parts do not match or a suffix is unknown.
         """
         if len(images) != document.num_images:
             raise ValueError(
@@ -84,7 +86,7 @@ class ShardWriter:
                 "were given"
             )
         key = sample_key(self.shard, record=self.num_records)
-        record = json.dumps(document.to_record(), ensure_ascii=False, separators=(",", ":")).encode()
+        record = _record_bytes(document)
         members = [self._write_member(key, "json", record)]
         for number, (suffix, data) in enumerate(images):
             if suffix not in IMAGE_SUFFIXES:
@@ -143,6 +145,13 @@ class ShardWriter:
         offset = self._tar.offset + tarfile.BLOCKSIZE
         self._tar.addfile(info, BytesIO(data))
         return Member(suffix, offset, len(data), crc32(data))
+
+
+def _record_bytes(document: Document) -> bytes:
+    try:
+        return json.dumps(document.to_record(), ensure_ascii=False, separators=(",", ":")).encode()
+    except (UnicodeEncodeError, TypeError, ValueError) as error:
+        raise UnstorableDocument(f"document {document.id!r}: {error}") from error
 
 
 class _HashingFile:
