@@ -194,9 +194,9 @@ class DocumentTokenizer:
         }
 
     @property
-    def reply_end_id(self) -> int:
-        """The last token of a reply: generation stops there."""
-        return self._fixed["end"][-1]
+    def reply_end_ids(self) -> tuple[int, ...]:
+        """The tokens that close a reply: generation stops after them (or after the EOS token)."""
+        return self._fixed["end"]
 
     def pieces(self, roles: Sequence[Role], *, is_prompt: bool = False) -> list[Piece]:
         """The rendering of a document whose parts have these roles, as fixed ids and places of parts.

@@ -1,0 +1,1 @@
+"""Interleaved decoding: what `vlgpt.generate.Generator` is made of."""

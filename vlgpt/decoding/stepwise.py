@@ -1,0 +1,121 @@
+"""Greedy decoding and sampling: all replies advance together, each in its text or inside an image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from vlgpt import seeds
+from vlgpt.decoding.api import DecodeSettings, Listener
+from vlgpt.decoding.hypothesis import Hypothesis, ReplyRules
+from vlgpt.decoding.stream import RenderedPrompt, Stream
+from vlgpt.decoding.streaming import TextStreams
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """transformers' logits processors and stopping criteria; they see one row: ids (1, L), scores (1, V)."""
+
+    process: Callable[[Tensor, Tensor], Tensor] | None = None
+    should_stop: Callable[[Tensor], bool] | None = None
+
+
+class TokenChooser:
+    """The most likely token, or a draw from the addressed generator of each prompt: one number per token."""
+
+    def __init__(self, *, settings: DecodeSettings, addresses: Sequence[str]):
+        self.is_greedy = settings.temperature == 0
+        self.warpers = LogitsProcessorList()
+        if self.is_greedy:
+            return
+        self.generators = [seeds.generator(settings.seed, "reply", address) for address in addresses]
+        if settings.temperature != 1:
+            self.warpers.append(TemperatureLogitsWarper(settings.temperature))
+        if settings.top_k:
+            self.warpers.append(TopKLogitsWarper(settings.top_k))
+        if settings.top_p < 1:
+            self.warpers.append(TopPLogitsWarper(settings.top_p))
+
+    def __call__(self, scores: Tensor, prompts: Sequence[int]) -> list[int]:
+        """(T, vocabulary) masked log-probabilities of these prompts -> T token ids."""
+        if self.is_greedy:
+            return scores.argmax(-1).tolist()
+        probabilities = self.warpers(torch.empty(len(scores), 0), scores).double().softmax(-1)
+        cumulative = probabilities.cumsum(-1)
+        draws = np.array([self.generators[prompt].random() for prompt in prompts])
+        heights = torch.from_numpy(draws * (1 - 1e-12)).to(scores.device)[:, None] * cumulative[:, -1:]
+        return torch.searchsorted(cumulative, heights, right=True)[:, 0].tolist()
+
+
+def decode_stepwise(
+    stream: Stream,
+    prompts: Sequence[RenderedPrompt],
+    hypotheses: Sequence[Hypothesis],
+    *,
+    rules: ReplyRules,
+    listener: Listener,
+    hooks: Hooks,
+) -> None:
+    """Let every hypothesis grow until it is finished; row r of the stream belongs to hypothesis r."""
+    chooser = TokenChooser(settings=rules.settings, addresses=[prompt.address for prompt in prompts])
+    texts = TextStreams(rules=rules, listener=listener)
+    live = list(hypotheses)
+    while True:
+        extend_images(stream, live, rules=rules)
+        _extend_texts(stream, live, prompts, rules=rules, chooser=chooser, hooks=hooks)
+        for hypothesis in live:
+            if listener.is_cancelled is not None and listener.is_cancelled(hypothesis.prompt):
+                hypothesis.finish = hypothesis.finish or "length"
+            texts.update(hypothesis)
+        kept = [row for row, hypothesis in enumerate(live) if hypothesis.finish is None]
+        if not kept:
+            return
+        stream.select(kept)
+        live = [live[row] for row in kept]
+        stream.advance([hypothesis.unread.pop(0) for hypothesis in live])
+
+
+def extend_images(stream: Stream, live: Sequence[Hypothesis], *, rules: ReplyRules) -> None:
+    """Predict the next embedding of every open image that has been read so far."""
+    rows = [row for row, h in enumerate(live) if h.open_image is not None and not h.unread]
+    if rows:
+        for row, embedding in zip(rows, stream.predict_visual(rows)):
+            rules.add_visual(live[row], embedding)
+
+
+def _extend_texts(
+    stream: Stream,
+    live: Sequence[Hypothesis],
+    prompts: Sequence[RenderedPrompt],
+    *,
+    rules: ReplyRules,
+    chooser: TokenChooser,
+    hooks: Hooks,
+) -> None:
+    """Choose the next token of every row that has read all and is in its text."""
+    rows = [row for row, h in enumerate(live) if h.open_image is None and not h.unread]
+    if not rows:
+        return
+    writers = [live[row] for row in rows]
+    hidden = stream.hidden if len(rows) == len(live) else stream.hidden[rows]
+    log_probs = stream.lm.logits(hidden).float().log_softmax(-1)
+    scores = rules.mask(log_probs, writers)
+    if hooks.process is not None:
+        seen = [ids_of(prompts[writer.prompt], writer) for writer in writers]
+        scores = torch.cat([hooks.process(ids, scores[row : row + 1]) for row, ids in enumerate(seen)])
+    chosen = chooser(scores, [writer.prompt for writer in writers])
+    values = log_probs[range(len(chosen)), chosen].tolist()
+    for writer, token_id, value in zip(writers, chosen, values):
+        rules.choose(writer, token_id, value)
+        if hooks.should_stop is not None and hooks.should_stop(ids_of(prompts[writer.prompt], writer)):
+            writer.finish = writer.finish or "stop"
+
+
+def ids_of(prompt: RenderedPrompt, hypothesis: Hypothesis) -> Tensor:
+    """Prompt and reply as transformers sees them: (1, L)."""
+    return torch.cat([prompt.token_ids, prompt.token_ids.new_tensor(hypothesis.token_ids)])[None]
