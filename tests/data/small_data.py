@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-import pytest
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -19,11 +18,6 @@ from vlgpt.tokens import DocumentTokenizer
 
 NUM_VISUAL = 4
 WORDS = [f"w{i}" for i in range(200)]
-
-
-@pytest.fixture(scope="session")
-def tokenizer() -> DocumentTokenizer:
-    return make_tokenizer()
 
 
 def make_tokenizer(*, num_visual: int = NUM_VISUAL) -> DocumentTokenizer:
