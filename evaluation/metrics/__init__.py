@@ -1,0 +1,1 @@
+"""Metrics: pure functions of lists and arrays in numpy and plain Python, importing nothing of vlgpt."""

@@ -1,0 +1,128 @@
+"""VisDial ranks, sparse scores and NDCG, as in the challenge's starter code (visdialch/metrics.py).
+
+Two gaps of the original are closed: equal scores rank by option index (the original's sort is not stable),
+and a round without any relevant option, where NDCG is 0 / 0, is counted and left out of the mean unless
+told otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Undefined = Literal["skip", "nan", "error"]
+
+
+@dataclass(frozen=True)
+class SparseScores:
+    """Recall and mean reciprocal rank as fractions, mean rank in ranks (1 is best)."""
+
+    recall_at_1: float
+    recall_at_5: float
+    recall_at_10: float
+    mean_rank: float
+    mean_reciprocal_rank: float
+    num_rounds: int
+
+
+@dataclass(frozen=True)
+class NdcgScores:
+    """Mean NDCG as a fraction; `per_round` holds nan where no option is relevant."""
+
+    ndcg: float
+    num_rounds: int
+    num_undefined: int
+    per_round: list[float] = field(repr=False)
+
+
+def ranks_of(scores: ArrayLike) -> NDArray[np.int64]:
+    """Rank of every option, 1 for the highest score, equal scores by option index: (rounds, options) -> same.
+
+    Ranks, not an argsort: entry i says at which place option i comes. Raises ValueError for NaN or wrong
+    shapes.
+    """
+    values = _score_matrix(scores)
+    best_first = np.argsort(-values, axis=1, kind="stable")
+    ranks = np.empty_like(best_first)
+    np.put_along_axis(ranks, best_first, np.arange(1, values.shape[1] + 1)[None], axis=1)
+    return ranks
+
+
+def sparse_scores(scores: ArrayLike, gt_index: ArrayLike) -> SparseScores:
+    """Scores against the one human answer of each round: (rounds, options), (rounds,).
+
+    Raises ValueError where lengths differ or an index is not an option.
+    """
+    values = _score_matrix(scores)
+    truth = np.asarray(gt_index)
+    if truth.shape != (len(values),):
+        raise ValueError(
+            f"gt_index has shape {truth.shape}; wanted ({len(values)},), one option index per round"
+        )
+    if truth.size and (truth.min() < 0 or truth.max() >= values.shape[1]):
+        raise ValueError(
+            f"gt_index goes from {truth.min()} to {truth.max()}; options are 0..{values.shape[1] - 1}"
+        )
+    own = np.take_along_axis(values, truth[:, None], axis=1)
+    is_earlier = np.arange(values.shape[1])[None] < truth[:, None]
+    rank = 1 + (values > own).sum(axis=1) + ((values == own) & is_earlier).sum(axis=1)
+    return SparseScores(
+        recall_at_1=float((rank <= 1).mean()),
+        recall_at_5=float((rank <= 5).mean()),
+        recall_at_10=float((rank <= 10).mean()),
+        mean_rank=float(rank.mean()),
+        mean_reciprocal_rank=float((1.0 / rank).mean()),
+        num_rounds=len(rank),
+    )
+
+
+def ndcg_scores(scores: ArrayLike, relevance: ArrayLike, *, undefined: Undefined = "skip") -> NdcgScores:
+    """NDCG at k = number of relevant options, of the rounds that have dense annotations.
+
+    Gain is the relevance itself, discount log2(place + 1). `undefined` says what a round without a
+    relevant option does: leave it out of the mean, make the mean nan (as the original does), or raise
+    ValueError.
+    """
+    values = _score_matrix(scores)
+    gains = np.asarray(relevance, dtype=np.float64)
+    if gains.shape != values.shape:
+        raise ValueError(f"relevance has shape {gains.shape} but scores {values.shape}; wanted the same")
+    num_relevant = (gains != 0).sum(axis=1)
+    num_undefined = int((num_relevant == 0).sum())
+    if num_undefined and undefined == "error":
+        first = int(np.argmax(num_relevant == 0))
+        raise ValueError(
+            f"{num_undefined} rounds have no relevant option (first: row {first}); NDCG is undefined there"
+        )
+    places = np.arange(values.shape[1])
+    discount = (places[None] < num_relevant[:, None]) / np.log2(places + 2.0)
+    by_score = np.take_along_axis(gains, np.argsort(-values, axis=1, kind="stable"), axis=1)
+    by_gain = -np.sort(-gains, axis=1)
+    ideal = (by_gain * discount).sum(axis=1)
+    per_round = np.divide(
+        (by_score * discount).sum(axis=1), ideal, out=np.full(len(values), np.nan), where=ideal != 0
+    )
+    defined = per_round if undefined == "nan" else per_round[num_relevant > 0]
+    mean = float(defined.mean()) if len(defined) else float("nan")
+    return NdcgScores(mean, len(per_round), num_undefined, per_round.tolist())
+
+
+def submission_record(image_id: int, round_id: int, scores: Sequence[float]) -> dict[str, Any]:
+    """One entry of the challenge's file. `round_id` counts from 1. Raises ValueError where it does not."""
+    if round_id < 1:
+        raise ValueError(f"round_id is {round_id}; the challenge counts rounds from 1")
+    return {"image_id": image_id, "round_id": round_id, "ranks": ranks_of([scores])[0].tolist()}
+
+
+def _score_matrix(scores: ArrayLike) -> NDArray[np.float64]:
+    values = np.asarray(scores, dtype=np.float64)
+    if values.ndim != 2 or 0 in values.shape:
+        raise ValueError(f"scores have shape {values.shape}; wanted (rounds, options), neither of them 0")
+    if np.isnan(values).any():
+        row = int(np.argmax(np.isnan(values).any(axis=1)))
+        raise ValueError(f"scores of row {row} hold NaN; every option needs a number to be ranked")
+    return values

@@ -1,0 +1,159 @@
+"""VQA accuracy for VQAv2, OK-VQA and VizWiz in the forms that published evaluators use.
+
+Every form counts annotators: with m of n annotators giving the predicted answer, leaving each out in turn,
+accuracy is (m * min(1, (m-1)/3) + (n-m) * min(1, m/3)) / n. The forms differ in what is normalised before
+the comparison:
+
+    official_2021     GT-Vision-Lab/VQA@a013f00: both sides, but only where the annotators do not all agree
+    official_2016     GT-Vision-Lab/VQA@458a8b2 (also LAVIS, BLIP-2, Emu): prediction always; annotators only
+                      punctuation and only where they do not all agree
+    always            OpenFlamingo, VLMEvalKit, lmms-eval: both sides, always
+    vizwiz            VizWiz API: prediction always, annotators never
+    vizwiz_backtick   the same with the back-ticks that one copy of that API has in its contraction table
+
+Normalising and stemming are in vqa_text.py. Which form the VQAv2 test server runs is not public.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from evaluation.metrics.vqa_text import Stem, clean, normaliser, punctuation_step
+
+Mode = Literal["official_2021", "official_2016", "always", "vizwiz", "vizwiz_backtick"]
+Normalise = Callable[[str], str]
+
+
+@dataclass(frozen=True)
+class VqaResult:
+    """Accuracies in percent; `per_question` is in input order and not rounded."""
+
+    mode: Mode
+    stem: Stem
+    overall: float
+    per_question: list[float] = field(repr=False)
+
+    @property
+    def num_questions(self) -> int:
+        return len(self.per_question)
+
+
+def vqa_accuracy(
+    predictions: Sequence[str],
+    answers: Sequence[Sequence[str]],
+    *,
+    mode: Mode = "official_2021",
+    stem: Stem = "none",
+) -> VqaResult:
+    """Accuracy of one prediction per question against its annotators' answers.
+
+    `stem="porter"` with mode official_2016 is the OK-VQA evaluator of Emu and LAVIS, whose stemmer sees the
+    whole answer as one word and so changes only its end. Raises ValueError where lengths differ, there is no
+    question, a question has no annotator, or the mode is unknown; TypeError where a question's answers are
+    one string.
+    """
+    if mode not in get_args(Mode):
+        raise ValueError(f"VQA mode is {mode!r}; wanted one of {', '.join(get_args(Mode))}")
+    if len(predictions) != len(answers):
+        raise ValueError(f"{len(predictions)} predictions for {len(answers)} questions; give one for each")
+    if not predictions:
+        raise ValueError("no questions to score")
+    score = _scorer(mode, stem)
+    shares = [score(prediction, given) for prediction, given in zip(predictions, answers)]
+    return VqaResult(mode, stem, 100 * sum(shares) / len(shares), [100 * share for share in shares])
+
+
+def _scorer(mode: Mode, stem: Stem) -> Callable[[str, Sequence[str]], float]:
+    full = normaliser(stem=stem, has_backticks=mode == "vizwiz_backtick")
+    only_punctuation = punctuation_step(stem=stem)
+
+    def score(prediction: str, given: Sequence[str]) -> float:
+        if isinstance(given, str):
+            raise TypeError(f"answers of a question are the string {given!r}; wanted a list of strings")
+        if not given:
+            raise ValueError(f"the question with prediction {prediction!r} has no annotators' answers")
+        if mode in ("vizwiz", "vizwiz_backtick"):
+            return leave_one_out(given.count(full(prediction)), len(given))
+        is_unanimous = len(set(given)) == 1
+        if mode == "official_2016":
+            compare = given if is_unanimous else [only_punctuation(answer) for answer in given]
+            return leave_one_out(list(compare).count(full(prediction)), len(given))
+        if mode == "official_2021":
+            # UPSTREAM: where all agree nothing is normalised, so "Yes" against ten times "yes" is wrong.
+            is_unanimous = is_unanimous or len({clean(answer) for answer in given}) == 1
+            if is_unanimous:
+                return leave_one_out(len(given) * (clean(prediction) == clean(given[0])), len(given))
+        wanted = full(prediction)
+        return leave_one_out(sum(full(answer) == wanted for answer in given), len(given))
+
+    return score
+
+
+def leave_one_out(num_matches: int, num_annotators: int) -> float:
+    """Mean over annotators of min(1, matches among the others / 3)."""
+    others = num_annotators - num_matches
+    with_one_out = num_matches * min(1.0, max(num_matches - 1, 0) / 3)
+    return (with_one_out + others * min(1.0, num_matches / 3)) / num_annotators
+
+
+def breakdown(result: VqaResult, groups: Sequence[Hashable]) -> dict[Hashable, float]:
+    """Mean accuracy in percent for every group (question type, answer type), groups in order of
+    appearance."""
+    if len(groups) != result.num_questions:
+        raise ValueError(f"{len(groups)} group names for {result.num_questions} questions; give one for each")
+    members: dict[Hashable, list[float]] = defaultdict(list)
+    for group, value in zip(groups, result.per_question):
+        members[group].append(value)
+    return {group: sum(values) / len(values) for group, values in members.items()}
+
+
+@dataclass(frozen=True)
+class UnanswerableResult:
+    """Percentages for "this question cannot be answered", the positive class."""
+
+    average_precision: float
+    f1: float
+
+
+def vizwiz_unanswerable(is_answerable: Sequence[int], scores: Sequence[float]) -> UnanswerableResult:
+    """AP and F1 of the VizWiz answerability task from answerability scores in [0, 1].
+
+    A question counts as called unanswerable where 1 - score > 0.5. Ties share one threshold, as in
+    scikit-learn's `average_precision_score`. Without any unanswerable question both are 0 (scikit-learn: 0
+    and a warning).
+    """
+    if len(is_answerable) != len(scores):
+        raise ValueError(f"{len(scores)} scores for {len(is_answerable)} labels; give one for each")
+    labels = [1 - label for label in is_answerable]
+    doubts = [1.0 - score for score in scores]
+    num_positive = sum(labels)
+    if num_positive == 0:
+        return UnanswerableResult(0.0, 0.0)
+    at_threshold: dict[float, Counter[int]] = defaultdict(Counter)
+    for doubt, label in zip(doubts, labels):
+        at_threshold[doubt][label] += 1
+    found = seen = 0
+    precision_sum = 0.0
+    for doubt in sorted(at_threshold, reverse=True):
+        found += at_threshold[doubt][1]
+        seen += at_threshold[doubt].total()
+        precision_sum += at_threshold[doubt][1] / num_positive * (found / seen)
+    called = [doubt > 0.5 for doubt in doubts]
+    num_right = sum(label for label, is_called in zip(labels, called) if is_called)
+    f1 = 2 * num_right / (sum(called) + num_positive)
+    return UnanswerableResult(100 * precision_sum, 100 * f1)
+
+
+def vizwiz_answerable_from_answers(predictions: Sequence[str]) -> list[int]:
+    """0 where the normalised answer is "unanswerable", else 1: the hard scores of a model that only
+    answers."""
+    full = normaliser()
+    return [int(full(prediction) != "unanswerable") for prediction in predictions]
+
+
+def answers_of(annotation: Mapping) -> list[str]:
+    """The answer strings of a VQA, OK-VQA or VizWiz annotation: their places count, not their ids."""
+    return [entry["answer"] for entry in annotation["answers"]]
