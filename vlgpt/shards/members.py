@@ -1,4 +1,6 @@
-"""Lists the files inside a tar from its headers alone: names, offsets and sizes, nothing read or extracted."""
+"""Lists the files inside a tar from its headers alone: names, offsets and sizes, nothing read or
+extracted.
+"""
 
 from __future__ import annotations
 
