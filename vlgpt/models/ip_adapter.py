@@ -1,8 +1,9 @@
 """IP-Adapter Plus without diffusers: its checkpoint files, their checks, and the Resampler.
 
-A checkpoint holds two groups. `image_proj` is the Resampler, from ViT-H patch features (257 x 1280) to the 16 tokens
-that the U-Net attends to; `ip_adapter` holds one key and one value projection for every cross-attention of that U-Net.
-Layout and architecture follow tencent-ailab/IP-Adapter (ip_adapter/resampler.py, attention_processor.py).
+A checkpoint holds two groups. `image_proj` is the Resampler, from ViT-H patch features (257 x 1280) to the
+16 tokens that the U-Net attends to; `ip_adapter` holds one key and one value projection for every
+cross-attention of that U-Net. Layout and architecture follow tencent-ailab/IP-Adapter (resampler.py and
+attention_processor.py).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -105,18 +107,19 @@ class Resampler(nn.Module):
         """(B, P, feature_width) -> (B, num_tokens, output_width)."""
         features = self.proj_in(features)
         latents = self.latents.expand(features.shape[0], -1, -1)
-        for attention, mlp in self.layers:  # type: ignore[misc]
+        for layer in self.layers:
+            attention, mlp = cast(nn.ModuleList, layer)
             latents = attention(features, latents) + latents
             latents = mlp(latents) + latents
         return self.norm_out(self.proj_out(latents))
 
 
 def read_ip_adapter(path: str | Path) -> IpAdapterWeights:
-    """Read a `.safetensors` file (flat keys `image_proj.*`, `ip_adapter.*`) or a `.bin` file (two nested dicts).
+    """Read a `.safetensors` (flat keys `image_proj.*`, `ip_adapter.*`) or a `.bin` file (two nested dicts).
 
     `path` is a local file, or `owner/repository/path/in/it` on the hub. A `.bin` is a pickle: it is read with
-    `weights_only=True`, which refuses anything but tensors. Raises UserError when there is no such file, it cannot be
-    read, or it does not hold the two groups.
+    `weights_only=True`, which refuses anything but tensors. Raises UserError when there is no such file, it
+    cannot be read, or it does not hold the two groups.
     """
     local = _local_file(str(path))
     try:
@@ -130,7 +133,8 @@ def read_ip_adapter(path: str | Path) -> IpAdapterWeights:
     groups = {group: _group_of(stored, group) for group in GROUPS}
     empty = [group for group, tensors in groups.items() if not tensors]
     if empty:
-        found = ", ".join(sorted(map(str, stored))[:4]) if isinstance(stored, Mapping) else type(stored).__name__
+        is_mapping = isinstance(stored, Mapping)
+        found = ", ".join(sorted(map(str, stored))[:4]) if is_mapping else type(stored).__name__
         raise UserError(
             f"{path} holds no {' and no '.join(empty)} tensors (found: {found}); wanted a file like "
             "ip-adapter-plus_sd15.safetensors with the groups image_proj and ip_adapter"
@@ -143,7 +147,9 @@ def _local_file(path: str) -> Path:
         return Path(path)
     owner, repository, inside = [*path.split("/", 2), "", ""][:3]
     if not inside or not owner or path.startswith(("/", "./", "../", "~")):
-        raise UserError(f"IP-Adapter file {path} is missing; give a local file or owner/repository/path on the hub")
+        raise UserError(
+            f"IP-Adapter file {path} is missing; give a local file or owner/repository/path on the hub"
+        )
     from huggingface_hub import hf_hub_download
 
     try:
@@ -178,7 +184,9 @@ def load_resampler(weights: IpAdapterWeights) -> Resampler:
         raise UserError(f"{weights.source} is no IP-Adapter Plus: it lacks {', '.join(missing)}")
     latents, width_in, width_out, query, mlp = (tuple(state[name].shape) for name in sizes)
     if [len(shape) for shape in (latents, width_in, width_out, query, mlp)] != [3, 2, 2, 2, 2]:
-        raise UserError(f"{weights.source} is no IP-Adapter Plus: {', '.join(sizes)} have the wrong number of dimensions")
+        raise UserError(
+            f"{weights.source} is no IP-Adapter Plus: wrong number of dimensions among {', '.join(sizes)}"
+        )
     resampler = Resampler(
         feature_width=width_in[1],
         width=latents[2],
@@ -194,7 +202,9 @@ def load_resampler(weights: IpAdapterWeights) -> Resampler:
     return resampler
 
 
-def check_attention(weights: IpAdapterWeights, hidden_widths: Mapping[int, int], *, context_width: int) -> None:
+def check_attention(
+    weights: IpAdapterWeights, hidden_widths: Mapping[int, int], *, context_width: int
+) -> None:
     """Compare `ip_adapter` with a U-Net: `hidden_widths` maps the index of each cross-attention to its width.
 
     Raises UserError that names the first differences.
@@ -202,14 +212,14 @@ def check_attention(weights: IpAdapterWeights, hidden_widths: Mapping[int, int],
     output_width = weights.image_proj["proj_out.weight"].shape[0]
     if output_width != context_width:
         raise UserError(
-            f"{weights.source} makes image tokens of width {output_width}, but this U-Net attends to width {context_width}: "
-            "use the adapter made for this base model (768: Stable Diffusion 1.5, 2048: SDXL)"
+            f"{weights.source} makes image tokens of width {output_width}, but this U-Net attends to width "
+            f"{context_width}: use the adapter made for this base model (768: SD 1.5, 2048: SDXL)"
         )
     found = sum(name.endswith(".to_k_ip.weight") for name in weights.ip_adapter)
     if found != len(hidden_widths):
         raise UserError(
-            f"{weights.source} has {found} to_k_ip projections, this U-Net has {len(hidden_widths)} cross-attentions: "
-            "use the adapter made for this base model"
+            f"{weights.source} has {found} to_k_ip projections, this U-Net has {len(hidden_widths)} "
+            "cross-attentions: use the adapter made for this base model"
         )
     wanted = {
         f"{index}.{kind}.weight": (width, context_width)
@@ -232,4 +242,5 @@ def check_shapes(
     ]
     if problems:
         more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
-        raise UserError(f"{source} does not have the layout of IP-Adapter Plus: {'; '.join(problems[:4])}{more}")
+        shown = "; ".join(problems[:4]) + more
+        raise UserError(f"{source} does not have the layout of IP-Adapter Plus: {shown}")
