@@ -96,7 +96,7 @@ class RecordFilter:
             if isinstance(part, ImagePart) and part.index == limit
         )
         shorter = Document(document.id, document.source, document.parts[:cut], document.info)
-        return Record(shorter, record.images[:limit])
+        return Record(shorter, record.images[:limit], record.lost)
 
     def _is_opted_out(self, url: str) -> bool:
         host = urlsplit(url).hostname or ""

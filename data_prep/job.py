@@ -29,6 +29,7 @@ from vlgpt.shards.stored import read_stored_samples
 
 SETTINGS = "build.json"
 FILTERED = "filtered:"
+PER_IMAGE_INFO = ("image_urls", "similarities")
 LIBRARIES = ("pillow", "numpy")
 FAST_LIBRARIES = ("simplejpeg", "opencv-python-headless")
 
@@ -225,7 +226,7 @@ class _Workshop:
             return
         record = self._filter.crop(item)
         kept: list[StoredPicture | None] = []
-        lost: list[str] = []
+        lost = list(record.lost)
         for opener in record.images:
             try:
                 kept.append(self._picture(opener))
@@ -279,6 +280,7 @@ def _with_images(document: Document, pictures: list[StoredPicture | None]) -> Do
     info = dict(document.info)
     if numbers:
         info["images"] = [picture.info for picture in pictures if picture is not None]
-    if "image_urls" in info:
-        info["image_urls"] = [url for index, url in enumerate(info["image_urls"]) if index in numbers]
+    for name in PER_IMAGE_INFO:
+        if name in info:
+            info[name] = [value for index, value in enumerate(info[name]) if index in numbers]
     return Document(document.id, document.source, tuple(parts), info)

@@ -40,11 +40,14 @@ class Record:
     """One document and its images, still as found: the build opens, decodes and encodes them, not the source.
 
     `document.info` may carry numbers that filters read under these names: `similarity`, `aesthetic`,
-    `watermark`, `nsfw`, `url`, `image_urls` (list, one per image), and anything else that is worth keeping.
+    `watermark`, `nsfw`, `url`, `image_urls` and `similarities` (lists, one entry per image), and anything
+    else that is worth keeping. `lost` names the reasons for pictures that the source itself had to leave out
+    of the document; the build counts them with those that cannot be decoded.
     """
 
     document: Document
     images: tuple[ImageOpener, ...] = ()
+    lost: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
