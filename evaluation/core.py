@@ -244,6 +244,10 @@ class Benchmark(ABC):
         """The official submission file's content, checked; None when the benchmark has none."""
         return None
 
+    def extra_files(self, examples: Sequence[Example]) -> dict[str, str]:
+        """More files to write beside the predictions, {name: content} (such as a list of prompts)."""
+        return {}
+
     def options(self) -> dict[str, Any]:
         """The fields of this benchmark, JSON-ready: they define the protocol."""
         return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 from collections.abc import Sequence
 from pathlib import Path
@@ -138,7 +139,7 @@ def write_or_check(folder: Path, manifest: dict[str, Any]) -> None:
             )
         return
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".run.{id(manifest)}.json"
+    temporary = folder / f".run.{os.getpid()}.json"
     temporary.write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     temporary.replace(path)
 

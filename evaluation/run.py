@@ -59,6 +59,8 @@ def run(
             benchmark, examples, responder=responder, decoding=decoding, shots=shots, subset=subset
         ),
     )
+    for name, content in benchmark.extra_files(examples).items():
+        (output / name).write_text(content, encoding="utf-8")
     done = read_shards(output)
     todo = [e for e in examples if process_of(e.id, num_processes=num_processes) == rank and e.id not in done]
     logger = get_logger("evaluation")
@@ -214,9 +216,9 @@ def _responder(args: argparse.Namespace, benchmark: Benchmark, examples: Sequenc
 def _features(args: argparse.Namespace) -> Any:
     if args.clip is None:
         return None
-    from evaluation.features import load_clip
+    from evaluation.features import ClipFeatures
 
-    return load_clip(args.clip, device=args.device).images
+    return ClipFeatures(args.clip, device=args.device).images
 
 
 def _start_processes(arguments: list[str], num_processes: int) -> int:

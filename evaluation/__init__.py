@@ -1,0 +1,1 @@
+"""Benchmarks of VL-GPT: prompts out, predictions in, scores from saved predictions."""
