@@ -57,8 +57,8 @@ class ForeignFolder:
         stem, _, suffix = name.rpartition(".")
         return self._tars[stem] if suffix == "tar" and stem in self._tars else Path(self.where) / name
 
-    def index(self, shard: int) -> ShardIndex:
-        return ShardIndex.load(self._index_path(self._tars[self.records[shard].name]))
+    def index_path(self, shard: int) -> Path:
+        return self._index_path(self._tars[self.records[shard].name])
 
     def _index_path(self, tar: Path) -> Path:
         """Beside the tar, or in the cache folder when given or when the tar's folder is read-only."""

@@ -23,7 +23,7 @@ class Member:
     crc: int
 
 
-def crc32(data: bytes) -> int:
+def crc32(data: bytes | memoryview) -> int:
     """Checksum of a member, checked at every read."""
     return zlib.crc32(data)
 

@@ -105,10 +105,7 @@ class ShardSet:
                 self._indexes.move_to_end(shard)
                 return index
         record = self.shards[shard]
-        if isinstance(self.folder, ForeignFolder):
-            index = self.folder.index(shard)
-        else:
-            index = ShardIndex.load(self.folder.path(f"{record.name}.idx"))
+        index = ShardIndex.load(self.index_path(shard))
         if index.tar_sha256 != record.sha256 or index.num_samples != record.num_samples:
             raise UserError(
                 f"{self.folder.where}: the index of shard {record.name} belongs to another tar; run python "
@@ -119,6 +116,12 @@ class ShardSet:
             while len(self._indexes) > MAX_CACHED_INDEXES:
                 self._indexes.popitem(last=False)
         return index
+
+    def index_path(self, shard: int) -> Path:
+        """Where the index file of a shard lies locally."""
+        if isinstance(self.folder, ForeignFolder):
+            return self.folder.index_path(shard)
+        return self.folder.path(f"{self.shards[shard].name}.idx")
 
     def read(self, shard: int, sample: int, *, with_images: bool = True) -> Sample:
         """One sample; without its images only its record is read from the tar.

@@ -1,0 +1,279 @@
+"""python -m data_prep.check DIR [--html FILE]: is this data set whole, and what is in it?
+
+Verifies manifest, reports, hashes, indexes, tar structure and every document; counts; writes a page of random
+documents. The exit code is 1 on any damage, each named by shard and reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import mmap
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+
+from data_prep.index import load_tokenizer
+from data_prep.report import write_report
+from vlgpt.document import ROLES, Document
+from vlgpt.images import BadImage, decode_image
+from vlgpt.log import UserError, configure, run_command
+from vlgpt.shards import FeatureSpec, Manifest, ShardIndex, ShardSet, read_spec
+from vlgpt.shards.index import crc32
+from vlgpt.shards.manifest import MANIFEST, SUCCESS, read_manifest, read_report
+
+BLOCK_BYTES = 512
+
+
+@dataclass
+class Statistics:
+    """What is in a data set."""
+
+    images_per_document: Counter[int] = field(default_factory=Counter)
+    roles: Counter[str] = field(default_factory=Counter)
+    suffixes: Counter[str] = field(default_factory=Counter)
+    text_tokens: list[np.ndarray] = field(default_factory=list)
+    member_bytes: list[np.ndarray] = field(default_factory=list)
+
+    def add(self, index: ShardIndex) -> None:
+        """Count one shard."""
+        self.images_per_document.update(np.diff(index.image_start).tolist())
+        self.roles.update({role: int((index.part_role == number).sum()) for number, role in enumerate(ROLES)})
+        self.suffixes.update(index.member_suffix.tolist())
+        self.text_tokens.append(index.part_tokens[~index.part_is_image])
+        self.member_bytes.append(index.member_size[index.member_suffix != "json"])
+
+    def lines(self) -> Iterator[str]:
+        """For people."""
+        counts = ", ".join(f"{images}: {count}" for images, count in sorted(self.images_per_document.items()))
+        yield f"documents by number of images: {counts}"
+        yield "parts by role: " + ", ".join(f"{role} {count}" for role, count in self.roles.items() if count)
+        yield "members: " + ", ".join(f"{suffix} {count}" for suffix, count in sorted(self.suffixes.items()))
+        yield f"bytes per image: {_quantiles(self.member_bytes)}"
+        tokens = np.concatenate(self.text_tokens) if self.text_tokens else np.zeros(0)
+        has_tokens = bool(len(tokens)) and tokens.min() >= 0
+        yield f"tokens per text part: {_quantiles(self.text_tokens) if has_tokens else 'not stored'}"
+
+
+def _quantiles(columns: list[np.ndarray]) -> str:
+    values = np.concatenate(columns) if columns else np.zeros(0)
+    if not len(values):
+        return "none"
+    low, middle, high = np.percentile(values, [5, 50, 95])
+    return (
+        f"mean {values.mean():.0f}, 5 % {low:.0f}, median {middle:.0f}, 95 % {high:.0f}, max {values.max()}"
+    )
+
+
+def check_folder(
+    folder: Path, *, decode: bool = False, statistics: Statistics | None = None
+) -> Iterator[str]:
+    """Every problem found, as `shard: reason`; nothing for a whole data set."""
+    try:
+        manifest = read_manifest((folder / MANIFEST).read_bytes(), where=str(folder / MANIFEST))
+    except (UserError, FileNotFoundError) as error:
+        yield f"manifest: {error}"
+        return
+    if not (folder / SUCCESS).is_file():
+        yield f"manifest: {SUCCESS} is missing; the build was not sealed"
+    yield from _check_names(folder, manifest)
+    for number, record in enumerate(
+        track(manifest.shards, description=folder.name, console=Console(stderr=True))
+    ):
+        report = read_report(folder, number)
+        if report is None:
+            yield f"{record.name}: its tar, index or report is missing, cut or unreadable"
+        elif report.record() != record:
+            yield f"{record.name}: report and manifest disagree"
+        else:
+            yield from (
+                f"{record.name}: {problem}"
+                for problem in check_shard(folder, record.name, record.sha256, decode, statistics)
+            )
+    yield from _check_features(folder, manifest)
+
+
+def _check_names(folder: Path, manifest: Manifest) -> Iterator[str]:
+    """Numbers without gaps, totals that add up, no tar that the manifest does not know."""
+    names = [shard.name for shard in manifest.shards]
+    if names != [f"{number:05d}" for number in range(len(names))]:
+        yield "manifest: shard names are not 00000, 00001, ..."
+    if manifest.num_samples != sum(shard.num_samples for shard in manifest.shards):
+        yield "manifest: num_samples is not the sum over shards"
+    if manifest.num_records != manifest.num_samples + sum(manifest.dropped.values()):
+        yield "manifest: records in are not records written plus dropped"
+    for path in sorted(folder.glob("*.tar")):
+        if path.stem not in names:
+            yield f"{path.stem}: a tar that the manifest does not name"
+
+
+def check_shard(
+    folder: Path, name: str, sha256: str, decode: bool = False, statistics: Statistics | None = None
+) -> Iterator[str]:
+    """Problems of one shard whose report is readable."""
+    try:
+        index = ShardIndex.load(folder / f"{name}.idx")
+    except (UserError, FileNotFoundError) as error:
+        yield str(error)
+        return
+    if index.tar_sha256 != sha256:
+        yield "the index belongs to another tar"
+        return
+    with (
+        (folder / f"{name}.tar").open("rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as tar,
+    ):
+        if hashlib.sha256(tar).hexdigest() != sha256:
+            yield "the tar's sha256 is not the manifest's"
+        problems = list(_layout_problems(index, len(tar)))
+        yield from problems
+        if not problems:
+            yield from _content_problems(index, memoryview(tar), decode=decode)
+    if statistics is not None:
+        statistics.add(index)
+
+
+def _layout_problems(index: ShardIndex, num_bytes: int) -> Iterator[str]:
+    """Columns that fit together, members that lie end to end."""
+    for name, last in (
+        ("part_start", len(index.part_is_image)),
+        ("member_start", len(index.member_offset)),
+        ("image_start", int(index.part_is_image.sum())),
+        ("text_start", int((~index.part_is_image).sum())),
+    ):
+        starts = getattr(index, name)
+        if (
+            len(starts) != index.num_samples + 1
+            or starts[0] != 0
+            or starts[-1] != last
+            or (np.diff(starts) < 0).any()
+        ):
+            yield f"index column {name} is inconsistent"
+            return
+    padded = -(-index.member_size // BLOCK_BYTES) * BLOCK_BYTES
+    expected = np.concatenate([[BLOCK_BYTES], index.member_offset + padded + BLOCK_BYTES])
+    if (index.member_size < 0).any() or not np.array_equal(expected[:-1], index.member_offset):
+        yield "members do not lie end to end"
+    elif expected[-1] > num_bytes:
+        yield "members lie beyond the end of the tar"
+    if len(set(index.keys.tolist())) != index.num_samples or (np.sort(index.keys) != index.keys).any():
+        yield "keys are not unique and ascending"
+
+
+def _content_problems(index: ShardIndex, tar: memoryview, *, decode: bool) -> Iterator[str]:
+    for sample in range(index.num_samples):
+        key, first = str(index.keys[sample]), int(index.member_start[sample])
+        for member in range(first, int(index.member_start[sample + 1])):
+            place, size = int(index.member_offset[member]), int(index.member_size[member])
+            suffix = str(index.member_suffix[member])
+            name = f"{key}.json" if member == first else f"{key}.{member - first - 1}.{suffix}"
+            if bytes(tar[place - BLOCK_BYTES : place - BLOCK_BYTES + 100]).rstrip(b"\0") != name.encode():
+                yield f"sample {key}: expected member {name}"
+            if crc32(tar[place : place + size]) != int(index.member_crc[member]):
+                yield f"sample {key}: checksum of {name}"
+            elif member == first:
+                yield from (
+                    f"sample {key}: {problem}"
+                    for problem in _document_problems(index, sample, bytes(tar[place : place + size]))
+                )
+            elif decode:
+                try:
+                    decode_image(bytes(tar[place : place + size]))
+                except BadImage as error:
+                    yield f"sample {key}: {name} {error}"
+
+
+def _document_problems(index: ShardIndex, sample: int, record: bytes) -> Iterator[str]:
+    try:
+        document = Document.from_record(json.loads(record))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        yield f"no document: {error}"
+        return
+    part_range = slice(int(index.part_start[sample]), int(index.part_start[sample + 1]))
+    roles = [ROLES.index(part.role) for part in document.parts]
+    if index.part_role[part_range].tolist() != roles:
+        yield "the index has other parts than the document"
+    if document.num_images != int(index.image_start[sample + 1] - index.image_start[sample]):
+        yield "the index has another number of images than the document"
+
+
+def _check_features(folder: Path, manifest: Manifest) -> Iterator[str]:
+    """Features that are there must be whole; what is not there was not asked for."""
+    shards = ShardSet.open(folder) if (folder / SUCCESS).is_file() else None
+    for path in sorted(folder.glob("features/*/spec.json")) if shards else ():
+        name = path.parent.name
+        try:
+            spec: FeatureSpec = read_spec(path)
+            reader = shards.feature(spec.name) if shards else None
+            for number in range(len(manifest.shards)):
+                if reader is not None:
+                    reader.rows(number, 0, 1)
+        except (UserError, FileNotFoundError) as error:
+            yield f"feature {name}: {error}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line: 0 whole, 1 damaged, 2 wrong use."""
+    parser = argparse.ArgumentParser(
+        prog="python -m data_prep.check", description=__doc__, allow_abbrev=False
+    )
+    parser.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="data set folders")
+    parser.add_argument("--decode", action="store_true", help="decode every picture too")
+    parser.add_argument("--html", type=Path, help="write a page of random documents")
+    parser.add_argument("--num-documents", type=int, default=40, help="on the page (default: 40)")
+    parser.add_argument("--seed", type=int, default=0, help="which documents (default: 0)")
+    parser.add_argument("--tokenizer", help="show the documents as training will see them, token by token")
+    arguments = parser.parse_args(argv)
+    configure()
+    console = Console()
+    num_problems = 0
+    whole: list[Path] = []
+    for folder in arguments.folders:
+        if not folder.is_dir():
+            raise UserError(f"{folder} is not a folder")
+        statistics = Statistics()
+        problems = list(check_folder(folder, decode=arguments.decode, statistics=statistics))
+        for problem in problems:
+            console.print(
+                f"DAMAGED {folder}/{problem}", style="red", markup=False, highlight=False, soft_wrap=True
+            )
+        num_problems += len(problems)
+        if not problems:
+            whole.append(folder)
+            _print_summary(console, folder, statistics)
+    if arguments.html and whole:
+        tokenizer = load_tokenizer(arguments.tokenizer)
+        write_report(
+            arguments.html, whole, count=arguments.num_documents, seed=arguments.seed, tokenizer=tokenizer
+        )
+        console.print(f"wrote {arguments.html}", highlight=False, soft_wrap=True)
+    return 1 if num_problems else 0
+
+
+def _print_summary(console: Console, folder: Path, statistics: Statistics) -> None:
+    manifest = ShardSet.open(folder).manifest
+    if manifest is None:
+        return
+    dropped = {**manifest.dropped, **{f"image {k}": v for k, v in manifest.dropped_images.items()}}
+    listed = ", ".join(f"{reason} {count}" for reason, count in dropped.items()) or "nothing"
+    console.print(
+        f"OK {folder}: {manifest.num_samples} documents, {manifest.num_images} images, "
+        f"{len(manifest.shards)} shards, "
+        f"{manifest.num_bytes / 1e6:.1f} MB; of {manifest.num_records} records dropped: {listed}",
+        *statistics.lines(),
+        sep="\n  ",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
