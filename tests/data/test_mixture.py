@@ -168,7 +168,9 @@ def test_one_pass_gives_everything_once_in_order() -> None:
 
 
 def test_a_position_far_out_in_100k_shards_needs_little_memory_and_no_replay() -> None:
-    """1,024 ranks with 8 workers each would ask for just this; the time is printed by benchmarks/loader.py."""
+    """1,024 ranks with 8 workers each would ask for just this; the time is printed by
+    benchmarks/loader.py.
+    """
     tracemalloc.start()
     rng = np.random.default_rng(0)
     orders = [
