@@ -4,10 +4,11 @@ pass over a file, kept beside it.
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,6 +70,18 @@ def list_files(inputs: Sequence[Path], suffixes: Sequence[str]) -> list[InputFil
 def _without(name: str, suffixes: Sequence[str]) -> str:
     longest = max((suffix for suffix in suffixes if name.endswith(suffix)), key=len, default="")
     return name.removesuffix(longest)
+
+
+def split_range(starts: Sequence[int], start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+    """Numbers `start ... stop - 1` of things that lie in files: (file, first, stop) counted within each file.
+
+    `starts` holds the number of every file's first thing, and the total as its last entry.
+    """
+    while start < stop:
+        place = bisect.bisect_right(starts, start) - 1
+        end = min(stop, starts[place + 1])
+        yield place, start - starts[place], end - starts[place]
+        start = end
 
 
 def require_keys(

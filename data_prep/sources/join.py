@@ -59,12 +59,12 @@ class Pictures:
                         return found
         raise BadImage("missing_file", " or ".join(names))
 
-    def by_url(self, url: str) -> ImageOpener:
-        """The picture that img2dataset downloaded from this URL. Raises BadImage(`missing_file`)."""
+    def find_url(self, url: str) -> ImageOpener | None:
+        """The picture that img2dataset downloaded from this URL, None if there is none."""
         for table in self._tables:
             if (found := table.find(f"url:{url}")) is not None:
                 return found
-        raise BadImage("missing_file", url)
+        return None
 
 
 def _tails(name: str) -> Iterator[str]:

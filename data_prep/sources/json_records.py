@@ -6,7 +6,6 @@ then read with one seek.
 
 from __future__ import annotations
 
-import bisect
 import gzip
 import itertools
 import json
@@ -21,7 +20,7 @@ from typing import IO, Any
 import numpy as np
 
 from data_prep.sources import Dropped
-from data_prep.sources.inputs import InputFile, find_files, kept_arrays
+from data_prep.sources.inputs import InputFile, find_files, kept_arrays, split_range
 from data_prep.sources.json_list import list_values
 from vlgpt.log import UserError
 
@@ -73,13 +72,8 @@ class JsonRecords:
 
     def read(self, start: int, stop: int) -> Iterator[JsonRecord | Dropped]:
         """Records `start ... stop - 1`; text that is no JSON is dropped as `bad_json` or `text_not_utf8`."""
-        number = start
-        while number < stop:
-            place = bisect.bisect_right(self._file_starts, number) - 1
-            end = min(stop, self._file_starts[place + 1])
-            first = self._file_starts[place]
-            yield from self._read_file(place, number - first, end - first)
-            number = end
+        for place, first, end in split_range(self._file_starts, start, stop):
+            yield from self._read_file(place, first, end)
 
     def first(self) -> JsonRecord:
         """The first record that is JSON. Raises UserError when there is none among the first hundred."""

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_prep.sources import Dropped
-from data_prep.sources.inputs import InputFile, find_files, require_keys
+from data_prep.sources.inputs import InputFile, find_files, require_keys, split_range
 from vlgpt.log import UserError
 
 SUFFIXES = (".parquet", ".arrow")
@@ -65,12 +65,8 @@ class TableRows:
 
     def read(self, start: int, stop: int) -> Iterator[Row | Dropped]:
         """Rows `start ... stop - 1`; a row with text that is not UTF-8 is dropped."""
-        number = start
-        while number < stop:
-            place = bisect.bisect_right(self._file_starts, number) - 1
-            first, end = self._file_starts[place], min(stop, self._file_starts[place + 1])
-            yield from self._read_file(place, number - first, end - first)
-            number = end
+        for place, first, end in split_range(self._file_starts, start, stop):
+            yield from self._read_file(place, first, end)
 
     def column(self, name: str) -> list[Any]:
         """One whole column over all files: for columns of small values only."""
@@ -94,6 +90,25 @@ class TableRows:
                 if start >= stop:
                     return
             group += 1
+
+
+class RowCursor:
+    """Rows by number, cheap when they are asked for nearly in order: what lies between is read over."""
+
+    def __init__(self, rows: TableRows):
+        self._rows, self._next = rows, 0
+        self._stream: Iterator[Row | Dropped] = iter(())
+        self._stop = 0
+
+    def row(self, number: int) -> Row | Dropped:
+        """One row."""
+        if not self._next <= number < min(self._next + BATCH_ROWS, self._stop):
+            self._next, self._stop = number, len(self._rows)
+            self._stream = self._rows.read(number, self._stop)
+        for _ in range(number - self._next):
+            next(self._stream)
+        self._next = number + 1
+        return next(self._stream)
 
 
 def _row(batch: pa.RecordBatch, place: int, key: str, file: InputFile) -> Row | Dropped:

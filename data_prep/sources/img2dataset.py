@@ -1,0 +1,77 @@
+"""What img2dataset downloaded: CC3M, LAION-Aesthetics, LAION-COCO and any other list of URLs and captions."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from data_prep.sources import Dropped, Record
+from data_prep.sources.convert import BadRecord, convert, number, numbers, text
+from data_prep.sources.img2dataset_shards import CAPTION_COLUMNS, FILTER_COLUMNS, Sample, open_shards
+from data_prep.sources.inputs import split_range
+from vlgpt.document import Document, ImagePart, Part, TextPart
+
+
+class Img2datasetSource:
+    """Output of img2dataset (`--output_format webdataset` or `parquet`) and plain webdataset tars: pairs of
+    picture and caption. A row whose download failed counts as dropped. Scores become filter values:
+    similarity, aesthetic (AESTHETIC_SCORE), watermark (pwatermark), nsfw (punsafe).
+    """
+
+    licence = "pictures and captions belong to their sites; the list of URLs: see docs/datasets.md"
+
+    def __init__(
+        self,
+        inputs: Sequence[Path],
+        *,
+        caption_column: Annotated[
+            str | None, "column with the caption; else top_caption (LAION-COCO), then caption"
+        ] = None,
+        require_caption: Annotated[bool, "drop pictures without one (stage 1 can do without)"] = True,
+    ):
+        self._captions = (caption_column,) if caption_column else CAPTION_COLUMNS
+        self._require_caption = require_caption
+        self._shards = list(open_shards(inputs, self._captions))
+        self._starts = [0, *itertools.accumulate(len(shard) for shard in self._shards)]
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def read(self, start: int, stop: int) -> Iterator[Record | Dropped]:
+        """Pairs (picture, caption), in order of shards and rows."""
+        for place, first, end in split_range(self._starts, start, stop):
+            yield from convert(self._shards[place].read(first, end), self._record)
+
+    def _record(self, sample: Sample) -> Record:
+        parts: tuple[Part, ...] = (ImagePart(0),)
+        try:
+            parts = (*parts, TextPart(text(sample.value, *self._captions, word="caption")))
+        except BadRecord as error:
+            if self._require_caption or error.reason == "bad_caption":
+                raise
+        document = Document(sample.key, "img2dataset", parts, self._info(sample.value))
+        return Record(document, (sample.image,))
+
+    def _info(self, value: Mapping[str, Any]) -> dict[str, Any]:
+        info: dict[str, Any] = numbers(value, FILTER_COLUMNS)
+        if isinstance(value.get("url"), str):
+            info["url"] = value["url"]
+        if isinstance(value.get("sha256"), str):
+            info["original_sha256"] = value["sha256"]
+        size = number(value, "original_width"), number(value, "original_height")
+        if None not in size:
+            info["original_size"] = list(size)
+        if "top_caption" in self._captions and isinstance(value.get("top_caption"), str):
+            info |= _similarity_of_top(value)
+        return info
+
+
+def _similarity_of_top(value: Mapping[str, Any]) -> dict[str, Any]:
+    """LAION-COCO's `similarity` judges the page's own text; its captions have theirs in a list."""
+    captions, similarities = value.get("all_captions"), value.get("all_similarities")
+    if not isinstance(captions, list) or not isinstance(similarities, list):
+        return {}
+    scores = dict(zip(captions, similarities))
+    return numbers({"similarity": scores.get(value["top_caption"])}, {"similarity": ("similarity",)})

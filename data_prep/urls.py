@@ -1,0 +1,103 @@
+"""python -m data_prep.urls SOURCE --input ... --output DIR: the picture URLs of MMC4 or OBELICS, for
+img2dataset.
+
+One Parquet file of distinct URLs for each input file, and the commands that download them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from rich.console import Console
+
+from data_prep.sources import Dropped
+from data_prep.sources.convert import BadRecord
+from data_prep.sources.fetch import fetch_commands
+from data_prep.sources.json_records import JsonRecords
+from data_prep.sources.obelics import page_items
+from data_prep.sources.tables import TableRows
+from vlgpt.log import UserError, configure, run_command
+
+console = Console()
+
+
+def mmc4_urls(inputs: Sequence[Path]) -> Iterator[tuple[str, str]]:
+    """(input file's name, URL) for every picture."""
+    records = JsonRecords(inputs, source="mmc4")
+    for item in records.read(0, len(records)):
+        if not isinstance(item, Dropped) and isinstance(item.value, dict):
+            for entry in item.value.get("image_info") or ():
+                if isinstance(entry, dict) and isinstance(entry.get("raw_url"), str):
+                    yield item.file.name, entry["raw_url"]
+
+
+def obelics_urls(inputs: Sequence[Path]) -> Iterator[tuple[str, str]]:
+    """(input file's name, URL) for every picture."""
+    columns = {"images": ("images",), "texts": ("texts",)}
+    rows = TableRows(inputs, columns, source="obelics", what="OBELICS table")
+    for row in rows.read(0, len(rows)):
+        if isinstance(row, Dropped):
+            continue
+        try:
+            items = page_items(row.value)
+        except BadRecord:
+            continue  # the build counts these pages
+        yield from ((row.file.name, url) for _, url in items if url is not None)
+
+
+URLS: dict[str, Callable[[Sequence[Path]], Iterator[tuple[str, str]]]] = {
+    "mmc4": mmc4_urls,
+    "obelics": obelics_urls,
+}
+
+
+def write_url_lists(pairs: Iterator[tuple[str, str]], folder: Path) -> tuple[int, int]:
+    """One file of distinct URLs per input file: -> (number of files, number of URLs)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    num_files = num_urls = 0
+    current, urls = "", dict[str, None]()
+
+    def write() -> None:
+        nonlocal num_files, num_urls
+        if urls:
+            path = folder / f"{current.replace('/', '-')}.parquet"
+            partial = path.with_name(f".{path.name}.partial")
+            pq.write_table(pa.table({"url": list(urls)}), partial)
+            os.replace(partial, path)
+            num_files, num_urls = num_files + 1, num_urls + len(urls)
+
+    for name, url in pairs:
+        if name != current:
+            write()
+            current, urls = name, {}
+        urls[url] = None
+    write()
+    return num_files, num_urls
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m data_prep.urls", description=__doc__, allow_abbrev=False)
+    parser.add_argument("source", choices=sorted(URLS))
+    parser.add_argument("--input", type=Path, nargs="+", required=True, help="files or folders to read")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the lists")
+    arguments = parser.parse_args(argv)
+    configure()
+    for path in arguments.input:
+        if not path.exists():
+            raise UserError(f"--input {path} does not exist")
+    num_files, num_urls = write_url_lists(URLS[arguments.source](arguments.input), arguments.output)
+    console.print(f"{num_urls} URLs in {num_files} files. Download them with:", highlight=False)
+    commands = fetch_commands(arguments.output, input_format="parquet", url_column="url")
+    console.print(commands, highlight=False, soft_wrap=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
