@@ -1,0 +1,162 @@
+"""Laws of the language stage: causality, one shift, packing, counts, frozen parts."""
+
+import dataclasses
+
+import pytest
+import torch
+from vlgpt.batch import ImageInput
+from vlgpt.models.losses import targets_of
+from vlgpt.models.multimodal_lm import LoraSettings, varlen_arguments
+from vlgpt.stages.base import parameter_groups
+from vlgpt.stages.language import LanguageStage
+
+from batches import pack, random_document
+from tiny_unified import new_document_tokenizer, new_model
+
+
+@pytest.fixture
+def tokenizer():
+    return new_document_tokenizer()
+
+
+@pytest.fixture
+def stage(tokenizer):
+    return LanguageStage(model=new_model(tokenizer), num_sources=2)
+
+
+def hidden_of(stage, batch):
+    stage.eval()
+    with torch.no_grad():
+        return stage.model.lm.hidden_states(batch, stage.visual_of(batch.images))
+
+
+def test_a_token_changes_no_hidden_state_before_it(stage, tokenizer):
+    batch = pack([[random_document(1, num_images=2)]], tokenizer)
+    before = hidden_of(stage, batch)
+    position = int((batch.segment_ids[0] == 1).sum()) - 3
+    ids = batch.token_ids.clone()
+    ids[0, position] = (ids[0, position] + 7) % 300
+    after = hidden_of(stage, dataclasses.replace(batch, token_ids=ids))
+    assert torch.equal(before[:, :position], after[:, :position])
+    assert not torch.allclose(before[:, position], after[:, position])
+
+
+def test_a_visual_prediction_never_sees_its_own_embedding(stage, tokenizer):
+    batch = pack([[random_document(2, num_images=1)]], tokenizer)
+    visual = stage.visual_of(batch.images)
+    targets = targets_of(batch)
+    lm = stage.model.lm.eval()
+    with torch.no_grad():
+        _, before = lm.predict(lm.hidden_states(batch, visual), targets)
+        for slot in range(tokenizer.num_visual):
+            changed = visual.clone()
+            changed[0, slot] += 5.0
+            _, after = lm.predict(lm.hidden_states(batch, changed), targets)
+            assert torch.equal(before[: slot + 1], after[: slot + 1])
+            if slot + 1 < tokenizer.num_visual:
+                assert not torch.allclose(before[slot + 1], after[slot + 1])
+
+
+def test_there_is_exactly_one_shift(tokenizer):
+    batch = pack([[random_document(3, num_images=1), random_document(4, num_images=0)]], tokenizer)
+    targets = targets_of(batch)
+    flat_ids = batch.token_ids.flatten()
+    assert torch.equal(flat_ids[targets.text_from + 1], targets.text_ids)
+    begin = (flat_ids == tokenizer.begin_image_id).nonzero()[0, 0]
+    assert targets.visual_from[0] == begin, "slot 1 is predicted from [IMG]"
+    assert targets.visual_rows.tolist() == list(range(tokenizer.num_visual))
+    same_segment = batch.segment_ids.flatten()
+    for places in (targets.text_from, targets.visual_from):
+        assert torch.equal(same_segment[places], same_segment[places + 1]), "a prediction crosses segments"
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("mode", ["train", "eval", "checkpointing"])
+def test_packed_rows_equal_separate_rows_in_losses_and_gradients(tokenizer, attention, mode):
+    documents = [random_document(n, num_images=n % 3) for n in range(4)]
+    stage = LanguageStage(model=new_model(tokenizer), num_sources=2)
+    stage.model.lm.language_model.set_attn_implementation(attention)
+    stage.train(mode != "eval")
+    if mode == "checkpointing":
+        stage.model.lm.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+    results = []
+    for rows in ([documents], [[document] for document in documents]):
+        stage.zero_grad()
+        terms = stage(pack(rows, tokenizer, length=160))
+        sum(term.total for term in terms.values()).backward()
+        gradients = {n: p.grad.clone() for n, p in stage.named_parameters() if p.grad is not None}
+        results.append(({name: term.total.item() for name, term in terms.items()}, gradients))
+    (packed, packed_gradients), (apart, apart_gradients) = results
+    assert packed == pytest.approx(apart, rel=1e-5)
+    scale = max(g.abs().max() for g in apart_gradients.values())
+    for name, gradient in packed_gradients.items():
+        assert torch.allclose(gradient, apart_gradients[name], atol=1e-5 * scale), name
+
+
+def test_changing_one_packed_document_leaves_the_others_bit_equal(stage, tokenizer):
+    first, other, last = (random_document(n, num_images=1) for n in (5, 6, 7))
+    batch = pack([[first, other, last]], tokenizer, length=160)
+    ids = batch.token_ids.clone()
+    ids[batch.segment_ids == 2] = 5
+    before, after = hidden_of(stage, batch), hidden_of(stage, dataclasses.replace(batch, token_ids=ids))
+    kept = batch.segment_ids != 2
+    assert torch.equal(before[kept], after[kept])
+
+
+def test_varlen_attention_gets_the_exact_segment_bounds_of_three_rows():
+    segments = torch.tensor([[1, 1, 2, 0], [1, 1, 1, 1], [1, 2, 2, 0]])
+    found = varlen_arguments(segments)
+    assert found["cu_seq_lens_q"].tolist() == [0, 2, 3, 4, 8, 9, 11, 12]
+    assert found["cu_seq_lens_k"].dtype == torch.int32
+    assert found["max_length_q"] == 4
+
+
+def test_counts_are_those_of_the_masks_and_sums_add_up_over_sources(stage, tokenizer):
+    batch = pack([[random_document(8, num_images=2), random_document(9, num_images=1)]], tokenizer, length=128)
+    counts, terms = stage.count_targets(batch), stage(batch)
+    assert counts["visual"] == 3 * tokenizer.num_visual
+    for name, term in terms.items():
+        assert term.by_source[1].sum() == counts[name]
+        assert term.by_source[0].sum().item() == pytest.approx(term.total.item(), rel=1e-5)
+
+
+def test_a_batch_without_images_touches_the_same_parameters(stage, tokenizer):
+    texts = pack([[random_document(10, num_images=0)]], tokenizer)
+    assert texts.images is None
+    terms = stage(texts)
+    sum(term.total for term in terms.values()).backward()
+    untouched = [n for n, p in stage.named_parameters() if p.requires_grad and p.grad is None]
+    assert untouched == []
+    assert stage.model.lm.regression_head.layers.weight.grad.abs().max() == 0
+
+
+def test_visual_inputs_need_no_patches_when_embeddings_are_given(stage, tokenizer):
+    batch = pack([[random_document(11, num_images=1)]], tokenizer)
+    visual = ImageInput("visual", stage.visual_of(batch.images))
+    stage.eval()
+    given, computed = stage(dataclasses.replace(batch, images=visual)), stage(batch)
+    assert given["visual"].total.item() == pytest.approx(computed["visual"].total.item())
+
+
+def test_lora_trains_the_adapter_the_head_and_two_token_rows_only(tokenizer):
+    model = new_model(tokenizer)
+    rows = [tokenizer.begin_image_id, tokenizer.end_image_id]
+    model.lm.add_lora(LoraSettings(rank=4, alpha=4, dropout=0.0), rows)
+    stage = LanguageStage(model=model, num_sources=2)
+    trained = [name for name, _ in stage.trainable()]
+    assert any("lora_A" in name for name in trained) and any("trainable_tokens" in name for name in trained)
+    assert all(any(k in n for k in ("lora_", "trainable_tokens", "regression_head", "projection")) for n in trained)
+    frozen = {n: p.clone() for n, p in stage.named_parameters() if not p.requires_grad}
+    optimizer = torch.optim.SGD(parameter_groups(stage, 0.0), lr=0.1)
+    embedding_before = model.lm.embed(torch.arange(tokenizer.num_tokens)[None], torch.zeros(1, 1, dtype=torch.bool), None)
+    for n in range(3):
+        terms = stage(pack([[random_document(n, num_images=1)]], tokenizer))
+        sum(term.total for term in terms.values()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, parameter in stage.named_parameters():
+        if name in frozen:
+            assert torch.equal(parameter, frozen[name]), f"{name} is frozen but changed"
+    embedding = model.lm.embed(torch.arange(tokenizer.num_tokens)[None], torch.zeros(1, 1, dtype=torch.bool), None)
+    changed = (embedding != embedding_before).any(-1)[0].nonzero().squeeze(1).tolist()
+    assert set(changed) <= set(rows) and changed
