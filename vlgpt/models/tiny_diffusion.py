@@ -2,7 +2,7 @@
 
 Two things stand in for Stable Diffusion's parts: pixel unshuffle for the VAE, and a `ConvDecoder` whose
 coarse picture the U-Net sees and corrects (it diffuses the residual). The schedule has four steps and the
-network is trained at just those: predicting the clean latents is enough at 48 pixels, predicting noise is not.
+network is trained at just those: predicting clean latents works at 48 pixels, predicting noise does not.
 """
 
 from __future__ import annotations

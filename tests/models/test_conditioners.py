@@ -1,0 +1,180 @@
+"""The frozen encoders of the decoder: the tensors that IP-Adapter's and Stable Diffusion's code would make."""
+
+import json
+
+import pytest
+import tiny_diffusion_parts as tiny
+import torch
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
+
+from vlgpt.log import UserError
+from vlgpt.models import conditioners
+from vlgpt.models.conditioners import (
+    IpAdapterImageConditioner,
+    SdxlTextConditioner,
+    TextConditioner,
+    Unconditional,
+)
+from vlgpt.models.ip_adapter import load_resampler
+
+LENGTH = 9
+CAPTIONS = ["a cat", "", "a cat and a very long dog in a hat"]
+
+
+def write_tokenizer(folder):
+    """Letters, with and without the end-of-word mark, and the two marks of CLIP."""
+    folder.mkdir(parents=True)
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({word: number for number, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = CLIPTokenizer(
+        vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"), model_max_length=LENGTH
+    )
+    tokenizer.save_pretrained(folder)
+    return tokenizer, len(words)
+
+
+def text_config(size, width):
+    return CLIPTextConfig(
+        vocab_size=size,
+        hidden_size=width,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        max_position_embeddings=LENGTH,
+        projection_dim=12,
+        bos_token_id=size - 2,
+        eos_token_id=size - 1,
+        pad_token_id=size - 1,
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A text encoder of SD 1.5's layout, both of SDXL's, and an image encoder with its adapter."""
+    root = tmp_path_factory.mktemp("encoders")
+    torch.manual_seed(0)
+    for name in ("tokenizer", "tokenizer_2"):
+        _, size = write_tokenizer(root / name)
+    CLIPTextModel(text_config(size, 16)).save_pretrained(root / "text_encoder")
+    CLIPTextModelWithProjection(text_config(size, 24)).save_pretrained(root / "text_encoder_2")
+    vision = CLIPVisionConfig(
+        hidden_size=tiny.FEATURE_WIDTH,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=28,
+        patch_size=7,
+        projection_dim=8,
+    )
+    CLIPVisionModelWithProjection(vision).half().save_pretrained(root / "image_encoder")
+    tiny.write_adapter(root / "adapter.bin", tiny.adapter())
+    return root
+
+
+def load_image(folder, *, is_resampled=True):
+    adapter = folder / "adapter.bin" if is_resampled else None
+    return IpAdapterImageConditioner.load(folder / "image_encoder", adapter=adapter)
+
+
+def test_image_features_are_the_penultimate_states_of_normalised_pixels(folder):
+    pixels = tiny.normals(2, 3, 28, 28, seed=0).clamp(-1, 1)
+    vision = CLIPVisionModelWithProjection.from_pretrained(folder / "image_encoder").float()
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (conditioners.CLIP_MEAN, conditioners.CLIP_STD))
+    embeddings = vision.vision_model.embeddings((pixels / 2 + 0.5 - mean) / std)
+    hidden = vision.vision_model.pre_layrnorm(embeddings)
+    for layer in vision.vision_model.encoder.layers[:-1]:
+        hidden = layer(hidden, attention_mask=None)
+    features = load_image(folder, is_resampled=False).condition(pixels)
+    assert features.shape == (2, tiny.FEATURES, tiny.FEATURE_WIDTH)
+    torch.testing.assert_close(features, hidden, atol=1e-5, rtol=0)
+    tokens = load_image(folder).condition(pixels)
+    torch.testing.assert_close(tokens, load_resampler(tiny.adapter())(hidden), atol=1e-5, rtol=0)
+
+
+def test_the_unconditional_image_is_the_one_of_grey_pixels(folder):
+    conditioner = load_image(folder)
+    mean = torch.tensor(conditioners.CLIP_MEAN).view(1, 3, 1, 1)
+    grey = (mean * 2 - 1).expand(1, 3, 28, 28)
+    torch.testing.assert_close(conditioner.unconditional(), conditioner.condition(grey)[0], atol=1e-5, rtol=0)
+    assert conditioner.unconditional().abs().mean() > 0.1
+
+
+def test_text_conditions_equal_those_of_the_pipeline(folder):
+    conditioner = TextConditioner.load(folder)
+    pipe = StableDiffusionPipeline(
+        vae=tiny.vae(),
+        text_encoder=conditioner.text_encoder,
+        tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+        unet=tiny.unet(),
+        scheduler=None,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    positive, negative = pipe.encode_prompt(CAPTIONS, "cpu", 1, True)
+    assert torch.equal(conditioner.condition(CAPTIONS), positive)
+    assert torch.equal(conditioner.unconditional(), negative[0])
+    assert conditioner.shape == positive.shape[1:] == (LENGTH, 16)
+
+
+def test_sdxl_conditions_equal_those_of_the_pipeline(folder):
+    conditioner = SdxlTextConditioner.load(folder)
+    pipe = StableDiffusionXLPipeline(
+        vae=tiny.vae(),
+        text_encoder=conditioner.encoders[0],
+        text_encoder_2=conditioner.encoders[1],
+        tokenizer=conditioner.tokenizers[0],
+        tokenizer_2=conditioner.tokenizers[1],
+        unet=tiny.unet(is_sdxl=True),
+        scheduler=None,
+        add_watermarker=False,
+    )
+    states, empty, pooled, _ = pipe.encode_prompt(CAPTIONS, device="cpu", do_classifier_free_guidance=True)
+    found = conditioner.condition(CAPTIONS)
+    assert torch.equal(found[:, :-1], states) and torch.equal(found[:, -1, :12], pooled)
+    assert torch.equal(conditioner.unconditional()[:-1], empty[0])
+    assert conditioner.shape == found.shape[1:] == (LENGTH + 1, 40)
+
+
+def test_specifications_tell_readings_and_weights_apart(folder):
+    tokens, features = (
+        load_image(folder).feature_spec(),
+        load_image(folder, is_resampled=False).feature_spec(),
+    )
+    assert tokens.shape == (tiny.IMAGE_TOKENS, tiny.WIDTH) and features.shape == (17, 48)
+    assert tokens.layer != features.layer and tokens.weights_hash != features.weights_hash
+    assert tokens.fingerprint == load_image(folder).feature_spec().fingerprint
+    changed = load_image(folder)
+    changed.resampler.latents.mul_(1.01)
+    assert changed.feature_spec().fingerprint != tokens.fingerprint
+    text = TextConditioner.load(folder).feature_spec()
+    assert (text.name, text.shape, text.per) == ("text_condition", (LENGTH, 16), "text")
+
+
+def test_constants_survive_a_round_trip(folder, tmp_path):
+    made = conditioners.unconditional(load_image(folder), TextConditioner.load(folder))
+    made.save(tmp_path / "constants.safetensors")
+    read = Unconditional.from_file(tmp_path / "constants.safetensors")
+    assert torch.equal(made.image, read.image) and torch.equal(made.text, read.text)
+
+
+def test_an_encoder_that_does_not_fit_the_adapter_is_named(folder, tmp_path):
+    config = CLIPVisionConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    with pytest.raises(UserError, match="reads features of width 48, the image encoder other makes width 32"):
+        IpAdapterImageConditioner(
+            CLIPVisionModelWithProjection(config), resampler=load_resampler(tiny.adapter()), name="other"
+        )
+    with pytest.raises(UserError, match="no CLIPVisionModelWithProjection could be loaded"):
+        IpAdapterImageConditioner.load(tmp_path, adapter=None)
+    with pytest.raises(UserError, match="no CLIPTextModel could be loaded"):
+        TextConditioner.load(tmp_path)
