@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -28,11 +29,18 @@ class Standardiser(nn.Module):
         return x * cast(Tensor, self.std) + cast(Tensor, self.mean)
 
     @torch.no_grad()
-    def set_statistics(self, moments: Tensor) -> None:
-        """Take `accumulate`'s (3, slots, width) moments; nearly constant dimensions get a floor, never a division by 0."""
+    def set_statistics(self, moments: Tensor, *, scale_groups: Sequence[int] | None = None) -> None:
+        """Take `accumulate`'s (3, slots, width) moments.
+
+        `scale_groups` lists runs of slots that share one scale over all their dimensions; None gives every dimension
+        its own. Nearly constant dimensions get a floor, so nothing is divided by 0.
+        """
         count, total, squares = moments.double()
         mean = total / count.clamp_min(1)
         variance = (squares / count.clamp_min(1) - mean**2).clamp_min(0)
+        if scale_groups is not None:
+            groups = variance.split(list(scale_groups))
+            variance = torch.cat([group.mean().expand_as(group) for group in groups])
         floor = 1e-3 * variance.mean().sqrt().clamp_min(1e-6)
         self.mean.copy_(mean)  # type: ignore[operator]
         self.std.copy_(variance.sqrt().clamp_min(floor))  # type: ignore[operator]
@@ -48,6 +56,8 @@ def accumulate(values: Tensor) -> Tensor:
 class ConditionStandardiser(nn.Module):
     """Brings a condition embedding (K tokens) to the scale in which the detokenizer regresses it, and back.
 
+    Every slot has one scale over its dimensions: dimensions of small variance carry little of the picture, and giving
+    all the same weight slowed training down (tiny CLIP, 600 steps: pixel error 0.21 against 0.16).
     With `has_mean_token` the target is K + 1 tokens: the mean over tokens, then the residuals, each standardised. In
     features whose variance is mostly the mean token, a plain MSE learns the global colour and stops there.
     """
@@ -57,6 +67,12 @@ class ConditionStandardiser(nn.Module):
         self.has_mean_token = has_mean_token
         self.num_targets = num_tokens + int(has_mean_token)
         self.standardiser = Standardiser(self.num_targets, width)
+
+    def set_statistics(self, moments: Tensor) -> None:
+        """Take moments of `split` conditions; residual tokens share one scale, else each slot has its own."""
+        num_residual = self.num_targets - 1
+        groups = [1, num_residual] if self.has_mean_token else [1] * self.num_targets
+        self.standardiser.set_statistics(moments, scale_groups=groups)
 
     def split(self, condition: Tensor) -> Tensor:
         """(B, K, D) -> (B, num_targets, D), unstandardised."""

@@ -103,8 +103,8 @@ class ImageTokenizerStage(Stage):
             num_seen += len(batch.documents)
             if num_seen >= self.statistics_samples:
                 break
-        self.detokenizer.image_targets.standardiser.set_statistics(all_sum(image_sum))
-        self.detokenizer.text_targets.standardiser.set_statistics(all_sum(text_sum))
+        self.detokenizer.image_targets.set_statistics(all_sum(image_sum))
+        self.detokenizer.text_targets.set_statistics(all_sum(text_sum))
 
     @torch.no_grad()
     def finish(self, batches: Iterable[ConditionBatch], all_sum: AllSum) -> None:
