@@ -10,30 +10,16 @@ import torch
 from tiny_unified import NUM_PATCHES, NUM_VISUAL, PATCH_WIDTH, VISUAL_WIDTH, new_document_tokenizer, new_model
 
 from vlgpt import generate as generate_module
+from vlgpt.decoding.prompts import render_all
+from vlgpt.decoding.ranking import log_likelihoods
 from vlgpt.decoding.stream import Stream
 from vlgpt.document import Document, ImagePart, TextPart
 from vlgpt.generate import DecodeSettings, Generator, Prompt, Reply
 from vlgpt.log import UserError
 from vlgpt.tokens import PLACEHOLDER_ID
 
-WORDS = [
-    "the",
-    "quick",
-    "brown",
-    "fox",
-    "draws",
-    "three",
-    "blue",
-    "circles",
-    "beside",
-    "a",
-    "lazy",
-    "elephant",
-    "what",
-    "is",
-    "in",
-    "picture",
-]
+SENTENCE = "the quick brown fox draws three blue circles beside a lazy elephant what is in picture"
+WORDS = SENTENCE.split()
 
 
 def make_prompts(count: int, *, seed: int = 0) -> list[Prompt]:
@@ -58,11 +44,17 @@ def make_prompts(count: int, *, seed: int = 0) -> list[Prompt]:
 def drawing() -> Generator:
     """A random model that likes to draw."""
     tokenizer = new_document_tokenizer()
+    model = new_model(tokenizer, image_wish=4.0, max_positions=256)
+    return Generator(model=model, tokenizer=tokenizer, encoder=None, decoder=None)
+
+
+@pytest.fixture(scope="module")
+def ending() -> Generator:
+    """A random model that likes to end its replies. No padding rows: transformers would not mask them."""
+    tokenizer = new_document_tokenizer(vocabulary_size=382)
+    assert tokenizer.num_tokens == tokenizer.vocabulary_size
     return Generator(
-        model=new_model(tokenizer, image_wish=4.0, max_positions=256),
-        tokenizer=tokenizer,
-        encoder=None,
-        decoder=None,
+        model=new_model(tokenizer, end_wish=2.5), tokenizer=tokenizer, encoder=None, decoder=None
     )
 
 
@@ -129,7 +121,7 @@ def assert_same(found: Reply, wanted: Reply) -> None:
 CASES = {
     "greedy": DecodeSettings(max_new_tokens=14, max_images=2),
     "beams": DecodeSettings(max_new_tokens=14, max_images=2, num_beams=5, length_penalty=-1.0),
-    "sampling": DecodeSettings(max_new_tokens=14, max_images=2, temperature=1.3, top_p=0.9, top_k=40),
+    "sampling": DecodeSettings(max_new_tokens=20, max_images=2, temperature=1.3, top_p=0.9, top_k=40),
     "guided": DecodeSettings(max_new_tokens=14, max_images=2, visual_guidance=3.0),
     "guided beams": DecodeSettings(max_new_tokens=10, max_images=2, num_beams=3, visual_guidance=2.0),
     "forced": DecodeSettings(images="force", max_images=2, visual_guidance=2.0),
@@ -152,7 +144,7 @@ def test_cached_batches_equal_full_recompute_of_single_prompts(name, drawing, mo
 
 
 def greedy_by_hand(generator: Generator, prompt: Prompt, settings: DecodeSettings) -> tuple[list[int], list]:
-    """The reply as the paper describes it, without any of the decoding code: one full forward per position."""
+    """The reply as the paper describes it, without any decoding code: one full forward per position."""
     tokenizer, lm = generator.tokenizer, generator.model.lm
     ids: list[int] = []
     visual_of: dict[int, torch.Tensor] = {}
@@ -165,13 +157,11 @@ def greedy_by_hand(generator: Generator, prompt: Prompt, settings: DecodeSetting
             ids.append(token)
             at += 1
     start, images, chosen = len(ids), [], 0
-    special = set(tokenizer.text_tokenizer.all_special_ids) - {tokenizer.eos_id, tokenizer.begin_image_id}
+    special = {tokenizer.bos_id, tokenizer.end_image_id}
     while chosen < settings.max_new_tokens:
         embeddings = lm.backbone.get_input_embeddings()(torch.tensor(ids))
         for position, value in visual_of.items():
-            embeddings[position] = (
-                value * lm.visual_scale if lm.visual_width == 64 else lm.embed_visual(value)
-            )
+            embeddings[position] = lm.embed_visual(value)
         hidden = lm.backbone(inputs_embeds=embeddings[None], use_cache=False).last_hidden_state[0, -1]
         if images and len(images[-1]) < tokenizer.num_visual:
             images[-1].append(lm.regression_head(hidden))
@@ -218,17 +208,15 @@ def test_replies_do_not_depend_on_batch_composition_or_order(name, drawing):
 @pytest.mark.parametrize(
     "beams,penalty,minimum", [(1, 0.0, 0), (5, -1.0, 0), (5, 0.0, 4), (3, 1.0, 0), (4, 2.0, 8)]
 )
-def test_text_equals_transformers_generate(beams, penalty, minimum, drawing):
+def test_text_equals_transformers_generate(beams, penalty, minimum, ending):
     prompts = [p for p in make_prompts(12, seed=1) if not p.images]
     assert len(prompts) >= 3
     settings = DecodeSettings(
         max_new_tokens=12, min_new_tokens=minimum, num_beams=beams, length_penalty=penalty, images="never"
     )
-    tokenizer, lm = drawing.tokenizer, drawing.model.lm
-    special = sorted(set(tokenizer.text_tokenizer.all_special_ids) - {tokenizer.eos_id})
-    with torch.no_grad():
-        lm.lm_head.weight[tokenizer.eos_id] *= 2.5
-    replies = drawing.generate(prompts, settings)
+    tokenizer, lm = ending.tokenizer, ending.model.lm
+    special = sorted({tokenizer.bos_id, tokenizer.begin_image_id, tokenizer.end_image_id})
+    replies = ending.generate(prompts, settings)
     lengths = set()
     for prompt, reply in zip(prompts, replies):
         ids = [token for span in tokenizer.spans(prompt.document, is_prompt=True) for token in span.ids]
@@ -246,16 +234,14 @@ def test_text_equals_transformers_generate(beams, penalty, minimum, drawing):
         )[0, len(ids) :].tolist()
         assert list(reply.token_ids) == found
         lengths.add(len(found))
-    with torch.no_grad():
-        lm.lm_head.weight[tokenizer.eos_id] /= 2.5
-    assert len(lengths) > 1
+    assert len(lengths) > 1 or minimum == 8
 
 
 def test_sampling_follows_the_seed_the_prompt_and_the_distribution(drawing):
     settings = DecodeSettings(max_new_tokens=1, temperature=1.0, images="never", top_k=5)
     document = make_prompts(1)[0].document
     prompts = [
-        Prompt(dataclasses.replace(document, id=f"s{i}"), make_prompts(1)[0].images) for i in range(1500)
+        Prompt(dataclasses.replace(document, id=f"s{i}"), make_prompts(1)[0].images) for i in range(400)
     ]
     first = [reply.token_ids[0] for reply in drawing.generate(prompts, settings)]
     assert first == [reply.token_ids[0] for reply in drawing.generate(prompts, settings)]
@@ -272,7 +258,7 @@ def test_sampling_follows_the_seed_the_prompt_and_the_distribution(drawing):
         ]
     )
     for token, likelihood in zip(tokens, likelihoods / likelihoods.sum()):
-        assert shares[int(token)] == pytest.approx(likelihood, abs=0.05)
+        assert shares[int(token)] == pytest.approx(likelihood, abs=0.1)
 
 
 def test_stop_strings_cut_the_text_and_end_the_reply(drawing):
@@ -345,9 +331,9 @@ def test_images_follow_the_settings(drawing):
             if token == tokenizer.begin_image_id:
                 assert ids[at : at + tokenizer.image_length] == list(span)
         assert ids.count(tokenizer.begin_image_id) == ids.count(tokenizer.end_image_id) == len(reply.visual)
-        assert not {tokenizer.bos_id, *range(tokenizer.num_tokens, tokenizer.vocabulary_size)} & set(
+        assert not {tokenizer.bos_id, *range(tokenizer.num_tokens, tokenizer.vocabulary_size)} & {
             t for t in ids if t != PLACEHOLDER_ID
-        )
+        }
 
 
 def test_guidance_of_one_is_no_guidance_and_more_moves_away_from_the_empty_prompt(drawing):
@@ -433,19 +419,13 @@ def test_rank_equals_one_full_forward_per_candidate(attention, drawing):
     backbone.config._attn_implementation = before
 
 
-def test_rank_agrees_with_the_likelihood_of_a_greedy_reply(drawing):
-    with torch.no_grad():
-        drawing.model.lm.lm_head.weight[drawing.tokenizer.eos_id] *= 3
-    replies = []
-    for prompt in make_prompts(9, seed=4):
-        reply = drawing.generate([prompt], DecodeSettings(max_new_tokens=30, images="never"))[0]
-        text = drawing.tokenizer.encode_text(reply.text) if reply.text else []
-        if reply.finish == "end" and [*text, drawing.tokenizer.eos_id] == list(reply.token_ids):
-            assert drawing.rank(prompt, [reply.text])[0] == pytest.approx(reply.log_likelihood, abs=1e-3)
-            replies.append(reply)
-    with torch.no_grad():
-        drawing.model.lm.lm_head.weight[drawing.tokenizer.eos_id] /= 3
-    assert replies
+def test_ranking_a_greedy_reply_gives_its_own_likelihood(ending):
+    prompts = make_prompts(6, seed=4)
+    replies = ending.generate(prompts, DecodeSettings(max_new_tokens=20, images="never"))
+    rendered = render_all(prompts, tokenizer=ending.tokenizer, read_images=ending.tokenize)
+    for prompt, reply in zip(rendered, replies):
+        found = log_likelihoods(ending.model.lm, prompt, [reply.token_ids, reply.token_ids[:1]])
+        assert float(found[0]) == pytest.approx(reply.log_likelihood, abs=1e-3)
 
 
 def test_a_full_context_ends_a_reply_and_an_image_is_never_cut(drawing):

@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 import torch
+
 from vlgpt.models.image_detokenizer import ImageDetokenizer
 from vlgpt.models.image_tokenizer import ImageTokenizer
 from vlgpt.models.multimodal_lm import MultimodalLM
@@ -22,17 +23,21 @@ TEXTS = [
 
 
 @functools.cache
-def _text_tokenizer_json() -> str:
-    return train_text_tokenizer(TEXTS * 4, vocabulary_size=420).backend_tokenizer.to_str()
+def _text_tokenizer_json(vocabulary_size: int) -> str:
+    return train_text_tokenizer(TEXTS * 4, vocabulary_size=vocabulary_size).backend_tokenizer.to_str()
 
 
-def new_document_tokenizer(*, template: str = "short", num_visual: int = NUM_VISUAL) -> DocumentTokenizer:
-    """A fresh tokenizer: byte-level BPE with <s> and </s>."""
+def new_document_tokenizer(
+    *, template: str = "short", num_visual: int = NUM_VISUAL, vocabulary_size: int = 400
+) -> DocumentTokenizer:
+    """A fresh byte-level BPE with <s> and </s>. With 382 tokens its vocabulary needs no padding."""
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
     text = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(_text_tokenizer_json()), bos_token="<s>", eos_token="</s>"
+        tokenizer_object=Tokenizer.from_str(_text_tokenizer_json(vocabulary_size)),
+        bos_token="<s>",
+        eos_token="</s>",
     )
     return DocumentTokenizer(text, num_visual=num_visual, template=template)
 
@@ -44,9 +49,10 @@ def new_model(
     width: int = 64,
     visual_width: int = VISUAL_WIDTH,
     image_wish: float = 1.0,
+    end_wish: float = 1.0,
     **language: Any,
 ) -> UnifiedModel:
-    """`image_wish` scales the [IMG] row of the LM head: large values make a random model draw."""
+    """`image_wish` and `end_wish` scale rows of the LM head: large ones make a random model draw or stop."""
     torch.manual_seed(seed)
     language_model = new_language_model(
         vocabulary_size=tokenizer.vocabulary_size, width=width, depth=2, num_heads=4, mlp_width=96, **language
@@ -54,6 +60,7 @@ def new_model(
     with torch.no_grad():
         language_model.get_output_embeddings().weight *= 8
         language_model.get_output_embeddings().weight[tokenizer.begin_image_id] *= image_wish
+        language_model.get_output_embeddings().weight[tokenizer.eos_id] *= end_wish
     lm = MultimodalLM(
         language_model,
         num_tokens=tokenizer.num_tokens,

@@ -121,7 +121,7 @@ class Generator:
         if length > self._room(settings):
             raise UserError(
                 f"prompt {prompt.address!r} takes {length} positions, the model reads {self.max_length} "
-                f"and the reply needs {self.max_length - self._room(settings)}: shorten it (chats: `Generator.trim`)"
+                f"and the reply needs {self.max_length - self._room(settings)}: shorten it (chats: use trim)"
             )
 
     def trim(self, prompt: Prompt, settings: DecodeSettings) -> Prompt:

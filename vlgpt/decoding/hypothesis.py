@@ -61,7 +61,9 @@ class ReplyRules:
         allowed = {self.tokenizer.eos_id, *self.end_ids, self.begin}
         if self.settings.images != "free":
             allowed.discard(self.begin)
-        return sorted({*self.tokenizer.text_tokenizer.all_special_ids, self.begin, self.end} - allowed)
+        text_tokenizer = self.tokenizer.text_tokenizer
+        added = {number for number, token in text_tokenizer.added_tokens_decoder.items() if token.special}
+        return sorted({*text_tokenizer.all_special_ids, *added, self.begin, self.end} - allowed)
 
     def may_draw(self, hypothesis: Hypothesis) -> bool:
         """Whether [IMG] may come next. It is never the last token: an image is always finished."""

@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vlgpt.data.pixels import read_square, to_pixels
 from vlgpt.decoding.api import ImageLike, Prompt
 from vlgpt.decoding.stream import RenderedPrompt
 from vlgpt.document import Document, ImagePart, Part, Role, TextPart, join
@@ -32,6 +31,8 @@ class ImageReader:
         """Shorter side to the encoder's size, centre crop -> (3, H, W) in [-1, 1]. Raises BadImage."""
         if self.encoder is None:
             raise UserError("pictures need the image encoder, and this model was loaded without one")
+        from vlgpt.data.pixels import read_square, to_pixels  # the loader's own preprocessing
+
         if isinstance(image, Image.Image):
             buffer = io.BytesIO()
             image.save(buffer, "PNG", compress_level=0)
