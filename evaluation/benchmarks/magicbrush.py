@@ -68,7 +68,7 @@ class MagicBrush(Benchmark):
         return [
             record
             for path in paths
-            for record in pyarrow.parquet.read_table(path, columns=COLUMNS).to_pylist()
+            for record in pyarrow.parquet.read_table(path, columns=list(COLUMNS)).to_pylist()
         ]
 
     def _example(self, record: Mapping[str, Any]) -> Example:
