@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import struct
+import zlib
 from dataclasses import dataclass
 from typing import cast
 
@@ -74,6 +75,8 @@ class OpenedImage:
                 if min_size_px is not None and image.format == "JPEG":
                     image.draft(None, _draft_size(image.size, min_size_px))  # type: ignore[arg-type]
                 image.load()
+                if image.format == "PNG":
+                    _check_png_data(self.data)
                 decoded = _to_rgb(image)
             return _upright(decoded, _orientation(image))
         except DECODER_ERRORS as error:
@@ -107,6 +110,12 @@ def _open(data: bytes, *, max_pixels: int) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.UnidentifiedImageError as error:
+        if (
+            data[:4] == b"RIFF"
+            and data[8:12] == b"WEBP"
+            and len(data) < 8 + int.from_bytes(data[4:8], "little")
+        ):
+            raise BadImage("truncated", f"a WEBP file cut at {len(data)} bytes") from error
         raise BadImage("not_an_image", f"none of {', '.join(FORMATS)}") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadImage("too_many_pixels", str(error)) from error
@@ -116,6 +125,22 @@ def _open(data: bytes, *, max_pixels: int) -> Image.Image:
     if max(width, height) > MAX_SIDE_PX:
         raise BadImage("too_wide", f"{width} x {height}, the limit is {MAX_SIDE_PX} a side")
     return image
+
+
+def _check_png_data(data: bytes) -> None:
+    """Pillow does not compare the checksums of pixel data, so a flipped bit could pass as a picture.
+
+    Raises ValueError for an IDAT chunk with another checksum than stored.
+    """
+    position = 8
+    while position + 12 <= len(data):
+        length, name = struct.unpack_from(">I4s", data, position)
+        end = position + 8 + length
+        if name == b"IDAT" and end + 4 <= len(data):
+            (stored,) = struct.unpack_from(">I", data, end)
+            if zlib.crc32(memoryview(data)[position + 4 : end]) != stored:
+                raise ValueError("an IDAT chunk has a wrong checksum")
+        position = end + 4
 
 
 def _draft_size(size: tuple[int, int], min_size_px: int) -> tuple[int, int]:

@@ -230,7 +230,7 @@ def _split(pictures: list[Picture]) -> list[Picture]:
 
 def _side(picture: Picture, drawings: Counter[str]) -> Split:
     points = picture.id.partition("/")[2]
-    # "concept 29" is the first name, picked before any training, that holds out neither of the two couples with
+    # "concept 29" is the first name, picked before any training, that holds out neither of the couples with
     # 26 tones each (they would be a fifth of the split) and gives men, women and persons similar shares
     if _percentile("concept 29", picture.base) < 6:
         return "unseen"  # in both styles and all tones

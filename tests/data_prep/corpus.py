@@ -1,0 +1,123 @@
+"""Real picture files made on the spot: good ones, odd but valid ones, and malformed ones of many kinds with
+the reason that each must be counted under.
+"""
+
+import io
+import json
+import os
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+PER_KIND = 8
+
+
+def pixels(number: int, *, width: int = 64, height: int = 48) -> np.ndarray:
+    """A smooth picture that differs with `number`. -> (height, width, 3) uint8"""
+    y, x = np.mgrid[0:height, 0:width] / max(width, height)
+    waves = [
+        np.sin((number % 7 + 2) * x + number),
+        np.cos((number % 5 + 1) * y * 3 + number),
+        np.sin(x * y * 9),
+    ]
+    return np.stack([(wave * 100 + 127) for wave in waves], axis=-1).astype(np.uint8)
+
+
+def encode(image: Image.Image, file_format: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, file_format, **options)
+    return buffer.getvalue()
+
+
+def picture(number: int, file_format: str = "JPEG", *, width: int = 64, height: int = 48) -> bytes:
+    return encode(Image.fromarray(pixels(number, width=width, height=height)), file_format)
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that claims a size and holds next to nothing."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    body = chunk(b"IDAT", zlib.compress(bytes(1000)))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + body + chunk(b"IEND", b"")
+
+
+def damaged_pictures(number: int) -> dict[str, tuple[bytes, str]]:
+    """Kind -> (bytes, reason)."""
+    formats = ("JPEG", "PNG", "WEBP", "GIF")
+    jpeg, png, webp, gif = (picture(number, name, width=160, height=120) for name in formats)
+    corrupt = bytearray(png)
+    corrupt[len(png) // 2] ^= 0xFF
+    noise = np.random.default_rng(number).integers(0, 256, 3000, dtype=np.uint8).tobytes()
+    return {
+        "empty": (b"", "empty"),
+        "html": (b"<!DOCTYPE html><html><body>404</body></html>", "not_an_image"),
+        "noise": (b"\x01" + noise, "not_an_image"),
+        "half_jpeg": (jpeg[: len(jpeg) // 2], "truncated"),
+        "half_png": (png[: len(png) // 2], "truncated"),
+        "half_webp": (webp[: len(webp) // 2], "truncated"),
+        "half_gif": (gif[: len(gif) // 2], "truncated"),
+        "jpeg_start": (jpeg[:20], "not_an_image"),
+        "corrupt_png": (bytes(corrupt), "undecodable"),
+        "png_of_no_pixels": (png_header(300, 300), "truncated"),
+        "bomb": (png_header(20_000, 20_000), "too_many_pixels"),
+        "small_bomb": (png_header(8_000, 8_000), "too_many_pixels"),
+        "ribbon": (png_header(1, 30_000), "too_wide"),
+        "eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "not_an_image"),
+        "svg": (b"<svg xmlns='http://www.w3.org/2000/svg' width='9' height='9'></svg>", "not_an_image"),
+        "pdf": (b"%PDF-1.7\n1 0 obj\n<<>>\nendobj\n", "not_an_image"),
+        "ppm": (b"P6 2 2 255\n" + bytes(12), "not_an_image"),
+        "tiff_loop": (b"II*\x00\x08\x00\x00\x00\x00\x00\x08\x00\x00\x00", "not_an_image"),
+    }
+
+
+def write_corpus(folder: Path, *, num_good: int) -> tuple[list[str], dict[str, int]]:
+    """An imagefolder with good and malformed records mixed: (captions of the good, malformed per reason)."""
+    folder.mkdir(parents=True)
+    (folder.parent / "secret.jpg").write_bytes(picture(0))
+    rows: list[bytes] = []
+    expected: dict[str, int] = {}
+    captions: list[str] = []
+
+    def row(line: bytes, reason: str | None = None) -> None:
+        rows.append(line)
+        if reason:
+            expected[reason] = expected.get(reason, 0) + 1
+
+    def record(name: object, text: object = "caption", **more: object) -> bytes:
+        return json.dumps({"file_name": name, "text": text, **more}).encode()
+
+    for number in range(num_good):
+        name = f"good{number}.{('jpg', 'PNG', 'webp')[number % 3]}"
+        (folder / name).write_bytes(picture(number, ("JPEG", "PNG", "WEBP")[number % 3]))
+        captions.append(f"good picture {number}")
+        row(record(name, captions[-1]))
+    for number in range(PER_KIND):
+        for kind, (data, reason) in damaged_pictures(number).items():
+            (folder / f"{kind}{number}.jpg").write_bytes(data)
+            row(record(f"{kind}{number}.jpg"), reason)
+        (folder / f"folder{number}.jpg").mkdir()
+        row(record(f"folder{number}.jpg"), "unreadable_file")
+        os.symlink(folder.parent / "secret.jpg", folder / f"link{number}.jpg")
+        row(record(f"link{number}.jpg"), "path_outside_folder")
+        row(record(f"missing{number}.jpg"), "missing_file")
+        row(record("../secret.jpg"), "path_outside_folder")
+        row(record("/etc/passwd"), "path_outside_folder")
+        row(record("null\0byte.jpg"), "path_outside_folder")
+        row(record("good0.jpg", "\ud800 alone"), "bad_text")
+        row(b'{"file_name": "good0.jpg", "text": "\xff\xfe"}', "text_not_utf8")
+        row(b'{"file_name": "good0.jpg", "text": ', "bad_json")
+        row(b"[" * 100_000, "bad_json")
+        row(b'["good0.jpg", "a list"]', "bad_row")
+        row(record("good0.jpg", None), "no_text")
+        row(record("good0.jpg", ["a", "b"]), "no_text")
+        row(record(None), "no_file_name")
+        row(record("good0.jpg", "x" * 300_000), "filtered:text_too_long")
+    order = np.random.default_rng(0).permutation(len(rows))
+    (folder / "metadata.jsonl").write_bytes(b"\n".join(rows[position] for position in order))
+    return captions, expected

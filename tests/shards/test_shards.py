@@ -1,0 +1,477 @@
+"""Laws of the shard contract: what is written is read, damage is named, foreign tars lose no good sample."""
+
+import io
+import json
+import os
+import pickle
+import tarfile
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vlgpt.document import Document, ImagePart, TextPart
+from vlgpt.log import UserError
+from vlgpt.shards import BadSample, FeatureSpec, ShardIndex, ShardSet, ShardWriter, write_manifest
+from vlgpt.shards.features import dequantise, quantise, write_feature_rows, write_spec
+from vlgpt.shards.manifest import read_report
+from vlgpt.shards.reindex import rebuild_index
+from vlgpt.shards.schema import UnstorableDocument
+from vlgpt.shards.writer import _tar_header
+
+
+class WordTokenizer:
+    """One token per word."""
+
+    fingerprint = "words"
+
+    def encode_text(self, text: str) -> list[int]:
+        return [len(word) for word in text.split()]
+
+
+DOCUMENTS = [
+    (
+        Document("a/../b", "s", (ImagePart(0), TextPart("a dog <img> ümlaut 🐕")), {"url": "x"}),
+        [b"\x89PNG" * 40],
+    ),
+    (Document("text", "s", (TextPart("no picture at all"),)), []),
+    (
+        Document("chat", "s", (ImagePart(0, "user"), TextPart("why ?", "user"), TextPart("so", "assistant"))),
+        [b"j" * 511],
+    ),
+    (
+        Document("page", "s", (TextPart("x"), ImagePart(0), ImagePart(1), TextPart("y z"))),
+        [b"1" * 512, b"2" * 513],
+    ),
+]
+
+
+def write(folder: Path, *, num_shards: int = 2) -> ShardSet:
+    folder.mkdir(parents=True, exist_ok=True)
+    for shard in range(num_shards):
+        writer = ShardWriter(folder, shard, first_record=shard * 5, build="b", tokenizer=WordTokenizer())
+        for document, images in DOCUMENTS:
+            writer.add(document, [("png", image) for image in images])
+        writer.drop("not_an_image")
+        writer.close()
+    write_manifest(folder, name="toy", licence="none", versions={}, build={}, num_shards=num_shards)
+    return ShardSet.open(folder)
+
+
+def samples(shards: ShardSet) -> list:
+    return [shards.read(s, i) for s, record in enumerate(shards.shards) for i in range(record.num_samples)]
+
+
+def test_documents_and_images_survive_the_round_trip(tmp_path):
+    shards = write(tmp_path)
+    read = samples(shards)
+    assert [sample.document for sample in read] == [document for document, _ in DOCUMENTS] * 2
+    assert [list(sample.images) for sample in read] == [images for _, images in DOCUMENTS] * 2
+    assert read[5].key == "0000100001"
+    assert shards.num_samples == 8 and shards.num_images == 8
+    assert shards.manifest.dropped == {"not_an_image": 2}
+
+
+def test_index_columns_describe_every_part_and_member(tmp_path):
+    index = write(tmp_path).index(0)
+    assert index.part_start.tolist() == [0, 2, 3, 6, 10]
+    assert index.part_tokens.tolist() == [0, 5, 4, 0, 2, 1, 1, 0, 0, 2]
+    assert index.image_start.tolist() == [0, 1, 1, 2, 4]
+    assert index.text_start.tolist() == [0, 1, 2, 4, 6]
+    assert index.member_start.tolist() == [0, 2, 3, 5, 8]
+    assert index.part_role.tolist() == [0, 0, 0, 1, 1, 2, 0, 0, 0, 0]
+    assert index.tokenizer == "words"
+
+
+def test_tars_are_plain_tars_that_tarfile_and_webdataset_read(tmp_path):
+    webdataset = pytest.importorskip("webdataset")
+    write(tmp_path, num_shards=1)
+    with tarfile.open(tmp_path / "00000.tar") as archive:
+        names = archive.getnames()
+        assert names[:3] == ["0000000000.json", "0000000000.0.png", "0000000001.json"]
+        assert archive.extractfile("0000000003.1.png").read() == b"2" * 513
+    rows = list(webdataset.WebDataset(str(tmp_path / "00000.tar"), shardshuffle=False))
+    assert [row["__key__"] for row in rows] == [f"000000000{number}" for number in range(4)]
+    assert rows[3]["1.png"] == b"2" * 513
+
+
+@pytest.mark.parametrize(("name", "size"), [("0000100002.json", 0), ("a.12.jpg", 12345), ("b", 2**33 - 1)])
+def test_our_tar_header_is_the_one_of_tarfile(name, size):
+    info = tarfile.TarInfo(name)
+    info.size = size
+    assert _tar_header(name, size=size) == info.tobuf(tarfile.USTAR_FORMAT)
+
+
+def test_same_samples_give_the_same_bytes(tmp_path):
+    write(tmp_path / "a")
+    write(tmp_path / "b")
+    for path in sorted((tmp_path / "a").iterdir()):
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
+
+
+def test_nothing_stands_under_a_final_name_before_close(tmp_path):
+    writer = ShardWriter(tmp_path, 0)
+    writer.add(*DOCUMENTS[1])
+    assert [path.name for path in tmp_path.iterdir()] == [".00000.tar.partial"]
+    writer.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["00000.idx", "00000.json", "00000.tar"]
+
+
+def test_a_second_writer_of_a_shard_waits_for_the_first(tmp_path):
+    first = ShardWriter(tmp_path, 0)
+    first.add(*DOCUMENTS[1])
+    opened = []
+    thread = threading.Thread(target=lambda: opened.append(ShardWriter(tmp_path, 0)), daemon=True)
+    thread.start()
+    thread.join(timeout=0.3)
+    assert not opened
+    first.close()
+    thread.join(timeout=10)
+    assert opened and (tmp_path / "00000.tar").stat().st_size == read_report(tmp_path, 0).num_bytes
+    opened[0].abort()
+    assert (tmp_path / "00000.tar").is_file() and not (tmp_path / ".00000.tar.partial").exists()
+
+
+def test_text_that_is_no_unicode_is_refused_and_nothing_is_written(tmp_path):
+    writer = ShardWriter(tmp_path, 0)
+    with pytest.raises(UnstorableDocument):
+        writer.add(Document("x", "s", (TextPart("\ud800"),)), [])
+    writer.drop("bad_text")
+    writer.add(*DOCUMENTS[1])
+    report = writer.close()
+    assert (report.num_records, report.num_samples, report.first_key) == (2, 1, "0000000001")
+
+
+def test_wrong_image_counts_and_suffixes_are_refused(tmp_path):
+    writer = ShardWriter(tmp_path, 0)
+    with pytest.raises(ValueError, match="1 image parts but 0"):
+        writer.add(DOCUMENTS[0][0], [])
+    with pytest.raises(ValueError, match="suffix 'exe'"):
+        writer.add(DOCUMENTS[0][0], [("exe", b"")])
+
+
+def test_manifest_is_refused_while_a_shard_is_missing_or_damaged(tmp_path):
+    write(tmp_path)
+    options = {"name": "t", "licence": "", "versions": {}, "build": {}}
+    with pytest.raises(UserError, match="shard 00002 of 3: missing"):
+        write_manifest(tmp_path, num_shards=3, **options)
+    data = bytearray((tmp_path / "00001.tar").read_bytes())
+    data[700] ^= 1
+    (tmp_path / "00001.tar").write_bytes(data)
+    with pytest.raises(UserError, match="shard 00001 of 2: the tar's sha256"):
+        write_manifest(tmp_path, num_shards=2, **options)
+
+
+def test_one_flipped_bit_is_one_bad_sample(tmp_path):
+    write(tmp_path)
+    data = bytearray((tmp_path / "00001.tar").read_bytes())
+    shards = ShardSet.open(tmp_path)
+    index = shards.index(1)
+    data[int(index.member_offset[4]) + 7] ^= 16
+    (tmp_path / "00001.tar").write_bytes(data)
+    with pytest.raises(BadSample) as caught:
+        shards.read(1, 2)
+    assert (caught.value.reason, caught.value.shard) == ("checksum", "00001")
+    assert shards.read(1, 3).document == DOCUMENTS[3][0]
+    assert pickle.loads(pickle.dumps(caught.value)).key == caught.value.key
+
+
+def test_a_cut_or_missing_tar_gives_bad_samples_not_crashes(tmp_path):
+    write(tmp_path)
+    os.truncate(tmp_path / "00000.tar", 2000)
+    (tmp_path / "00001.tar").unlink()
+    shards = ShardSet.open(tmp_path)
+    reasons = []
+    for shard in range(2):
+        for sample in range(4):
+            try:
+                shards.read(shard, sample)
+            except BadSample as error:
+                reasons.append(error.reason)
+    assert reasons == ["truncated_shard"] * 3 + ["unreadable_shard"] * 4
+
+
+@pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 not a zip", b"x" * 100])
+def test_a_damaged_index_is_named_with_its_repair(tmp_path, damage):
+    write(tmp_path)
+    (tmp_path / "00000.idx").write_bytes(damage)
+    with pytest.raises(UserError, match=r"data_prep\.index"):
+        ShardSet.open(tmp_path).index(0)
+
+
+def test_an_index_with_objects_is_never_unpickled(tmp_path):
+    write(tmp_path)
+    canary = tmp_path / "canary"
+
+    class Payload:
+        def __reduce__(self):
+            return os.system, (f"touch {canary}",)
+
+    buffer = io.BytesIO()
+    np.savez(buffer, keys=np.array([Payload()], dtype=object))
+    (tmp_path / "00000.idx").write_bytes(buffer.getvalue())
+    with pytest.raises(UserError):
+        ShardSet.open(tmp_path).index(0)
+    assert not canary.exists()
+
+
+def test_an_index_of_another_tar_is_refused(tmp_path):
+    shards = write(tmp_path)
+    other = shards.index(0)
+    other.tar_sha256 = "0" * 64
+    (tmp_path / "00001.idx").write_bytes(other.save_bytes())
+    with pytest.raises(UserError, match="belongs to another tar"):
+        ShardSet.open(tmp_path).index(1)
+
+
+def test_a_claim_of_a_huge_member_allocates_nothing(tmp_path):
+    shards = write(tmp_path)
+    shards.index(0).member_size[0] = 2 << 30
+    with pytest.raises(BadSample, match="bad_index"):
+        shards.read(0, 0)
+
+
+def test_an_unfinished_folder_is_named_as_such(tmp_path):
+    (tmp_path / "build.json").write_text("{}")
+    with pytest.raises(UserError, match="not finished"):
+        ShardSet.open(tmp_path)
+    write(tmp_path)
+    (tmp_path / "_SUCCESS").unlink()
+    with pytest.raises(UserError, match="not finished"):
+        ShardSet.open(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"data_prep\.build"):
+        ShardSet.open(tmp_path / "nowhere")
+
+
+def test_fingerprint_depends_on_content_and_order(tmp_path):
+    first, second = write(tmp_path / "a"), write(tmp_path / "b", num_shards=1)
+    assert first.fingerprint != second.fingerprint
+    assert first.fingerprint == write(tmp_path / "c").fingerprint
+
+
+def test_threads_and_pickled_copies_read_the_same(tmp_path):
+    shards = write(tmp_path)
+    expected = samples(shards)
+    copy = pickle.loads(pickle.dumps(shards))
+    results: list = []
+    threads = [threading.Thread(target=lambda: results.append(samples(copy))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert results == [expected] * 8
+
+
+def test_rebuilt_index_equals_the_written_one(tmp_path):
+    shards = write(tmp_path)
+    rebuilt = rebuild_index(tmp_path / "00000.tar", tokenizer=WordTokenizer())
+    assert rebuilt.save_bytes() == shards.index(0).save_bytes()
+    assert isinstance(ShardIndex.load(io.BytesIO(rebuilt.save_bytes())), ShardIndex)
+
+
+# --- remote folders ---
+
+
+def test_remote_shards_are_cached_bounded_and_checked(tmp_path):
+    local = write(tmp_path / "data")
+    cache = tmp_path / "cache"
+    url = f"file://{tmp_path / 'data'}"
+    limit = sum(shard.num_bytes for shard in local.shards) - 1
+    remote = ShardSet.open(url, cache_dir=cache, cache_bytes=limit)
+    assert samples(remote) == samples(local)
+    kept = sum(path.stat().st_size for path in cache.rglob("*.tar"))
+    assert 0 < kept <= limit
+    data = bytearray((tmp_path / "data" / "00000.tar").read_bytes())
+    data[700] ^= 1
+    (tmp_path / "data" / "00000.tar").write_bytes(data)
+    again = ShardSet.open(url, cache_dir=tmp_path / "other")
+    with pytest.raises(UserError, match="sha256"):
+        again.read(0, 0)
+    assert not list((tmp_path / "other").rglob("00000.tar"))
+
+
+def test_prefetch_brings_whole_shards(tmp_path):
+    write(tmp_path / "data")
+    remote = ShardSet.open(f"file://{tmp_path / 'data'}", cache_dir=tmp_path / "cache")
+    remote.prefetch([1])
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and thread.daemon:
+            thread.join(timeout=10)
+    assert [path.name for path in sorted((tmp_path / "cache").rglob("0*.???"))] == ["00001.idx", "00001.tar"]
+
+
+# --- features ---
+
+
+def spec(**changes) -> FeatureSpec:
+    values = {
+        "name": "visual",
+        "encoder": "e",
+        "weights_hash": "w",
+        "layer": "-2",
+        "preprocessing": "p",
+        "shape": (2, 8),
+        "dtype": "float16",
+        "views": 3,
+        "per": "image",
+    }
+    return FeatureSpec(**{**values, **changes})
+
+
+@pytest.mark.parametrize(("dtype", "error"), [("float32", 0), ("float16", 2e-3), ("int8", 2e-2)])
+def test_feature_rows_come_back_within_their_precision(tmp_path, dtype, error):
+    shards = write(tmp_path)
+    rows = np.random.default_rng(0).standard_normal((4, 3, 2, 8)).astype(np.float32)
+    write_spec(tmp_path, spec(dtype=dtype))
+    for record in shards.shards:
+        write_feature_rows(tmp_path, spec(dtype=dtype), record.name, rows, tar_sha256=record.sha256)
+    read = shards.feature("visual").rows(1, 1, 3)
+    assert read.shape == (2, 3, 2, 8)
+    assert np.abs(read - rows[1:3]).max() <= error
+
+
+def test_int8_error_is_at_most_half_a_step_of_each_row():
+    rows = np.random.default_rng(0).standard_normal((50, 16)) * np.logspace(-3, 3, 50)[:, None]
+    rows[7] = 0
+    quantised, scales = quantise(rows)
+    assert (np.abs(dequantise(quantised, scales) - rows) <= scales[:, None] * 0.5001 + 1e-12).all()
+
+
+def test_missing_and_foreign_features_name_the_command(tmp_path):
+    shards = write(tmp_path)
+    with pytest.raises(UserError, match=r"data_prep\.features .* --features visual"):
+        shards.feature("visual")
+    write_spec(tmp_path, spec())
+    with pytest.raises(UserError, match="missing or damaged"):
+        shards.feature("visual").rows(0, 0, 1)
+    write_feature_rows(tmp_path, spec(), "00000", np.zeros((4, 3, 2, 8)), tar_sha256="of another tar")
+    with pytest.raises(UserError, match="another build"):
+        shards.feature("visual").rows(0, 0, 1)
+    with pytest.raises(UserError, match="another encoder"):
+        write_spec(tmp_path, spec(encoder="other"))
+
+
+def test_feature_fingerprint_changes_with_every_field():
+    changes = {
+        "encoder": "x",
+        "weights_hash": "x",
+        "layer": "x",
+        "preprocessing": "x",
+        "shape": (1,),
+        "views": 1,
+    }
+    prints = {spec(**{name: value}).fingerprint for name, value in changes.items()} | {spec().fingerprint}
+    assert len(prints) == len(changes) + 1
+
+
+# --- foreign webdataset tars ---
+
+
+def foreign_tar(path: Path, members: list[tuple[str, bytes]]) -> None:
+    with tarfile.open(path, "w") as archive:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+
+
+def pair(key: str, *, image: str = "jpg") -> list[tuple[str, bytes]]:
+    return [(f"{key}.{image}", f"image {key}".encode()), (f"{key}.txt", f" caption {key}\n".encode())]
+
+
+def test_foreign_pairs_are_documents(tmp_path):
+    foreign_tar(tmp_path / "00000.tar", pair("a") + pair("b", image="JPG") + pair("x/c", image="webp"))
+    foreign_tar(
+        tmp_path / "00001.tar", [("d.png", b"d"), ("d.json", json.dumps({"caption": "from json"}).encode())]
+    )
+    shards = ShardSet.open(tmp_path)
+    read = samples(shards)
+    assert [sample.document.text for sample in read] == ["caption a", "caption b", "caption x/c", "from json"]
+    assert read[1].images == (b"image b",) and shards.skipped == {}
+    assert samples(ShardSet.open(tmp_path)) == read  # from the stored index
+    assert samples(ShardSet.open([tmp_path / "00001.tar"])) == read[3:]
+
+
+def test_foreign_tars_without_captions_are_pictures_only(tmp_path):
+    foreign_tar(tmp_path / "p.tar", [("a.jpg", b"1"), ("b.jpg", b"2")])
+    assert [sample.document.num_images for sample in samples(ShardSet.open(tmp_path))] == [1, 1]
+
+
+def test_a_rewritten_foreign_tar_is_indexed_again(tmp_path):
+    foreign_tar(tmp_path / "p.tar", pair("a"))
+    assert ShardSet.open(tmp_path).num_samples == 1
+    foreign_tar(tmp_path / "p.tar", pair("a") + pair("b"))
+    os.utime(tmp_path / "p.tar", ns=(1, 1))
+    assert ShardSet.open(tmp_path).num_samples == 2
+
+
+def tricky_tar(path: Path) -> None:
+    members = [*pair("good"), ("noimage.txt", b"x"), ("nocaption.jpg", b"x"), *pair("good")]
+    members += [("v.v1.jpg", b"1"), ("v.v2.jpg", b"2"), *pair("../../etc/cron.d/evil"), *pair("/absolute")]
+    members += [
+        ("evil.pyd", b"cos\nsystem\n"),
+        ("stray.pkl", b"x"),
+        ("late.txt", b"late text"),
+        *pair("e\u0301"),
+        *pair("\u00e9"),
+    ]
+    members += [("late.jpg", b"late image"), ("binary.jpg", b"x"), ("binary.txt", b"\xff\xfe\xfa")]
+    with tarfile.open(path, "w") as archive:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+        for name, kind in (("link.jpg", tarfile.SYMTYPE), ("device.jpg", tarfile.CHRTYPE)):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "/etc/passwd"
+            archive.addfile(info)
+
+
+def test_tar_tricks_are_counted_and_write_nothing(tmp_path):
+    inside = tmp_path / "data"
+    inside.mkdir()
+    tricky_tar(inside / "t.tar")
+    shards = ShardSet.open(inside)
+    delivered, bad = [], []
+    for sample in range(shards.num_samples):
+        try:
+            delivered.append(shards.read(0, sample).document.text)
+        except BadSample as error:
+            bad.append(error.reason)
+    assert delivered == [
+        *("caption good", "caption ../../etc/cron.d/evil", "caption /absolute", "late text"),
+        *("caption e\u0301", "caption \u00e9"),
+    ]
+    assert bad == ["text_not_utf8"]
+    assert shards.skipped == {
+        "dots_in_key": 2,
+        "duplicate": 1,
+        "no_caption": 1,
+        "no_image": 1,
+        "not_a_file": 2,
+    }
+    assert sorted(path.name for path in inside.iterdir()) == ["t.tar", "t.tar.idx", "t.tar.idx.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+@pytest.mark.parametrize("cut", ["in a member", "on a boundary", "to nothing"])
+def test_a_cut_foreign_tar_keeps_what_lies_before_the_cut(tmp_path, cut):
+    foreign_tar(tmp_path / "a.tar", pair("a") + pair("b") + [("c.jpg", b"c" * 2000), ("c.txt", b"c")])
+    foreign_tar(tmp_path / "b.tar", pair("z"))
+    size = {"in a member": 4 * 1024 + 512 + 700, "on a boundary": 4 * 1024, "to nothing": 0}[cut]
+    os.truncate(tmp_path / "a.tar", size)
+    shards = ShardSet.open(tmp_path)
+    assert len(samples(shards)) == (1 if cut == "to nothing" else 3)
+    expected = {"in a member": {"truncated_tar": 1}, "on a boundary": {}, "to nothing": {"empty_tar": 1}}[cut]
+    assert shards.skipped == expected
+
+
+def test_a_folder_without_usable_images_is_refused(tmp_path):
+    foreign_tar(tmp_path / "a.tar", [("a.txt", b"x")])
+    with pytest.raises(UserError, match="no tar holds a usable image"):
+        ShardSet.open(tmp_path)
+    (tmp_path / "a.tar").unlink()
+    (tmp_path / "a.tar.idx").unlink()
+    with pytest.raises(UserError, match="not a data set"):
+        ShardSet.open(tmp_path)
