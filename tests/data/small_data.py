@@ -102,7 +102,7 @@ def write_dataset(
 def write_feature(
     folder: Path, name: str, *, shape: tuple[int, ...], views: int = 1, dtype: str = "float32"
 ) -> None:
-    """Feature rows that say where they come from: every value is `1000 * shard + row + 0.25 * view`."""
+    """Feature rows that say where they come from: every value is `100 * shard + row + 0.25 * view`."""
     per = "text" if name == "text_condition" else "image"
     spec = FeatureSpec(
         name=name,
@@ -121,6 +121,6 @@ def write_feature(
         index = shards.index(number)
         num_rows = index.num_images if per == "image" else index.num_texts
         rows = np.zeros((num_rows, views, *shape), np.float32)
-        rows += (1000 * number + np.arange(num_rows)).reshape(-1, *[1] * (1 + len(shape)))
+        rows += (100 * number + np.arange(num_rows)).reshape(-1, *[1] * (1 + len(shape)))
         rows += (0.25 * np.arange(views)).reshape(1, -1, *[1] * len(shape))
         write_feature_rows(folder, spec, shard.name, rows, tar_sha256=shard.sha256)
