@@ -8,9 +8,10 @@ from metric_golden import load
 from evaluation.metrics.porter import stem
 
 ENDINGS = """
-    ies ied s es sses ed ing eed ational tional enci anci izer bli abli alli entli eli ousli ization ation ator
-    alism iveness fulness ousness aliti iviti biliti fulli logi icate ative alize iciti ical ful ness al ance
-    ence er ic able ible ant ement ment ent ion sion tion ou ism ate iti ous ive ize e ll y ly at bl iz ss ' 's
+    ies ied s es sses ed ing eed ational tional enci anci izer bli abli alli entli eli ousli ization ation
+    ator alism iveness fulness ousness aliti iviti biliti fulli logi icate ative alize iciti ical ful ness al
+    ance ence er ic able ible ant ement ment ent ion sion tion ou ism ate iti ous ive ize e ll y ly at bl iz
+    ss ' 's
 """
 
 
