@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from vlgpt import seeds
 from vlgpt.batch import Batch, ImageInput
 from vlgpt.document import Document, ImagePart, TextPart
 from vlgpt.tokens import DocumentTokenizer, flatten
@@ -58,7 +59,7 @@ def pack(rows: Sequence[Sequence[Document]], tokenizer: DocumentTokenizer, *, le
             arrays["is_target"][place] = sequence.is_target
             arrays["source_ids"][place] = s % 2
             for image in sequence.images:
-                generator = torch.Generator().manual_seed(hash((seed, document.id, image)) & 0xFFFFFFF)
+                generator = seeds.torch_generator(seed, document.id, image)
                 patches.append(torch.randn(NUM_PATCHES, PATCH_WIDTH, generator=generator))
             at += n
         arrays["position_ids"][r, at:] = np.arange(length - at)
