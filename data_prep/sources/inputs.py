@@ -17,7 +17,8 @@ import numpy as np
 from vlgpt.log import UserError, get_logger
 
 INDEX_FOLDER = ".vlgpt-index"
-SHOWN_KEYS = 20
+SHOWN_KEYS = 40
+SMALL_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -104,10 +105,12 @@ def kept_arrays(
     """Arrays that depend on nothing but `file` (its size and time, or `stamp`): made once, then read.
 
     They lie in `.vlgpt-index` beside the file, or in the temporary folder when that cannot be written; memory
-    maps, so that processes share them.
+    maps, so that processes share them. For small files they are made every time.
     """
     if not stamp:
         stat = file.stat()
+        if stat.st_size < SMALL_BYTES:
+            return list(make())
         stamp = f"{stat.st_size}.{stat.st_mtime_ns}"
     digest = hashlib.blake2b(f"{kind}|{stamp}".encode(), digest_size=6).hexdigest()
     folder = _index_folder(file.parent)

@@ -99,12 +99,12 @@ def _pairs(seeds: Path, split: str) -> list[Pair]:
         listed = [(str(name), [str(seed) for seed in found]) for name, found in content]
     except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{seeds} must be a list of [folder, [seed, ...]]: {error}") from error
+    for name, found in listed:
+        if not all(part.isalnum() for part in (name, *found)):
+            raise UserError(f"{seeds}: folders and seeds are numbers, found {name!r} with seeds {found!r}")
     # UPSTREAM: floor(share * length), as in instruct-pix2pix's edit_dataset.py
     first, last = (math.floor(share * len(listed)) for share in SPLITS[split])
     pairs = [(name, seed) for name, found in listed[first:last] for seed in found]
-    for name, seed in pairs:
-        if not (name.isalnum() and seed.isalnum()):
-            raise UserError(f"{seeds}: folders and seeds are numbers, found {name!r} with seed {seed!r}")
     return [Pair(f"{name}/{seed}", seeds.parent / name, seed) for name, seed in pairs]
 
 
