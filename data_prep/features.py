@@ -1,7 +1,9 @@
-"""Precompute what frozen encoders give, beside the shards: `python -m data_prep.features DIR --features patches,...`.
+"""Precompute what frozen encoders give, beside the shards: `python -m data_prep.features DIR --features
+patches,...`.
 
-One array per shard and feature, written atomically and never twice: rerunning continues where a kill left off. Every
-feature carries a FeatureSpec (encoder, weights hash, layer, preprocessing, shape), which training compares.
+One array per shard and feature, written atomically and never twice: rerunning continues where a kill left
+off. Every feature carries a FeatureSpec (encoder, weights hash, layer, preprocessing, shape), which training
+compares.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import numpy as np
 import torch
 
 from vlgpt import log, seeds
+from vlgpt.data.pixels import read_square, to_pixels
 from vlgpt.document import TextPart
 from vlgpt.log import UserError
 from vlgpt.models.augment import random_views
@@ -26,7 +29,6 @@ from vlgpt.models.image_tokenizer import ImageTokenizer
 from vlgpt.shards.features import has_feature_rows, write_feature_rows, write_spec
 from vlgpt.shards.reader import ShardSet
 from vlgpt.shards.schema import FeatureSpec
-from vlgpt.data.pixels import to_pixels
 
 FEATURES = ("patches", "image_condition", "text_condition", "visual")
 PER = {"patches": "image", "image_condition": "image", "visual": "image", "text_condition": "text"}
@@ -56,10 +58,16 @@ class Job:
         return self.encoder.text_states(texts)[:, None]
 
 
-def make_job(name: str, encoder: ClipEncoder, arguments: argparse.Namespace, tokenizer: ImageTokenizer | None) -> Job:
-    """Probe the encoder for its shape and describe the feature. Raises UserError when `visual` lacks its tokenizer."""
+def make_job(
+    name: str, encoder: ClipEncoder, arguments: argparse.Namespace, tokenizer: ImageTokenizer | None
+) -> Job:
+    """Probe the encoder for its shape and describe the feature. Raises UserError when `visual` lacks its
+    tokenizer.
+    """
     if name == "visual" and tokenizer is None:
-        raise UserError("feature 'visual' needs --image-tokenizer: the image_tokenizer folder that stage 1 wrote")
+        raise UserError(
+            "feature 'visual' needs --image-tokenizer: the image_tokenizer folder that stage 1 wrote"
+        )
     views = arguments.views if name in ("patches", "visual") else 1
     used = tokenizer if name == "visual" else None
     with torch.no_grad():
@@ -73,8 +81,10 @@ def make_job(name: str, encoder: ClipEncoder, arguments: argparse.Namespace, tok
         name=name,  # type: ignore[arg-type]
         encoder=f"{arguments.library}:{Path(arguments.encoder).name}",
         weights_hash=weights,
-        layer=f"{arguments.layer}{'' if arguments.has_cls else ' without CLS'}" if PER[name] == "image" else "final",
-        preprocessing=encoder.preprocessing + (f" views {views} seed {arguments.seed}" if views > 1 else ""),
+        layer=f"{arguments.layer}{'' if arguments.has_cls else ' without CLS'}"
+        if PER[name] == "image"
+        else "final",
+        preprocessing=encoder.preprocessing,
         shape=shape,
         dtype=arguments.dtype,
         views=views,
@@ -84,10 +94,10 @@ def make_job(name: str, encoder: ClipEncoder, arguments: argparse.Namespace, tok
 
 
 def read_images(shards: ShardSet, shard: int, size_px: int) -> Iterator[np.ndarray]:
-    """All pictures of a shard in row order, (3, size, size) in [-1, 1]."""
+    """All pictures of a shard in row order, (size, size, 3) uint8."""
     for sample in range(shards.index(shard).num_samples):
         for data in shards.read(shard, sample).images:
-            yield to_pixels(data, size_px=size_px)
+            yield read_square(data, size_px=size_px, decoder="pillow")
 
 
 def read_texts(shards: ShardSet, shard: int) -> Iterator[str]:
@@ -120,7 +130,7 @@ def compute_shard(job: Job, shards: ShardSet, shard: int, *, batch_size: int, de
     else:
         generator = seeds.torch_generator(job.seed, "views", shards.name, name)
         for images in in_batches(read_images(shards, shard, job.encoder.image_size_px), batch_size):
-            pixels = torch.from_numpy(np.stack(images)).to(device)
+            pixels = to_pixels(np.stack(images)).to(device)
             rows.append(job.encode_pixels(pixels, generator).float().cpu().numpy())
     if not rows:
         return np.zeros((0, job.spec.views, *job.spec.shape), np.float32)
@@ -130,15 +140,23 @@ def compute_shard(job: Job, shards: ShardSet, shard: int, *, batch_size: int, de
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("dir", type=Path, nargs="+", help="data set folders with shards")
-    parser.add_argument("--features", default="patches,image_condition,text_condition", help=f"of {', '.join(FEATURES)}")
+    parser.add_argument(
+        "--features", default="patches,image_condition,text_condition", help=f"of {', '.join(FEATURES)}"
+    )
     parser.add_argument("--encoder", required=True, help="CLIP folder or name")
     parser.add_argument("--library", choices=("open_clip", "transformers"), default="open_clip")
     parser.add_argument("--pretrained", help="weights of a named open_clip model")
-    parser.add_argument("--layer", type=int, default=-2, help="hidden layer of patch features (default: penultimate)")
+    parser.add_argument(
+        "--layer", type=int, default=-2, help="hidden layer of patch features (default: penultimate)"
+    )
     parser.add_argument("--drop-cls", dest="has_cls", action="store_false", help="leave the class token out")
-    parser.add_argument("--image-tokenizer", type=Path, help="image_tokenizer folder of stage 1 (feature visual)")
+    parser.add_argument(
+        "--image-tokenizer", type=Path, help="image_tokenizer folder of stage 1 (feature visual)"
+    )
     parser.add_argument("--dtype", choices=("float16", "float32", "int8"), default="float16")
-    parser.add_argument("--views", type=int, default=1, help="views per picture: the clean one and augmented ones")
+    parser.add_argument(
+        "--views", type=int, default=1, help="views per picture: the clean one and augmented ones"
+    )
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=1, help="torch threads on CPU")
@@ -183,7 +201,9 @@ def compute_folder(folder: Path, jobs: Sequence[Job], arguments: argparse.Namesp
             record = shards.shards[number]
             if has_feature_rows(folder, job.spec.name, record.name, tar_sha256=record.sha256):
                 continue
-            rows = compute_shard(job, shards, number, batch_size=arguments.batch_size, device=arguments.device)
+            rows = compute_shard(
+                job, shards, number, batch_size=arguments.batch_size, device=arguments.device
+            )
             write_feature_rows(folder, job.spec, record.name, rows, tar_sha256=record.sha256)
             num_rows += len(rows)
             num_bytes += rows.size * np.dtype(job.spec.dtype).itemsize

@@ -37,7 +37,9 @@ def run(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("dir", type=Path, nargs="+")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--vocabulary-size", type=int, default=1600)
-    parser.add_argument("--width", type=int, default=128, help="of the random LLaMA written beside the tokenizer")
+    parser.add_argument(
+        "--width", type=int, default=128, help="of the random LLaMA written beside the tokenizer"
+    )
     parser.add_argument("--depth", type=int, default=3)
     parser.add_argument("--num-heads", type=int, default=4)
     parser.add_argument("--mlp-width", type=int, default=352)

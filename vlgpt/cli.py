@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
-from vlgpt.log import UserError, run_command
+from rich.console import Console
+
+from vlgpt import log
+from vlgpt.document import Document, ImagePart, Part, Role, TextPart
+from vlgpt.log import UserError
+
+console = Console(highlight=False, soft_wrap=True)
+IMAGE_MARK = "<image>"
+
+
+# ------------------------------------------------------------------------------------------------------------ training
 
 
 def launch_training(*, default_config: str, argv: Sequence[str] | None = None) -> int:
@@ -17,7 +29,7 @@ def launch_training(*, default_config: str, argv: Sequence[str] | None = None) -
     parser.add_argument("--local_rank", type=int, default=0, help="given by the deepspeed launcher")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings to change, such as optimizer.lr=1e-4")
     arguments = parser.parse_args(argv)
-    return run_command(lambda: _train(arguments))
+    return log.run_command(lambda: _train(arguments))
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -25,17 +37,163 @@ def _train(arguments: argparse.Namespace) -> int:
 
     settings = load_run(arguments.config, arguments.overrides)
     from vlgpt.train.engine import read_config
-    from vlgpt.train.run import is_finished, run_training
+    from vlgpt.train.run import is_finished, missing_inputs, run_training
 
     ds_config = read_config(arguments.deepspeed)
     if is_finished(settings):
         sys.stderr.write(f"{settings.run_dir} is complete: nothing to do\n")
         return 0
+    if missing := missing_inputs(settings):
+        key, path = missing[0]
+        hint = "; `make demo` prepares everything the demo configurations read" if path.startswith("runs/demo/") else ""
+        raise FileNotFoundError(f"{key} = {path} does not exist{hint}")
     return run_training(settings, ds_config, ds_source=arguments.deepspeed)
+
+
+# ---------------------------------------------------------------------------------------------------------- vlgpt NAME
+
+
+def read_prompt(text: str, num_images: int, *, is_chat: bool) -> Document:
+    """`<image>` marks where images stand; without marks they all come first. Raises UserError when counts differ."""
+    role: Role = "user" if is_chat else "plain"
+    pieces = text.split(IMAGE_MARK)
+    if len(pieces) == 1:
+        pieces = [""] * num_images + pieces
+    if len(pieces) - 1 != num_images:
+        raise UserError(f"the prompt has {len(pieces) - 1} {IMAGE_MARK} marks, {num_images} images are given")
+    parts: list[Part] = []
+    for number, piece in enumerate(pieces):
+        if piece.strip():
+            parts.append(TextPart(piece.strip(), role))
+        if number < num_images:
+            parts.append(ImagePart(number, role))
+    if not parts:
+        raise UserError("the prompt is empty: give --prompt, --image or both")
+    return Document("prompt", "command line", tuple(parts))
+
+
+def generate(arguments: argparse.Namespace) -> int:
+    """Reply to one prompt: JSON on stdout, pictures as PNG files that carry the prompt."""
+    from PIL.PngImagePlugin import PngInfo
+
+    from vlgpt.generate import DecodeSettings, Generator, Prompt
+
+    text = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+    images = tuple(_read_file(path) for path in arguments.image)
+    document = read_prompt(text, len(images), is_chat=not arguments.plain)
+    settings = DecodeSettings(
+        max_new_tokens=arguments.max_new_tokens,
+        num_beams=arguments.num_beams,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        images=arguments.images,
+        max_images=arguments.max_images,
+        visual_guidance=arguments.visual_guidance,
+        seed=arguments.seed,
+    )
+    generator = Generator.load(arguments.model, device=arguments.device)
+    (reply,) = generator.generate([Prompt(document, images)], settings)
+    files = []
+    if reply.visual:
+        import torch
+
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        addresses: list[tuple[int | str, ...]] = [(arguments.seed, "draw", n) for n in range(len(reply.visual))]
+        pictures = generator.draw(torch.stack(reply.visual), seeds=addresses, guidance=arguments.decoder_guidance)
+        for number, picture in enumerate(pictures):
+            path = arguments.output / f"{number:02d}.png"
+            about = PngInfo()
+            about.add_itxt("prompt", text)
+            about.add_itxt("model", str(arguments.model))
+            picture.save(path, pnginfo=about)
+            files.append(str(path))
+    record = {"prompt": text, "text": reply.text, "images": files, "finish": reply.finish, "seed": arguments.seed}
+    if arguments.output is not None:
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        (arguments.output / "reply.json").write_text(json.dumps(record, ensure_ascii=False, indent=1) + "\n")
+    sys.stdout.write(json.dumps(record, ensure_ascii=False) + "\n")
+    return 0
+
+
+def _read_file(path: Path) -> bytes:
+    if not path.is_file():
+        raise FileNotFoundError(f"image {path} does not exist")
+    return path.read_bytes()
+
+
+def reconstruct(arguments: argparse.Namespace) -> int:
+    """Pictures through the image tokenizer and back: a contact sheet of original, both, z_v only, z_t only."""
+    from PIL import Image
+
+    from vlgpt.generate import Generator
+    from vlgpt.images import decode_image
+
+    generator = Generator.load(arguments.model, device=arguments.device)
+    data = [_read_file(path) for path in arguments.image]
+    columns = [generator.reconstruct(data, use=use) for use in ("both", "image", "text")]
+    size = columns[0][0].width
+    sheet = Image.new("RGB", (4 * size, len(data) * size), "white")
+    for row, content in enumerate(data):
+        original = decode_image(content).convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
+        for column, picture in enumerate([original, *(pictures[row] for pictures in columns)]):
+            sheet.paste(picture, (column * size, row * size))
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(arguments.output)
+    console.print(f"{arguments.output}: original, reconstruction, z_v only, z_t only")
+    return 0
+
+
+def export(arguments: argparse.Namespace) -> int:
+    """The newest commit of a run as an export folder; needs neither GPU nor deepspeed."""
+    from vlgpt.export import export_run
+
+    export_run(arguments.run, arguments.output, merge_lora=not arguments.keep_lora)
+    console.print(f"{arguments.output} holds the export of {arguments.run}")
+    return 0
+
+
+def _generate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--prompt", default="", help=f"text; {IMAGE_MARK} marks where images stand; - reads stdin")
+    parser.add_argument("--image", type=Path, action="append", default=[], help="picture file, may be repeated")
+    parser.add_argument("--output", type=Path, default=Path("generated"), help="folder for pictures and reply.json")
+    parser.add_argument("--plain", action="store_true", help="continue plain text instead of answering a chat turn")
+    parser.add_argument("--images", choices=("free", "never", "force"), default="free", help="may the reply hold images")
+    parser.add_argument("--max-images", type=int, default=1)
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--num-beams", type=int, default=1)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--visual-guidance", type=float, default=1.0, help="against the empty prompt; 1 is off")
+    parser.add_argument("--decoder-guidance", type=float, default=1.0, help="classifier-free guidance of the decoder")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="vlgpt", description="VL-GPT: read and write text and images in one sequence.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, function: Callable[[argparse.Namespace], int], *, has_model: bool = True) -> argparse.ArgumentParser:
+        doc = (function.__doc__ or "").strip().splitlines()[0]
+        command = commands.add_parser(name, help=doc, description=doc)
+        command.set_defaults(function=function)
+        if has_model:
+            command.add_argument("--model", type=Path, default=Path("runs/demo/finetune/result"), help="export folder")
+            command.add_argument("--device", default="cpu")
+        return command
+
+    _generate_arguments(add("generate", generate))
+    command = add("reconstruct", reconstruct)
+    command.add_argument("image", type=Path, nargs="+")
+    command.add_argument("--output", type=Path, default=Path("reconstruction.png"))
+    command = add("export", export, has_model=False)
+    command.add_argument("run", type=Path, help="run folder, such as runs/pretrain")
+    command.add_argument("--output", type=Path, required=True)
+    command.add_argument("--keep-lora", action="store_true", help="keep the adapter apart instead of merging it")
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `vlgpt`."""
-    parser = argparse.ArgumentParser(prog="vlgpt", description="VL-GPT: read and write text and images in one sequence.")
-    parser.parse_args(argv)
-    return run_command(lambda: (_ for _ in ()).throw(UserError("not built yet")))
+    arguments = _parser().parse_args(argv)
+    log.configure()
+    return log.run_command(lambda: arguments.function(arguments))

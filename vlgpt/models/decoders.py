@@ -77,6 +77,7 @@ class ConvDecoder(Component):
         grid: int = 12,
         channels: int = 64,
         num_blocks: int = 2,
+        bottleneck: int = 320,
     ):
         super().__init__(
             image_tokens=image_tokens,
@@ -90,6 +91,7 @@ class ConvDecoder(Component):
             grid=grid,
             channels=channels,
             num_blocks=num_blocks,
+            bottleneck=bottleneck,
         )
         self.size_px, self.grid, self.channels = size_px, grid, channels
         self.image_absent = nn.Parameter(torch.randn(image_tokens, image_width) * 0.1)
@@ -102,7 +104,9 @@ class ConvDecoder(Component):
         )
         self.transformer = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
         self.norm = nn.LayerNorm(width)
-        self.to_grid = nn.Linear((image_tokens + 1) * width, grid * grid * channels // 4)
+        self.to_grid = nn.Sequential(
+            nn.Linear((image_tokens + 1) * width, bottleneck), nn.Linear(bottleneck, grid * grid * channels // 4)
+        )
         self.widen = nn.Conv2d(channels // 4, channels, 3, padding=1)
         scale = size_px // grid
         self.blocks = nn.Sequential(*(ResidualBlock(channels) for _ in range(num_blocks)))

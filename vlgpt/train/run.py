@@ -183,9 +183,10 @@ def exporter(settings: RunSettings, tokenizer: DocumentTokenizer) -> Callable[[U
     stage = settings.stage
     assert isinstance(stage, LanguageStage)
     encoder: EncoderSettings | None = stage.encoder
-    from vlgpt.export import export_model
 
     def write(model: UnifiedModel, folder: Path) -> None:
+        from vlgpt.export import export_model
+
         export_model(
             model,
             folder,
@@ -257,3 +258,19 @@ def listen_for_stop() -> Callable[[], bool]:
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, note)
     return lambda: bool(asked)
+
+
+def missing_inputs(settings: RunSettings) -> list[tuple[str, str]]:
+    """Keys of local folders that a run reads and that are not there, before anything slow starts.
+
+    A name without a slash or with a hub's `owner/name` form may live elsewhere and is not judged here.
+    """
+    paths = [(f"data.sources.{n}.path", source.path) for n, source in enumerate(settings.data.sources)]
+    paths += [(f"validation.sources.{n}.path", s.path) for n, s in enumerate(settings.validation.sources)]
+    stage = settings.stage.model_dump()
+    for key in ("language_model", "image_tokenizer", "text_tokenizer", "picture_decoder", "init_from", "coarse"):
+        paths.append((f"stage.{key}", stage.get(key) or ""))
+    for key in ("encoder", "conditioner"):
+        paths.append((f"stage.{key}.path", (stage.get(key) or {}).get("path", "")))
+    is_local = [(key, path) for key, path in paths if path.count("/") > 1 and "://" not in path]
+    return [(key, path) for key, path in is_local if not Path(path).exists()]
