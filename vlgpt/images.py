@@ -93,7 +93,16 @@ def open_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> OpenedImage:
     except BadImage:
         raise
     except DECODER_ERRORS as error:
-        raise BadImage("not_an_image", f"{type(error).__name__}: {error}") from error
+        reason = "truncated" if _is_cut_webp(data) else "not_an_image"
+        raise BadImage(reason, f"{type(error).__name__}: {error}") from error
+
+
+def _is_cut_webp(data: bytes) -> bool:
+    """Pillow cannot tell a WEBP file that was cut from one that never was a picture; its first 12 bytes
+    can.
+    """
+    is_webp = data[:4] == b"RIFF" and data[8:12] == b"WEBP"
+    return is_webp and len(data) < 8 + int.from_bytes(data[4:8], "little")
 
 
 def _orientation(image: Image.Image) -> int:
@@ -110,12 +119,6 @@ def _open(data: bytes, *, max_pixels: int) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.UnidentifiedImageError as error:
-        if (
-            data[:4] == b"RIFF"
-            and data[8:12] == b"WEBP"
-            and len(data) < 8 + int.from_bytes(data[4:8], "little")
-        ):
-            raise BadImage("truncated", f"a WEBP file cut at {len(data)} bytes") from error
         raise BadImage("not_an_image", f"none of {', '.join(FORMATS)}") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadImage("too_many_pixels", str(error)) from error
