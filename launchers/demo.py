@@ -85,13 +85,19 @@ def steps(decoder: str) -> list[Step]:
     trained = tuple(f"{kind}-train" for kind in train)
     features = "python -m data_prep.features {} --encoder " + f"{ROOT}/clip/result --features "
     chat = f"{ROOT}/finetune/result"
+    farmer, hand = emoji("1F9D1-1F3FD-200D-1F33E"), emoji("1F44B-1F3FB")
+    report = f"python -m evaluation.demo_report --run {ROOT} --output {ROOT}/report.html"
     return [
         *data,
         Step("text", f"python -m data_prep.text_tokenizer {folders} --output {model}", model, trained),
         Step("lengths", f"python -m data_prep.index {folders} --tokenizer {model}", "", ("text",)),
         training("clip", "train_demo_parts", after=("text",), port=29511),
         training(
-            "judge", "train_demo_parts", after=("text",), port=29512, options=f" output_dir={ROOT}/judge seed=1 data.seed=1"
+            "judge",
+            "train_demo_parts",
+            after=("text",),
+            port=29512,
+            options=f" output_dir={ROOT}/judge seed=1 data.seed=1",
         ),
         Step(
             "features",
@@ -101,7 +107,8 @@ def steps(decoder: str) -> list[Step]:
         ),
         Step(
             "features-2",
-            features.format(f"{ROOT}/data/documents-train {ROOT}/data/instructions-train") + "patches --views 2",
+            features.format(f"{ROOT}/data/documents-train {ROOT}/data/instructions-train")
+            + "patches --views 2",
             "",
             ("features",),
         ),
@@ -115,17 +122,26 @@ def steps(decoder: str) -> list[Step]:
             f"{ROOT}/evaluation",
             ("finetune", "judge", *(step.name for step in data)),
         ),
-        example("write", f"--image {emoji('1F9D1-1F3FD-200D-1F33E')} --prompt 'Provide a brief description of the given image <image>'"),
-        example("draw", "--prompt 'Create an image that visually represents the description: person, dark skin tone.'"),
-        example("edit", f"--image {emoji('1F44B-1F3FB')} --prompt '<image> Change the skin tone to dark.'"),
-        Step("report", f"python -m evaluation.demo_report --run {ROOT} --output {ROOT}/report.html", f"{ROOT}/report.html", ("evaluation", "write", "draw", "edit")),
-    ]  # fmt: skip
+        example(
+            "write", f"--image {farmer} --prompt 'Provide a brief description of the given image <image>'"
+        ),
+        example(
+            "draw",
+            "--prompt 'Create an image that visually represents the description: person, dark skin tone.'",
+        ),
+        example("edit", f"--image {hand} --prompt '<image> Change the skin tone to dark.'"),
+        Step("report", report, f"{ROOT}/report.html", ("evaluation", "write", "draw", "edit")),
+    ]
 
 
 def stamp_of(step: Step, done: dict[str, dict]) -> dict[str, object]:
     """What decides a step's result: its command, its files, and which runs of earlier steps it builds on."""
     files = {name: hashlib.sha256(Path(name).read_bytes()).hexdigest() for name in step.inputs}
-    return {"command": step.command, "files": files, "after": {name: done[name]["run"] for name in step.after}}
+    return {
+        "command": step.command,
+        "files": files,
+        "after": {name: done[name]["run"] for name in step.after},
+    }
 
 
 def read_stamp(step: Step, suffix: str) -> dict | None:
@@ -191,7 +207,10 @@ def finish(step: Step, done: dict[str, dict], timings: dict[str, float]) -> None
     if step.process.returncode != 0:
         log = ROOT / "logs" / f"{step.name}.log"
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-25:])
-        console.print(f"{tail}\n[bold red]{step.name} failed[/bold red] (exit {step.process.returncode}); log: {log}", markup=True)
+        console.print(
+            f"{tail}\n[bold red]{step.name} failed[/bold red] (exit {step.process.returncode}); log: {log}",
+            markup=True,
+        )
         raise SystemExit(1)
     stamp = {"stamp": stamp_of(step, done), "run": f"{time.time():.3f}", "seconds": round(seconds, 1)}
     write_stamp(step, "done", stamp)
@@ -233,9 +252,13 @@ def run(pending: list[Step], *, jobs: int) -> dict[str, float]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--jobs", type=int, default=2, help="steps side by side")
-    parser.add_argument("--decoder", choices=("conv", "diffusion"), default="conv", help="what draws the pictures")
+    parser.add_argument(
+        "--decoder", choices=("conv", "diffusion"), default="conv", help="what draws the pictures"
+    )
     arguments = parser.parse_args()
     began = time.monotonic()
     try:

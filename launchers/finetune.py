@@ -1,4 +1,7 @@
-"""Stage 3: instruction tuning. `deepspeed launchers/finetune.py --deepspeed ds_configs/zero2.json [--config YAML] [KEY=VALUE ...]`."""
+"""Stage 3: instruction tuning.
+
+deepspeed launchers/finetune.py --deepspeed ds_configs/zero2.json [--config YAML] [KEY=VALUE ...]
+"""
 
 import sys
 

@@ -1,4 +1,7 @@
-"""Stage 2: multimodal pre-training. `deepspeed launchers/pretrain.py --deepspeed ds_configs/zero2.json [--config YAML] [KEY=VALUE ...]`."""
+"""Stage 2: multimodal pre-training.
+
+deepspeed launchers/pretrain.py --deepspeed ds_configs/zero2.json [--config YAML] [KEY=VALUE ...]
+"""
 
 import sys
 

@@ -1,4 +1,7 @@
-"""Demo only: the tiny CLIP and the picture decoder. `deepspeed launchers/train_demo_parts.py --deepspeed ds_configs/zero2.json [--config YAML] [KEY=VALUE ...]`."""
+"""Demo only: the tiny CLIP and the picture decoder.
+
+deepspeed launchers/train_demo_parts.py --deepspeed ds_configs/zero2.json [--config YAML] [KEY=VALUE ...]
+"""
 
 import sys
 

@@ -1,4 +1,7 @@
-"""Stage 1: image tokenizer and detokenizer. `deepspeed launchers/train_tokenizer.py --deepspeed ds_configs/zero2.json [--config YAML] [KEY=VALUE ...]`."""
+"""Stage 1: image tokenizer and detokenizer.
+
+deepspeed launchers/train_tokenizer.py --deepspeed ds_configs/zero2.json [--config YAML] [KEY=VALUE ...]
+"""
 
 import sys
 

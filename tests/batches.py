@@ -6,14 +6,28 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from tiny_unified import NUM_PATCHES, PATCH_WIDTH
+
 from vlgpt import seeds
 from vlgpt.batch import Batch, ImageInput
 from vlgpt.document import Document, ImagePart, TextPart
 from vlgpt.tokens import DocumentTokenizer, flatten
 
-from tiny_unified import NUM_PATCHES, PATCH_WIDTH
-
-WORDS = "red blue green circle square fox dog elephant yes no one two three picture lazy quick".split()
+WORDS = (
+    "red",
+    "blue",
+    "green",
+    "circle",
+    "square",
+    "fox",
+    "dog",
+    "elephant",
+    "yes",
+    "no",
+    "two",
+    "lazy",
+    "quick",
+)
 
 
 def random_document(number: int, *, num_images: int, is_chat: bool = False) -> Document:
@@ -33,7 +47,9 @@ def random_document(number: int, *, num_images: int, is_chat: bool = False) -> D
     return Document(f"doc-{number}", "test", tuple(parts))
 
 
-def pack(rows: Sequence[Sequence[Document]], tokenizer: DocumentTokenizer, *, length: int = 96, seed: int = 0) -> Batch:
+def pack(
+    rows: Sequence[Sequence[Document]], tokenizer: DocumentTokenizer, *, length: int = 96, seed: int = 0
+) -> Batch:
     """Rows of documents -> a batch of that length; patch features are random but tied to the document's id."""
     shape = (len(rows), length)
     arrays = {

@@ -67,7 +67,9 @@ def test_a_module_imports_only_lower_layers_and_names_to_its_left(path):
         return
     for name, line in imports(path):
         if not name.startswith("vlgpt."):
-            assert name.split(".")[0] not in ("data_prep", "evaluation", "launchers", "tests"), f"{path}:{line}"
+            assert name.split(".")[0] not in ("data_prep", "evaluation", "launchers", "tests"), (
+                f"{path}:{line}"
+            )
             continue
         other = name.split(".")[1]
         if other == own:
@@ -120,7 +122,13 @@ def test_functions_stay_readable_and_loads_stay_safe(path):
 
 
 def test_no_module_of_the_library_but_the_command_line_uses_argparse():
-    users = [p.name for p in FILES if p.is_relative_to(ROOT / "vlgpt") for name, _ in imports(p) if name == "argparse"]
+    users = [
+        p.name
+        for p in FILES
+        if p.is_relative_to(ROOT / "vlgpt")
+        for name, _ in imports(p)
+        if name == "argparse"
+    ]
     assert set(users) <= {"cli.py"}
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from vlgpt.config import apply_override, dump, load_run, parse_yaml, validate
 from vlgpt.log import UserError
 from vlgpt.settings import RunSettings

@@ -34,7 +34,9 @@ class ImageInput:
 
     def __post_init__(self) -> None:
         if self.values.ndim != _NUM_DIMS[self.kind]:
-            raise ValueError(f"{self.kind} need {_NUM_DIMS[self.kind]} dimensions, found shape {tuple(self.values.shape)}")
+            raise ValueError(
+                f"{self.kind} need {_NUM_DIMS[self.kind]} dimensions, found shape {tuple(self.values.shape)}"
+            )
 
     def __len__(self) -> int:
         return self.values.shape[0]
@@ -97,9 +99,13 @@ class Batch:
             raise ValueError(f"visual positions do not come in runs of {self.num_visual}")
         offsets = torch.arange(self.num_visual)
         rows, columns = starts[:, :1], starts[:, 1:] + offsets
-        if len(starts) and (columns.max() >= self.is_visual.shape[1] or not bool(self.is_visual[rows, columns].all())):
+        if len(starts) and (
+            columns.max() >= self.is_visual.shape[1] or not bool(self.is_visual[rows, columns].all())
+        ):
             raise ValueError(f"visual positions do not come in runs of {self.num_visual}")
-        if len(starts) and bool((self.segment_ids[rows, columns] != self.segment_ids[rows, starts[:, 1:]]).any()):
+        if len(starts) and bool(
+            (self.segment_ids[rows, columns] != self.segment_ids[rows, starts[:, 1:]]).any()
+        ):
             raise ValueError("an image crosses a segment border")
 
     @property

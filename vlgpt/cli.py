@@ -1,4 +1,4 @@
-"""Command lines: `vlgpt ...` and the training launchers. The one file of the library with argparse and console output."""
+"""Command lines: `vlgpt ...` and the training launchers. Only this file of the library has argparse and a console."""
 
 from __future__ import annotations
 
@@ -23,11 +23,17 @@ IMAGE_MARK = "<image>"
 
 def launch_training(*, default_config: str, argv: Sequence[str] | None = None) -> int:
     """What the launchers run: `--deepspeed JSON --config YAML [a.b=c ...]`. Returns the exit code."""
-    parser = argparse.ArgumentParser(description=f"Train one stage (default configuration: {default_config}).")
+    parser = argparse.ArgumentParser(
+        description=f"Train one stage (default configuration: {default_config})."
+    )
     parser.add_argument("--deepspeed", metavar="JSON", required=True, help="ZeRO settings, see ds_configs/")
-    parser.add_argument("--config", metavar="YAML", default=default_config, help="the run, see launchers/configs/")
+    parser.add_argument(
+        "--config", metavar="YAML", default=default_config, help="the run, see launchers/configs/"
+    )
     parser.add_argument("--local_rank", type=int, default=0, help="given by the deepspeed launcher")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings to change, such as optimizer.lr=1e-4")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="settings to change, such as optimizer.lr=1e-4"
+    )
     arguments = parser.parse_args(argv)
     return log.run_command(lambda: _train(arguments))
 
@@ -45,7 +51,11 @@ def _train(arguments: argparse.Namespace) -> int:
         return 0
     if missing := missing_inputs(settings):
         key, path = missing[0]
-        hint = "; `make demo` prepares everything the demo configurations read" if path.startswith("runs/demo/") else ""
+        hint = (
+            "; `make demo` prepares everything the demo configurations read"
+            if path.startswith("runs/demo/")
+            else ""
+        )
         raise FileNotFoundError(f"{key} = {path} does not exist{hint}")
     return run_training(settings, ds_config, ds_source=arguments.deepspeed)
 
@@ -98,8 +108,12 @@ def generate(arguments: argparse.Namespace) -> int:
         import torch
 
         arguments.output.mkdir(parents=True, exist_ok=True)
-        addresses: list[tuple[int | str, ...]] = [(arguments.seed, "draw", n) for n in range(len(reply.visual))]
-        pictures = generator.draw(torch.stack(reply.visual), seeds=addresses, guidance=arguments.decoder_guidance)
+        addresses: list[tuple[int | str, ...]] = [
+            (arguments.seed, "draw", n) for n in range(len(reply.visual))
+        ]
+        pictures = generator.draw(
+            torch.stack(reply.visual), seeds=addresses, guidance=arguments.decoder_guidance
+        )
         for number, picture in enumerate(pictures):
             path = arguments.output / f"{number:02d}.png"
             about = PngInfo()
@@ -107,7 +121,13 @@ def generate(arguments: argparse.Namespace) -> int:
             about.add_itxt("model", str(arguments.model))
             picture.save(path, pnginfo=about)
             files.append(str(path))
-    record = {"prompt": text, "text": reply.text, "images": files, "finish": reply.finish, "seed": arguments.seed}
+    record = {
+        "prompt": text,
+        "text": reply.text,
+        "images": files,
+        "finish": reply.finish,
+        "seed": arguments.seed,
+    }
     if arguments.output is not None:
         arguments.output.mkdir(parents=True, exist_ok=True)
         (arguments.output / "reply.json").write_text(json.dumps(record, ensure_ascii=False, indent=1) + "\n")
@@ -153,31 +173,51 @@ def export(arguments: argparse.Namespace) -> int:
 
 
 def _generate_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--prompt", default="", help=f"text; {IMAGE_MARK} marks where images stand; - reads stdin")
-    parser.add_argument("--image", type=Path, action="append", default=[], help="picture file, may be repeated")
-    parser.add_argument("--output", type=Path, default=Path("generated"), help="folder for pictures and reply.json")
-    parser.add_argument("--plain", action="store_true", help="continue plain text instead of answering a chat turn")
-    parser.add_argument("--images", choices=("free", "never", "force"), default="free", help="may the reply hold images")
+    parser.add_argument(
+        "--prompt", default="", help=f"text; {IMAGE_MARK} marks where images stand; - reads stdin"
+    )
+    parser.add_argument(
+        "--image", type=Path, action="append", default=[], help="picture file, may be repeated"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("generated"), help="folder for pictures and reply.json"
+    )
+    parser.add_argument(
+        "--plain", action="store_true", help="continue plain text instead of answering a chat turn"
+    )
+    parser.add_argument(
+        "--images", choices=("free", "never", "force"), default="free", help="may the reply hold images"
+    )
     parser.add_argument("--max-images", type=int, default=1)
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--num-beams", type=int, default=1)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--visual-guidance", type=float, default=1.0, help="against the empty prompt; 1 is off")
-    parser.add_argument("--decoder-guidance", type=float, default=1.0, help="classifier-free guidance of the decoder")
+    parser.add_argument(
+        "--visual-guidance", type=float, default=1.0, help="against the empty prompt; 1 is off"
+    )
+    parser.add_argument(
+        "--decoder-guidance", type=float, default=1.0, help="classifier-free guidance of the decoder"
+    )
     parser.add_argument("--seed", type=int, default=0)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="vlgpt", description="VL-GPT: read and write text and images in one sequence.")
+    parser = argparse.ArgumentParser(
+        prog="vlgpt", description="VL-GPT: read and write text and images in one sequence."
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def add(name: str, function: Callable[[argparse.Namespace], int], *, has_model: bool = True) -> argparse.ArgumentParser:
+    def add(
+        name: str, function: Callable[[argparse.Namespace], int], *, has_model: bool = True
+    ) -> argparse.ArgumentParser:
         doc = (function.__doc__ or "").strip().splitlines()[0]
         command = commands.add_parser(name, help=doc, description=doc)
         command.set_defaults(function=function)
         if has_model:
-            command.add_argument("--model", type=Path, default=Path("runs/demo/finetune/result"), help="export folder")
+            command.add_argument(
+                "--model", type=Path, default=Path("runs/demo/finetune/result"), help="export folder"
+            )
             command.add_argument("--device", default="cpu")
         return command
 
@@ -188,7 +228,9 @@ def _parser() -> argparse.ArgumentParser:
     command = add("export", export, has_model=False)
     command.add_argument("run", type=Path, help="run folder, such as runs/pretrain")
     command.add_argument("--output", type=Path, required=True)
-    command.add_argument("--keep-lora", action="store_true", help="keep the adapter apart instead of merging it")
+    command.add_argument(
+        "--keep-lora", action="store_true", help="keep the adapter apart instead of merging it"
+    )
     return parser
 
 

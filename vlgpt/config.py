@@ -40,7 +40,7 @@ _Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
 def parse_yaml(text: str) -> Any:
     """Safe YAML. Raises UserError with the line of a syntax error."""
     try:
-        return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+        return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise UserError(f"not valid YAML: {' '.join(str(error).split())}") from error
 
@@ -130,11 +130,16 @@ def _is_tag(step: Any, values: Any, location: Sequence[Any]) -> bool:
     index = list(location).index(step)
     current = values
     for previous in location[:index]:
-        if isinstance(current, dict) and previous in current:
-            current = current[previous]
+        if isinstance(current, dict):
+            current = current.get(previous, current)
         elif isinstance(current, (list, tuple)) and isinstance(previous, int) and previous < len(current):
             current = current[previous]
-    return isinstance(current, dict) and isinstance(step, str) and current.get("kind") == step and step not in current
+    return (
+        isinstance(current, dict)
+        and isinstance(step, str)
+        and current.get("kind") == step
+        and step not in current
+    )
 
 
 def _field_names(model: type[BaseModel], location: Sequence[Any]) -> list[str]:
@@ -157,7 +162,11 @@ def _field_names(model: type[BaseModel], location: Sequence[Any]) -> list[str]:
 
 def _models(annotation: Any) -> typing.Iterator[type[BaseModel]]:
     """All settings classes inside an annotation (unions, tuples, Annotated)."""
-    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias) and issubclass(annotation, BaseModel):
+    if (
+        isinstance(annotation, type)
+        and not isinstance(annotation, types.GenericAlias)
+        and issubclass(annotation, BaseModel)
+    ):
         yield annotation
         return
     for argument in typing.get_args(annotation):

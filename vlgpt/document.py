@@ -49,12 +49,18 @@ class Document:
     def __post_init__(self) -> None:
         images = [part.index for part in self.parts if isinstance(part, ImagePart)]
         if images != list(range(len(images))):
-            raise ValueError(f"document {self.id!r}: images must be numbered 0, 1, ... in reading order, found {images}")
+            raise ValueError(
+                f"document {self.id!r}: images must be numbered 0, 1, ... in reading order, found {images}"
+            )
         roles = {part.role for part in self.parts}
         if unknown := roles - set(ROLES):
-            raise ValueError(f"document {self.id!r}: unknown role {sorted(unknown)}; valid: {', '.join(ROLES)}")
+            raise ValueError(
+                f"document {self.id!r}: unknown role {sorted(unknown)}; valid: {', '.join(ROLES)}"
+            )
         if "plain" in roles and len(roles) > 1:
-            raise ValueError(f"document {self.id!r}: plain parts cannot be mixed with chat roles {sorted(roles)}")
+            raise ValueError(
+                f"document {self.id!r}: plain parts cannot be mixed with chat roles {sorted(roles)}"
+            )
 
     @property
     def num_images(self) -> int:
@@ -73,7 +79,9 @@ class Document:
         """JSON form: `{"id", "source", "parts": [{"text"|"image", "role"?}, ...], "info"?}`."""
         parts: list[dict[str, Any]] = []
         for part in self.parts:
-            record: dict[str, Any] = {"text": part.text} if isinstance(part, TextPart) else {"image": part.index}
+            record: dict[str, Any] = (
+                {"text": part.text} if isinstance(part, TextPart) else {"image": part.index}
+            )
             if part.role != "plain":
                 record["role"] = part.role
             parts.append(record)
@@ -87,7 +95,9 @@ class Document:
         """Inverse of `to_record`. Raises ValueError that names the offending field."""
         missing = [key for key in ("id", "source", "parts") if key not in record]
         if missing:
-            raise ValueError(f"a document record needs id, source and parts; missing {missing}, found {sorted(record)}")
+            raise ValueError(
+                f"a document record needs id, source and parts; missing {missing}, found {sorted(record)}"
+            )
         parts = tuple(_part_from_record(record["id"], part) for part in record["parts"])
         return Document(record["id"], record["source"], parts, record.get("info", {}))
 
@@ -98,10 +108,14 @@ def _part_from_record(document_id: str, record: Mapping[str, Any]) -> Part:
         return TextPart(record["text"], role)
     if type(record.get("image")) is int:
         return ImagePart(record["image"], role)
-    raise ValueError(f"document {document_id!r}: a part holds a `text` string or an `image` number, found {dict(record)}")
+    raise ValueError(
+        f"document {document_id!r}: a part holds a `text` string or an `image` number, found {dict(record)}"
+    )
 
 
-def join(id: str, source: str, pieces: Sequence[Sequence[Part]], info: Mapping[str, Any] | None = None) -> Document:
+def join(
+    id: str, source: str, pieces: Sequence[Sequence[Part]], info: Mapping[str, Any] | None = None
+) -> Document:
     """Concatenate part lists, numbering the images anew in reading order (few-shot prompts, multi-turn chats)."""
     parts: list[Part] = []
     num_images = 0

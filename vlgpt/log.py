@@ -52,7 +52,9 @@ class MetricsLog:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
-                get_logger().warning("tensorboard is not installed: metrics.jsonl only (pip install tensorboard)")
+                get_logger().warning(
+                    "tensorboard is not installed: metrics.jsonl only (pip install tensorboard)"
+                )
             else:
                 self._writer = SummaryWriter(str(folder / "tensorboard"))
 

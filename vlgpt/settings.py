@@ -29,11 +29,16 @@ class SourceSettings(Settings):
     name: str
     path: str
     weight: Annotated[float, Field(ge=0.0)] | Literal["size"] = "size"  # "size": proportional to its samples
-    image_first: Fraction = 1.0  # probability that an image stays before the text part that follows it; else swapped
+    image_first: Fraction = (
+        1.0  # probability that an image stays before the text part that follows it; else swapped
+    )
     max_images: Positive = 5  # later images of a sequence are dropped (paper: 5)
     keep_single_image: Fraction = 1.0  # probability to keep a window with exactly one image (OBELICS: 0.2)
     start: Literal["beginning", "random"] = "beginning"  # where a window of a too long document begins
-    ramp: tuple[Fraction, Fraction] = (0.0, 0.0)  # shares of the run between which the weight grows from 0 to full
+    ramp: tuple[Fraction, Fraction] = (
+        0.0,
+        0.0,
+    )  # shares of the run between which the weight grows from 0 to full
 
 
 class DataSettings(Settings):
@@ -41,10 +46,14 @@ class DataSettings(Settings):
 
     sources: tuple[SourceSettings, ...] = Field(min_length=1)
     mixing: Literal["weights", "temperature"] = "weights"
-    temperature: Annotated[float, Field(gt=0.0)] = 1.0  # with mixing=temperature: share ~ size ** (1 / temperature)
+    temperature: Annotated[float, Field(gt=0.0)] = (
+        1.0  # with mixing=temperature: share ~ size ** (1 / temperature)
+    )
     sequence_length: Positive = 512  # positions of a packed row (language stages)
     packing: Literal["best_fit", "none"] = "best_fit"
-    features: tuple[Literal["patches", "image_condition", "text_condition", "visual"], ...] = ()  # read, not computed
+    features: tuple[
+        Literal["patches", "image_condition", "text_condition", "visual"], ...
+    ] = ()  # read, not computed
     pixels: bool = False  # decode images (online encoders, CLIP and picture decoder training)
     image_size_px: Positive = 224
     decoder: Literal["pillow", "fast"] = "pillow"
@@ -132,7 +141,9 @@ class LanguageStage(Settings):
     language_model: str  # an export of vlgpt, or any transformers causal LM
     image_tokenizer: str | None = None  # stage-1 export; None: the one inside the vlgpt export
     text_tokenizer: str | None = None  # None: the one beside the language model
-    init_from: str | None = None  # a run folder whose newest trainable weights are loaded (stage 3 continues LoRA)
+    init_from: str | None = (
+        None  # a run folder whose newest trainable weights are loaded (stage 3 continues LoRA)
+    )
     template: str = "vlgpt"
     trained: Literal["lora", "all"] = "lora"
     lora: LoraConfiguration = LoraConfiguration()
@@ -140,9 +151,15 @@ class LanguageStage(Settings):
     objective: Literal["mse", "mse_cosine", "smooth_l1"] = "mse"
     text_weight: Annotated[float, Field(ge=0)] = 1.0
     visual_weight: Annotated[float, Field(ge=0)] = 1.0
-    first_visual_weight: Annotated[float, Field(gt=0)] = 1.0  # weight of slot 1 against the others of an image
-    visual_input_drop: Fraction = 0.0  # share of visual inputs set to zero in training (against exposure bias)
-    visual_input_noise: Annotated[float, Field(ge=0)] = 0.0  # std of noise on visual inputs, standardised scale
+    first_visual_weight: Annotated[float, Field(gt=0)] = (
+        1.0  # weight of slot 1 against the others of an image
+    )
+    visual_input_drop: Fraction = (
+        0.0  # share of visual inputs set to zero in training (against exposure bias)
+    )
+    visual_input_noise: Annotated[float, Field(ge=0)] = (
+        0.0  # std of noise on visual inputs, standardised scale
+    )
     is_boundary_target: bool = True
     encoder: EncoderSettings | None = None  # computes patches online, and goes into the export
     picture_decoder: str | None = None  # goes into the export, so that it can draw
@@ -219,7 +236,9 @@ class RunSettings(Settings):
     data: DataSettings
     optimizer: OptimizerSettings = OptimizerSettings()
     steps: Positive
-    global_batch: Positive  # samples (stage 1) or packed rows (stages 2, 3) per optimizer step, over all ranks
+    global_batch: (
+        Positive  # samples (stage 1) or packed rows (stages 2, 3) per optimizer step, over all ranks
+    )
     micro_batch: Positive
     precision: Literal["bf16", "fp32"] = "bf16"
     seed: int = 0

@@ -104,7 +104,9 @@ class DocumentTokenizer:
         if template not in TEMPLATES:
             raise UserError(f"chat template {template!r} is unknown; valid: {', '.join(TEMPLATES)}")
         if tokenizer.eos_token_id is None:
-            raise UserError("the tokenizer has no end-of-sequence token; set eos_token in its tokenizer_config.json")
+            raise UserError(
+                "the tokenizer has no end-of-sequence token; set eos_token in its tokenizer_config.json"
+            )
         self.text_tokenizer = tokenizer
         tokenizer.add_tokens([BEGIN_IMAGE, END_IMAGE], special_tokens=True)
         self.num_visual = num_visual
@@ -114,10 +116,14 @@ class DocumentTokenizer:
         self.begin_image_id: int = tokenizer.convert_tokens_to_ids(BEGIN_IMAGE)
         self.end_image_id: int = tokenizer.convert_tokens_to_ids(END_IMAGE)
         self.eos_id: int = tokenizer.eos_token_id
-        self.bos_id: int = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        self.bos_id: int = (
+            tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        )
 
     @classmethod
-    def load(cls, path: str | Path, *, num_visual: int = 32, template: str = "vlgpt", **options: Any) -> DocumentTokenizer:
+    def load(
+        cls, path: str | Path, *, num_visual: int = 32, template: str = "vlgpt", **options: Any
+    ) -> DocumentTokenizer:
         """Load a transformers tokenizer from a folder or hub name. Raises UserError when there is none."""
         from transformers import AutoTokenizer
 
@@ -281,4 +287,6 @@ def flatten(spans: Sequence[Span]) -> TokenSequence:
         at += length
     if total:
         is_target[0] = False
-    return TokenSequence(token_ids, is_target, is_visual, tuple(s.image for s in spans if s.image is not None))
+    return TokenSequence(
+        token_ids, is_target, is_visual, tuple(s.image for s in spans if s.image is not None)
+    )

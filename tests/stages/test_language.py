@@ -4,14 +4,14 @@ import dataclasses
 
 import pytest
 import torch
+from batches import pack, random_document
+from tiny_unified import new_document_tokenizer, new_model
+
 from vlgpt.batch import ImageInput
 from vlgpt.models.losses import targets_of
 from vlgpt.models.multimodal_lm import LoraSettings, varlen_arguments
 from vlgpt.stages.base import parameter_groups
 from vlgpt.stages.language import LanguageStage
-
-from batches import pack, random_document
-from tiny_unified import new_document_tokenizer, new_model
 
 
 @pytest.fixture
@@ -112,7 +112,9 @@ def test_varlen_attention_gets_the_exact_segment_bounds_of_three_rows():
 
 
 def test_counts_are_those_of_the_masks_and_sums_add_up_over_sources(stage, tokenizer):
-    batch = pack([[random_document(8, num_images=2), random_document(9, num_images=1)]], tokenizer, length=128)
+    batch = pack(
+        [[random_document(8, num_images=2), random_document(9, num_images=1)]], tokenizer, length=128
+    )
     counts, terms = stage.count_targets(batch), stage(batch)
     assert counts["visual"] == 3 * tokenizer.num_visual
     for name, term in terms.items():
@@ -145,10 +147,14 @@ def test_lora_trains_the_adapter_the_head_and_two_token_rows_only(tokenizer):
     stage = LanguageStage(model=model, num_sources=2)
     trained = [name for name, _ in stage.trainable()]
     assert any("lora_A" in name for name in trained) and any("trainable_tokens" in name for name in trained)
-    assert all(any(k in n for k in ("lora_", "trainable_tokens", "regression_head", "projection")) for n in trained)
+    assert all(
+        any(k in n for k in ("lora_", "trainable_tokens", "regression_head", "projection")) for n in trained
+    )
     frozen = {n: p.clone() for n, p in stage.named_parameters() if not p.requires_grad}
     optimizer = torch.optim.SGD(parameter_groups(stage, 0.0), lr=0.1)
-    embedding_before = model.lm.embed(torch.arange(tokenizer.num_tokens)[None], torch.zeros(1, 1, dtype=torch.bool), None)
+    embedding_before = model.lm.embed(
+        torch.arange(tokenizer.num_tokens)[None], torch.zeros(1, 1, dtype=torch.bool), None
+    )
     for n in range(3):
         terms = stage(pack([[random_document(n, num_images=1)]], tokenizer))
         sum(term.total for term in terms.values()).backward()
@@ -157,6 +163,8 @@ def test_lora_trains_the_adapter_the_head_and_two_token_rows_only(tokenizer):
     for name, parameter in stage.named_parameters():
         if name in frozen:
             assert torch.equal(parameter, frozen[name]), f"{name} is frozen but changed"
-    embedding = model.lm.embed(torch.arange(tokenizer.num_tokens)[None], torch.zeros(1, 1, dtype=torch.bool), None)
+    embedding = model.lm.embed(
+        torch.arange(tokenizer.num_tokens)[None], torch.zeros(1, 1, dtype=torch.bool), None
+    )
     changed = (embedding != embedding_before).any(-1)[0].nonzero().squeeze(1).tolist()
     assert set(changed) <= set(rows) and changed

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from vlgpt.batch import ConditionBatch
 from vlgpt.models.image_detokenizer import ImageDetokenizer
 from vlgpt.models.image_tokenizer import ImageTokenizer
@@ -13,7 +14,9 @@ SHAPE = {"width": 32, "depth": 2, "num_heads": 4}
 
 def new_stage(**options):
     torch.manual_seed(0)
-    tokenizer = ImageTokenizer(num_patches=6, patch_width=12, num_visual=4, visual_width=20, init_std=1.0, **SHAPE)
+    tokenizer = ImageTokenizer(
+        num_patches=6, patch_width=12, num_visual=4, visual_width=20, init_std=1.0, **SHAPE
+    )
     detokenizer = ImageDetokenizer(
         num_visual=4, visual_width=20, image_tokens=3, image_width=8, text_tokens=5, text_width=10, **SHAPE
     )

@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+
 from vlgpt.log import UserError
 from vlgpt.train import commit
 
@@ -34,7 +35,8 @@ DAMAGES = {
     "missing": lambda folder: (folder / "rank_1_data.bin").unlink(),
     "truncated": lambda folder: os.truncate(folder / "rank_0_data.bin", 10),
     "bit flip": lambda folder: (folder / "rank_1_data.bin").write_bytes(
-        bytes([(folder / "rank_1_data.bin").read_bytes()[0] ^ 1]) + (folder / "rank_1_data.bin").read_bytes()[1:]
+        bytes([(folder / "rank_1_data.bin").read_bytes()[0] ^ 1])
+        + (folder / "rank_1_data.bin").read_bytes()[1:]
     ),
     "no marker": lambda folder: (folder / commit.MARKER).unlink(),
     "empty marker": lambda folder: (folder / commit.MARKER).write_text(""),
@@ -55,7 +57,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path, damage):
 
 def test_starting_anew_over_damaged_checkpoints_is_refused(tmp_path):
     DAMAGES["truncated"](write_checkpoint(tmp_path, 10))
-    with pytest.raises(UserError, match="rank_0_data.bin has 10 bytes"):
+    with pytest.raises(UserError, match="has 10 bytes"):
         commit.newest(tmp_path)
 
 
@@ -102,7 +104,9 @@ while True:
 
 def kill_writer_after(tmp_path, delay_s):
     """Run the writer, SIGKILL it, and return the last step that it reported as committed."""
-    process = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
     process.stdout.readline()
     time.sleep(delay_s)
     process.send_signal(signal.SIGKILL)

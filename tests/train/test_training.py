@@ -30,7 +30,11 @@ def run_workers(task, folder, *, world_size=1, timeout_s=150, **options):
             "PYTHONPATH": os.pathsep.join([str(WORKER.parents[2]), str(WORKER.parents[1])]),
         }
         command = [sys.executable, str(WORKER), task, str(folder), json.dumps(options)]
-        processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+        processes.append(
+            subprocess.Popen(
+                command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
+        )
     outputs = []
     try:
         for process in processes:

@@ -11,6 +11,7 @@ torch.set_num_threads(1)
 from batches import pack, random_document  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from tiny_unified import new_document_tokenizer, new_model  # noqa: E402
+
 from vlgpt import seeds  # noqa: E402
 from vlgpt.config import parse_yaml, validate  # noqa: E402
 from vlgpt.settings import RunSettings  # noqa: E402
@@ -40,7 +41,9 @@ def settings_of(folder, *, steps, global_batch, micro_batch, eps=1e-6):
 
 def engine_of(settings, world_size, *, drop=0.0):
     stage = LanguageStage(model=new_model(TOKENIZER), num_sources=2, visual_input_drop=drop)
-    zero = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 1_000_000, "allgather_bucket_size": 1_000_000}}
+    zero = {
+        "zero_optimization": {"stage": 2, "reduce_bucket_size": 1_000_000, "allgather_bucket_size": 1_000_000}
+    }
     return Engine(stage, settings, merge_config(settings, zero, world_size=world_size, source="test"))
 
 
@@ -48,7 +51,9 @@ def rows_of(step, count):
     """Rows with very uneven targets: none, one or two images, one text-only row, one long and one short."""
     rows = []
     for row in range(count):
-        documents = [random_document(100 * step + 10 * row + k, num_images=(row + k) % 3) for k in range(1 + row % 2)]
+        documents = [
+            random_document(100 * step + 10 * row + k, num_images=(row + k) % 3) for k in range(1 + row % 2)
+        ]
         rows.append(documents if row != 1 else [random_document(7, num_images=0)])
     return rows
 

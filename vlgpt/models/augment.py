@@ -1,4 +1,4 @@
-"""Small random crops and zooms, as CLIP training uses them (paper: "augmentation techniques employed in CLIP models")."""
+"""Small random crops and zooms (paper §4.1: "augmentation techniques employed in CLIP models")."""
 
 from __future__ import annotations
 

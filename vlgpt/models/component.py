@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,9 +13,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from vlgpt.log import UserError
+from vlgpt.models.weights import WEIGHTS_FILE, weight_files
 
 C = TypeVar("C", bound="Component")
-CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+CONFIG_FILE = "config.json"
 
 
 class Component(nn.Module):
@@ -56,28 +58,39 @@ def read_arguments(folder: Path, class_name: str) -> dict[str, Any]:
 
 
 def load_weights(module: nn.Module, path: Path, *, prefix: str = "") -> None:
-    """Stream tensors of a safetensors file into `module`, one at a time.
+    """Stream tensors of a safetensors file, or of the shards of its index, into `module`, one at a time.
 
-    With `prefix`, only tensors of that name prefix are read. Raises UserError that lists missing, unexpected and
-    differently shaped tensors.
+    With `prefix`, only tensors of that name prefix are read. A tensor that the module shares (tied embeddings) may be
+    stored once. Raises UserError that lists missing, unexpected and differently shaped tensors.
     """
-    if not path.is_file():
-        raise UserError(f"weights {path} are missing")
+    try:
+        paths = weight_files(path)
+    except FileNotFoundError as error:
+        raise UserError(str(error)) from error
     own = module.state_dict()
-    with safe_open(path, framework="pt") as file:
-        stored = {name[len(prefix) :]: name for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118
-        problems = [f"missing {name}" for name in own.keys() - stored.keys()]
+    with ExitStack() as stack:
+        files = [stack.enter_context(safe_open(file, framework="pt")) for file in paths]
+        stored = {
+            name[len(prefix) :]: file.get_slice(name)
+            for file in files
+            for name in file.keys()  # noqa: SIM118 - not a dict
+            if name.startswith(prefix)
+        }
+        shared = {own[name].data_ptr() for name in own.keys() & stored.keys()}
+        problems = [
+            f"missing {name}" for name in own.keys() - stored.keys() if own[name].data_ptr() not in shared
+        ]
         problems += [f"unexpected {name}" for name in stored.keys() - own.keys()]
         for name in own.keys() & stored.keys():
-            found = tuple(file.get_slice(stored[name]).get_shape())
+            found = tuple(stored[name].get_shape())
             if found != tuple(own[name].shape):
                 problems.append(f"{name} has shape {found}, wanted {tuple(own[name].shape)}")
         if problems:
             shown = "; ".join(sorted(problems)[:6])
             raise UserError(f"{path} does not fit {type(module).__name__}: {len(problems)} problems: {shown}")
         with torch.no_grad():
-            for name, target in own.items():
-                target.copy_(file.get_tensor(stored[name]))
+            for name in own.keys() & stored.keys():
+                own[name].copy_(stored[name][...])
 
 
 def freeze(module: nn.Module) -> nn.Module:

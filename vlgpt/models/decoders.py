@@ -105,13 +105,17 @@ class ConvDecoder(Component):
         self.transformer = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
         self.norm = nn.LayerNorm(width)
         self.to_grid = nn.Sequential(
-            nn.Linear((image_tokens + 1) * width, bottleneck), nn.Linear(bottleneck, grid * grid * channels // 4)
+            nn.Linear((image_tokens + 1) * width, bottleneck),
+            nn.Linear(bottleneck, grid * grid * channels // 4),
         )
         self.widen = nn.Conv2d(channels // 4, channels, 3, padding=1)
         scale = size_px // grid
         self.blocks = nn.Sequential(*(ResidualBlock(channels) for _ in range(num_blocks)))
         self.to_pixels = nn.Sequential(
-            nn.GroupNorm(8, channels), nn.SiLU(), nn.Conv2d(channels, 3 * scale**2, 3, padding=1), nn.PixelShuffle(scale)
+            nn.GroupNorm(8, channels),
+            nn.SiLU(),
+            nn.Conv2d(channels, 3 * scale**2, 3, padding=1),
+            nn.PixelShuffle(scale),
         )
 
     def forward(self, image_condition: Tensor, text_condition: Tensor) -> Tensor:
@@ -120,7 +124,11 @@ class ConvDecoder(Component):
         text = self.text_input(text_condition).mean(1, keepdim=True)
         hidden = self.norm(self.transformer(torch.cat([image, text], dim=1) + self.positions))
         grid = rearrange(
-            self.to_grid(hidden.flatten(1)), "b (c h w) -> b c h w", h=self.grid, w=self.grid, c=self.channels // 4
+            self.to_grid(hidden.flatten(1)),
+            "b (c h w) -> b c h w",
+            h=self.grid,
+            w=self.grid,
+            c=self.channels // 4,
         )
         return self.to_pixels(self.blocks(self.widen(grid)))
 

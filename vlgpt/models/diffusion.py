@@ -54,7 +54,7 @@ def install_image_attention(unet: UNet, weights: IpAdapterWeights | None, *, num
     for index, (name, attention) in attentions.items():
         processor: Any = IPAdapterAttnProcessor2_0(
             attention.to_k.out_features, cross_attention_dim=context_width, num_tokens=[num_tokens]
-        )
+        ).to(attention.to_k.weight)
         key = attention.to_k.weight if weights is None else weights.ip_adapter[f"{index}.to_k_ip.weight"]
         value = attention.to_v.weight if weights is None else weights.ip_adapter[f"{index}.to_v_ip.weight"]
         with torch.no_grad():
@@ -107,12 +107,22 @@ def zero_snr_ddim() -> Any:
 # --- latents to pixels
 
 
+def vae_dtype(dtype: torch.dtype) -> torch.dtype:
+    """A VAE beside a float16 U-Net stays float32: SDXL's overflows in float16."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def cast_to(model: Any, dtype: torch.dtype) -> Any:
+    """The model in this type; a model that has it already is left alone (diffusers warns at every cast)."""
+    return model if model.dtype == dtype else model.to(dtype=dtype)
+
+
 class VaeCodec(nn.Module):
-    """The VAE of Stable Diffusion. In float16 it stays float32: SDXL's overflows there."""
+    """The VAE of Stable Diffusion: latents to pixels."""
 
     def __init__(self, vae: Vae, *, dtype: torch.dtype):
         super().__init__()
-        self.vae = vae.to(dtype=torch.float32 if dtype == torch.float16 else dtype)
+        self.vae = cast_to(vae, vae_dtype(dtype))
         self.vae.enable_slicing()  # one picture at a time: peak memory does not grow with the batch
         self.scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
 
@@ -164,7 +174,7 @@ class DiffusionDecoder(nn.Module):
             )
         resampler = load_resampler(adapter)
         install_image_attention(unet, adapter, num_tokens=resampler.num_tokens)
-        self.unet, self.scheduler, self.num_steps = unet.to(dtype=dtype), copy.deepcopy(scheduler), num_steps
+        self.unet, self.scheduler, self.num_steps = cast_to(unet, dtype), copy.deepcopy(scheduler), num_steps
         self.codec = VaeCodec(vae, dtype=dtype)
         self.pooled_width = 0
         if is_sdxl(unet):  # its added embedding reads the pooled text and six sizes
@@ -200,7 +210,7 @@ class DiffusionDecoder(nn.Module):
         weights, constants = read_ip_adapter(adapter), Unconditional.from_file(unconditional)
         unet = _pretrained(UNet2DConditionModel, pipeline, subfolder="unet", dtype=dtype)
         vae_place = (pipeline, "vae") if vae is None else (vae, None)
-        autoencoder = _pretrained(AutoencoderKL, vae_place[0], subfolder=vae_place[1], dtype=torch.float32)
+        autoencoder = _pretrained(AutoencoderKL, vae_place[0], subfolder=vae_place[1], dtype=vae_dtype(dtype))
         sampler = load_scheduler(pipeline, class_name=scheduler, steps_offset=None if is_sdxl(unet) else 1)
         get_logger("decoder").info("decoder %s, adapter %s, %s", pipeline, adapter, type(sampler).__name__)
         return cls(

@@ -51,7 +51,9 @@ class PixelEncoder(nn.Module):
     def preprocessing(self) -> str:
         """A text that changes with anything done to pixels before the first layer."""
         mean, std = self.mean.flatten().tolist(), self.std.flatten().tolist()
-        return json.dumps({"size_px": self.image_size_px, "resize": "bicubic", "crop": "center", "mean": mean, "std": std})
+        return json.dumps(
+            {"size_px": self.image_size_px, "resize": "bicubic", "crop": "center", "mean": mean, "std": std}
+        )
 
 
 class ClipEncoder(PixelEncoder, ABC):
@@ -83,7 +85,9 @@ class OpenClipEncoder(ClipEncoder):
     Raises UserError when the folder or the name cannot be loaded.
     """
 
-    def __init__(self, path: str | Path, *, pretrained: str | None = None, layer: int = -2, has_cls: bool = True):
+    def __init__(
+        self, path: str | Path, *, pretrained: str | None = None, layer: int = -2, has_cls: bool = True
+    ):
         super().__init__()
         import open_clip
 
@@ -135,7 +139,10 @@ class OpenClipEncoder(ClipEncoder):
 
     def text_states(self, captions: Sequence[str]) -> Tensor:
         found = self.model.forward_intermediates(
-            text=self._text_ids(captions), text_indices=1, normalize_intermediates=True, intermediates_only=True
+            text=self._text_ids(captions),
+            text_indices=1,
+            normalize_intermediates=True,
+            intermediates_only=True,
         )
         return found["text_intermediates"][-1]
 
@@ -158,7 +165,9 @@ class TransformersClipEncoder(ClipEncoder):
             reason = str(error).splitlines()[0]
             raise UserError(f"transformers could not load a CLIP from {str(path)!r}: {reason}") from error
         self._set_preprocessing(
-            size_px=self.model.config.vision_config.image_size, mean=processor.image_mean, std=processor.image_std
+            size_px=self.model.config.vision_config.image_size,
+            mean=processor.image_mean,
+            std=processor.image_std,
         )
         self.layer, self.has_cls = layer, has_cls
         freeze(self)
@@ -198,7 +207,12 @@ def pad_ids(ids: Sequence[int], length: int) -> list[int]:
 
 
 def load_clip(
-    path: str | Path, *, library: Library = "open_clip", pretrained: str | None = None, layer: int = -2, has_cls: bool = True
+    path: str | Path,
+    *,
+    library: Library = "open_clip",
+    pretrained: str | None = None,
+    layer: int = -2,
+    has_cls: bool = True,
 ) -> ClipEncoder:
     """A frozen CLIP by library and path or name."""
     if library == "open_clip":
@@ -223,7 +237,12 @@ def save_open_clip(model: nn.Module, *, config: dict[str, Any], folder: Path) ->
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    preprocessing = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "interpolation": "bicubic", "resize_mode": "shortest"}
+    preprocessing = {
+        "mean": [0.5, 0.5, 0.5],
+        "std": [0.5, 0.5, 0.5],
+        "interpolation": "bicubic",
+        "resize_mode": "shortest",
+    }
     record = {"model_cfg": config, "preprocess_cfg": preprocessing}
     (folder / "open_clip_config.json").write_text(json.dumps(record, indent=1) + "\n")
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}

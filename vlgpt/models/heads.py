@@ -24,7 +24,9 @@ class RegressionHead(nn.Module):
             self.layers = nn.Linear(hidden_width, visual_width)
         else:
             self.layers = nn.Sequential(
-                nn.Linear(hidden_width, 2 * hidden_width), nn.GELU(), nn.Linear(2 * hidden_width, visual_width)
+                nn.Linear(hidden_width, 2 * hidden_width),
+                nn.GELU(),
+                nn.Linear(2 * hidden_width, visual_width),
             )
 
     def forward(self, hidden: Tensor) -> Tensor:

@@ -38,7 +38,9 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """(B, Q, width), (B, S, context_width) -> (B, Q, width)."""
         query = rearrange(self.query(x), "b q (h d) -> b h q d", h=self.num_heads)
-        key, value = rearrange(self.key_value(context), "b s (two h d) -> two b h s d", two=2, h=self.num_heads)
+        key, value = rearrange(
+            self.key_value(context), "b s (two h d) -> two b h s d", two=2, h=self.num_heads
+        )
         mixed = attend(query, key, value, is_causal=self.is_causal, backend=self.backend)
         return self.output(rearrange(mixed, "b h q d -> b q (h d)"))
 
@@ -97,7 +99,11 @@ class QueryTransformer(nn.Module):
         self.context_positions = nn.Parameter(torch.randn(num_context, context_width) * init_std)
         self.blocks = nn.ModuleList(
             DecoderBlock(
-                width=width, context_width=context_width, num_heads=num_heads, mlp_ratio=mlp_ratio, backend=backend
+                width=width,
+                context_width=context_width,
+                num_heads=num_heads,
+                mlp_ratio=mlp_ratio,
+                backend=backend,
             )
             for _ in range(depth)
         )
@@ -106,7 +112,9 @@ class QueryTransformer(nn.Module):
     def forward(self, context: Tensor) -> Tensor:
         """(B, S, context_width) -> (B, num_queries, width). Raises ValueError for another context length."""
         if context.shape[1] != self.context_positions.shape[0]:
-            raise ValueError(f"context has {context.shape[1]} tokens, this model reads {self.context_positions.shape[0]}")
+            raise ValueError(
+                f"context has {context.shape[1]} tokens, this model reads {self.context_positions.shape[0]}"
+            )
         context = self.context_norm(context) + self.context_positions
         x = self.queries.expand(context.shape[0], -1, -1)
         for block in self.blocks:

@@ -40,7 +40,9 @@ def choose_attention(wanted: Attention) -> str:
     return chosen
 
 
-def load_language_model(path: str | Path, *, attention: Attention = "auto", dtype: torch.dtype = torch.float32) -> Any:
+def load_language_model(
+    path: str | Path, *, attention: Attention = "auto", dtype: torch.dtype = torch.float32
+) -> Any:
     """Any transformers causal LM from a folder or hub name. Raises UserError when it cannot be loaded."""
     from transformers import AutoModelForCausalLM
 
@@ -70,7 +72,13 @@ class MultimodalLM(nn.Module):
     visual_scale: Tensor
 
     def __init__(
-        self, language_model: Any, *, num_tokens: int, num_visual: int, visual_width: int, head: HeadKind = "linear"
+        self,
+        language_model: Any,
+        *,
+        num_tokens: int,
+        num_visual: int,
+        visual_width: int,
+        head: HeadKind = "linear",
     ):
         super().__init__()
         self.language_model = language_model
@@ -82,7 +90,9 @@ class MultimodalLM(nn.Module):
             nn.init.zeros_(self.projection.bias)
         self.regression_head = RegressionHead(hidden_width=hidden, visual_width=visual_width, kind=head)
         weight = language_model.get_input_embeddings().weight
-        scale = weight.detach().float().square().mean().sqrt() if weight.device.type != "meta" else torch.ones(())
+        scale = (
+            weight.detach().float().square().mean().sqrt() if weight.device.type != "meta" else torch.ones(())
+        )
         self.register_buffer("visual_scale", scale.reshape(()))
 
     @property
@@ -164,7 +174,7 @@ class MultimodalLM(nn.Module):
             rows["lm_head"] = trainable_tokens
         config = LoraConfig(
             r=settings.rank,
-            lora_alpha=settings.alpha,
+            lora_alpha=settings.alpha,  # type: ignore[arg-type]  # any number works
             lora_dropout=settings.dropout,
             target_modules="all-linear",
             trainable_token_indices=rows,

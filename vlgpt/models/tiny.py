@@ -56,7 +56,7 @@ def new_language_model(
         pad_token_id=None,
         use_cache=False,
     )
-    model = LlamaForCausalLM(config)
+    model: Any = LlamaForCausalLM(config)
     torch.nn.init.normal_(model.get_input_embeddings().weight, std=embedding_std)
     return model
 

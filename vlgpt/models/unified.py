@@ -18,7 +18,7 @@ from vlgpt.log import UserError
 from vlgpt.models.component import load_weights
 from vlgpt.models.image_detokenizer import ImageDetokenizer
 from vlgpt.models.image_tokenizer import ImageTokenizer
-from vlgpt.models.multimodal_lm import Attention, MultimodalLM, choose_attention
+from vlgpt.models.multimodal_lm import Attention, LoraSettings, MultimodalLM, choose_attention
 
 MODEL_TYPE = "vlgpt"
 
@@ -34,6 +34,9 @@ class UnifiedConfig:
     template: str
     head: str = "linear"
     is_boundary_target: bool = True
+    lora: dict[str, Any] | None = (
+        None  # arguments of LoraSettings and `tokens`, when the adapter is kept apart
+    )
     image_encoder: dict[str, Any] | None = None  # EncoderSettings; path relative to the export, or a name
     picture_decoder: dict[str, Any] | None = None  # {"kind": ..., "path": ...}
     base_hashes: dict[str, str] = field(default_factory=dict)
@@ -47,7 +50,9 @@ class UnifiedConfig:
         """Raises UserError when the folder is no export of vlgpt."""
         path = folder / "config.json"
         if not path.is_file():
-            raise UserError(f"{folder} is no export of vlgpt: config.json is missing (make one with `vlgpt export RUN`)")
+            raise UserError(
+                f"{folder} is no export of vlgpt: config.json is missing (make one with `vlgpt export RUN`)"
+            )
         record = json.loads(path.read_text())
         if record.get("model_type") != MODEL_TYPE:
             raise UserError(f"{path}: model_type is {record.get('model_type')!r}, wanted {MODEL_TYPE!r}")
@@ -74,7 +79,9 @@ def build_language_model(text_config: dict[str, Any], attention: Attention) -> A
 class UnifiedModel(nn.Module):
     """The parts of VL-GPT together; see `MultimodalLM`, `ImageTokenizer`, `ImageDetokenizer`."""
 
-    def __init__(self, *, lm: MultimodalLM, image_tokenizer: ImageTokenizer, image_detokenizer: ImageDetokenizer):
+    def __init__(
+        self, *, lm: MultimodalLM, image_tokenizer: ImageTokenizer, image_detokenizer: ImageDetokenizer
+    ):
         super().__init__()
         self.lm = lm
         self.image_tokenizer = image_tokenizer
@@ -91,7 +98,12 @@ class UnifiedModel(nn.Module):
             visual_width=tokenizer.visual_width,
             head=config.head,  # type: ignore[arg-type]
         )
-        return cls(lm=lm, image_tokenizer=tokenizer, image_detokenizer=ImageDetokenizer(**config.image_detokenizer))
+        if config.lora is not None:
+            settings = {name: value for name, value in config.lora.items() if name != "tokens"}
+            lm.add_lora(LoraSettings(**settings), config.lora["tokens"])
+        return cls(
+            lm=lm, image_tokenizer=tokenizer, image_detokenizer=ImageDetokenizer(**config.image_detokenizer)
+        )
 
     @classmethod
     def from_folder(cls, folder: str | Path, *, attention: Attention = "auto") -> UnifiedModel:
@@ -101,6 +113,7 @@ class UnifiedModel(nn.Module):
         with torch.device("meta"):
             model = cls.from_config(config, attention=attention)
         model.to_empty(device="cpu")
+        model.lm.language_model.tie_weights()
         reset_computed_buffers(model)
         load_weights(model, folder / "model.safetensors")
         return model.eval()

@@ -38,10 +38,10 @@ class Stage(nn.Module, ABC):
     def save(self, folder: Path) -> None:
         """Write what the next stage starts from (components, or an export)."""
 
-    def prepare(self, batches: Iterable[Any], all_sum: AllSum) -> None:  # noqa: B027 - most stages need nothing
+    def prepare(self, batches: Iterable[Any], all_sum: AllSum) -> None:
         """Take statistics from data before step 1 (every rank calls it; `all_sum` adds over ranks)."""
 
-    def finish(self, batches: Iterable[Any], all_sum: AllSum) -> None:  # noqa: B027 - most stages need nothing
+    def finish(self, batches: Iterable[Any], all_sum: AllSum) -> None:
         """Take statistics after the last step, for the next stage."""
 
     def frozen_modules(self) -> dict[str, nn.Module]:
@@ -63,7 +63,8 @@ def parameter_groups(stage: nn.Module, weight_decay: float) -> list[dict[str, An
     Raises ValueError when nothing is trainable.
     """
     embeddings = {id(m.weight) for m in stage.modules() if isinstance(m, nn.Embedding)}
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in stage.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -78,6 +79,6 @@ def parameter_groups(stage: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def empty_like_loss(stage: nn.Module) -> Tensor:
-    """A zero that depends on every trainable parameter, so a rank without targets still takes part in each reduction."""
+    """A zero that depends on every trainable parameter: a rank without targets takes part in each reduction."""
     zeros = [parameter.sum() * 0.0 for parameter in stage.parameters() if parameter.requires_grad]
     return torch.stack([zero.float() for zero in zeros]).sum()

@@ -116,7 +116,9 @@ def load_unified(stage: s.LanguageStage) -> tuple[UnifiedModel, DocumentTokenize
         num_visual = config.image_tokenizer["num_visual"]
         return model, DocumentTokenizer.load(text_tokenizer, num_visual=num_visual, **options)
     if stage.image_tokenizer is None:
-        raise UserError(f"{path} is a plain language model: set stage.image_tokenizer to the result of stage 1")
+        raise UserError(
+            f"{path} is a plain language model: set stage.image_tokenizer to the result of stage 1"
+        )
     image_tokenizer, image_detokenizer = load_image_parts(Path(stage.image_tokenizer))
     tokenizer = DocumentTokenizer.load(text_tokenizer, num_visual=image_tokenizer.num_visual, **options)
     language_model = load_language_model(path, attention=stage.attention)
@@ -128,7 +130,9 @@ def load_unified(stage: s.LanguageStage) -> tuple[UnifiedModel, DocumentTokenize
         visual_width=image_tokenizer.visual_width,
         head=stage.head,
     )
-    return UnifiedModel(lm=lm, image_tokenizer=image_tokenizer, image_detokenizer=image_detokenizer), tokenizer
+    return UnifiedModel(
+        lm=lm, image_tokenizer=image_tokenizer, image_detokenizer=image_detokenizer
+    ), tokenizer
 
 
 def load_image_parts(folder: Path) -> tuple[ImageTokenizer, ImageDetokenizer]:

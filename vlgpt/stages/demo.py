@@ -35,7 +35,7 @@ class DemoClipStage(Stage):
     def __init__(self, *, config: dict[str, Any], text_tokenizer: Any):
         super().__init__()
         self.config, self.text_tokenizer = config, text_tokenizer
-        self.clip = new_open_clip(config=config)
+        self.clip: Any = new_open_clip(config=config)
 
     def text_ids(self, captions: tuple[str, ...]) -> Tensor:
         """Ids as `OpenClipEncoder` will make them: B strings -> (B, context length)."""
@@ -52,7 +52,9 @@ class DemoClipStage(Stage):
         chosen = (batch.is_valid & batch.has_text).nonzero().squeeze(1)
         pixels = batch.require("pixels")[chosen]
         captions = tuple(batch.captions[i] for i in chosen.tolist())
-        images = F.normalize(self.clip.encode_image(random_views(pixels) if self.training else pixels), dim=-1)
+        images = F.normalize(
+            self.clip.encode_image(random_views(pixels) if self.training else pixels), dim=-1
+        )
         texts = F.normalize(self.clip.encode_text(self.text_ids(captions).to(pixels.device)), dim=-1)
         logits = self.clip.logit_scale.exp().clamp(max=100) * images @ texts.T
         numbers = {caption: number for number, caption in enumerate(dict.fromkeys(captions))}

@@ -108,7 +108,9 @@ class LanguageStage(Stage):
         zero = 0.0 * empty_like_loss(self)
         return {
             "text": LossTerm(text.sum() + zero, self.text_weight, by_text),
-            "visual": LossTerm((errors * weights).sum() + predicted.sum() * 0.0, self.visual_weight, by_visual),
+            "visual": LossTerm(
+                (errors * weights).sum() + predicted.sum() * 0.0, self.visual_weight, by_visual
+            ),
         }
 
     def train(self, mode: bool = True) -> LanguageStage:

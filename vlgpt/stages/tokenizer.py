@@ -85,7 +85,9 @@ class ImageTokenizerStage(Stage):
             "text": self._term(text, batch.is_valid & batch.has_text, batch, self.text_weight, zero),
         }
 
-    def _term(self, errors: Tensor, mask: Tensor, batch: ConditionBatch, weight: float, zero: Tensor) -> LossTerm:
+    def _term(
+        self, errors: Tensor, mask: Tensor, batch: ConditionBatch, weight: float, zero: Tensor
+    ) -> LossTerm:
         chosen = errors[mask]
         by_source = sums_by_source(chosen, batch.source_ids[mask].long(), self.num_sources)
         return LossTerm(chosen.sum() + zero, weight, by_source)

@@ -17,7 +17,9 @@ from vlgpt.log import UserError, get_logger
 from vlgpt.train import commit
 from vlgpt.train.engine import Engine
 
-_OWNER = re.compile(r"(?:^|zero_pp_)rank_(\d+)_")  # DeepSpeed's optimizer partitions and our own per-rank files
+_OWNER = re.compile(
+    r"(?:^|zero_pp_)rank_(\d+)_"
+)  # DeepSpeed's optimizer partitions and our own per-rank files
 TRAINABLE_FILE = "trainable.safetensors"
 
 
@@ -36,7 +38,9 @@ def own_buffers(engine: Engine) -> dict[str, Tensor]:
     frozen = tuple(f"{name}." for name in _frozen_names(engine))
     state = stage.state_dict()
     names = {name for name, _ in stage.named_parameters()}
-    return {n: t.detach().cpu().clone() for n, t in state.items() if n not in names and not n.startswith(frozen)}
+    return {
+        n: t.detach().cpu().clone() for n, t in state.items() if n not in names and not n.startswith(frozen)
+    }
 
 
 def _frozen_names(engine: Engine) -> list[str]:
@@ -44,7 +48,9 @@ def _frozen_names(engine: Engine) -> list[str]:
     return [name for name, module in engine.stage.named_modules() if id(module) in frozen]
 
 
-def save(engine: Engine, root: Path, *, step: int, data: dict[str, Any], facts: dict[str, Any], keep: int) -> Path:
+def save(
+    engine: Engine, root: Path, *, step: int, data: dict[str, Any], facts: dict[str, Any], keep: int
+) -> Path:
     """Commit a checkpoint (collective) and prune old ones. Returns its folder."""
     tag = commit.tag_of(step)
     folder = root / tag
@@ -100,10 +106,13 @@ def resume(engine: Engine, root: Path, *, facts: dict[str, Any]) -> Resumed | No
     state = json.loads((folder / "state.json").read_text())
     for name, wanted in state.get("frozen", {}).items():
         if (have := facts.get("frozen", {}).get(name)) != wanted:
-            raise UserError(f"frozen part {name!r} has hash {have}, checkpoint {found['tag']} was trained with {wanted}")
+            raise UserError(
+                f"frozen part {name!r} has hash {have}, checkpoint {found['tag']} was trained with {wanted}"
+            )
     if found["world_size"] != engine.world_size:
         raise UserError(
-            f"checkpoint {found['tag']} was written by {found['world_size']} processes, this run has {engine.world_size}"
+            f"checkpoint {found['tag']} was written by {found['world_size']} processes, "
+            f"this run has {engine.world_size}"
         )
     engine.load(root, found["tag"])
     load_buffers(engine, load_file(folder / TRAINABLE_FILE))
@@ -114,7 +123,7 @@ def resume(engine: Engine, root: Path, *, facts: dict[str, Any]) -> Resumed | No
 
 
 def load_buffers(engine: Engine, stored: dict[str, Tensor]) -> None:
-    """Copy persistent buffers of a checkpoint back (DeepSpeed keeps parameters only when told to leave frozen ones out)."""
+    """Copy persistent buffers of a checkpoint back; DeepSpeed restores parameters only."""
     buffers = dict(engine.stage.named_buffers())
     for name in own_buffers(engine):
         if name not in stored:

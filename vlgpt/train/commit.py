@@ -72,7 +72,11 @@ def write_manifest(folder: Path, rank: int, files: Iterable[Path]) -> None:
         with path.open("rb") as file:
             os.fsync(file.fileno())
         records.append(
-            {"name": str(path.relative_to(folder)), "num_bytes": path.stat().st_size, "sha256": hash_file(path)}
+            {
+                "name": str(path.relative_to(folder)),
+                "num_bytes": path.stat().st_size,
+                "sha256": hash_file(path),
+            }
         )
     write_atomically(folder / f"rank_{rank}.json", json.dumps({"rank": rank, "files": records}, indent=1))
 
@@ -112,7 +116,9 @@ def _verify_file(folder: Path, record: dict[str, Any]) -> None:
     if not path.is_file():
         raise ValueError(f"{record['name']} is missing")
     if path.stat().st_size != record["num_bytes"]:
-        raise ValueError(f"{record['name']} has {path.stat().st_size} bytes, {record['num_bytes']} were written")
+        raise ValueError(
+            f"{record['name']} has {path.stat().st_size} bytes, {record['num_bytes']} were written"
+        )
     if hash_file(path) != record["sha256"]:
         raise ValueError(f"{record['name']} is damaged (sha256 differs)")
 
@@ -150,7 +156,9 @@ def newest(root: Path) -> Found | None:
             get_logger().warning("checkpoint %s is passed over: %s", tag, error)
     if was_committed:
         listing = "; ".join(f"{tag}: {why}" for tag, why in skipped)
-        raise UserError(f"no checkpoint under {root} is whole ({listing}); restore one, or set checkpoint.resume=never")
+        raise UserError(
+            f"no checkpoint under {root} is whole ({listing}); restore one, or set checkpoint.resume=never"
+        )
     return None
 
 

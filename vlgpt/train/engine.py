@@ -41,7 +41,9 @@ def start_process_group(*, timeout_s: float) -> None:
     os.environ.setdefault("LOCAL_RANK", "0")
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", str(_free_port()))
-    if not os.environ.get("LOCAL_SIZE", "").isdigit():  # an empty LOCAL_SIZE breaks deepspeed's CPU accelerator
+    if not os.environ.get(
+        "LOCAL_SIZE", ""
+    ).isdigit():  # an empty LOCAL_SIZE breaks deepspeed's CPU accelerator
         os.environ["LOCAL_SIZE"] = os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])
     if not torch.cuda.is_available():
         _skip_shared_memory_extension()
@@ -65,7 +67,9 @@ def _free_port() -> int:
         return server.getsockname()[1]
 
 
-def merge_config(settings: RunSettings, ds_config: Mapping[str, Any], *, world_size: int, source: str) -> dict[str, Any]:
+def merge_config(
+    settings: RunSettings, ds_config: Mapping[str, Any], *, world_size: int, source: str
+) -> dict[str, Any]:
     """DeepSpeed's configuration: the run's facts and the JSON's ZeRO settings.
 
     Raises UserError when the JSON sets a fact of the run to another value, naming both.
@@ -87,12 +91,16 @@ def merge_config(settings: RunSettings, ds_config: Mapping[str, Any], *, world_s
         facts["bf16"]["check_grad_overflow"] = True
     for key in ("optimizer", "scheduler", "fp16"):
         if key in ds_config:
-            raise UserError(f"{source} sets {key!r}: optimisation and precision live in the run's YAML; remove it there")
+            raise UserError(
+                f"{source} sets {key!r}: optimisation and precision live in the run's YAML; remove it there"
+            )
     merged = dict(ds_config)
     for key, value in facts.items():
         found = ds_config.get(key)
         if found is not None and found not in ("auto", value):
-            raise UserError(f"{source} sets {key} = {found!r}, the run's YAML means {value!r}: remove it from the JSON")
+            raise UserError(
+                f"{source} sets {key} = {found!r}, the run's YAML means {value!r}: remove it from the JSON"
+            )
         merged[key] = value
     return merged
 

@@ -49,7 +49,9 @@ class RunState:
     step: int = 0
     num_skipped: int = 0
     num_skipped_in_row: int = 0
-    sums: dict[str, Tensor] = field(default_factory=dict)  # per term (2, num_sources), since the last log line
+    sums: dict[str, Tensor] = field(
+        default_factory=dict
+    )  # per term (2, num_sources), since the last log line
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,9 @@ def train(run: Run, state: RunState) -> None:
         after_skip(run, state, result, micro_batches)
         if step % settings.log_interval_steps == 0 or step == settings.steps:
             write_log(run, state, progress, result, rate)
-        if run.validate is not None and (step % settings.validation.interval_steps == 0 or step == settings.steps):
+        if run.validate is not None and (
+            step % settings.validation.interval_steps == 0 or step == settings.steps
+        ):
             write_validation(run, step)
         after_step(run, state)
     progress.close()
@@ -137,7 +141,9 @@ def after_skip(run: Run, state: RunState, result: StepResult, micro_batches: lis
     state.num_skipped += 1
     state.num_skipped_in_row += 1
     documents = run.engine.gather_objects([list(_documents(batch)) for batch in micro_batches])
-    get_logger().warning("step %d skipped: gradient is not finite (%d in a row)", state.step, state.num_skipped_in_row)
+    get_logger().warning(
+        "step %d skipped: gradient is not finite (%d in a row)", state.step, state.num_skipped_in_row
+    )
     if run.log is not None:
         run.log.write(state.step, {"event": "skipped_step", "documents": documents})
     if state.num_skipped_in_row >= run.settings.max_skipped_steps:
@@ -201,7 +207,9 @@ def after_step(run: Run, state: RunState) -> None:
     if is_last or wants_stop or state.step % settings.checkpoint.interval_steps == 0:
         save(run, state)
     if wants_stop and not is_last:
-        raise TrainingStopped(f"stopped on request after step {state.step}; run the same command to go on", 75)
+        raise TrainingStopped(
+            f"stopped on request after step {state.step}; run the same command to go on", 75
+        )
 
 
 def save(run: Run, state: RunState) -> None:

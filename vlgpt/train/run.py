@@ -241,7 +241,10 @@ def git_commit() -> str:
     """Commit of the checkout that runs, or an empty string outside of one."""
     try:
         done = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10
+            ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            timeout=10,
         )
     except (OSError, subprocess.TimeoutExpired):
         return ""
@@ -268,7 +271,14 @@ def missing_inputs(settings: RunSettings) -> list[tuple[str, str]]:
     paths = [(f"data.sources.{n}.path", source.path) for n, source in enumerate(settings.data.sources)]
     paths += [(f"validation.sources.{n}.path", s.path) for n, s in enumerate(settings.validation.sources)]
     stage = settings.stage.model_dump()
-    for key in ("language_model", "image_tokenizer", "text_tokenizer", "picture_decoder", "init_from", "coarse"):
+    for key in (
+        "language_model",
+        "image_tokenizer",
+        "text_tokenizer",
+        "picture_decoder",
+        "init_from",
+        "coarse",
+    ):
         paths.append((f"stage.{key}", stage.get(key) or ""))
     for key in ("encoder", "conditioner"):
         paths.append((f"stage.{key}.path", (stage.get(key) or {}).get("path", "")))

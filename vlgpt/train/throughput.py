@@ -53,7 +53,9 @@ class Progress:
 
     def rates(self, engine: Any) -> dict[str, float]:
         """Rates since the last call, summed over ranks (collective)."""
-        sums = torch.tensor([self.num_tokens, self.num_images, self.num_padding, self.num_positions], dtype=torch.float64)
+        sums = torch.tensor(
+            [self.num_tokens, self.num_images, self.num_padding, self.num_positions], dtype=torch.float64
+        )
         tokens, images, padding, positions = engine.all_sum(sums).tolist()
         seconds = max(self.seconds, 1e-9)
         values = {

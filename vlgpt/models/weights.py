@@ -1,0 +1,122 @@
+"""Writing weights: adapters folded in on the fly, in shards, without a second copy of the model in memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+MAX_SHARD_BYTES = 5_000_000_000
+_ADAPTER_PARTS = ("lora_", "trainable_tokens_", "original_module.")
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor to be written: `like` has its shape and type, `make` gives its values when their turn comes."""
+
+    like: Tensor
+    make: Callable[[], Tensor]
+
+    @property
+    def num_bytes(self) -> int:
+        return self.like.numel() * self.like.element_size()
+
+
+def tensors_of(module: nn.Module, *, merge_lora: bool) -> dict[str, StoredTensor]:
+    """The state of a module by name; shared tensors once. With `merge_lora` as if peft had merged and unloaded.
+
+    The module is not changed: merged weights are made one at a time.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    seen: set[tuple[int, int]] = set()
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        identity = (tensor.untyped_storage().data_ptr(), tensor.storage_offset())
+        if identity in seen and tensor.numel() and not tensor.is_meta:
+            continue
+        seen.add(identity)
+        if not merge_lora:
+            tensors[name] = StoredTensor(tensor, lambda tensor=tensor: tensor.detach())  # type: ignore[misc]
+        elif not any(part in name for part in _ADAPTER_PARTS):
+            make = _merger(module, name, tensor)
+            tensors[_plain_name(name)] = StoredTensor(tensor, make)
+    return tensors
+
+
+def _plain_name(name: str) -> str:
+    """The name that a tensor has without peft around it."""
+    for wrapper in (".base_model.model", ".token_adapter", ".base_layer", ".modules_to_save.default"):
+        name = name.replace(wrapper, "", 1)
+    return name
+
+
+def _merger(module: nn.Module, name: str, tensor: Tensor) -> Callable[[], Tensor]:
+    """How to compute the merged value of a tensor. Source: `merge` of peft's LoraLayer and TrainableTokensLayer."""
+    path, _, leaf = name.rpartition(".")
+    if not path.endswith(".base_layer") or leaf != "weight":
+        return tensor.detach
+    layer: Any = module.get_submodule(path.removesuffix(".base_layer"))
+
+    @torch.no_grad()
+    def merged() -> Tensor:
+        if hasattr(layer, "get_delta_weight") and not hasattr(layer, "token_indices"):
+            deltas = [layer.get_delta_weight(adapter).to(tensor.dtype) for adapter in layer.active_adapters]
+            return sum(deltas, tensor.detach())
+        return layer.get_merged_weights(layer.active_adapters).detach()
+
+    return merged
+
+
+def write_weights(
+    tensors: Mapping[str, StoredTensor], folder: Path, *, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> None:
+    """model.safetensors, or shards of at most `max_shard_bytes` with an index as transformers writes and reads them."""
+    shards = list(_split(tensors, max_shard_bytes))
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards, start=1):
+        file = WEIGHTS_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        values = {name: tensors[name].make().cpu().contiguous() for name in names}
+        partial = folder / f".{file}.partial"
+        save_file(values, partial, metadata={"format": "pt"})
+        partial.replace(folder / file)
+        weight_map.update(dict.fromkeys(names, file))
+    if len(shards) > 1:
+        total = sum(tensor.num_bytes for tensor in tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=1) + "\n")
+
+
+def _split(tensors: Mapping[str, StoredTensor], max_shard_bytes: int) -> Iterator[list[str]]:
+    """Names of each shard, in order; a tensor that is larger than a shard gets one of its own."""
+    names: list[str] = []
+    size = 0
+    for name, tensor in tensors.items():
+        if names and size + tensor.num_bytes > max_shard_bytes:
+            yield names
+            names, size = [], 0
+        names.append(name)
+        size += tensor.num_bytes
+    yield names
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The file `path`, or the shards that its index lists. Raises FileNotFoundError naming what is missing."""
+    index = path.with_name(f"{path.name}.index.json")
+    if path.is_file():
+        return [path]
+    if not index.is_file():
+        raise FileNotFoundError(f"weights {path} are missing (and there is no {index.name})")
+    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    files = [path.parent / name for name in names]
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise FileNotFoundError(
+            f"{path.parent} lacks the shards {', '.join(missing)} that {index.name} lists"
+        )
+    return files
