@@ -16,7 +16,7 @@ LAYERS: list[list[list[str]]] = [
     [["seeds", "log", "document", "settings", "config"]],
     [["images", "tokens", "batch", "shards"]],
     [["data"], ["models"]],
-    [["stages", "decoding", "generate", "hf", "export"]],
+    [["stages", "model_card", "decoding", "generate", "hf", "export"]],
     [["train", "plan"]],
     [["doctor", "server"]],
     [["cli"]],
