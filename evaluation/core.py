@@ -26,6 +26,11 @@ from vlgpt.document import Document, Part, join
 from vlgpt.images import BadImage, decode_image
 from vlgpt.log import UserError
 
+
+class DataNotFound(UserError):
+    """An official file is not there: `run_all` leaves the benchmark out and says so."""
+
+
 ImageSource = Path | bytes | Image.Image
 Kind = Literal["text", "rank", "image", "reconstruction"]
 Prediction = dict[str, Any]
@@ -55,7 +60,7 @@ def png_bytes(image: Image.Image) -> bytes:
 def read_json(path: Path) -> Any:
     """A JSON file. Raises UserError that says what is missing or where it is broken."""
     if not path.is_file():
-        raise UserError(f"{path} not found; docs/evaluation.md says where to get it")
+        raise DataNotFound(f"{path} not found; docs/evaluation.md says where to get it")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from evaluation.core import Benchmark, Example, Prompt, read_image, with_demonstrations
+from evaluation.core import Benchmark, DataNotFound, Example, Prompt, read_image, with_demonstrations
 from vlgpt import seeds
 from vlgpt.log import UserError
 
@@ -68,7 +68,7 @@ class Demonstrator:
         features: ImageFeatures | None = None,
     ):
         if few_shot.shots > len(pool):
-            raise UserError(
+            raise DataNotFound(
                 f"{few_shot.shots} shots wanted, but {benchmark.name} has {len(pool)} training examples"
             )
         self.benchmark, self.pool, self.few_shot, self.features = benchmark, pool, few_shot, features

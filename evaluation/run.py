@@ -168,10 +168,13 @@ def pairs(texts: Sequence[str], flag: str) -> dict[str, str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments and arguments[0] in benchmarks.SUITES:
+        return benchmarks.suite(arguments[0])(arguments[1:])
     args = parser().parse_args(arguments)
     configure(rank=args.rank or 0)
     if args.num_processes > 1 and args.rank is None:
-        return _start_processes(list(sys.argv[1:] if arguments is None else arguments), args.num_processes)
+        return _start_processes(arguments, args.num_processes)
     benchmark = benchmarks.make(args.benchmark, prompt_file=args.prompts, **pairs(args.option, "--option"))
     examples = select(benchmark.examples(args.data), limit=args.limit, seed=args.seed)
     few_shot = FewShot(args.shots, args.seed, args.selection)

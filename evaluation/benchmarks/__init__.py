@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from evaluation.core import Benchmark
@@ -22,7 +22,21 @@ REGISTRY: Mapping[str, str] = {
     "flickr30k_reconstruction": "reconstruction:Flickr30kReconstruction",
     "magicbrush": "magicbrush:MagicBrush",
     "easy_vqa": "easy_vqa:EasyVqa",
+    "emoji_caption": "emoji_text:EmojiCaption",
+    "emoji_vqa": "emoji_text:EmojiVqa",
+    "emoji_label_pages": "emoji_text:EmojiLabelPages",
+    "emoji_reconstruction": "emoji_pictures:EmojiReconstruction",
+    "emoji_draw": "emoji_pictures:EmojiDraw",
+    "emoji_edit": "emoji_pictures:EmojiEdit",
+    "emoji_reconstruction": "emoji_pictures:EmojiReconstruction",
+    "emoji_caption": "emoji_text:EmojiCaption",
+    "emoji_vqa": "emoji_text:EmojiVqa",
+    "emoji_draw": "emoji_pictures:EmojiDraw",
+    "emoji_edit": "emoji_pictures:EmojiEdit",
+    "emoji_label_pages": "emoji_text:EmojiLabelPages",
 }
+SUITES: Mapping[str, str] = {"emoji": "emoji:main"}
+"""Several benchmarks under one command line of their own."""
 
 
 def benchmark_class(name: str) -> type[Benchmark]:
@@ -31,6 +45,12 @@ def benchmark_class(name: str) -> type[Benchmark]:
         raise UserError(f"benchmark {name!r} is unknown; valid: {', '.join(REGISTRY)}")
     module, class_name = REGISTRY[name].split(":")
     return getattr(importlib.import_module(f"evaluation.benchmarks.{module}"), class_name)
+
+
+def suite(name: str) -> Callable[[Sequence[str]], int]:
+    """The main function of a suite."""
+    module, function = SUITES[name].split(":")
+    return getattr(importlib.import_module(f"evaluation.benchmarks.{module}"), function)
 
 
 def make(name: str, **options: Any) -> Benchmark:

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from evaluation.benchmarks.vqa import ShortAnswers
-from evaluation.core import Decoding, Example, Prediction, Scores, mean_by, metric, read_json
-from vlgpt.log import UserError
+from evaluation.core import DataNotFound, Decoding, Example, Prediction, Scores, mean_by, metric, read_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,5 +69,7 @@ def _folder(data: Path) -> Path:
         return data / "easy_vqa"
     spec = importlib.util.find_spec("easy_vqa")
     if spec is None or not spec.submodule_search_locations:
-        raise UserError("easy-VQA not found; pip install easy-vqa, or put its data folder at DATA/easy_vqa")
+        raise DataNotFound(
+            "easy-VQA not found; pip install easy-vqa, or put its data folder at DATA/easy_vqa"
+        )
     return Path(spec.submodule_search_locations[0]) / "data"

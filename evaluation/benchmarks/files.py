@@ -5,17 +5,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vlgpt.log import UserError
+from evaluation.core import DataNotFound
 
 
 def find_file(data: Path, *names: str) -> Path:
-    """The first of these files that exists, in its folder or directly in `data`. Raises UserError that
+    """The first of these files that exists, in its folder or directly in `data`. Raises DataNotFound that
     lists them."""
     candidates = [data / name for name in names] + [data / Path(name).name for name in names]
     for path in candidates:
         if path.is_file():
             return path
-    raise UserError(f"{names[0]} not found below {data}; docs/evaluation.md says where to get it")
+    raise DataNotFound(f"{names[0]} not found below {data}; docs/evaluation.md says where to get it")
 
 
 def has_file(data: Path, *names: str) -> bool:

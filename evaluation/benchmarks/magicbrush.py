@@ -21,6 +21,7 @@ from evaluation.benchmarks.files import find_file, find_folder, has_file
 from evaluation.benchmarks.pictures import chance_cosine, count_without, drawn_picture, load_clip
 from evaluation.core import (
     Benchmark,
+    DataNotFound,
     Decoding,
     Example,
     ImageSource,
@@ -64,7 +65,7 @@ class MagicBrush(Benchmark):
             folder.glob(f"{self.split}*.parquet")
         )
         if not paths:
-            raise UserError(f"no {self.split}-*.parquet of MagicBrush in {folder}; see docs/evaluation.md")
+            raise DataNotFound(f"no {self.split}-*.parquet of MagicBrush in {folder}; see docs/evaluation.md")
         return [
             record
             for path in paths
