@@ -47,6 +47,9 @@ def test_remembered_pieces_give_the_same_tokens_as_a_fresh_scan():
 def test_line_breaks_inside_a_caption_do_not_shift_the_next_one(mark):
     captions = [f"a red{mark}bus", "two dogs", "a cat"]
     assert tokenize(captions).captions == ["a red bus", "two dogs", "a cat"]
+    assert tokenize([f"see http://a.b/c{mark}d now"]).captions == ["see http://a.b/c d now"]
+    if find_java_tokenizer() is not None and mark in "\r\u2028":
+        assert tokenize(captions, tokenizer="java").captions == ["a red bus", "two dogs", "a cat"]
 
 
 @pytest.mark.parametrize(

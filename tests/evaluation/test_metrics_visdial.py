@@ -55,6 +55,12 @@ def test_equal_scores_rank_by_option_index():
     assert ranks_of([[1.0, 2.0, 1.0, 2.0]]).tolist() == [[3, 1, 4, 2]]
     assert sparse_scores([[1.0, 2.0, 1.0, 2.0]], [3]).mean_rank == 2
     assert sparse_scores([[0.0] * 100], [99]).mean_rank == 100
+    tied = np.random.default_rng(0).integers(0, 5, size=(4, 100)).astype(float)
+    expected = [
+        [1 + sum((-s, i) < (-row[j], j) for i, s in enumerate(row)) for j in range(100)] for row in tied
+    ]
+    assert ranks_of(tied).tolist() == expected
+    assert [sparse_scores(tied, [j] * 4).mean_rank for j in range(100)] == np.mean(expected, axis=0).tolist()
 
 
 def test_a_round_without_relevant_options_is_explicit():

@@ -126,6 +126,7 @@ def test_percentages_known_by_heart():
 
 def test_unanimous_annotators_demand_the_exact_answer_only_in_2021():
     assert vqa_accuracy(["Yes"], [["yes"] * 10]).overall == 0
+    assert vqa_accuracy(["Yes"], [["yes"] * 9 + ["yes\n"]]).overall == 0
     assert vqa_accuracy(["Yes"], [["yes"] * 10], mode="always").overall == 100
 
 
