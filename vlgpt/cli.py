@@ -167,7 +167,12 @@ def export(arguments: argparse.Namespace) -> int:
     """The newest commit of a run as an export folder; needs neither GPU nor deepspeed."""
     from vlgpt.export import export_run
 
-    export_run(arguments.run, arguments.output, merge_lora=not arguments.keep_lora)
+    export_run(
+        arguments.run,
+        arguments.output,
+        merge_lora=not arguments.keep_lora,
+        picture_decoder=arguments.picture_decoder,
+    )
     console.print(f"{arguments.output} holds the export of {arguments.run}")
     return 0
 
@@ -228,6 +233,7 @@ def _parser() -> argparse.ArgumentParser:
     command = add("export", export, has_model=False)
     command.add_argument("run", type=Path, help="run folder, such as runs/pretrain")
     command.add_argument("--output", type=Path, required=True)
+    command.add_argument("--picture-decoder", type=Path, help="another decoder than the run names")
     command.add_argument(
         "--keep-lora", action="store_true", help="keep the adapter apart instead of merging it"
     )

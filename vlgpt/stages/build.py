@@ -15,9 +15,10 @@ from vlgpt.models.image_tokenizer import ImageTokenizer
 from vlgpt.models.multimodal_lm import LoraSettings, MultimodalLM, load_language_model, resize_vocabulary
 from vlgpt.models.unified import UnifiedConfig, UnifiedModel, is_export
 from vlgpt.stages.base import Stage
-from vlgpt.stages.demo import DemoClipStage, DemoDecoderStage
+from vlgpt.stages.demo import DemoClipStage, DemoDecoderStage, DemoDiffusionStage
 from vlgpt.stages.language import LanguageStage
 from vlgpt.stages.tokenizer import ImageTokenizerStage
+from vlgpt.stages.weights import load_trainable, newest_trainable
 from vlgpt.tokens import DocumentTokenizer
 
 
@@ -99,6 +100,8 @@ def build_language_stage(stage: s.LanguageStage, *, num_sources: int) -> tuple[S
         visual_input_noise=stage.visual_input_noise,
         num_sources=num_sources,
     )
+    if stage.init_from is not None:
+        load_trainable(built, newest_trainable(Path(stage.init_from)))
     return built, tokenizer
 
 
@@ -168,7 +171,16 @@ def build_demo_clip(stage: s.DemoClipStage) -> Stage:
 
 
 def build_demo_decoder(stage: s.DemoDecoderStage) -> Stage:
+    """The direct decoder, or the tiny diffusion decoder on top of a trained direct one."""
     shapes = stage.shapes
+    if stage.decoder == "diffusion":
+        if stage.coarse is None:
+            raise UserError("decoder=diffusion needs stage.coarse: the folder of a trained direct decoder")
+        from vlgpt.models.tiny_diffusion import TinyDiffusionDecoder
+
+        coarse = ConvDecoder.from_folder(stage.coarse)
+        drops = {"image_drop": stage.image_drop, "text_drop": stage.text_drop}
+        return DemoDiffusionStage(decoder=TinyDiffusionDecoder.on(coarse, **drops))
     decoder = ConvDecoder(
         image_tokens=shapes.image_tokens,
         image_width=shapes.image_width,

@@ -6,11 +6,11 @@ A tiny CLIP (open_clip's classes) stands in for the frozen encoders, and a pictu
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlgpt.batch import ConditionBatch, LossTerm
 from vlgpt.models.augment import random_views
@@ -18,6 +18,9 @@ from vlgpt.models.decoders import ConvDecoder
 from vlgpt.models.encoders import new_open_clip, pad_ids, save_open_clip
 from vlgpt.models.losses import sums_by_source
 from vlgpt.stages.base import Stage
+
+if TYPE_CHECKING:  # importing it takes seconds: diffusers
+    from vlgpt.models.tiny_diffusion import TinyDiffusionDecoder
 
 
 def summed(errors: Tensor) -> LossTerm:
@@ -94,6 +97,32 @@ class DemoDecoderStage(Stage):
             text = self.decoder.drop_conditions(text, self.decoder.text_absent, draw > 1 - self.text_drop)
         error = (self.decoder(image, text) - batch.require("pixels"))[batch.is_valid].float()
         return {"l1": summed(error.abs().mean((1, 2, 3))), "mse": summed(error.square().mean((1, 2, 3)))}
+
+    def save(self, folder: Path) -> None:
+        self.decoder.save(folder)
+
+
+class DemoDiffusionStage(Stage):
+    """A tiny diffusion decoder on top of a trained direct one: the same denoising loop as Stable Diffusion's."""
+
+    batch_kind = "conditions"
+    terms = ("denoising",)
+
+    def __init__(self, *, decoder: TinyDiffusionDecoder):
+        super().__init__()
+        self.decoder = decoder
+
+    def frozen_modules(self) -> dict[str, nn.Module]:
+        return {"coarse": self.decoder.coarse}
+
+    def count_targets(self, batch: ConditionBatch) -> dict[str, float]:
+        return {"denoising": float(batch.is_valid.sum())}
+
+    def forward(self, batch: ConditionBatch) -> dict[str, LossTerm]:
+        """Error of the predicted clean residual, summed over pictures."""
+        image, text = batch.require("image_condition"), batch.require("text_condition")
+        errors = self.decoder.training_loss(image, text, batch.require("pixels"))
+        return {"denoising": summed(errors[batch.is_valid])}
 
     def save(self, folder: Path) -> None:
         self.decoder.save(folder)

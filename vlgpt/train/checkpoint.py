@@ -14,13 +14,13 @@ from torch import Tensor
 
 from vlgpt import seeds
 from vlgpt.log import UserError, get_logger
+from vlgpt.stages.weights import TRAINABLE_FILE
 from vlgpt.train import commit
 from vlgpt.train.engine import Engine
 
 _OWNER = re.compile(
     r"(?:^|zero_pp_)rank_(\d+)_"
 )  # DeepSpeed's optimizer partitions and our own per-rank files
-TRAINABLE_FILE = "trainable.safetensors"
 
 
 @dataclass(frozen=True)
@@ -129,14 +129,3 @@ def load_buffers(engine: Engine, stored: dict[str, Tensor]) -> None:
         if name not in stored:
             raise UserError(f"buffer {name} is missing in the checkpoint")
         buffers[name].copy_(stored[name])
-
-
-def newest_trainable(run: Path) -> dict[str, Tensor]:
-    """Trainable fp32 weights of a run's newest good commit: all that export and warm start need.
-
-    Raises UserError when the run has no committed checkpoint.
-    """
-    found = commit.newest(run / "checkpoints")
-    if found is None:
-        raise UserError(f"run {run} has no committed checkpoint: train it first")
-    return load_file(run / "checkpoints" / found.tag / TRAINABLE_FILE)

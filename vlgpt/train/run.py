@@ -185,7 +185,7 @@ def exporter(settings: RunSettings, tokenizer: DocumentTokenizer) -> Callable[[U
     encoder: EncoderSettings | None = stage.encoder
 
     def write(model: UnifiedModel, folder: Path) -> None:
-        from vlgpt.export import export_model
+        from vlgpt.export import card_of, export_model
 
         export_model(
             model,
@@ -193,6 +193,7 @@ def exporter(settings: RunSettings, tokenizer: DocumentTokenizer) -> Callable[[U
             tokenizer=tokenizer,
             encoder=None if encoder is None else encoder.model_dump(),
             picture_decoder=stage.picture_decoder,
+            card=card_of(settings, tag=commit.tag_of(settings.steps)),
         )
 
     return write

@@ -1,0 +1,68 @@
+"""Loading what stands beside the weights of an export: the image encoder and the picture decoder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vlgpt.log import UserError
+from vlgpt.models.component import CONFIG_FILE
+from vlgpt.models.decoders import ConvDecoder, PictureDecoder
+from vlgpt.models.encoders import ClipEncoder, load_clip
+
+DIFFUSION_PATHS = ("pipeline", "adapter", "unconditional", "vae")
+
+
+def located(folder: Path, reference: str) -> str:
+    """A path inside the export when there is such a file, else the reference as it stands (a path or hub name)."""
+    inside = folder / reference
+    return str(inside) if inside.exists() else reference
+
+
+def load_encoder(folder: Path, record: Mapping[str, Any] | None) -> ClipEncoder | None:
+    """The frozen CLIP of an export, None when it names none. Raises UserError when it cannot be loaded."""
+    if record is None:
+        return None
+    options = {name: value for name, value in record.items() if name != "path"}
+    return load_clip(located(folder, record["path"]), **options)
+
+
+def load_decoder(
+    folder: Path, record: Mapping[str, Any] | None, *, dtype: torch.dtype
+) -> PictureDecoder | None:
+    """The picture decoder of an export, None when it names none.
+
+    Raises UserError for an unknown kind or when it cannot be loaded.
+    """
+    if record is None:
+        return None
+    options = {name: value for name, value in record.items() if name != "kind"}
+    if record["kind"] == "component":
+        return load_component_decoder(Path(located(folder, options["path"])))
+    if record["kind"] == "diffusion":
+        from vlgpt.models.diffusion import DiffusionDecoder
+
+        paths = {name: located(folder, options[name]) for name in DIFFUSION_PATHS if options.get(name)}
+        return DiffusionDecoder.load(**{**options, **paths}, dtype=dtype)
+    raise UserError(f"picture decoder kind {record['kind']!r} is unknown; valid: component, diffusion")
+
+
+def load_component_decoder(folder: Path) -> PictureDecoder:
+    """A saved ConvDecoder or TinyDiffusionDecoder. Raises UserError when the folder holds neither."""
+    path = folder / CONFIG_FILE
+    if path.is_file() and json.loads(path.read_text()).get("class") == "TinyDiffusionDecoder":
+        from vlgpt.models.tiny_diffusion import TinyDiffusionDecoder
+
+        return TinyDiffusionDecoder.from_folder(folder).eval()
+    return ConvDecoder.from_folder(folder).eval()
+
+
+def cast_parameters(module: nn.Module, dtype: torch.dtype) -> None:
+    """Parameters to `dtype`; buffers (rotary frequencies, statistics) keep their precision."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype)

@@ -1,0 +1,227 @@
+"""A trained model as one folder that anybody can load: safetensors, configuration, tokenizer, parts, model card.
+
+`Generator.load` reads it, and so do `AutoModel` and `AutoProcessor` of transformers once `vlgpt.hf` is imported.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vlgpt import config as run_config
+from vlgpt.decoding.load import DIFFUSION_PATHS, located
+from vlgpt.generate import Generator
+from vlgpt.log import UserError, get_logger
+from vlgpt.model_card import write_card
+from vlgpt.models.unified import UnifiedConfig, UnifiedModel
+from vlgpt.models.weights import tensors_of, write_weights
+from vlgpt.settings import LanguageStage, RunSettings
+from vlgpt.stages.build import build_language_stage
+from vlgpt.stages.weights import load_trainable, newest_trainable
+from vlgpt.tokens import DocumentTokenizer
+
+MAX_COPIED_BYTES = 200_000_000
+DIFFUSION_FILE = "diffusion.json"
+
+
+def export_model(
+    model: UnifiedModel,
+    folder: Path,
+    *,
+    tokenizer: DocumentTokenizer,
+    encoder: Mapping[str, Any] | None = None,
+    picture_decoder: str | Path | None = None,
+    merge_lora: bool = True,
+    card: Mapping[str, Any] | None = None,
+) -> None:
+    """Write an export; config.json comes last, so that a folder without it is known to be incomplete.
+
+    The model is not changed: adapters are merged tensor by tensor while writing, or kept apart with
+    `merge_lora=False` (then logits equal the training model's bit by bit). `encoder` holds the fields of
+    EncoderSettings; it and the picture decoder are copied when they are local and below 200 MB, else named.
+    `picture_decoder` is a ConvDecoder's folder, or a JSON file (or a folder with diffusion.json) with the arguments of
+    `DiffusionDecoder.load`. Raises UserError when one of them cannot be found.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").unlink(missing_ok=True)
+    config = config_of(model, tokenizer, merge_lora=merge_lora)
+    if encoder is not None:
+        config.image_encoder = {**encoder, "path": carry(encoder["path"], folder, "image_encoder")}
+    if picture_decoder is not None:
+        config.picture_decoder = _carry_decoder(Path(picture_decoder), folder)
+    write_weights(tensors_of(model, merge_lora=merge_lora), folder)
+    tokenizer.save(folder)
+    _write_transformers_files(folder, tokenizer, config)
+    write_card(folder / "README.md", model=model, config=config, card=card or {})
+    (folder / "config.json").write_text(json.dumps(config.to_record(), indent=1) + "\n")
+
+
+def config_of(model: UnifiedModel, tokenizer: DocumentTokenizer, *, merge_lora: bool) -> UnifiedConfig:
+    """The configuration that rebuilds this model."""
+    lm = model.lm
+    text_config = lm.backbone.config.to_dict()
+    text_config["model_type"] = lm.backbone.config.model_type
+    text_config["dtype"] = str(lm.backbone.get_input_embeddings().weight.dtype).removeprefix("torch.")
+    lora = None
+    if lm.has_lora and not merge_lora:
+        adapter = lm.language_model.peft_config["default"]
+        lora = {
+            "rank": adapter.r,
+            "alpha": adapter.lora_alpha,
+            "dropout": adapter.lora_dropout,
+            "tokens": adapter.trainable_token_indices["embed_tokens"],
+        }
+    return UnifiedConfig(
+        text_config=text_config,
+        image_tokenizer=model.image_tokenizer.arguments,
+        image_detokenizer=model.image_detokenizer.arguments,
+        num_tokens=lm.num_tokens,
+        template=tokenizer.template_name,
+        head="linear" if isinstance(lm.regression_head.layers, nn.Linear) else "mlp",
+        is_boundary_target=tokenizer.is_boundary_target,
+        lora=lora,
+    )
+
+
+def carry(reference: str | Path, folder: Path, name: str) -> str:
+    """Copy a small local file or folder into the export as `name`; anything else is only named.
+
+    -> the path relative to the export, an absolute path, or the hub name as it is.
+    """
+    source = Path(reference)
+    if not source.exists():
+        return str(reference)
+    files = [source] if source.is_file() else [path for path in source.rglob("*") if path.is_file()]
+    if sum(file.stat().st_size for file in files) >= MAX_COPIED_BYTES:
+        get_logger("export").info("%s is large: the export names it, but holds no copy", source)
+        return str(source.resolve())
+    target = folder / name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if source.resolve() != target.resolve():
+        if source.is_file():
+            shutil.copy2(source, target)
+        else:
+            shutil.rmtree(target, ignore_errors=True)
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns("done.json", ".*"))
+    return name
+
+
+def _carry_decoder(path: Path, folder: Path) -> dict[str, Any]:
+    """The record of a picture decoder, its small local parts copied."""
+    description = path if path.is_file() else path / DIFFUSION_FILE
+    if description.is_file():
+        arguments = json.loads(description.read_text())
+        for name in DIFFUSION_PATHS:
+            if reference := arguments.get(name):
+                near = description.parent / reference
+                source = near if near.exists() else Path(reference)
+                suffix = source.suffix if source.is_file() else ""
+                arguments[name] = carry(source, folder, f"picture_decoder/{name}{suffix}")
+        return {"kind": "diffusion", **arguments}
+    if not (path / "config.json").is_file():
+        raise UserError(
+            f"picture_decoder {path} is neither a saved ConvDecoder or TinyDiffusionDecoder nor a folder with "
+            f"{DIFFUSION_FILE}"
+        )
+    return {"kind": "component", "path": carry(path, folder, "picture_decoder")}
+
+
+def _write_transformers_files(folder: Path, tokenizer: DocumentTokenizer, config: UnifiedConfig) -> None:
+    """What `AutoProcessor` and `generate` of transformers look for."""
+    from transformers import GenerationConfig
+
+    processor = {
+        "processor_class": "VLGPTProcessor",
+        "num_visual": config.image_tokenizer["num_visual"],
+        "template": config.template,
+        "is_boundary_target": config.is_boundary_target,
+        "image_size_px": _image_size_px(folder, config),
+    }
+    (folder / "processor_config.json").write_text(json.dumps(processor, indent=1) + "\n")
+    ends = (
+        [tokenizer.eos_id, *tokenizer.reply_end_ids]
+        if len(tokenizer.reply_end_ids) == 1
+        else [tokenizer.eos_id]
+    )
+    GenerationConfig(
+        bos_token_id=tokenizer.bos_id,
+        eos_token_id=sorted(set(ends)),
+        pad_token_id=tokenizer.eos_id,
+        max_new_tokens=64,
+        do_sample=False,
+    ).save_pretrained(folder)
+
+
+def _image_size_px(folder: Path, config: UnifiedConfig) -> int:
+    """The size of the pictures that the encoder reads, from its own configuration; 224 when there is none to read."""
+    place = Path(located(folder, config.image_encoder["path"])) if config.image_encoder else folder
+    for name, keys in (
+        ("open_clip_config.json", ("model_cfg", "vision_cfg")),
+        ("config.json", ("vision_config",)),
+    ):
+        if (place / name).is_file():
+            record = json.loads((place / name).read_text())
+            for key in keys:
+                record = record.get(key, {})
+            size = record.get("image_size", 224)
+            return size if isinstance(size, int) else int(size[0])
+    return 224
+
+
+def load_generator(
+    folder: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> Generator:
+    """See `Generator.load`."""
+    return Generator.load(folder, device=device, dtype=dtype)
+
+
+def export_run(
+    run: str | Path, folder: str | Path, *, merge_lora: bool = True, picture_decoder: str | Path | None = None
+) -> None:
+    """Export the newest commit of a language run from its one file of trained weights: no GPU, no deepspeed.
+
+    The export appears complete or not at all. `picture_decoder` replaces the one of the run's settings. Raises UserError when the run has no commit, is no language run, or its
+    base weights are not those it was trained on.
+    """
+    run, folder = Path(run), Path(folder)
+    settings = run_config.load_run(run / "config.yaml")
+    if not isinstance(settings.stage, LanguageStage):
+        raise UserError(
+            f"{run} trained a {settings.stage.kind}: its result folder is what later stages read, nothing to export"
+        )
+    stage, tokenizer = build_language_stage(settings.stage, num_sources=len(settings.data.sources))
+    trained = newest_trainable(run)
+    load_trainable(stage, trained)
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    export_model(
+        stage.model,  # type: ignore[arg-type]
+        partial,
+        tokenizer=tokenizer,
+        encoder=None if settings.stage.encoder is None else settings.stage.encoder.model_dump(),
+        picture_decoder=picture_decoder or settings.stage.picture_decoder,
+        merge_lora=merge_lora,
+        card=card_of(settings, tag=trained.tag),
+    )
+    if folder.exists():
+        if not (folder / "config.json").is_file() and any(folder.iterdir()):
+            raise UserError(f"{folder} exists and is no export: choose another folder")
+        shutil.rmtree(folder)
+    partial.replace(folder)
+
+
+def card_of(settings: RunSettings, *, tag: str) -> dict[str, Any]:
+    """What a run's settings say for the model card."""
+    return {
+        "name": settings.name,
+        "checkpoint": tag,
+        "sources": [f"{source.name} ({source.path})" for source in settings.data.sources],
+        "steps": settings.steps,
+        "global_batch": settings.global_batch,
+    }
