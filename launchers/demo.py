@@ -85,6 +85,16 @@ def steps(decoder: str) -> list[Step]:
     trained = tuple(f"{kind}-train" for kind in train)
     features = "python -m data_prep.features {} --encoder " + f"{ROOT}/clip/result --features "
     chat = f"{ROOT}/finetune/result"
+    extra: list[Step] = []
+    judged = "finetune"
+    if decoder == "diffusion":
+        chat, judged = f"{ROOT}/finetune-diffusion", "diffusion-export"
+        diffusion = f"{ROOT}/diffusion/result"
+        export = f"vlgpt export {ROOT}/finetune --output {chat} --picture-decoder {diffusion}"
+        extra = [
+            training("diffusion", "train_demo_parts", after=("decoder",), port=29517),
+            Step("diffusion-export", export, chat, ("diffusion", "finetune")),
+        ]
     farmer, hand = emoji("1F9D1-1F3FD-200D-1F33E"), emoji("1F44B-1F3FB")
     report = f"python -m evaluation.demo_report --run {ROOT} --output {ROOT}/report.html"
     return [
@@ -120,8 +130,9 @@ def steps(decoder: str) -> list[Step]:
             "evaluation",
             f"bash evaluation/run_all.sh {chat} {ROOT}/data {ROOT}/evaluation",
             f"{ROOT}/evaluation",
-            ("finetune", "judge", *(step.name for step in data)),
+            (judged, "judge", *(step.name for step in data)),
         ),
+        *extra,
         example(
             "write", f"--image {farmer} --prompt 'Provide a brief description of the given image <image>'"
         ),
