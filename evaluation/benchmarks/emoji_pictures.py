@@ -1,0 +1,330 @@
+"""Emoji benchmarks whose answers are pictures: reconstruction, drawing from text, edits.
+
+All pictures are compared at the judge's size, pixels in [-1, 1]. A missing picture counts as the mean training
+picture: it is never left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from evaluation.benchmarks.emoji_data import (
+    SPLITS,
+    EmojiBenchmark,
+    ask,
+    best_constant,
+    by_split,
+    chats,
+    load,
+    named,
+    shuffled_score,
+    subset,
+)
+from evaluation.core import Decoding, Example, Kind, Prediction, Prompt, Scores, metric
+from vlgpt import seeds
+from vlgpt.document import Document, ImagePart
+
+if TYPE_CHECKING:
+    from evaluation.probes import Judge, Pictures
+
+NUM_CANDIDATES = 150
+NUM_RECALL = 5
+SUFFIX = {"both": "", "image": "_image_only", "text": "_text_only"}
+MEAN_OF = 1000
+
+
+class PictureAnswers(EmojiBenchmark):
+    """Predictions are PNG files; `truth` is the encoded real picture."""
+
+    primary: ClassVar[str]
+
+    def ideal(self, example: Example) -> bytes:
+        return example.truth
+
+    def load_judge(self) -> Judge:
+        """Raises UserError without `--option judge=FOLDER`."""
+        from evaluation.probes import load_judge
+
+        return load_judge(self.judge)
+
+    def drawn(
+        self, examples: Sequence[Example], predictions: Mapping[str, Prediction], data: Path
+    ) -> Pictures:
+        """What was drawn, in the order of the examples: -> (n, S, S, 3)."""
+        judge = self.load_judge()
+        result = np.repeat(mean_picture(data, self.judge)[None], len(examples), axis=0)
+        for row, example in enumerate(examples):
+            if path := predictions[example.id]["image"]:
+                result[row] = judge.squares([Path(path).read_bytes()])[0]
+        return result
+
+    def answered(self, predictions: Mapping[str, Prediction], data: Path) -> list[Example]:
+        """The examples that were answered."""
+        return [example for example in self.examples(data) if example.id in predictions]
+
+    def notes(self, predictions: Mapping[str, Prediction]) -> dict[str, Any]:
+        """Who judged, and how many pictures are missing."""
+        missing = sum(not prediction["image"] for prediction in predictions.values())
+        return {"judge": dict(self.load_judge().identity), "num_without_picture": missing}
+
+
+@lru_cache(maxsize=4)
+def mean_picture(data: Path, judge: str) -> np.ndarray:
+    """Mean of 1,000 training pictures: -> (S, S, 3) uint8."""
+    from evaluation.probes import load_judge
+
+    items = subset(load(data / "pairs-train"), MEAN_OF)
+    pictures = load_judge(judge).squares([item.images[0] for item in items])
+    return pictures.astype(np.float64).mean(0).round().astype(np.uint8)
+
+
+def pixel_mse(first: Pictures, second: Pictures) -> np.ndarray:
+    """Mean squared difference of each pair, in [-1, 1]: (n, S, S, 3) x 2 -> (n,)."""
+    difference = first.reshape(len(first), -1).astype(np.float32) - second.reshape(len(second), -1)
+    return (difference / 127.5).astype(np.float64).__pow__(2).mean(1)
+
+
+def all_pixel_mse(first: Pictures, second: Pictures) -> np.ndarray:
+    """Of every pair: (n, S, S, 3), (m, S, S, 3) -> (n, m)."""
+    a = first.reshape(len(first), -1).astype(np.float64) / 127.5
+    b = second.reshape(len(second), -1).astype(np.float64) / 127.5
+    squares = (a**2).sum(1)[:, None] + (b**2).sum(1)[None] - 2 * a @ b.T
+    return np.maximum(squares, 0) / a.shape[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmojiReconstruction(PictureAnswers):
+    """Held-out pictures through image tokenizer, detokenizer and picture decoder.
+
+    `conditions`: which of z_v and z_t the decoder reads (both | image | text; paper, Table 4).
+    """
+
+    name: ClassVar[str] = "emoji_reconstruction"
+    kind: ClassVar[Kind] = "reconstruction"
+    primary: ClassVar[str] = "reconstruction/pixel_mse"
+    higher_is_better: ClassVar[bool] = False
+    answer_options: ClassVar[tuple[str, ...]] = ("conditions",)
+
+    prompt: str = "picture"
+    limit: int = 440
+    conditions: str = "both"
+
+    @property
+    def decoding(self) -> Decoding:
+        return self.default_decoding.replace(use=self.conditions)
+
+    def examples(self, data: Path) -> Sequence[Example]:
+        result = []
+        for split in ("unseen", "seen") if self.conditions == "both" else ("unseen",):
+            for item in chats(data, split, kind="describe", limit=self.limit):
+                id, image = item.info["picture"]["id"], item.images[0]
+                prompt = Prompt(Document(id, self.name, (ImagePart(0),)), (image,), id)
+                result.append(Example(id, prompt, image, {"split": split, "picture": id}))
+        return result
+
+    def score(self, predictions: Mapping[str, Prediction], data: Path) -> Scores:
+        judge, mean = self.load_judge(), mean_picture(data, self.judge)
+        suffix = SUFFIX[self.conditions]
+        metrics: dict[str, dict[str, float]] = {}
+        per_example: dict[str, float] = {}
+        for split, examples in by_split(self.answered(predictions, data)):
+            real, n = judge.squares([example.truth for example in examples]), len(examples)
+            drawn = self.drawn(examples, predictions, data)
+            error = pixel_mse(drawn, real)
+            blank = pixel_mse(np.repeat(mean[None], n, axis=0), real).mean()
+            cosine = judge.embed(drawn) @ judge.embed(real).T
+            matched = np.trace(cosine) / n
+            mismatched = (cosine.sum() - np.trace(cosine)) / max(n * (n - 1), 1)
+            name = named(f"reconstruction/pixel_mse{suffix}", split, main="unseen")
+            metrics[name] = metric(float(error.mean()), n, chance=float(blank))
+            name = named(f"reconstruction/clip_similarity{suffix}", split, main="unseen")
+            metrics[name] = metric(float(matched - mismatched), n, chance=0.0)
+            per_example |= {example.id: float(value) for example, value in zip(examples, error)}
+        return Scores(metrics, per_example, notes=self.notes(predictions))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmojiDraw(PictureAnswers):
+    """Pictures drawn from held-out captions, compared with the real ones.
+
+    real_r5: the real picture is among the 5 nearest of 150 candidates (itself and 149 others of its split, drawn
+    by id) in the judge's space. pixel_mse_ratio: error to the real picture / mean error to the other 149.
+    `image_seeds`: pictures per caption, for models that sample; scores are means over all of them.
+    """
+
+    name: ClassVar[str] = "emoji_draw"
+    kind: ClassVar[Kind] = "image"
+    primary: ClassVar[str] = "draw/real_r5"
+    default_decoding: ClassVar[Decoding] = Decoding(max_new_tokens=24, images="free")
+
+    limit: int = 440
+    image_seeds: int = 1
+
+    def examples(self, data: Path) -> Sequence[Example]:
+        result = []
+        for split in SPLITS:
+            for item in chats(data, split, kind="draw", limit=self.limit):
+                picture, image = item.info["picture"], item.images[0]
+                for seed in range(self.image_seeds):
+                    id = item.document.id + (f"@{seed}" if seed else "")
+                    info = {"split": split, "picture": picture["id"], "caption": picture["caption"]}
+                    result.append(Example(id, ask(item, id=id), image, info))
+        return result
+
+    def score(self, predictions: Mapping[str, Prediction], data: Path) -> Scores:
+        judge = self.load_judge()
+        metrics: dict[str, dict[str, float]] = {}
+        per_example: dict[str, float] = {}
+        for split, examples in by_split(self.answered(predictions, data)):
+            ids, images = _real_pictures(data, split)
+            real = judge.squares(images)
+            drawn = self.drawn(examples, predictions, data)
+            similarity = judge.embed(drawn) @ judge.embed(real).T
+            error = all_pixel_mse(drawn, real)
+            hits, matched, mismatched = [], [], []
+            for row, example in enumerate(examples):
+                truth, others = _candidates(ids, example.info["picture"])
+                # A tie counts as a miss: a judge that tells nothing apart must not score.
+                rank = int(np.sum(similarity[row, others] >= similarity[row, truth]))
+                hits.append(float(rank < NUM_RECALL))
+                matched.append(error[row, truth])
+                mismatched.append(error[row, others].mean())
+            n = len({example.info["picture"] for example in examples})
+            chance = NUM_RECALL / min(NUM_CANDIDATES, len(ids))
+            name = named("draw/real_r5", split, main="unseen")
+            metrics[name] = metric(float(np.mean(hits)), n, chance=chance)
+            ratio = float(np.sum(matched) / np.sum(mismatched))
+            metrics[named("draw/pixel_mse_ratio", split, main="unseen")] = metric(ratio, n, chance=1.0)
+            per_example |= {example.id: hit for example, hit in zip(examples, hits)}
+        return Scores(metrics, per_example, notes=self.notes(predictions))
+
+
+def _real_pictures(data: Path, split: str) -> tuple[list[str], list[bytes]]:
+    """All pictures of a split: ids and files."""
+    items = chats(data, split, kind="draw")
+    return [item.info["picture"]["id"] for item in items], [item.images[0] for item in items]
+
+
+def _candidates(ids: Sequence[str], truth: str, *, without: str = "") -> tuple[int, np.ndarray]:
+    """Position of the true picture, and of up to 149 others of the same gallery."""
+    position = ids.index(truth)
+    pool = [row for row, id in enumerate(ids) if id not in (truth, without)]
+    random = seeds.generator("emoji-candidates", truth, without)
+    return position, np.array(random.permutation(pool)[: NUM_CANDIDATES - 1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmojiEdit(PictureAnswers):
+    """Edits with a real target picture: skin tone of unseen concepts, gender towards pictures never trained on.
+
+    accuracy: a probe sees the wanted attribute; its chance is what the unedited source gets. concept_kept (skin
+    tone): the nearest of 150 real pictures, the target among them and the source not, shows the same concept in
+    any skin tone; its chance is what edits of other pictures get.
+    """
+
+    name: ClassVar[str] = "emoji_edit"
+    kind: ClassVar[Kind] = "image"
+    primary: ClassVar[str] = "edit/tone_accuracy"
+    default_decoding: ClassVar[Decoding] = Decoding(max_new_tokens=24, images="free")
+
+    TASKS: ClassVar[tuple[tuple[str, str], ...]] = (("tone", "unseen"), ("gender", "target"))
+
+    def examples(self, data: Path) -> Sequence[Example]:
+        result = []
+        for family, split in self.TASKS:
+            for item in chats(data, split, kind="edit", family=family, limit=self.limit):
+                source, target = item.images
+                info = {"split": split, "family": family, "wanted": item.info["wanted"]}
+                info |= {"source": item.info["source"]["id"], "picture": item.info["target"]["id"]}
+                info |= {"concept": item.info["target"]["base"], "source_image": source}
+                result.append(Example(item.document.id, ask(item), target, info))
+        return result
+
+    def score(self, predictions: Mapping[str, Prediction], data: Path) -> Scores:
+        judge = self.load_judge()
+        metrics: dict[str, dict[str, float]] = {}
+        per_example: dict[str, float] = {}
+        for family, _ in self.TASKS:
+            examples = [e for e in self.answered(predictions, data) if e.info["family"] == family]
+            if not examples:
+                continue
+            drawn = self.drawn(examples, predictions, data)
+            sources = judge.squares([example.info["source_image"] for example in examples])
+            wanted = [example.info["wanted"] for example in examples]
+            probe = train_probe(data, self.judge, family)
+            obtained = np.array([a == b for a, b in zip(probe.predict(drawn), wanted)])
+            name = f"edit/{family}_accuracy"
+            chance = probe.accuracy(sources, wanted)
+            metrics[name] = metric(float(obtained.mean()), len(examples), chance=chance)
+            metrics[f"probe/{family}"] = _probe_accuracy(data, self.judge, family)
+            per_example |= {example.id: float(value) for example, value in zip(examples, obtained)}
+            if family == "tone":
+                metrics |= self._concept_kept(examples, drawn, sources, obtained, data)
+        return Scores(metrics, per_example, notes=self.notes(predictions))
+
+    def _concept_kept(
+        self,
+        examples: Sequence[Example],
+        drawn: Pictures,
+        sources: Pictures,
+        obtained: np.ndarray,
+        data: Path,
+    ) -> dict[str, dict[str, float]]:
+        judge, n = self.load_judge(), len(examples)
+        items = chats(data, "unseen", kind="draw")
+        ids = [item.info["picture"]["id"] for item in items]
+        concepts = np.array([item.info["picture"]["base"] for item in items])
+        gallery = judge.embed(judge.squares([item.images[0] for item in items]))
+        candidates = [_candidates(ids, e.info["picture"], without=e.info["source"]) for e in examples]
+
+        def kept(embeddings: np.ndarray) -> np.ndarray:
+            result = []
+            for embedding, example, (truth, others) in zip(embeddings, examples, candidates):
+                rows = np.append(others, truth)  # a tie goes to another picture
+                nearest = rows[np.argmax(gallery[rows] @ embedding)]
+                result.append(concepts[nearest] == example.info["concept"])
+            return np.array(result)
+
+        embeddings, unedited = judge.embed(drawn), kept(judge.embed(sources))
+        is_kept = kept(embeddings)
+        chance = shuffled_score(lambda order: float(kept(embeddings[order]).mean()), n, "concept_kept")
+        return {
+            "edit/concept_kept": metric(float(is_kept.mean()), n, chance=chance),
+            "edit/concept_kept_unedited": metric(float(unedited.mean()), n, chance=chance),
+            "edit/tone_and_concept": metric(float((is_kept & obtained).mean()), n),
+        }
+
+
+def _labelled(data: Path, folders: Sequence[str], attribute: str) -> tuple[list[bytes], list[str]]:
+    """Real pictures to which an attribute applies, and its values."""
+    from evaluation.probes import has_label
+
+    items = [item for folder in folders for item in load(data / folder)]
+    chosen = [item for item in items if item.info.get("kind", "describe") == "describe"]
+    infos = [(item, item.info.get("picture", item.info)) for item in chosen]
+    found = [(item.images[0], info[attribute]) for item, info in infos if has_label(info, attribute)]
+    return [image for image, _ in found], [label for _, label in found]
+
+
+@lru_cache(maxsize=8)
+def train_probe(data: Path, judge: str, attribute: str) -> Any:
+    """A probe trained on all training pictures to which the attribute applies."""
+    from evaluation.probes import Probe, load_judge
+
+    images, labels = _labelled(data, ["pairs-train"], attribute)
+    return Probe(attribute, load_judge(judge)).fit(load_judge(judge).squares(images), labels)
+
+
+def _probe_accuracy(data: Path, judge: str, attribute: str) -> dict[str, float]:
+    """How often the probe is right on the real pictures of all held-out splits."""
+    from evaluation.probes import load_judge
+
+    images, labels = _labelled(data, [f"instructions-{split}" for split in SPLITS], attribute)
+    accuracy = train_probe(data, judge, attribute).accuracy(load_judge(judge).squares(images), labels)
+    return metric(accuracy, len(labels), chance=best_constant(labels))
