@@ -291,3 +291,25 @@ def test_large_tars_are_listed_once_and_again_when_they_change(tmp_path, monkeyp
     os.utime(tar, ns=(1, 1))
     sample_tar.open_sample_tar.cache_clear()
     assert len(read_all(open_source("img2dataset", tar))) == 2 and len(listed) == 2
+
+
+def test_magicbrush_sessions_may_be_interleaved_in_any_order(tmp_path):
+    first = magicbrush_rows()[0]
+    order = [("a", 1), ("b", 3), ("a", 4), ("b", 1), ("a", 2), ("b", 2), ("a", 3)]
+    rows = [
+        first | {"img_id": name, "turn_index": turn, "instruction": f"{name}{turn}"} for name, turn in order
+    ]
+    for rows_per_group in (1, 3, 100):
+        folder = tmp_path / str(rows_per_group)
+        write_table(folder / "train.parquet", rows, rows_per_group=rows_per_group)
+        texts = [item.document.text for item in read_all(open_source("magicbrush", folder))]
+        reply = " Here is the edited image: "
+        assert texts[0] + " " == reply.join(["a1.", "a2.", "a3.", "a4.", ""])
+        assert texts[1] + " " == reply.join(["b1.", "b2.", "b3.", ""])
+
+
+def test_of_two_pictures_under_one_key_the_first_is_taken(tmp_path):
+    write_download(tmp_path, {"http://example.org/0.jpg": picture(0)})
+    write_tar(tmp_path / "00000.tar", {"000000000.jpg": picture(0), "./000000000.jpg": picture(1)})
+    (item,) = read_all(open_source("img2dataset", tmp_path))
+    assert shown(item)[0] == ("plain", 0)
