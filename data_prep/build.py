@@ -17,9 +17,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from data_prep.filters import FilterSettings
+from data_prep.filters import FilterSettings, RecordFilter
 from data_prep.job import Job, claim_folder, has_failures, is_failure, num_failures
-from data_prep.options import Option, add_options, chosen, constructor_options, model_options
+from data_prep.options import Option, add_options, chosen, constructor_options, make_settings, model_options
 from data_prep.pictures import PictureSettings
 from data_prep.sources import SOURCES, source_class
 from data_prep.workers import STOPPED, Stopped, run_shards
@@ -159,6 +159,8 @@ def make_job(arguments: argparse.Namespace, source_type: type) -> Job:
     for path in arguments.input:
         if not path.exists() and "://" not in str(path):
             raise UserError(f"--input {path} does not exist")
+    filters = make_settings(FilterSettings, arguments)
+    RecordFilter(filters)  # reads its lists: a missing one is better known now
     source = source_type(tuple(arguments.input), **options)
     if not len(source):
         raise UserError(
@@ -175,8 +177,8 @@ def make_job(arguments: argparse.Namespace, source_type: type) -> Job:
         source_name=arguments.source,
         source_options=options,
         inputs=tuple(arguments.input),
-        pictures=PictureSettings(**chosen(arguments, model_options(PictureSettings))),
-        filters=FilterSettings(**chosen(arguments, model_options(FilterSettings))),
+        pictures=make_settings(PictureSettings, arguments),
+        filters=filters,
         shard_size=arguments.shard_size,
         tokenizer=tokenizer,
     )

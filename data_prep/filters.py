@@ -4,7 +4,6 @@ literature.
 
 from __future__ import annotations
 
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -41,18 +40,11 @@ class FilterSettings(BaseModel):
 
 
 class RecordFilter:
-    """Applies the settings to records."""
+    """Applies the settings to records. Raises UserError when one of the lists cannot be read."""
 
     def __init__(self, settings: FilterSettings):
         self._settings = settings
-
-    @cached_property
-    def _opted_out(self) -> frozenset[str]:
-        return _lines(self._settings.opt_out)
-
-    @cached_property
-    def _excluded(self) -> frozenset[str]:
-        return _lines(self._settings.exclude)
+        self._opted_out, self._excluded = _lines(settings.opt_out), _lines(settings.exclude)
 
     def reason(self, record: Record) -> str | None:
         """Why the record is left out, None when it stays."""

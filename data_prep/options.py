@@ -8,13 +8,16 @@ import argparse
 import inspect
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, Literal, TypeVar, Union
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
+from vlgpt.log import UserError
+
+Settings = TypeVar("Settings", bound=BaseModel)
 REQUIRED = inspect.Parameter.empty
 
 
@@ -68,6 +71,16 @@ def chosen(arguments: argparse.Namespace, options: list[Option]) -> dict[str, An
     return {option.name: getattr(arguments, option.name) for option in options}
 
 
+def make_settings(model: type[Settings], arguments: argparse.Namespace) -> Settings:
+    """The model from its flags. Raises UserError that names the flag, the value and what is wanted."""
+    try:
+        return model(**chosen(arguments, model_options(model)))
+    except ValidationError as error:
+        first = error.errors()[0]
+        flag = f"--{str(first['loc'][0]).replace('_', '-')}"
+        raise UserError(f"{flag} {first['input']}: {first['msg'].lower()}") from error
+
+
 def _parsing(annotation: Any) -> dict[str, Any]:
     """The argparse keywords for a type. Raises TypeError for a type that has no command-line form."""
     annotation = _without_none(annotation)
@@ -91,8 +104,3 @@ def _converter(annotation: Any) -> Callable[[str], Any]:
     if annotation in (str, int, float, Path):
         return annotation
     raise TypeError(f"no command-line form for options of type {annotation}")
-
-
-def flag_names(options: list[Option]) -> Iterator[str]:
-    """The flags as typed by people."""
-    return (f"--{option.name.replace('_', '-')}" for option in options)

@@ -1,0 +1,293 @@
+"""Laws of the build: same bytes for any split of the work, nothing done twice, nothing lost, settings never
+mixed.
+"""
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+from corpus import picture
+
+from data_prep.build import main
+from vlgpt.log import run_command
+from vlgpt.shards import ShardSet
+from vlgpt.shards.manifest import read_report
+
+NUM_RECORDS = 23
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """An imagefolder of 23 pictures, number 4 of them missing and 9 damaged."""
+    path = tmp_path / "in"
+    path.mkdir()
+    rows = []
+    for number in range(NUM_RECORDS):
+        if number != 4:
+            data = picture(number, "PNG" if number % 2 else "JPEG", width=300 + number)
+            (path / f"{number}.img").write_bytes(data[:100] if number == 9 else data)
+        rows.append(
+            json.dumps(
+                {"file_name": f"{number}.img", "text": f"picture {number}", "similarity": number / 100}
+            )
+        )
+    (path / "metadata.jsonl").write_text("\n".join(rows) + "\n")
+    return path
+
+
+def run(folder: Path, output: Path, *options: str, workers: int = 0) -> int:
+    command = [
+        "folder",
+        "--input",
+        str(folder),
+        "--output",
+        str(output),
+        "--shard-size",
+        "5",
+        "--name",
+        "toy",
+    ]
+    return run_command(
+        lambda: main([*command, "--max-bad-fraction", "0.5", "--num-workers", str(workers), *options])
+    )
+
+
+def content(output: Path) -> dict[str, bytes]:
+    assert not [path for path in output.iterdir() if path.name.startswith(".")], "left-over temporary files"
+    return {path.name: path.read_bytes() for path in sorted(output.iterdir()) if path.is_file()}
+
+
+def texts(output: Path) -> list[str]:
+    shards = ShardSet.open(output)
+    return [
+        shards.read(number, sample).document.text
+        for number, record in enumerate(shards.shards)
+        for sample in range(record.num_samples)
+    ]
+
+
+def test_input_is_written_plus_dropped_and_shards_are_fixed_ranges(folder, tmp_path):
+    assert run(folder, tmp_path / "out") == 0
+    shards = ShardSet.open(tmp_path / "out")
+    assert [record.num_samples for record in shards.shards] == [4, 4, 5, 5, 3]
+    assert shards.manifest.dropped == {"missing_file": 1, "truncated": 1}
+    assert texts(tmp_path / "out") == [f"picture {n}" for n in range(NUM_RECORDS) if n not in (4, 9)]
+    assert shards.read(1, 3).key == "0000100003"
+    assert shards.read(0, 0).document.info["images"][0]["width"] == 300
+
+
+@pytest.mark.parametrize(("num_tasks", "workers"), [(1, 1), (1, 3), (4, 0), (7, 1)])
+def test_any_number_of_tasks_and_workers_gives_the_same_bytes(folder, tmp_path, num_tasks, workers):
+    assert run(folder, tmp_path / "whole") == 0
+    order = list(range(num_tasks))[::-1]
+    for number, task in enumerate([*order, order[0]]):  # one task runs twice
+        options = ("--task-index", str(task), "--num-tasks", str(num_tasks))
+        assert run(folder, tmp_path / "parts", *options, workers=workers) == 0
+        assert (tmp_path / "parts" / "_SUCCESS").exists() == (number >= num_tasks - 1)
+    assert content(tmp_path / "parts") == content(tmp_path / "whole")
+
+
+def test_a_rerun_writes_nothing(folder, tmp_path):
+    assert run(folder, tmp_path / "out") == 0
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    assert run(folder, tmp_path / "out") == 0
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
+
+
+@pytest.mark.parametrize("name", ["00001.tar", "00001.json", "00001.idx", "_SUCCESS", "manifest.json"])
+def test_what_is_lost_is_made_again_and_nothing_else(folder, tmp_path, name):
+    assert run(folder, tmp_path / "out") == 0
+    before = content(tmp_path / "out")
+    times = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.tar")}
+    (tmp_path / "out" / name).unlink()
+    (tmp_path / "out" / "_SUCCESS").unlink(missing_ok=True)
+    assert run(folder, tmp_path / "out") == 0
+    assert content(tmp_path / "out") == before
+    remade = {
+        path.name for path in (tmp_path / "out").glob("*.tar") if times[path.name] != path.stat().st_mtime_ns
+    }
+    assert remade == ({"00001.tar"} if name.startswith("00001") else set())
+
+
+def test_a_cut_or_flipped_tar_is_found_before_sealing(folder, tmp_path, capsys):
+    assert run(folder, tmp_path / "out") == 0
+    before = content(tmp_path / "out")
+    (tmp_path / "out" / "_SUCCESS").unlink()
+    tar = tmp_path / "out" / "00002.tar"
+    tar.write_bytes(tar.read_bytes()[:-10240])
+    assert run(folder, tmp_path / "out") == 0
+    assert content(tmp_path / "out") == before
+    (tmp_path / "out" / "_SUCCESS").unlink()
+    flipped = bytearray(tar.read_bytes())
+    flipped[3000] ^= 1
+    tar.write_bytes(flipped)
+    assert run(folder, tmp_path / "out") == 2
+    assert "shard 00002 of 5: the tar's sha256" in capsys.readouterr().err
+
+
+def test_retry_failed_brings_back_repaired_records_and_equals_a_fresh_build(folder, tmp_path):
+    assert run(folder, tmp_path / "out") == 0
+    tars = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.tar")}
+    (folder / "4.img").write_bytes(picture(4))
+    (folder / "0.img").unlink()  # a good record is copied from its shard, not read again
+    assert run(folder, tmp_path / "out") == 0
+    assert ShardSet.open(tmp_path / "out").num_samples == 21, "only --retry-failed reads again"
+    assert run(folder, tmp_path / "out", "--retry-failed") == 0
+    shards = ShardSet.open(tmp_path / "out")
+    assert shards.manifest.dropped == {"truncated": 1}
+    remade = {
+        path.name for path in (tmp_path / "out").glob("*.tar") if tars[path.name] != path.stat().st_mtime_ns
+    }
+    assert remade == {"00000.tar", "00001.tar"}
+    (folder / "0.img").write_bytes(picture(0, width=300))
+    assert run(folder, tmp_path / "fresh") == 0
+    assert content(tmp_path / "out") == content(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        (("--size-px", "64"), "pictures.size_px = 256, this run has 64"),
+        (("--shard-size", "6"), "shard_size = 5, this run has 6"),
+        (("--text-column", "other"), "options.text_column = 'text', this run has 'other'"),
+        (("--min-similarity", "0.1"), "filters.min_similarity = None, this run has 0.1"),
+    ],
+)
+def test_a_folder_is_never_built_with_two_settings(folder, tmp_path, capsys, options, name):
+    assert run(folder, tmp_path / "out") == 0
+    (tmp_path / "out" / "_SUCCESS").unlink()
+    assert run(folder, tmp_path / "out", *options) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert name in error and "another --output" in error
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--task-index", "3", "--num-tasks", "3"), "--task-index must be between 0 and 2, found 3"),
+        (("--shard-size", "0"), "--shard-size must be between 1 and 100000, found 0"),
+        (("--num-workers", "-1"), "--num-workers must be between 0 and 1024, found -1"),
+        (("--quality", "101"), "--quality"),
+        (("--opt-out", "/nowhere/list"), "/nowhere/list cannot be read"),
+    ],
+)
+def test_wrong_values_are_one_line_and_exit_code_2(folder, tmp_path, capsys, options, message):
+    assert run(folder, tmp_path / "out", *options) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1 and message in lines[0]
+
+
+def test_a_missing_input_is_one_line_and_exit_code_2(tmp_path, capsys):
+    assert run(tmp_path / "nowhere", tmp_path / "out") == 2
+    assert f"error: --input {tmp_path / 'nowhere'} does not exist\n" in capsys.readouterr().err
+
+
+def test_pictures_are_reduced_never_enlarged_and_keep_their_ratio(tmp_path):
+    (tmp_path / "in").mkdir()
+    sizes = {"large": (900, 600), "tall": (100, 800), "small": (40, 30)}
+    for name, (width, height) in sizes.items():
+        (tmp_path / "in" / f"{name}.png").write_bytes(picture(1, "PNG", width=width, height=height))
+    command = [
+        "images",
+        "--input",
+        str(tmp_path / "in"),
+        "--output",
+        str(tmp_path / "out"),
+        "--size-px",
+        "60",
+    ]
+    assert main([*command, "--num-workers", "0", "--image-format", "png"]) == 0
+    from vlgpt.images import decode_image
+
+    shards = ShardSet.open(tmp_path / "out")
+    found = {}
+    for sample in range(3):
+        read = shards.read(0, sample)
+        found[read.document.id] = decode_image(read.images[0]).size
+    assert found == {"large.png": (90, 60), "tall.png": (60, 480), "small.png": (40, 30)}
+
+
+def test_fast_and_reference_paths_agree(tmp_path):
+    import numpy as np
+
+    from vlgpt.images import decode_image
+
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jpg").write_bytes(picture(1, width=1200, height=900))
+    stored = {}
+    for fast in ("--fast", "--no-fast"):
+        output = tmp_path / fast
+        command = ["images", "--input", str(tmp_path / "in"), "--output", str(output), "--num-workers", "0"]
+        assert main([*command, fast]) == 0
+        stored[fast] = np.asarray(decode_image(ShardSet.open(output).read(0, 0).images[0])).astype(float)
+    assert np.abs(stored["--fast"] - stored["--no-fast"]).mean() <= 2
+
+
+def test_optional_images_leave_the_document_and_are_counted(tmp_path):
+    from data_prep.build import build
+    from data_prep.filters import FilterSettings
+    from data_prep.job import Job
+    from data_prep.pictures import PictureSettings
+    from data_prep.sources import Record
+    from vlgpt.document import Document, ImagePart, TextPart
+
+    good = picture(1)
+
+    class Pages:
+        licence, is_image_optional = "none", True
+
+        def __len__(self):
+            return 2
+
+        def read(self, start, stop):
+            parts = (TextPart("a"), ImagePart(0), TextPart("b"), ImagePart(1), TextPart("c"), ImagePart(2))
+            for images in ((good, b"", good), (b"", b"x", b""))[start:stop]:
+                yield Record(Document("p", "pages", parts, {"image_urls": ["u0", "u1", "u2"]}), images)
+
+    job = Job(
+        folder=tmp_path,
+        source=Pages(),
+        source_name="pages",
+        source_options={},
+        inputs=(),
+        pictures=PictureSettings(),
+        filters=FilterSettings(),
+        shard_size=10,
+    )
+    manifest = build(job, name="pages", num_workers=0, max_bad_fraction=1.0)
+    document = ShardSet.open(tmp_path).read(0, 0).document
+    assert document.parts == (TextPart("a"), ImagePart(0), TextPart("b"), TextPart("c"), ImagePart(1))
+    assert document.info["image_urls"] == ["u0", "u2"]
+    assert manifest.dropped == {"empty": 1} and manifest.dropped_images == {"empty": 1}
+    assert read_report(tmp_path, 0).dropped_images == {"empty": (0,)}
+
+
+def test_token_lengths_are_stored_when_a_tokenizer_is_given(folder, tmp_path, word_tokenizer):
+    assert run(folder, tmp_path / "out", "--tokenizer", str(word_tokenizer)) == 0
+    from vlgpt.tokens import DocumentTokenizer
+
+    tokenizer = DocumentTokenizer.load(word_tokenizer)
+    shards = ShardSet.open(tmp_path / "out")
+    index = shards.index(0)
+    assert index.tokenizer == tokenizer.fingerprint
+    lengths = [len(tokenizer.encode_text(shards.read(0, sample).document.text)) for sample in range(4)]
+    assert index.part_tokens[~index.part_is_image].tolist() == lengths
+    assert run(folder, tmp_path / "plain") == 0
+    for shard in range(5):  # the tokenizer changes the index only
+        name = f"{shard:05d}.tar"
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
+
+
+def test_every_registered_source_has_flags_and_a_description():
+    from data_prep.build import _parser
+    from data_prep.options import constructor_options
+    from data_prep.sources import SOURCES, source_class
+
+    for name in SOURCES:
+        source = source_class(name)
+        assert source.__doc__, name
+        help_text = _parser(source).format_help()
+        flags = [f"--{option.name.replace('_', '-')}" for option in constructor_options(source)]
+        assert all(flag in help_text for flag in flags), name
+    assert len(list(itertools.chain(SOURCES))) >= 12

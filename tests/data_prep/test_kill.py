@@ -1,0 +1,128 @@
+"""kill -9 at any moment: what stands under a final name is whole, and the end is what an undisturbed run
+gives.
+"""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from corpus import picture
+
+from vlgpt.shards import ShardReport
+from vlgpt.shards.atomic import sha256_file
+
+ROOT = Path(__file__).parents[2]
+
+
+def command(folder: Path, output: Path, *options: str) -> list[str]:
+    source = ["images", "--input", str(folder), "--output", str(output)]
+    settings = ["--shard-size", "8", "--num-workers", "2", "--name", "toy", "--max-bad-fraction", "0.05"]
+    return [sys.executable, "-m", "data_prep.build", *source, *settings, *options]
+
+
+def start(arguments: list[str]) -> subprocess.Popen:
+    return subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def finish(process: subprocess.Popen) -> int:
+    _, error = process.communicate(timeout=240)
+    assert process.returncode in (0, -signal.SIGKILL), error.decode()
+    return process.returncode
+
+
+def assert_every_tar_is_whole(output: Path) -> None:
+    for tar in output.glob("*.tar"):
+        report = ShardReport.model_validate_json(tar.with_suffix(".json").read_bytes())
+        assert sha256_file(tar) == report.sha256, tar.name
+        assert tar.with_suffix(".idx").is_file()
+
+
+def content(output: Path) -> dict[str, bytes]:
+    names = [
+        path for path in output.iterdir() if path.suffix in (".tar", ".idx", ".json") and path.name[0] != "."
+    ]
+    return {path.name: path.read_bytes() for path in names}
+
+
+def build_with_kills(folder: Path, output: Path, *, num_kills: int, num_tasks: int, seed: int) -> int:
+    """Start every task, kill all at a random moment, start again; returns how many kills hit a running
+    build.
+    """
+    chance = random.Random(seed)
+    hits = 0
+    for number in range(num_kills + 1):
+        tasks = [
+            command(folder, output, "--task-index", str(task), "--num-tasks", str(num_tasks))
+            for task in range(num_tasks)
+        ]
+        processes = [start(task) for task in tasks]
+        if number < num_kills:
+            deadline = time.monotonic() + 60
+            partials = len(list(output.glob(".*.partial"))) if output.exists() else 0
+            while time.monotonic() < deadline and all(process.poll() is None for process in processes):
+                if output.exists() and (partials or list(output.glob(".*.partial"))):
+                    break
+                time.sleep(0.005)
+            time.sleep(chance.random() * 0.6)
+            for process in processes:
+                process.send_signal(signal.SIGKILL)
+        codes = [finish(process) for process in processes]
+        hits += any(code != 0 for code in codes)
+        assert_every_tar_is_whole(output)
+    return hits
+
+
+def prove(tmp_path: Path, *, num_pictures: int, num_kills: int, num_tasks: int, seed: int) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for number in range(num_pictures):
+        (folder / f"{number:04d}.jpg").write_bytes(picture(number, width=900, height=700))
+    (folder / "damaged.jpg").write_bytes(b"damaged")
+    assert finish(start(command(folder, tmp_path / "whole"))) == 0
+    hits = build_with_kills(folder, tmp_path / "killed", num_kills=num_kills, num_tasks=num_tasks, seed=seed)
+    assert hits >= num_kills // 2, "the kills came too late to prove anything"
+    assert content(tmp_path / "killed") == content(tmp_path / "whole")
+    assert (tmp_path / "killed" / "_SUCCESS").is_file()
+
+
+@pytest.mark.parametrize("num_tasks", [1, 2])
+def test_killed_builds_end_as_undisturbed_ones(tmp_path, num_tasks):
+    prove(tmp_path, num_pictures=95, num_kills=2, num_tasks=num_tasks, seed=num_tasks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_tasks", [1, 3])
+def test_thirty_kills_lose_nothing(tmp_path, num_tasks):
+    prove(tmp_path, num_pictures=1500, num_kills=30, num_tasks=num_tasks, seed=num_tasks)
+
+
+def test_sigterm_stops_cleanly_with_the_code_that_asks_for_a_restart(tmp_path):
+    folder, output = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    for number in range(200):
+        os.link(_first(folder, number), folder / f"{number:04d}.jpg")
+    (folder / "first.dat").unlink()
+    process = start(command(folder, output))
+    deadline = time.monotonic() + 60
+    while not list(output.glob(".*.partial")) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 75, error.decode()
+    assert b"run the same command again" in error
+    assert not list(output.glob(".*.partial"))
+    assert_every_tar_is_whole(output)
+    assert finish(start(command(folder, output))) == 0
+    assert (output / "_SUCCESS").is_file()
+
+
+def _first(folder: Path, number: int) -> Path:
+    path = folder / "first.dat"
+    if not path.exists():
+        path.write_bytes(picture(number, width=900, height=700))
+    return path
