@@ -1,0 +1,84 @@
+"""The demo driver: README's commands are its own, it resumes, it makes anew what changed, it stops on failure."""
+
+import importlib.util
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def demo(tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location("demo", ROOT / "launchers" / "demo.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(__import__("sys").modules, "demo", module)
+    spec.loader.exec_module(module)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(module, "ROOT", tmp_path / "run")
+    return module
+
+
+def plain(command):
+    return re.sub(r" --master_port \d+", "", command)
+
+
+def test_the_readme_shows_commands_that_the_demo_runs(demo, monkeypatch):
+    monkeypatch.setattr(demo, "ROOT", Path("runs/demo"))
+    monkeypatch.setattr(demo, "emoji", lambda code_points: "picture.png")
+    run = {plain(step.command) for step in demo.steps("conv")}
+    block = re.search(r"<!-- demo commands.*?-->\n```\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    shown = block.group(1).strip().splitlines()
+    assert len(shown) >= 6
+    for command in shown:
+        assert command in run, command
+
+
+@pytest.mark.parametrize("decoder", ["conv", "diffusion"])
+def test_every_step_comes_after_what_it_needs_and_names_existing_files(demo, monkeypatch, decoder):
+    monkeypatch.setattr(demo, "ROOT", Path("runs/demo"))
+    monkeypatch.setattr(demo, "emoji", lambda code_points: "picture.png")
+    steps = demo.steps(decoder)
+    names = {step.name for step in steps}
+    assert len(names) == len(steps)
+    ports = re.findall(r"--master_port (\d+)", " ".join(step.command for step in steps))
+    assert len(set(ports)) == len(ports), "runs that stand side by side need ports of their own"
+    for step in steps:
+        assert set(step.after) <= names
+        for word in shlex.split(step.command):
+            if word.startswith(("launchers/", "ds_configs/", "evaluation/")):
+                assert (ROOT / word).is_file(), word
+
+
+def chain(demo, folder, marker="one"):
+    log = folder / "log"
+    first = demo.Step("first", f"sh -c 'echo first-{marker} >> {log}; mkdir -p {folder}/a'", f"{folder}/a")
+    second = demo.Step("second", f"sh -c 'echo second >> {log}; mkdir -p {folder}/b'", f"{folder}/b", ("first",))
+    return log, [first, second]
+
+
+def test_a_finished_demo_does_nothing_and_a_changed_step_takes_its_followers_along(demo, tmp_path):
+    log, steps = chain(demo, tmp_path)
+    demo.run(steps, jobs=2)
+    assert log.read_text().split() == ["first-one", "second"]
+    demo.run(chain(demo, tmp_path)[1], jobs=2)
+    assert log.read_text().split() == ["first-one", "second"]
+    (tmp_path / "b" / "old").touch()
+    demo.run(chain(demo, tmp_path, "two")[1], jobs=2)
+    assert log.read_text().split() == ["first-one", "second", "first-two", "second"]
+    assert not (tmp_path / "b" / "old").exists(), "what an older version left behind must go"
+
+
+def test_an_interrupted_step_keeps_what_it_has_done(demo, tmp_path):
+    _, steps = chain(demo, tmp_path)
+    broken = demo.Step("first", "sh -c 'mkdir -p a; touch a/half; exit 3'", "a")
+    with pytest.raises(SystemExit):
+        demo.run([broken], jobs=1)
+    again = demo.Step("first", "sh -c 'mkdir -p a; touch a/half; exit 3'", "a")
+    assert (tmp_path / "a" / "half").exists()
+    with pytest.raises(SystemExit):
+        demo.run([again], jobs=1)
+    assert (tmp_path / "a" / "half").exists()
+    assert steps
