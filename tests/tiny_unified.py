@@ -50,6 +50,8 @@ def new_model(
     visual_width: int = VISUAL_WIDTH,
     image_wish: float = 1.0,
     end_wish: float = 1.0,
+    num_patches: int = NUM_PATCHES,
+    tied: bool = False,
     **language: Any,
 ) -> UnifiedModel:
     """`image_wish` and `end_wish` scale rows of the LM head: large ones make a random model draw or stop."""
@@ -57,6 +59,9 @@ def new_model(
     language_model = new_language_model(
         vocabulary_size=tokenizer.vocabulary_size, width=width, depth=2, num_heads=4, mlp_width=96, **language
     )
+    if tied:
+        language_model.config.tie_word_embeddings = True
+        language_model.lm_head.weight = language_model.get_input_embeddings().weight
     with torch.no_grad():
         language_model.get_output_embeddings().weight *= 8
         language_model.get_output_embeddings().weight[tokenizer.begin_image_id] *= image_wish
@@ -68,7 +73,7 @@ def new_model(
         visual_width=visual_width,
     )
     image_tokenizer = ImageTokenizer(
-        num_patches=NUM_PATCHES,
+        num_patches=num_patches,
         patch_width=PATCH_WIDTH,
         num_visual=tokenizer.num_visual,
         visual_width=visual_width,

@@ -186,8 +186,8 @@ def export_run(
 ) -> None:
     """Export the newest commit of a language run from its one file of trained weights: no GPU, no deepspeed.
 
-    The export appears complete or not at all. `picture_decoder` replaces the one of the run's settings. Raises UserError when the run has no commit, is no language run, or its
-    base weights are not those it was trained on.
+    The export appears complete or not at all. `picture_decoder` replaces the one of the run's settings. Raises
+    UserError when the run has no commit, is no language run, or its base weights are not those it was trained on.
     """
     run, folder = Path(run), Path(folder)
     settings = run_config.load_run(run / "config.yaml")

@@ -12,12 +12,13 @@ from typing import Literal
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlgpt import seeds
 from vlgpt.decoding.api import DecodeSettings, ImageLike, Listener, Prompt, Reply
 from vlgpt.decoding.beams import BeamSearch
 from vlgpt.decoding.hypothesis import Hypothesis, ReplyRules
+from vlgpt.decoding.load import cast_parameters, load_decoder, load_encoder
 from vlgpt.decoding.prompts import (
     ImageReader,
     empty_prompt,
@@ -33,7 +34,7 @@ from vlgpt.decoding.streaming import TextStreams
 from vlgpt.log import UserError
 from vlgpt.models.decoders import PictureDecoder
 from vlgpt.models.encoders import ClipEncoder
-from vlgpt.models.unified import UnifiedModel
+from vlgpt.models.unified import UnifiedConfig, UnifiedModel
 from vlgpt.tokens import DocumentTokenizer
 
 __all__ = ["DecodeSettings", "Generator", "ImageLike", "Prompt", "Reply", "decode"]
@@ -64,10 +65,26 @@ class Generator:
     def load(
         cls, export: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32
     ) -> Generator:
-        """All that an export folder holds or names; the language model in `dtype`. Raises UserError."""
-        from vlgpt.export import load_generator
+        """All that an export folder holds or names. Raises UserError when a part is missing or does not fit.
 
-        return load_generator(Path(export), device=device, dtype=dtype)
+        `dtype` is that of the language model and a diffusion decoder; the small image parts stay in fp32.
+        """
+        folder = Path(export)
+        config = UnifiedConfig.from_folder(folder)
+        model = UnifiedModel.from_folder(folder)
+        cast_parameters(model.lm, dtype)
+        tokenizer = DocumentTokenizer.load(
+            folder,
+            num_visual=model.image_tokenizer.num_visual,
+            template=config.template,
+            is_boundary_target=config.is_boundary_target,
+        )
+        encoder = load_encoder(folder, config.image_encoder)
+        decoder = load_decoder(folder, config.picture_decoder, dtype=dtype)
+        for part in (model, encoder, decoder):
+            if isinstance(part, nn.Module):
+                part.to(device)
+        return cls(model=model, tokenizer=tokenizer, encoder=encoder, decoder=decoder)
 
     @property
     def device(self) -> torch.device:
@@ -221,7 +238,7 @@ def decode(
     hooks: Hooks | None = None,
 ) -> list[Hypothesis]:
     """Let the model reply to rendered prompts; `empty_prompts` (one each) are the branch for guidance."""
-    listener = listener or Listener()
+    listener, hooks = listener or Listener(), hooks or Hooks()
     max_length = model.lm.backbone.config.max_position_embeddings
     rules = ReplyRules(tokenizer=tokenizer, settings=settings, max_length=max_length)
     hypotheses = [Hypothesis(number, len(prompt)) for number, prompt in enumerate(prompts)]
@@ -239,9 +256,9 @@ def decode(
         empty_prompts=empty_prompts,
     )
     if settings.num_beams == 1 or settings.images == "force":
-        decode_stepwise(stream, prompts, hypotheses, rules=rules, listener=listener, hooks=hooks or Hooks())
+        decode_stepwise(stream, prompts, hypotheses, rules=rules, listener=listener, hooks=hooks)
         return hypotheses
-    hypotheses = BeamSearch(stream, hypotheses, rules=rules, listener=listener).run()
+    hypotheses = BeamSearch(stream, prompts, hypotheses, rules=rules, listener=listener, hooks=hooks).run()
     texts = TextStreams(rules=rules, listener=listener)
     for hypothesis in hypotheses:
         texts.update(hypothesis)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from vlgpt.decoding.api import Listener
 from vlgpt.decoding.hypothesis import Hypothesis, ReplyRules
-from vlgpt.decoding.stepwise import extend_images
-from vlgpt.decoding.stream import Stream
+from vlgpt.decoding.stepwise import Hooks, extend_images
+from vlgpt.decoding.stream import RenderedPrompt, Stream
 
 
 @dataclass
@@ -35,9 +35,17 @@ class BeamSearch:
     """
 
     def __init__(
-        self, stream: Stream, hypotheses: Sequence[Hypothesis], *, rules: ReplyRules, listener: Listener
+        self,
+        stream: Stream,
+        prompts: Sequence[RenderedPrompt],
+        hypotheses: Sequence[Hypothesis],
+        *,
+        rules: ReplyRules,
+        listener: Listener,
+        hooks: Hooks,
     ):
-        self.stream, self.rules, self.listener = stream, rules, listener
+        self.stream, self.prompts, self.rules = stream, prompts, rules
+        self.listener, self.hooks = listener, hooks
         self.num_beams = rules.settings.num_beams
         self.groups = [BeamGroup([hypothesis]) for hypothesis in hypotheses]
 
@@ -63,7 +71,7 @@ class BeamSearch:
     def _scores(self, beams: list[Hypothesis]) -> tuple[Tensor, Tensor]:
         """Log-probabilities of next tokens, raw and with -inf at forbidden ones: 2 x (rows, vocabulary)."""
         log_probs = self.stream.lm.logits(self.stream.hidden).float().log_softmax(-1)
-        return log_probs, self.rules.mask(log_probs, beams)
+        return log_probs, self.hooks.processed(self.rules.mask(log_probs, beams), self.prompts, beams)
 
     def _grow(self, group: BeamGroup, log_probs: Tensor, masked: Tensor, *, first_row: int) -> list[int]:
         """One step of a prompt's beams -> the parent rows of its running beams (none when it is done)."""

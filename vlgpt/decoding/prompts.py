@@ -21,6 +21,20 @@ from vlgpt.tokens import DocumentTokenizer, flatten
 CHUNK = 16  # images that are encoded together
 
 
+def square_pixels(image: Image.Image | bytes, size_px: int) -> Tensor:
+    """Shorter side to `size_px` (bicubic), centre crop, as in training: -> (3, H, W) in [-1, 1]. Raises BadImage."""
+    from vlgpt.data.pixels import (
+        read_square,
+        to_pixels,
+    )  # imported here: only pictures need the loader's package
+
+    if isinstance(image, Image.Image):
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG", compress_level=0)
+        image = buffer.getvalue()
+    return to_pixels(read_square(image, size_px=size_px, decoder="pillow")[None].copy())[0]
+
+
 class ImageReader:
     """Anything that is an image -> visual embeddings in the standardised scale."""
 
@@ -28,17 +42,10 @@ class ImageReader:
         self.image_tokenizer, self.encoder = image_tokenizer, encoder
 
     def pixels_of(self, image: Image.Image | bytes) -> Tensor:
-        """Shorter side to the encoder's size, centre crop -> (3, H, W) in [-1, 1]. Raises BadImage."""
+        """-> (3, H, W) in [-1, 1], of the encoder's size. Raises BadImage."""
         if self.encoder is None:
             raise UserError("pictures need the image encoder, and this model was loaded without one")
-        from vlgpt.data.pixels import read_square, to_pixels  # the loader's own preprocessing
-
-        if isinstance(image, Image.Image):
-            buffer = io.BytesIO()
-            image.save(buffer, "PNG", compress_level=0)
-            image = buffer.getvalue()
-        square = read_square(image, size_px=self.encoder.image_size_px, decoder="pillow")
-        return to_pixels(square[None].copy())[0]
+        return square_pixels(image, self.encoder.image_size_px)
 
     def _tagged(self, image: ImageLike) -> tuple[str, Tensor]:
         if isinstance(image, tuple):

@@ -23,6 +23,16 @@ class Hooks:
 
     process: Callable[[Tensor, Tensor], Tensor] | None = None
     should_stop: Callable[[Tensor], bool] | None = None
+    on_token: Callable[[int], None] | None = None
+
+    def processed(
+        self, scores: Tensor, prompts: Sequence[RenderedPrompt], writers: Sequence[Hypothesis]
+    ) -> Tensor:
+        """Scores after transformers' processors: (T, vocabulary), T writers -> (T, vocabulary)."""
+        if self.process is None:
+            return scores
+        seen = [ids_of(prompts[writer.prompt], writer) for writer in writers]
+        return torch.cat([self.process(ids, scores[row : row + 1]) for row, ids in enumerate(seen)])
 
 
 class TokenChooser:
@@ -104,14 +114,13 @@ def _extend_texts(
     writers = [live[row] for row in rows]
     hidden = stream.hidden if len(rows) == len(live) else stream.hidden[rows]
     log_probs = stream.lm.logits(hidden).float().log_softmax(-1)
-    scores = rules.mask(log_probs, writers)
-    if hooks.process is not None:
-        seen = [ids_of(prompts[writer.prompt], writer) for writer in writers]
-        scores = torch.cat([hooks.process(ids, scores[row : row + 1]) for row, ids in enumerate(seen)])
+    scores = hooks.processed(rules.mask(log_probs, writers), prompts, writers)
     chosen = chooser(scores, [writer.prompt for writer in writers])
     values = log_probs[range(len(chosen)), chosen].tolist()
     for writer, token_id, value in zip(writers, chosen, values):
         rules.choose(writer, token_id, value)
+        if hooks.on_token is not None:
+            hooks.on_token(token_id)
         if hooks.should_stop is not None and hooks.should_stop(ids_of(prompts[writer.prompt], writer)):
             writer.finish = writer.finish or "stop"
 

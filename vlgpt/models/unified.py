@@ -113,7 +113,8 @@ class UnifiedModel(nn.Module):
         with torch.device("meta"):
             model = cls.from_config(config, attention=attention)
         model.to_empty(device="cpu")
-        model.lm.language_model.tie_weights()
+        if config.lora is None:
+            model.lm.language_model.tie_weights()
         reset_computed_buffers(model)
         load_weights(model, folder / "model.safetensors")
         return model.eval()

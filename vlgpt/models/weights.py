@@ -33,17 +33,20 @@ class StoredTensor:
 def tensors_of(module: nn.Module, *, merge_lora: bool) -> dict[str, StoredTensor]:
     """The state of a module by name; shared tensors once. With `merge_lora` as if peft had merged and unloaded.
 
-    The module is not changed: merged weights are made one at a time.
+    The module is not changed: merged weights are made one at a time. Kept adapters wrap tied embeddings one by one, so
+    then both are written.
     """
     tensors: dict[str, StoredTensor] = {}
+    is_wrapped = not merge_lora and any("lora_" in name for name, _ in module.named_parameters())
     seen: set[tuple[int, int]] = set()
     for name, tensor in module.state_dict(keep_vars=True).items():
         identity = (tensor.untyped_storage().data_ptr(), tensor.storage_offset())
-        if identity in seen and tensor.numel() and not tensor.is_meta:
-            continue
+        is_shared = identity in seen and tensor.numel() > 0 and not tensor.is_meta
         seen.add(identity)
+        if is_shared and not is_wrapped:
+            continue
         if not merge_lora:
-            tensors[name] = StoredTensor(tensor, lambda tensor=tensor: tensor.detach())  # type: ignore[misc]
+            tensors[name] = StoredTensor(tensor, tensor.detach().clone if is_shared else tensor.detach)
         elif not any(part in name for part in _ADAPTER_PARTS):
             make = _merger(module, name, tensor)
             tensors[_plain_name(name)] = StoredTensor(tensor, make)

@@ -1,0 +1,364 @@
+"""Laws of exports: what is loaded is what was trained, bit by bit, by us and by transformers alike."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from tiny_unified import NUM_VISUAL, TEXTS, VISUAL_WIDTH, new_document_tokenizer, new_model
+from transformers import AutoModel, AutoProcessor, LogitsProcessor, LogitsProcessorList, StoppingCriteria
+
+from vlgpt import hf
+from vlgpt.document import Document, ImagePart, TextPart
+from vlgpt.export import export_model, load_generator
+from vlgpt.generate import DecodeSettings, Generator, Prompt
+from vlgpt.log import UserError
+from vlgpt.models.decoders import ConvDecoder
+from vlgpt.models.encoders import load_clip, new_open_clip, save_open_clip
+from vlgpt.models.multimodal_lm import LoraSettings
+from vlgpt.models.unified import UnifiedModel, is_export
+from vlgpt.models.weights import tensors_of, write_weights
+
+CHAT = Document("c", "test", (ImagePart(0, "user"), TextPart("what is in the picture", "user")))
+PLAIN = Document("d", "test", (TextPart("an image of three elephants."),))
+
+
+def save_clip(folder: Path) -> None:
+    tokenizer = new_document_tokenizer()
+    config = {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 24, "patch_size": 12, "width": 24, "layers": 2, "head_width": 12},
+        "text_cfg": {"context_length": 8, "vocab_size": 448, "width": 16, "heads": 2, "layers": 1},
+    }
+    torch.manual_seed(1)
+    save_open_clip(new_open_clip(config=config), config=config, folder=folder)
+    tokenizer.save(folder)
+
+
+def picture(seed: int, size: tuple[int, int] = (40, 30)) -> Image.Image:
+    values = torch.randint(0, 255, (size[1], size[0], 3), generator=torch.Generator().manual_seed(seed))
+    return Image.fromarray(values.to(torch.uint8).numpy())
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """A CLIP of 5 tokens (CLS and 4 patches), a picture decoder, and a model that fits both."""
+    folder = tmp_path_factory.mktemp("parts")
+    save_clip(folder / "clip")
+    decoder = ConvDecoder(
+        image_tokens=3,
+        image_width=16,
+        text_tokens=5,
+        text_width=12,
+        size_px=24,
+        width=24,
+        num_heads=2,
+        channels=32,
+    )
+    decoder.save(folder / "decoder")
+    return folder
+
+
+def trained(tokenizer, *, tied: bool = False, has_lora: bool = False, seed: int = 0) -> UnifiedModel:
+    model = new_model(tokenizer, seed=seed, num_patches=5, tied=tied, image_wish=3.0)
+    if has_lora:
+        model.lm.add_lora(LoraSettings(rank=4, alpha=8.0), [tokenizer.begin_image_id, tokenizer.end_image_id])
+        with torch.no_grad():
+            for name, parameter in model.lm.named_parameters():
+                if "lora_" in name or "trainable_tokens" in name:
+                    parameter.add_(0.2 * torch.randn_like(parameter))
+    return model.eval()
+
+
+@torch.no_grad()
+def outputs(model: UnifiedModel | hf.VLGPTForConditionalGeneration) -> list[torch.Tensor]:
+    ids = torch.arange(40).reshape(2, 20)
+    is_visual = torch.zeros(2, 20, dtype=torch.bool)
+    is_visual[0, 3 : 3 + NUM_VISUAL] = True
+    patches = torch.randn(1, 5, 24, generator=torch.Generator().manual_seed(3))
+    visual = model.image_tokenizer.encode(patches)
+    lm = model.lm
+    hidden = lm.backbone(inputs_embeds=lm.embed(ids, is_visual, visual), use_cache=False).last_hidden_state
+    return [lm.logits(hidden), lm.regression_head(hidden), *model.conditions_of(visual)]
+
+
+def assert_equal(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> None:
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("lora", ["none", "kept"])
+def test_an_export_gives_the_same_logits_bit_by_bit(tied, lora, tmp_path):
+    tokenizer = new_document_tokenizer(template="chatml")
+    model = trained(tokenizer, tied=tied, has_lora=lora == "kept")
+    wanted = outputs(model)
+    export_model(model, tmp_path, tokenizer=tokenizer, merge_lora=False)
+    assert is_export(tmp_path)
+    assert_equal(outputs(UnifiedModel.from_folder(tmp_path)), wanted)
+    assert_equal(outputs(AutoModel.from_pretrained(tmp_path)), wanted)
+    generator = Generator.load(tmp_path)
+    assert generator.tokenizer.template_name == "chatml"
+    assert generator.tokenizer.fingerprint == tokenizer.fingerprint
+    assert generator.tokenizer.begin_image_id == tokenizer.begin_image_id
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_merging_equals_peft_and_leaves_the_trained_model_as_it_was(tied, tmp_path):
+    tokenizer = new_document_tokenizer()
+    model = trained(tokenizer, tied=tied, has_lora=True)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    apart = outputs(model)
+    export_model(model, tmp_path, tokenizer=tokenizer)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    merged = outputs(UnifiedModel.from_folder(tmp_path))
+    for found, wanted in zip(merged, apart):
+        torch.testing.assert_close(found, wanted, atol=2e-4, rtol=1e-4)
+    model.lm.merge_lora()
+    assert_equal(merged, outputs(model.eval()))
+    assert not any(
+        "lora" in name or "base_layer" in name for name in load_file(tmp_path / "model.safetensors")
+    )
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_shards_with_an_index_load_like_one_file(tied, tmp_path):
+    tokenizer = new_document_tokenizer()
+    model = trained(tokenizer, tied=tied)
+    export_model(model, tmp_path, tokenizer=tokenizer)
+    (tmp_path / "model.safetensors").unlink()
+    tensors = tensors_of(model, merge_lora=True)
+    write_weights(tensors, tmp_path, max_shard_bytes=100_000)
+    shards = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(shards) > 3
+    assert all(path.stat().st_size < 130_000 for path in shards)
+    assert_equal(outputs(UnifiedModel.from_folder(tmp_path)), outputs(model))
+    assert_equal(outputs(AutoModel.from_pretrained(tmp_path)), outputs(model))
+    shards[1].unlink()
+    with pytest.raises(UserError, match=shards[1].name):
+        UnifiedModel.from_folder(tmp_path)
+
+
+def test_an_export_carries_encoder_decoder_and_card(parts, tmp_path):
+    tokenizer = new_document_tokenizer()
+    model = trained(tokenizer)
+    export_model(
+        model,
+        tmp_path / "export",
+        tokenizer=tokenizer,
+        encoder={"path": str(parts / "clip"), "library": "open_clip", "layer": -2, "has_cls": True},
+        picture_decoder=parts / "decoder",
+        card={
+            "name": "tiny",
+            "sources": ["emoji-pairs"],
+            "attribution": ["A picture by somebody."],
+            "results": {"x": 1.5},
+        },
+    )
+    moved = tmp_path / "moved"
+    (tmp_path / "export").rename(moved)
+    here = Generator(
+        model=model,
+        tokenizer=tokenizer,
+        encoder=load_clip(parts / "clip"),
+        decoder=ConvDecoder.from_folder(parts / "decoder").eval(),
+    )
+    there = load_generator(moved)
+    prompt = Prompt(CHAT, (picture(1),))
+    for settings in (DecodeSettings(max_new_tokens=12), DecodeSettings(images="force", visual_guidance=2.0)):
+        a, b = here.generate([prompt], settings)[0], there.generate([prompt], settings)[0]
+        assert a.token_ids == b.token_ids
+        assert all(torch.equal(x, y) for x, y in zip(a.visual, b.visual))
+    seeds = [("a", 1), ("b", 2)]
+    visual = here.tokenize([picture(1), picture(2, (24, 24))])
+    assert visual.shape == (2, NUM_VISUAL, VISUAL_WIDTH)
+    for use in ("both", "image", "text"):
+        drawn = [g.draw(visual, seeds=seeds, use=use) for g in (here, there)]
+        assert [p.tobytes() for p in drawn[0]] == [p.tobytes() for p in drawn[1]]
+        assert drawn[0][0].size == (24, 24)
+    assert here.reconstruct([picture(1)])[0].tobytes() == there.draw(visual[:1], seeds=seeds[:1])[0].tobytes()
+    card = (moved / "README.md").read_text()
+    for words in ("Twemoji", "CC-BY 4.0", "Noto", "A picture by somebody.", "| x | 1.5 |", "emoji-pairs"):
+        assert words in card
+    assert str(parts) not in (moved / "config.json").read_text()
+
+
+def test_a_diffusion_decoder_is_carried_by_its_description(tmp_path):
+    tokenizer = new_document_tokenizer()
+    source = tmp_path / "sd"
+    (source / "pipeline").mkdir(parents=True)
+    (source / "pipeline" / "model_index.json").write_text("{}")
+    (source / "adapter.safetensors").write_bytes(b"x")
+    description = {
+        "pipeline": "pipeline",
+        "adapter": "adapter.safetensors",
+        "unconditional": "hub/constants",
+        "num_steps": 7,
+    }
+    (source / "diffusion.json").write_text(json.dumps(description))
+    export_model(trained(tokenizer), tmp_path / "e", tokenizer=tokenizer, picture_decoder=source)
+    record = json.loads((tmp_path / "e" / "config.json").read_text())["picture_decoder"]
+    assert record == {
+        "kind": "diffusion",
+        "pipeline": "picture_decoder/pipeline",
+        "adapter": "picture_decoder/adapter.safetensors",
+        "unconditional": "hub/constants",
+        "num_steps": 7,
+    }
+    assert (tmp_path / "e" / record["adapter"]).read_bytes() == b"x"
+    with pytest.raises(UserError, match=r"diffusion\.json"):
+        export_model(trained(tokenizer), tmp_path / "f", tokenizer=tokenizer, picture_decoder=tmp_path)
+    assert not is_export(tmp_path / "f")
+
+
+@pytest.fixture(scope="module")
+def export(parts, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("export")
+    tokenizer = new_document_tokenizer()
+    export_model(
+        trained(tokenizer),
+        folder,
+        tokenizer=tokenizer,
+        encoder={"path": str(parts / "clip"), "library": "open_clip"},
+    )
+    return folder
+
+
+def test_transformers_generate_gives_the_replies_of_the_generator(export):
+    generator = load_generator(export)
+    model, processor = AutoModel.from_pretrained(export), AutoProcessor.from_pretrained(export)
+    assert isinstance(model, hf.VLGPTForConditionalGeneration)
+    assert isinstance(processor, hf.VLGPTProcessor)
+    images = [picture(5)]
+    inputs = processor([CHAT, PLAIN], images=images)
+    assert inputs["pixel_values"].shape == (1, 3, 24, 24)
+    prompts = [Prompt(CHAT, (images[0],)), Prompt(PLAIN)]
+    cases = [
+        ({}, DecodeSettings(max_new_tokens=12, max_images=1)),
+        (
+            {"max_images": 2, "visual_guidance": 2.0},
+            DecodeSettings(max_new_tokens=12, max_images=2, visual_guidance=2.0),
+        ),
+        (
+            {"num_beams": 3, "length_penalty": -1.0},
+            DecodeSettings(max_new_tokens=12, num_beams=3, length_penalty=-1.0),
+        ),
+        ({"images": "force"}, DecodeSettings(images="force")),
+        (
+            {"images": "never", "min_new_tokens": 5},
+            DecodeSettings(max_new_tokens=12, images="never", min_new_tokens=5),
+        ),
+    ]
+    for arguments, settings in cases:
+        found = model.generate(**inputs, max_new_tokens=12, **arguments)
+        width = inputs["input_ids"].shape[1]
+        for row, reply in enumerate(generator.generate(prompts, settings)):
+            start = int(inputs["attention_mask"][row].sum())
+            assert found.sequences[row, start : start + len(reply.token_ids)].tolist() == list(
+                reply.token_ids
+            )
+            assert len(found.visual[row]) == len(reply.visual)
+            for a, b in zip(found.visual[row], reply.visual):
+                torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+            kept = inputs["input_ids"][row, width - start :]
+            assert torch.equal(found.sequences[row, :start], kept)
+            assert processor.decode(reply.token_ids) == reply.text
+    ids = model.generate(**inputs, max_new_tokens=3, return_dict_in_generate=False)
+    assert isinstance(ids, torch.Tensor)
+
+
+def test_transformers_processors_criteria_and_streamers_take_part(export):
+    model, processor = AutoModel.from_pretrained(export), AutoProcessor.from_pretrained(export)
+    inputs = processor([PLAIN])
+    free = model.generate(**inputs, max_new_tokens=8, images="never").sequences[0].tolist()
+    length = inputs["input_ids"].shape[1]
+
+    class Favour(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            assert input_ids.shape[0] == scores.shape[0] == 1
+            scores = scores.clone()
+            scores[:, 7 + input_ids.shape[1] - length] += 100
+            return scores
+
+    class After(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            return torch.tensor([input_ids.shape[1] - length >= 4])
+
+    class Collect:
+        def __init__(self):
+            self.tokens, self.is_ended = [], False
+
+        def put(self, value):
+            self.tokens += value.flatten().tolist()
+
+        def end(self):
+            self.is_ended = True
+
+    collect = Collect()
+    pushed = model.generate(
+        **inputs,
+        max_new_tokens=8,
+        images="never",
+        logits_processor=LogitsProcessorList([Favour()]),
+        stopping_criteria=[After()],
+        streamer=collect,
+    )
+    assert pushed.sequences[0, length:].tolist() == [7, 8, 9, 10] == collect.tokens
+    assert collect.is_ended
+    banned = model.generate(**inputs, max_new_tokens=8, images="never", bad_words_ids=[[free[length]]])
+    assert free[length] not in banned.sequences[0, length:].tolist()
+    sampled = [
+        model.generate(**inputs, max_new_tokens=8, do_sample=True, temperature=2.0, seed=seed).sequences
+        for seed in (0, 0, 1)
+    ]
+    assert torch.equal(sampled[0], sampled[1])
+    assert not torch.equal(sampled[0], sampled[2])
+
+
+def test_forward_with_images_equals_our_own_and_counts_them(export):
+    model, processor = AutoModel.from_pretrained(export), AutoProcessor.from_pretrained(export)
+    inputs = processor([CHAT], images=[picture(5)])
+    generator = load_generator(export)
+    with torch.no_grad():
+        found = model(**inputs)
+        visual = generator.tokenize([picture(5)])
+        lm = generator.model.lm
+        is_visual = model.visual_positions(inputs["input_ids"])
+        hidden = lm.backbone(inputs_embeds=lm.embed(inputs["input_ids"], is_visual, visual), use_cache=False)
+        assert torch.equal(found.logits, lm.logits(hidden.last_hidden_state))
+    with pytest.raises(UserError, match="2 images"):
+        model(inputs["input_ids"], visual=torch.zeros(2, NUM_VISUAL, VISUAL_WIDTH))
+    with pytest.raises(UserError, match="images"):
+        processor([CHAT])
+
+
+def test_a_wrong_folder_gives_one_clear_error(export, tmp_path):
+    with pytest.raises(UserError, match="no export"):
+        load_generator(tmp_path)
+    tokenizer = new_document_tokenizer()
+    export_model(trained(tokenizer), tmp_path, tokenizer=tokenizer)
+    state = load_file(tmp_path / "model.safetensors")
+    from safetensors.torch import save_file
+
+    name = "lm.regression_head.layers.weight"
+    save_file({key: value for key, value in state.items() if key != name}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=f"missing {name}"):
+        load_generator(tmp_path)
+    save_file({**state, name: state[name][:, :3].contiguous()}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="shape"):
+        load_generator(tmp_path)
+
+
+def test_bfloat16_language_models_keep_their_image_parts_exact(export):
+    generator = load_generator(export, dtype=torch.bfloat16)
+    exact = load_generator(export)
+    assert next(generator.model.lm.parameters()).dtype == torch.bfloat16
+    assert torch.equal(generator.tokenize([picture(5)]), exact.tokenize([picture(5)]))
+    reply = generator.generate([Prompt(CHAT, (picture(5),))], DecodeSettings(images="force"))[0]
+    wanted = exact.generate([Prompt(CHAT, (picture(5),))], DecodeSettings(images="force"))[0]
+    assert reply.visual[0].dtype == torch.float32
+    torch.testing.assert_close(reply.visual[0], wanted.visual[0], atol=0.15, rtol=0.1)
+    assert generator.rank(Prompt(PLAIN), TEXTS[0].split()).shape == (len(TEXTS[0].split()),)
