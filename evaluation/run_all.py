@@ -124,6 +124,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--limit", type=int, help="a random subset of this size of each benchmark")
     p.add_argument("--num-beams", type=int, help="instead of each benchmark's own number of beams")
     p.add_argument("--batch-size", type=int, default=8)
+    p.add_argument(
+        "--draw-batch-size", type=int, default=1, help="pictures drawn at a time (part of the protocol)"
+    )
     p.add_argument("--num-processes", type=int, default=1)
     p.add_argument("--rank", type=int, help="this process; without it all are started here")
     p.add_argument("--device", default="cpu")
@@ -136,6 +139,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     configure(rank=args.rank or 0)
     if args.num_processes > 1 and args.rank is None:
         return _start_processes(list(sys.argv[1:] if arguments is None else arguments), args.num_processes)
+    found = [] if args.rank else benchmarks.suites_of(args.data)
+    for name in found:
+        who = "--responder" if args.model in ("oracle", "shuffled") else "--model"
+        benchmarks.suite(name)([who, args.model, "--data", str(args.data), "--output", str(args.output)])
     given = {name: value for name in ("clip", "inception", "fd_clip") if (value := getattr(args, name))}
     responder_of = _responders(args)
     planned = list(jobs(args.jobs, prompts=args.prompts, given=given))
@@ -156,6 +163,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if open_jobs := [name for name in todo if not (args.output / name / "results.json").is_file()]:
         print(f"other processes are still at work on {', '.join(open_jobs)}")
         return 0
+    if not todo and found:
+        return 0
     if not todo:
         raise UserError(f"no benchmark has data below {args.data}; docs/evaluation.md lists the files")
     for path in report.write(args.output, data=args.data, names=todo, skipped=skipped):
@@ -174,7 +183,9 @@ def _responders(args: argparse.Namespace) -> Any:
         import torch
 
         device = f"cuda:{(args.rank or 0) % max(torch.cuda.device_count(), 1)}"
-    responder: Responder = ModelResponder.load(Path(args.model), device=device, dtype=args.dtype)
+    responder: Responder = ModelResponder.load(
+        Path(args.model), device=device, dtype=args.dtype, draw_batch_size=args.draw_batch_size
+    )
     return lambda benchmark, examples: responder
 
 

@@ -129,7 +129,8 @@ def _carry_decoder(path: Path, folder: Path) -> dict[str, Any]:
             f"picture_decoder {path} is neither a saved ConvDecoder or TinyDiffusionDecoder nor a folder with "
             f"{DIFFUSION_FILE}"
         )
-    return {"kind": "component", "path": carry(path, folder, "picture_decoder")}
+    name = json.loads((path / "config.json").read_text())["class"]
+    return {"kind": "component", "class": name, "path": carry(path, folder, "picture_decoder")}
 
 
 def _write_transformers_files(folder: Path, tokenizer: DocumentTokenizer, config: UnifiedConfig) -> None:

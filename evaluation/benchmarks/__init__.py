@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from evaluation.core import Benchmark
@@ -51,6 +52,15 @@ def suite(name: str) -> Callable[[Sequence[str]], int]:
     """The main function of a suite."""
     module, function = SUITES[name].split(":")
     return getattr(importlib.import_module(f"evaluation.benchmarks.{module}"), function)
+
+
+def suites_of(data: Path) -> list[str]:
+    """The suites whose data lies in a folder."""
+    modules = {
+        name: importlib.import_module(f"evaluation.benchmarks.{SUITES[name].split(':')[0]}")
+        for name in SUITES
+    }
+    return [name for name, module in modules.items() if module.has_data(data)]
 
 
 def make(name: str, **options: Any) -> Benchmark:

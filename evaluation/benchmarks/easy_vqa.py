@@ -19,8 +19,7 @@ from evaluation.core import DataNotFound, Decoding, Example, Prediction, Scores,
 
 @dataclass(frozen=True, kw_only=True)
 class EasyVqa(ShortAnswers):
-    """Splits test and train (shots). Read from DATA/easy_vqa when it is there, else from the installed
-    package."""
+    """Splits test and train (shots), read from DATA/easy_vqa or from the installed package's data folder."""
 
     name: ClassVar[str] = "easy_vqa"
     default_decoding: ClassVar[Decoding] = Decoding(max_new_tokens=5, min_new_tokens=1)
@@ -65,11 +64,13 @@ class EasyVqa(ShortAnswers):
 
 
 def _folder(data: Path) -> Path:
-    if (data / "easy_vqa").is_dir():
-        return data / "easy_vqa"
+    """DATA/easy_vqa, or DATA itself when it is the installed package's data folder."""
+    for folder in (data / "easy_vqa", data):
+        if (folder / "test" / "questions.json").is_file():
+            return folder
     spec = importlib.util.find_spec("easy_vqa")
-    if spec is None or not spec.submodule_search_locations:
-        raise DataNotFound(
-            "easy-VQA not found; pip install easy-vqa, or put its data folder at DATA/easy_vqa"
-        )
-    return Path(spec.submodule_search_locations[0]) / "data"
+    package = spec.submodule_search_locations[0] if spec and spec.submodule_search_locations else ""
+    place = f"{package}/data" if package else "the data folder of `pip install easy-vqa`"
+    raise DataNotFound(
+        f"easy-VQA not found in {data}; give --data {place}, or link that folder as {data}/easy_vqa"
+    )

@@ -15,11 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 from evaluation import benchmarks, manifest
 from evaluation.core import Benchmark, Decoding, Prompt, Responder
+from evaluation.pass_marks import PASS_MARKS
 from evaluation.responders import ModelResponder, OracleResponder, ShuffledResponder
 from evaluation.run import run
 from evaluation.score import read_predictions, score, write_results
@@ -27,8 +30,9 @@ from vlgpt.log import UserError, configure
 from vlgpt.shards.atomic import write_atomic
 
 METRICS = "metrics.json"
+LOG_WIDTH = 110
 NUM_IMAGE_SEEDS = 3
-DETERMINISTIC_HEADS, DETERMINISTIC_DECODERS = ("linear", "mlp"), ("conv",)
+DETERMINISTIC_HEADS, DETERMINISTIC_DECODERS = ("linear", "mlp"), ("ConvDecoder",)
 
 
 @dataclass(frozen=True)
@@ -123,9 +127,14 @@ def run_part(
 def num_image_seeds(export: Path) -> int:
     """1 for an export that always draws the same picture, 3 for one that samples."""
     config = json.loads((export / "config.json").read_text(encoding="utf-8"))
-    decoder = (config.get("picture_decoder") or {}).get("kind", "conv")
+    decoder = (config.get("picture_decoder") or {}).get("class", "")
     is_fixed = config.get("head", "linear") in DETERMINISTIC_HEADS and decoder in DETERMINISTIC_DECODERS
     return 1 if is_fixed else NUM_IMAGE_SEEDS
+
+
+def has_data(data: Path) -> bool:
+    """Whether `evaluation/run_all.sh` can run the suite on this folder."""
+    return (data / "instructions-unseen" / "manifest.json").is_file()
 
 
 def parser() -> argparse.ArgumentParser:
@@ -174,7 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     metrics = _run_parts(parts, args, pretrained)
     write_atomic(args.output / METRICS, (json.dumps(metrics, indent=1) + "\n").encode())
-    Console().print(table(metrics))
+    print_table(metrics)
     return 0
 
 
@@ -212,13 +221,9 @@ def _run_parts(
     return metrics
 
 
-def table(metrics: Mapping[str, Mapping[str, float]]) -> Any:
-    """The metrics as a terminal table: value, chance, n and, where the demo has one, the pass mark."""
-    from rich.table import Table
-
-    from evaluation.pass_marks import PASS_MARKS
-
-    result = Table("metric", "value", "chance", "n", "pass mark", "")
+def print_table(metrics: Mapping[str, Mapping[str, float]]) -> None:
+    """The metrics on the terminal: value, chance, n and, where the demo has one, the pass mark."""
+    result = Table("metric", "value", "chance", "n", "pass mark", "", box=box.SIMPLE_HEAD)
     result.columns[0].no_wrap = True
     for column in result.columns[1:4]:
         column.justify = "right"
@@ -228,4 +233,7 @@ def table(metrics: Mapping[str, Mapping[str, float]]) -> Any:
         verdict = "" if mark is None else "[green]pass[/green]" if mark.is_met(entry) else "[red]below[/red]"
         row = (name, f"{entry['value']:.3f}", chance, str(entry["n"]), mark.text if mark else "", verdict)
         result.add_row(*row)
-    return result
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=LOG_WIDTH)
+    console.print(result)
