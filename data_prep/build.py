@@ -206,17 +206,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             hash_tars=arguments.verify == "hash",
         )
     except TooManyBad as error:
-        console.print(f"error: {error}", style="red", highlight=False)
+        console.print(f"error: {error}", style="red", highlight=False, soft_wrap=True)
         return 1
     except (Stopped, KeyboardInterrupt):
-        console.print("stopped; run the same command again to continue", highlight=False)
+        console.print("stopped; run the same command again to continue", highlight=False, soft_wrap=True)
         return STOPPED
     if manifest is None:
         console.print(
             f"task {arguments.task_index} of {arguments.num_tasks} is done; other tasks are not yet"
         )
     else:
-        console.print(summary(arguments.output, manifest), highlight=False)
+        console.print(summary(arguments.output, manifest), highlight=False, soft_wrap=True)
     return 0
 
 

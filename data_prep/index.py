@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             written = sum(reindex_shard(folder, shard, tokenizer_path=arguments.tokenizer) for shard in steps)
         if tokenizer is not None:
             _note_tokenizer(folder, tokenizer.fingerprint)
-        console.print(f"{folder}: {written} of {len(mine)} indexes written", highlight=False)
+        console.print(f"{folder}: {written} of {len(mine)} indexes written", highlight=False, soft_wrap=True)
     return 0
 
 

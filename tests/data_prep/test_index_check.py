@@ -1,0 +1,304 @@
+"""`index` changes token lengths and nothing else; `check` names every damage; its page is safe to open."""
+
+import html.parser
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from corpus import encode, pixels
+from PIL import Image
+
+from data_prep import check, index
+from data_prep.build import main as build
+from vlgpt.document import Document, ImagePart, TextPart
+from vlgpt.log import run_command
+from vlgpt.shards import FeatureSpec, ShardSet, ShardWriter, write_manifest
+from vlgpt.shards.features import write_feature_rows, write_spec
+from vlgpt.tokens import DocumentTokenizer
+
+HOSTILE = (
+    "<script>alert(1)</script>",
+    '"><img src=x onerror=alert(1)>',
+    "</article><h1>",
+    "{{ 7 * 7 }}",
+    "\u202ertl\x00",
+)
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory, word_tokenizer) -> Path:
+    """A small sealed data set of two shards with token lengths."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "in").mkdir()
+    rows = []
+    for number in range(9):
+        (folder / "in" / f"{number}.png").write_bytes(encode(Image.fromarray(pixels(number)), "PNG"))
+        rows.append({"file_name": f"{number}.png", "text": f"picture number {number} " * (number + 1)})
+    (folder / "in" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    command = ["folder", "--input", str(folder / "in"), "--output", str(folder / "out"), "--shard-size", "5"]
+    assert build([*command, "--num-workers", "0", "--tokenizer", str(word_tokenizer)]) == 0
+    return folder / "out"
+
+
+@pytest.fixture
+def data(built, tmp_path) -> Path:
+    return Path(shutil.copytree(built, tmp_path / "data"))
+
+
+@pytest.fixture
+def letter_tokenizer(tmp_path) -> Path:
+    """Another tokenizer: one token per letter."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1}, unk_token="<unk>"))
+    letters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    fast = PreTrainedTokenizerFast(tokenizer_object=letters, eos_token="</s>", unk_token="<unk>")
+    fast.save_pretrained(str(tmp_path / "letters"))
+    return tmp_path / "letters"
+
+
+def tars(folder: Path) -> dict[str, tuple[int, bytes]]:
+    return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.glob("*.tar")}
+
+
+def test_reindexing_stores_the_lengths_of_the_new_tokenizer_and_touches_no_tar(data, letter_tokenizer):
+    before, old = tars(data), ShardSet.open(data).index(0)
+    assert index.main([str(data), "--tokenizer", str(letter_tokenizer)]) == 0
+    assert tars(data) == before
+    shards, tokenizer = ShardSet.open(data), DocumentTokenizer.load(letter_tokenizer)
+    for shard, record in enumerate(shards.shards):
+        new = shards.index(shard)
+        assert new.tokenizer == tokenizer.fingerprint
+        texts = [shards.read(shard, sample).document.text for sample in range(record.num_samples)]
+        assert new.part_tokens[~new.part_is_image].tolist() == [
+            len(tokenizer.encode_text(text)) for text in texts
+        ]
+    assert new.part_tokens.max() > old.part_tokens.max()
+    assert shards.manifest.build["tokenizer"] == tokenizer.fingerprint
+    assert check.main([str(data)]) == 0
+
+
+def test_reindexing_twice_writes_once(data, letter_tokenizer, capsys):
+    for written in (2, 0):
+        assert index.main([str(data), "--tokenizer", str(letter_tokenizer)]) == 0
+        assert f"{written} of 2 indexes written" in capsys.readouterr().err
+
+
+def test_a_reindexed_folder_is_still_the_same_build(data, built, letter_tokenizer):
+    assert index.main([str(data), "--tokenizer", str(letter_tokenizer)]) == 0
+    source = ["folder", "--input", str(built.parent / "in"), "--output", str(data), "--shard-size", "5"]
+    command = [*source, "--num-workers", "0", "--tokenizer", str(letter_tokenizer), "--name", "out"]
+    assert run_command(lambda: build(command)) == 0
+
+
+def test_a_damaged_index_is_made_anew(data, word_tokenizer):
+    whole = (data / "00001.idx").read_bytes()
+    (data / "00001.idx").write_bytes(whole[: len(whole) // 2])
+    assert check.main([str(data)]) == 1
+    assert index.main([str(data), "--tokenizer", str(word_tokenizer)]) == 0
+    assert (data / "00001.idx").read_bytes() == whole
+    assert check.main([str(data)]) == 0
+
+
+def test_foreign_tars_get_token_lengths_too(tmp_path, word_tokenizer):
+    import io
+    import tarfile
+
+    with tarfile.open(tmp_path / "f.tar", "w") as archive:
+        for name, content in (("a.jpg", b"x"), ("a.txt", b"picture of a dog")):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    assert index.main([str(tmp_path), "--tokenizer", str(word_tokenizer)]) == 0
+    assert ShardSet.open(tmp_path).index(0).part_tokens.tolist() == [0, 4]
+
+
+# --- check ---
+
+
+def flip(path: Path, position: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[position] ^= 8
+    path.write_bytes(content)
+
+
+def edit(path: Path, change) -> None:
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+def rewrite_index(data: Path, change) -> None:
+    found = ShardSet.open(data).index(1)
+    change(found)
+    (data / "00001.idx").write_bytes(found.save_bytes())
+
+
+DAMAGES = {
+    "flipped bit": (lambda d: flip(d / "00001.tar", 3000), "00001: the tar's sha256"),
+    "cut tar": (
+        lambda d: (d / "00001.tar").write_bytes((d / "00001.tar").read_bytes()[:5000]),
+        "00001: its tar",
+    ),
+    "missing tar": (lambda d: (d / "00000.tar").unlink(), "00000: its tar"),
+    "missing index": (lambda d: (d / "00000.idx").unlink(), "00000: its tar, index or report"),
+    "missing report": (lambda d: (d / "00000.json").unlink(), "00000: its tar, index or report"),
+    "missing manifest": (lambda d: (d / "manifest.json").unlink(), "manifest:"),
+    "unsealed": (lambda d: (d / "_SUCCESS").unlink(), "manifest: _SUCCESS is missing"),
+    "stray tar": (
+        lambda d: shutil.copy(d / "00000.tar", d / "00007.tar"),
+        "00007: a tar that the manifest does not",
+    ),
+    "wrong total": (
+        lambda d: edit(d / "manifest.json", lambda m: m.update(num_samples=3)),
+        "manifest: num_samples",
+    ),
+    "wrong drops": (
+        lambda d: edit(d / "manifest.json", lambda m: m.update(dropped={"x": 1})),
+        "manifest: records in",
+    ),
+    "other report": (
+        lambda d: edit(d / "00001.json", lambda r: r.update(sha256="0" * 64)),
+        "00001: report and manifest",
+    ),
+    "index of another tar": (
+        lambda d: shutil.copy(d / "00000.idx", d / "00001.idx"),
+        "00001: the index belongs to",
+    ),
+    "moved member": (
+        lambda d: rewrite_index(d, lambda i: i.member_offset.__setitem__(2, i.member_offset[2] + 512)),
+        "00001: members do not lie end to end",
+    ),
+    "wrong role": (
+        lambda d: rewrite_index(d, lambda i: i.part_role.__setitem__(0, 2)),
+        "00001: sample 0000100000: the index has other parts",
+    ),
+    "wrong checksum": (
+        lambda d: rewrite_index(d, lambda i: i.member_crc.__setitem__(1, 7)),
+        "00001: sample 0000100000: checksum of 0000100000.0.jpg",
+    ),
+    "wrong starts": (
+        lambda d: rewrite_index(d, lambda i: i.image_start.__setitem__(-1, 99)),
+        "00001: index column image_start is inconsistent",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_every_damage_is_named_and_the_exit_code_is_1(data, capsys, damage):
+    assert check.main([str(data)]) == 0
+    capsys.readouterr()
+    harm, message = DAMAGES[damage]
+    harm(data)
+    assert check.main([str(data)]) == 1
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("DAMAGED")]
+    assert any(line.startswith(f"DAMAGED {data}/{message}") for line in lines), lines
+
+
+def test_a_picture_that_does_not_decode_is_found_on_demand(tmp_path):
+    writer = ShardWriter(tmp_path, 0)
+    writer.add(Document("x", "s", (ImagePart(0),)), [("png", b"no picture")])
+    writer.close()
+    write_manifest(tmp_path, name="x", licence="", versions={}, build={}, num_shards=1)
+    assert check.main([str(tmp_path)]) == 0
+    assert check.main([str(tmp_path), "--decode"]) == 1
+
+
+def test_features_of_another_build_are_damage(data, capsys):
+    spec = FeatureSpec(
+        name="visual",
+        encoder="e",
+        weights_hash="w",
+        layer="",
+        preprocessing="",
+        shape=(2,),
+        dtype="float16",
+        views=1,
+        per="image",
+    )
+    write_spec(data, spec)
+    for number, record in enumerate(ShardSet.open(data).shards):
+        rows = np.zeros((record.num_images, 1, 2))
+        write_feature_rows(data, spec, record.name, rows, tar_sha256=record.sha256 if number else "another")
+    assert check.main([str(data)]) == 1
+    assert "feature visual: feature 'visual' of shard 00000" in capsys.readouterr().out
+
+
+def test_statistics_are_right(built, capsys):
+    assert check.main([str(built)]) == 0
+    shown = capsys.readouterr().out
+    assert "9 documents, 9 images, 2 shards" in shown and "documents by number of images: 1: 9" in shown
+    assert "parts by role: plain 18" in shown and "members: jpg 9, json 9" in shown
+    lengths = [3 * (number + 1) for number in range(9)]
+    assert f"tokens per text part: mean {np.mean(lengths):.0f}" in shown and f"max {max(lengths)}" in shown
+
+
+# --- the page ---
+
+
+class Page(html.parser.HTMLParser):
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += attributes
+
+
+@pytest.fixture
+def hostile(tmp_path) -> Path:
+    folder = tmp_path / "hostile"
+    folder.mkdir()
+    writer = ShardWriter(folder, 0)
+    image = encode(Image.fromarray(pixels(0)), "PNG")
+    for text in HOSTILE:
+        writer.add(Document(text, text, (ImagePart(0), TextPart(text))), [("png", image)])
+    writer.add(Document("svg", "s", (ImagePart(0),)), [("png", b"<svg onload=alert(1)>")])
+    chat = (ImagePart(0, "user"), TextPart("what picture ?", "user"), TextPart("answer", "assistant"))
+    writer.add(Document("chat", "s", chat), [("png", image)])
+    writer.close()
+    write_manifest(folder, name=HOSTILE[0], licence="", versions={}, build={}, num_shards=1)
+    return folder
+
+
+@pytest.mark.parametrize("with_tokenizer", [False, True])
+def test_no_caption_becomes_markup(hostile, tmp_path, word_tokenizer, with_tokenizer):
+    options = ["--tokenizer", str(word_tokenizer)] if with_tokenizer else []
+    assert check.main([str(hostile), "--html", str(tmp_path / "page.html"), *options]) == 0
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert set(page.tags) <= {
+        "html",
+        "head",
+        "meta",
+        "title",
+        "style",
+        "body",
+        "h1",
+        "p",
+        "article",
+        "h2",
+        "span",
+        "img",
+    }
+    assert page.tags.count("article") == 7 and page.tags.count("h1") == 1
+    assert not [name for name, _ in page.attributes if name.startswith("on")]
+    sources = [value for name, value in page.attributes if name in ("src", "href")]
+    assert len(sources) == 6 and all(value.startswith("data:image/png;base64,") for value in sources)
+    assert "default-src 'none'" in text and "49" not in re.sub(r"base64,\S+", "", text)
+
+
+def test_the_page_shows_order_roles_and_what_is_predicted(hostile, tmp_path):
+    assert check.main([str(hostile), "--html", str(tmp_path / "page.html")]) == 0
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    chat = text[text.index("what picture ?") - 400 : text.index("what picture ?") + 400]
+    assert re.search(r'class="text {2,}">what picture', chat), "the user's words are no target"
+    assert re.search(r'class="text target ">answer', chat), "the answer is one"
+    assert chat.index("what picture") < chat.index("answer")
