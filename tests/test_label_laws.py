@@ -1,0 +1,244 @@
+"""Label laws: what is predicted is exactly the answers, their end tokens and the embeddings of their images.
+
+The expected labels are written down here from the templates alone; then text goes through the tokenizer, the packer's
+rows and the one shift of `targets_of`. Mutants of every step show that the law has teeth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from tiny_unified import NUM_VISUAL, TEXTS, VISUAL_WIDTH, new_document_tokenizer
+
+from vlgpt.data.collate import collate_rows
+from vlgpt.data.samples import LoadedSequence
+from vlgpt.document import Document, ImagePart, Part, TextPart
+from vlgpt.models.losses import TargetPositions, count_targets, targets_of
+from vlgpt.tokens import TEMPLATES, DocumentTokenizer, Span, TokenSequence, flatten
+
+Label = tuple[str, int]  # ("text", token id) or ("visual", number of the embedding in the batch)
+LENGTH = 1024
+
+
+def fuzz(random: np.random.Generator, number: int) -> Document:
+    """A chat of 1 to 4 exchanges, or a plain document, with texts and images in any order on any side."""
+    words = " ".join(TEXTS).split()
+    parts: list[Part] = []
+    num_images = 0
+    is_chat = random.random() < 0.7
+    turns = ["user", "assistant"] * int(random.integers(1, 4)) if is_chat else ["plain"]
+    if is_chat and random.random() < 0.2:
+        turns = turns[:-1]  # nobody answers
+    for role in turns:
+        for _ in range(int(random.integers(1, 4))):
+            if random.random() < 0.35:
+                parts.append(ImagePart(num_images, role))
+                num_images += 1
+            else:
+                parts.append(TextPart(" ".join(random.choice(words, int(random.integers(1, 7)))), role))
+    return Document(f"d{number}", "test", tuple(parts))
+
+
+def expected_labels(
+    document: Document, tokenizer: DocumentTokenizer, first_image: int
+) -> list[tuple[Label, bool]]:
+    """Every position of a rendered document and whether it is predicted, from the template's strings alone."""
+    template, text = tokenizer.template, tokenizer.text_tokenizer
+
+    def fixed(string: str) -> list[tuple[Label, bool]]:
+        return (
+            [(("text", token), False) for token in text.encode(string, add_special_tokens=False)]
+            if string
+            else []
+        )
+
+    def content(part: Part, is_answer: bool) -> list[tuple[Label, bool]]:
+        if isinstance(part, ImagePart):
+            first = (first_image + part.index) * NUM_VISUAL
+            inside: list[Label] = [("visual", first + slot) for slot in range(NUM_VISUAL)]
+            span: list[Label] = [
+                ("text", tokenizer.begin_image_id),
+                *inside,
+                ("text", tokenizer.end_image_id),
+            ]
+            return [(label, is_answer) for label in span]
+        return [(("text", token), is_answer) for token in text.encode(part.text, add_special_tokens=False)]
+
+    end = [(("text", token), True) for token in text.encode(template.end or "</s>", add_special_tokens=False)]
+    result: list[tuple[Label, bool]] = [(("text", tokenizer.bos_id), False)]
+    if not document.is_chat:
+        body = [label for part in document.parts for label in content(part, True)]
+        return [*result, *body, (("text", tokenizer.eos_id), True)]
+    result += fixed(template.system)
+    for at, part in enumerate(document.parts):
+        is_answer = part.role == "assistant"
+        if at == 0 or document.parts[at - 1].role != part.role:
+            result += fixed(template.assistant if is_answer else template.user)
+        result += content(part, is_answer)
+        if at + 1 == len(document.parts) or document.parts[at + 1].role != part.role:
+            result += end if is_answer else fixed(template.user_end)
+    return result
+
+
+def found_labels(targets: TargetPositions) -> list[tuple[int, Label]]:
+    """(position that predicts, what it predicts), by position."""
+    text = zip(targets.text_from.tolist(), [("text", token) for token in targets.text_ids.tolist()])
+    visual = zip(targets.visual_from.tolist(), [("visual", row) for row in targets.visual_rows.tolist()])
+    return sorted([*text, *visual])
+
+
+def check_law(
+    template: str,
+    *,
+    render: Callable[[DocumentTokenizer, Document], list[Span]] = lambda tokenizer, document: tokenizer.spans(
+        document
+    ),
+    flatten_spans: Callable[[list[Span]], TokenSequence] = flatten,
+    targets_from: Callable = targets_of,
+    num_rounds: int = 6,
+) -> None:
+    """Pack fuzzed documents into rows and compare every single label. Raises AssertionError."""
+    tokenizer = new_document_tokenizer(template=template)
+    random = np.random.default_rng(7)
+    for round_number in range(num_rounds):
+        rows, expected, num_answer_images, num_images = [], [], 0, 0
+        for row in range(2):
+            loaded, at = [], row * LENGTH
+            for number in range(3):
+                document = fuzz(random, number)
+                labels = expected_labels(document, tokenizer, num_images)
+                sequence = flatten_spans(render(tokenizer, document))
+                if at - row * LENGTH + len(labels) > LENGTH:
+                    continue
+                expected += [(at + i - 1, label) for i, (label, is_target) in enumerate(labels) if is_target]
+                answers = [p for p in document.parts if isinstance(p, ImagePart) and p.role != "user"]
+                num_answer_images += len(answers)
+                num_images += document.num_images
+                images = np.zeros((document.num_images, NUM_VISUAL, VISUAL_WIDTH), np.float32)
+                loaded.append(
+                    LoadedSequence(document.id, 0, sequence, images if document.num_images else None, 0)
+                )
+                at += len(labels)
+            rows.append(loaded)
+        batch = collate_rows(
+            rows, sequence_length=LENGTH, kind="visual" if num_images else None, num_visual=NUM_VISUAL
+        )
+        assert found_labels(targets_from(batch)) == sorted(expected), f"round {round_number}"
+        counts = count_targets(batch)
+        assert counts["visual"] == NUM_VISUAL * num_answer_images
+        assert counts["text"] + counts["visual"] == len(expected)
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_targets_are_exactly_the_answers_with_their_end_tokens_and_images(template):
+    check_law(template)
+
+
+def test_there_are_five_templates_and_the_fuzz_reaches_every_kind_of_document():
+    assert len(TEMPLATES) == 5
+    random = np.random.default_rng(7)
+    documents = [fuzz(random, number) for number in range(36)]
+    sides = {(part.role, type(part).__name__) for document in documents for part in document.parts}
+    assert len(sides) == 6
+    assert any(document.is_chat and document.parts[-1].role == "user" for document in documents)
+    assert any(document.num_images >= 4 for document in documents)
+
+
+def shifted(step: int) -> Callable[[list[Span]], TokenSequence]:
+    def mutant(spans: list[Span]) -> TokenSequence:
+        sequence = flatten(spans)
+        is_target = np.roll(sequence.is_target, step)
+        is_target[0] = False
+        return replace(sequence, is_target=is_target)
+
+    return mutant
+
+
+def relabelled(choose: Callable[[Span], bool], value: bool, *, where: slice = slice(None)) -> Callable:
+    """Spans for which `choose` is true get other labels at `where`."""
+
+    def mutant(tokenizer: DocumentTokenizer, document: Document) -> list[Span]:
+        spans = []
+        for span in tokenizer.spans(document):
+            labels = np.array(span.is_target)
+            if choose(span):
+                labels[where] = value
+            spans.append(replace(span, is_target=tuple(bool(label) for label in labels)))
+        return spans
+
+    return mutant
+
+
+def with_fields(**changes: Callable[[TargetPositions], torch.Tensor]) -> Callable:
+    def mutant(batch):
+        targets = targets_of(batch)
+        return replace(targets, **{name: change(targets) for name, change in changes.items()})
+
+    return mutant
+
+
+MUTANTS = {
+    "labels one to the right": {"flatten_spans": shifted(1)},
+    "labels one to the left": {"flatten_spans": shifted(-1)},
+    "no end token": {"render": relabelled(lambda s: s.role == "end", False)},
+    "questions too": {"render": relabelled(lambda s: s.role == "user" and s.image is None, True)},
+    "images of the user too": {
+        "render": relabelled(lambda s: s.role == "user" and s.image is not None, True)
+    },
+    "headers too": {"render": relabelled(lambda s: s.role == "header", True)},
+    "system message too": {"render": relabelled(lambda s: s.role == "system", True)},
+    "no [IMG]": {"render": relabelled(lambda s: s.image is not None, False, where=slice(0, 1))},
+    "no [/IMG]": {"render": relabelled(lambda s: s.image is not None, False, where=slice(-1, None))},
+    "no last embedding": {"render": relabelled(lambda s: s.image is not None, False, where=slice(-2, -1))},
+    "no first embedding": {"render": relabelled(lambda s: s.image is not None, False, where=slice(1, 2))},
+    "no first word": {"render": relabelled(lambda s: s.role == "assistant", False, where=slice(0, 1))},
+    "no last word": {"render": relabelled(lambda s: s.role == "assistant", False, where=slice(-1, None))},
+    "no shift": {"targets_from": with_fields(text_from=lambda t: t.text_from + 1)},
+    "no shift of images": {"targets_from": with_fields(visual_from=lambda t: t.visual_from + 1)},
+    "two shifts": {"targets_from": with_fields(text_from=lambda t: t.text_from - 1)},
+    "the next embedding": {"targets_from": with_fields(visual_rows=lambda t: t.visual_rows + 1)},
+    "the input as target": {"targets_from": with_fields(text_ids=lambda t: t.text_ids.roll(1))},
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_every_mutant_of_the_labels_is_caught(name):
+    with pytest.raises((AssertionError, ValueError)):
+        check_law("vlgpt", **MUTANTS[name])
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_an_answer_is_predicted_from_just_what_a_prompt_shows(template):
+    """The rendering of the prompt is the beginning of the rendering with the reply: training and chat cannot drift."""
+    tokenizer = new_document_tokenizer(template=template)
+    random = np.random.default_rng(1)
+    checked = 0
+    for number in range(40):
+        document = fuzz(random, number)
+        if not document.is_chat or document.parts[-1].role != "assistant":
+            continue
+        last = max(at for at, part in enumerate(document.parts) if part.role == "user")
+        asked = Document("p", "test", document.parts[: last + 1])
+        prompt = flatten(tokenizer.spans(asked, is_prompt=True)).token_ids
+        whole = flatten(tokenizer.spans(document))
+        assert whole.token_ids[: len(prompt)].tolist() == prompt.tolist()
+        assert whole.is_target[len(prompt) :].all()
+        end = tokenizer.reply_end_ids
+        assert tuple(whole.token_ids[-len(end) :].tolist()) == end
+        checked += 1
+    assert checked >= 10
+
+
+def test_boundary_tokens_are_left_out_when_the_setting_says_so():
+    base = new_document_tokenizer()
+    tokenizer = DocumentTokenizer(
+        base.text_tokenizer, num_visual=NUM_VISUAL, template="short", is_boundary_target=False
+    )
+    document = Document("d", "test", (TextPart("draw", "user"), ImagePart(0, "assistant")))
+    sequence = flatten(tokenizer.spans(document))
+    assert sequence.is_target.sum() == NUM_VISUAL + 1
+    assert (sequence.is_target & sequence.is_visual).sum() == NUM_VISUAL
