@@ -29,8 +29,11 @@ class Features(Protocol):
 def crop_and_resize(image: Image.Image, size_px: int) -> Image.Image:
     """Shorter side to `size_px` (bicubic, antialiased), centre crop to a square."""
     width, height = image.size
-    scale = size_px / min(width, height)
-    width, height = max(size_px, round(width * scale)), max(size_px, round(height * scale))
+    short = min(width, height)
+    width, height = (
+        size_px * width // short,
+        size_px * height // short,
+    )  # whole pixels, as CLIP's own processor
     image = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - size_px) // 2, (height - size_px) // 2
     return image.crop((left, top, left + size_px, top + size_px))

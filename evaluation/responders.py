@@ -7,7 +7,7 @@ the wrong questions) chance level: a benchmark where they do not is broken, what
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,71 +19,104 @@ from vlgpt import seeds
 from vlgpt.log import UserError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from vlgpt.generate import DecodeSettings, Generator
     from vlgpt.generate import Prompt as ModelPrompt
 
+    VisualOf = Callable[[Sequence[Prompt], Decoding], list[Tensor | None]]
+
 
 class ModelResponder:
-    """Answers with a trained model. Args: an export folder's generator and its identity for the manifest."""
+    """Answers with a trained model.
 
-    def __init__(self, generator: Generator, *, identity: Mapping[str, Any]):
+    Pictures are made `draw_batch_size` at a time, the last batch filled up with repeats: a float32 product
+    of another shape rounds differently, and one unit of rounding shows in an 8-bit picture. So pictures
+    depend on `draw_batch_size`, which is part of the identity, but on neither `--batch-size` nor the number
+    of processes. Args: an export folder's generator and its identity for the manifest.
+    """
+
+    def __init__(self, generator: Generator, *, identity: Mapping[str, Any], draw_batch_size: int = 1):
         self.generator = generator
-        self.identity = identity
+        self.draw_batch_size = draw_batch_size
+        self.identity: Mapping[str, Any] = {**identity, "draw_batch_size": draw_batch_size}
 
     @classmethod
-    def load(cls, export: Path, *, device: str = "cpu", dtype: str = "float32") -> ModelResponder:
+    def load(
+        cls, export: Path, *, device: str = "cpu", dtype: str = "float32", draw_batch_size: int = 1
+    ) -> ModelResponder:
         """Load an export folder. Raises UserError when it is none."""
         import torch
-        from vlgpt.generate import Generator
 
         from evaluation.manifest import export_hash
+        from vlgpt.generate import Generator
+        from vlgpt.models.encoders import hash_weights
 
         if not (export / "config.json").is_file():
             raise UserError(f"{export} is no export folder (no config.json); make one with `vlgpt export`")
         generator = Generator.load(export, device=device, dtype=getattr(torch, dtype))
-
         identity = {
             "kind": "model",
             "export": str(export),
             "export_hash": export_hash(export),
             "dtype": dtype,
+            "template": generator.tokenizer.template_name,
+            "tokenizer": generator.tokenizer.fingerprint,
         }
-        identity["template"] = generator.tokenizer.template_name
-        identity["tokenizer"] = generator.tokenizer.fingerprint
-        return cls(generator, identity=identity)
+        for name, part in (("encoder", generator.encoder), ("decoder", generator.decoder)):
+            if isinstance(part, torch.nn.Module):  # may lie outside the export folder
+                identity[f"{name}_hash"] = hash_weights(part)
+        return cls(generator, identity=identity, draw_batch_size=draw_batch_size)
 
     def generate(self, prompts: Sequence[Prompt], decoding: Decoding) -> list[str]:
-        replies = self.generator.generate(
-            [_model_prompt(prompt) for prompt in prompts], _model_settings(decoding)
-        )
-        return [reply.text for reply in replies]
+        asked = [_model_prompt(prompt) for prompt in prompts]
+        return [reply.text for reply in self.generator.generate(asked, _model_settings(decoding))]
 
     def rank(self, prompt: Prompt, candidates: Sequence[str], *, normalise: str) -> np.ndarray:
-        return np.asarray(self.generator.rank(_model_prompt(prompt), candidates, normalise=normalise))  # type: ignore[arg-type]
+        scores = self.generator.rank(_model_prompt(prompt), candidates, normalise=normalise)  # type: ignore[arg-type]
+        return np.asarray(scores)
 
     def draw(self, prompts: Sequence[Prompt], decoding: Decoding) -> list[Image.Image | None]:
-        """The first picture of every reply. Noise is addressed by prompt id, so batches do not matter."""
-        import torch
-
-        replies = self.generator.generate(
-            [_model_prompt(prompt) for prompt in prompts], _model_settings(decoding)
-        )
-        has_image = [bool(reply.visual) for reply in replies]
-        visual = [reply.visual[0] for reply in replies if reply.visual]
-        addresses = [_noise_address(p, decoding) for p, has in zip(prompts, has_image) if has]
-        drawn = iter(self._draw(torch.stack(visual), addresses, decoding) if visual else [])
-        return [next(drawn) if has else None for has in has_image]
+        """The first picture of every reply. Noise is addressed by prompt id."""
+        return self._in_equal_batches(prompts, decoding, self._visual_of_replies)
 
     def reconstruct(self, prompts: Sequence[Prompt], decoding: Decoding) -> list[Image.Image | None]:
-        visual = self.generator.tokenize([read_image(prompt.images[0]) for prompt in prompts])
-        return [*self._draw(visual, [_noise_address(prompt, decoding) for prompt in prompts], decoding)]
+        """Each prompt's picture, tokenised and drawn again."""
 
-    def _draw(self, visual: Any, addresses: list[tuple], decoding: Decoding) -> list[Image.Image]:
-        return self.generator.draw(visual, seeds=addresses, use=decoding.use, guidance=decoding.guidance)
+        def visual(batch: Sequence[Prompt], decoding: Decoding) -> list[Tensor | None]:
+            return [*self.generator.tokenize([read_image(prompt.images[0]) for prompt in batch])]
 
+        return self._in_equal_batches(prompts, decoding, visual)
 
-def _noise_address(prompt: Prompt, decoding: Decoding) -> tuple[int | str, ...]:
-    return ("evaluation", decoding.seed, prompt.id)
+    def _visual_of_replies(self, batch: Sequence[Prompt], decoding: Decoding) -> list[Tensor | None]:
+        asked = [_model_prompt(prompt) for prompt in batch]
+        replies = self.generator.generate(asked, _model_settings(decoding))
+        return [reply.visual[0] if reply.visual else None for reply in replies]
+
+    def _in_equal_batches(
+        self, prompts: Sequence[Prompt], decoding: Decoding, visual_of: VisualOf
+    ) -> list[Image.Image | None]:
+        """Visual embeddings, then pictures, always `draw_batch_size` at a time."""
+        import torch
+
+        size = self.draw_batch_size
+        pictures: list[Image.Image | None] = []
+        for start in range(0, len(prompts), size):
+            batch = [*prompts[start : start + size]]
+            filled = batch + [batch[-1]] * (size - len(batch))
+            found = visual_of(filled, decoding)
+            given = [visual for visual in found if visual is not None]
+            if not given:
+                pictures += [None] * len(batch)
+                continue
+            drawn = self.generator.draw(
+                torch.stack([given[0] if visual is None else visual for visual in found]),
+                seeds=[("evaluation", decoding.seed, prompt.id) for prompt in filled],
+                use=decoding.use,
+                guidance=decoding.guidance,
+            )
+            pictures += [None if found[i] is None else drawn[i] for i in range(len(batch))]
+        return pictures
 
 
 def _model_prompt(prompt: Prompt) -> ModelPrompt:

@@ -153,6 +153,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--limit", type=int, help="answer a random subset of this size")
     p.add_argument("--batch-size", type=int, default=8)
+    p.add_argument(
+        "--draw-batch-size", type=int, default=1, help="pictures drawn at a time (part of the protocol)"
+    )
     p.add_argument("--num-processes", type=int, default=1)
     p.add_argument("--rank", type=int, help="this process (0 ...); without it all processes are started here")
     p.add_argument("--device", default="cpu")
@@ -213,7 +216,9 @@ def _responder(args: argparse.Namespace, benchmark: Benchmark, examples: Sequenc
         import torch
 
         device = f"cuda:{(args.rank or 0) % max(torch.cuda.device_count(), 1)}"
-    return ModelResponder.load(args.model, device=device, dtype=args.dtype)
+    return ModelResponder.load(
+        args.model, device=device, dtype=args.dtype, draw_batch_size=args.draw_batch_size
+    )
 
 
 def _features(args: argparse.Namespace) -> Any:

@@ -97,7 +97,7 @@ def run_job(job: Job, responder_of: Any, args: argparse.Namespace) -> str | None
     write_results(result, per_example, output / "results.json")
     primary = result["metrics"].get(result["primary"], {})
     get_logger("evaluation").info(
-        "%s: %s %.4f", job.name, result["primary"], primary.get("value", float("nan"))
+        "%s: %s %s", job.name, result["primary"], primary.get("value", "not measured")
     )
     return None
 

@@ -1,0 +1,109 @@
+"""A real (tiny, random) export goes through the whole evaluation: every benchmark, resumed, in any batch size."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_unified import new_document_tokenizer, new_model
+
+from evaluation import benchmarks
+from evaluation.predictions import read_jsonl
+from evaluation.responders import ModelResponder
+from evaluation.run import run
+from evaluation.run_all import main as run_all
+from vlgpt.log import UserError
+
+JOBS = """
+- {benchmark: easy_vqa, shots: 2}
+- {benchmark: coco_caption}
+- {benchmark: vizwiz, shots: dagger}
+- {benchmark: visdial}
+- {benchmark: coco_reconstruction, needs: [clip]}
+- {benchmark: magicbrush, needs: [clip]}
+- {benchmark: coco_generation, needs_any: [inception, fd_clip], optional: [clip]}
+"""
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory) -> Path:
+    """CLIP, tokenizer, language model, detokenizer and picture decoder in one folder."""
+    from vlgpt.export import export_model
+    from vlgpt.models.decoders import ConvDecoder
+    from vlgpt.models.encoders import new_open_clip, save_open_clip
+
+    folder = tmp_path_factory.mktemp("export")
+    tokenizer = new_document_tokenizer()
+    config = {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 24, "patch_size": 12, "width": 24, "layers": 2, "head_width": 12},
+        "text_cfg": {"context_length": 8, "vocab_size": 448, "width": 16, "heads": 2, "layers": 1},
+    }
+    torch.manual_seed(1)
+    save_open_clip(new_open_clip(config=config), config=config, folder=folder / "clip")
+    tokenizer.save(folder / "clip")
+    ConvDecoder(
+        image_tokens=3,
+        image_width=16,
+        text_tokens=5,
+        text_width=12,
+        size_px=24,
+        width=24,
+        num_heads=2,
+        channels=32,
+    ).save(folder / "decoder")
+    export_model(
+        new_model(tokenizer, num_patches=5, image_wish=3.0).eval(),
+        folder / "export",
+        tokenizer=tokenizer,
+        encoder={"path": str(folder / "clip"), "library": "open_clip", "layer": -2, "has_cls": True},
+        picture_decoder=folder / "decoder",
+    )
+    return folder / "export"
+
+
+def test_an_export_runs_through_every_kind_of_benchmark(export, data, clip_folder, tmp_path):
+    job_list = tmp_path / "jobs.yaml"
+    job_list.write_text(JOBS)
+    arguments = [str(export), str(data), str(tmp_path / "out"), "--jobs", str(job_list), "--limit", "3"]
+    arguments += ["--num-beams", "2", "--clip", str(clip_folder), "--fd-clip", str(clip_folder)]
+    assert run_all(arguments) == 0
+    summary = json.loads((tmp_path / "out/results.json").read_text())
+    assert len(summary["results"]) == 7 and not summary["skipped"]
+    for result in summary["results"].values():
+        responder = result["run"]["responder"]
+        assert len(responder["export_hash"]) == 32 and responder["template"] == "short"
+        assert responder["encoder_hash"] and responder["decoder_hash"] and result["n"] == 3
+        assert "<img" in (tmp_path / "out/report.html").read_text()
+    pictures = read_jsonl(tmp_path / "out/coco_generation/predictions.jsonl")
+    assert all((tmp_path / "out/coco_generation" / record["image"]).is_file() for record in pictures)
+
+
+@pytest.mark.parametrize("name", ["easy_vqa", "visdial", "coco_generation", "coco_reconstruction"])
+def test_a_models_predictions_do_not_depend_on_the_batch_size(name, export, data, tmp_path):
+    responder = ModelResponder.load(export)
+    benchmark = benchmarks.make(name)
+    examples = benchmark.examples(data)[:6]
+    files = [
+        run(benchmark, responder, examples=examples, output=tmp_path / str(size), batch_size=size)
+        for size in (1, 3, 8)
+    ]
+    first = files[0].read_text()
+    assert [file.read_text() for file in files[1:]] == [first, first]
+    for picture in (tmp_path / "1/images").glob("*.png"):
+        assert picture.read_bytes() == (tmp_path / "8/images" / picture.name).read_bytes()
+
+
+def test_pictures_change_with_the_seed_only_where_the_decoder_draws_noise(export, data):
+    responder = ModelResponder.load(export)
+    benchmark = benchmarks.make("coco_reconstruction")
+    prompts = [example.prompt for example in benchmark.examples(data)[:2]]
+    first, again = (responder.reconstruct(prompts, benchmark.decoding) for _ in range(2))
+    assert [image.tobytes() for image in first] == [image.tobytes() for image in again]
+    text_only = responder.reconstruct(prompts, benchmark.decoding.replace(use="text"))
+    assert text_only[0].tobytes() != first[0].tobytes()
+
+
+def test_a_folder_that_is_no_export_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"is no export folder \(no config.json\)"):
+        ModelResponder.load(tmp_path)
