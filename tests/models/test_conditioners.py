@@ -1,4 +1,4 @@
-"""The frozen encoders of the decoder: the tensors that IP-Adapter's and Stable Diffusion's code would make."""
+"""The frozen encoders of the decoder make what IP-Adapter's and Stable Diffusion's own code would make."""
 
 import json
 

@@ -159,6 +159,7 @@ def test_a_decoder_keeps_no_state_between_pictures(folder):
     first = decoder.decode(image, text, guidance=2.0)
     decoder.decode(None, text, image_scale=0.3)
     assert torch.equal(first, decoder.decode(image, text, guidance=2.0))
+    assert decoder.scheduler.num_inference_steps is None  # a copy was used
     assert not any(parameter.requires_grad for parameter in decoder.parameters())
 
 

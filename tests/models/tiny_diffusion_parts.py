@@ -63,7 +63,8 @@ def adapter() -> IpAdapterWeights:
         for index, width in widths.items()
         for kind in ("to_k_ip", "to_v_ip")
     }
-    return IpAdapterWeights(resampler.state_dict(), attention, "ip-adapter-plus_tiny")
+    image_proj = {name: x + 0.2 * torch.randn_like(x) for name, x in resampler.state_dict().items()}
+    return IpAdapterWeights(image_proj, attention, "ip-adapter-plus_tiny")
 
 
 def write_adapter(path: Path, weights: IpAdapterWeights) -> Path:
