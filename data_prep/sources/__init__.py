@@ -32,6 +32,7 @@ SOURCES: dict[str, str] = {
     "coco": "data_prep.sources.coco:CocoSource",
     "instructpix2pix": "data_prep.sources.instructpix2pix:InstructPix2PixSource",
     "magicbrush": "data_prep.sources.magicbrush:MagicBrushSource",
+    "gimp_help": "data_prep.sources.gimp_help:GimpHelpSource",
 }
 
 
