@@ -32,6 +32,7 @@ from vlgpt.shards.atomic import write_atomic
 METRICS = "metrics.json"
 LOG_WIDTH = 110
 NUM_IMAGE_SEEDS = 3
+DRAW_BATCH_SIZE = 32  # pictures made at a time: part of the protocol, see ModelResponder
 DETERMINISTIC_HEADS, DETERMINISTIC_DECODERS = ("linear", "mlp"), ("ConvDecoder",)
 
 
@@ -198,7 +199,7 @@ def _run_parts(
             return fake(benchmark, benchmark.examples(args.data))
         export = pretrained if part.is_pretrained else args.model
         if export not in loaded:
-            loaded[export] = ModelResponder.load(export)
+            loaded[export] = ModelResponder.load(export, draw_batch_size=DRAW_BATCH_SIZE)
         return loaded[export]
 
     metrics: dict[str, dict[str, float]] = {}
