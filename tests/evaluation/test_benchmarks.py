@@ -1,6 +1,7 @@
 """Laws of every benchmark: the oracle is perfect, shuffled answers score chance, official files come back."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -249,3 +250,58 @@ def test_an_unknown_benchmark_or_option_is_named():
         benchmarks.make("okvqa", stemm="none")
     with pytest.raises(UserError, match="num_samples is 'many'"):
         benchmarks.make("coco_generation", num_samples="many")
+
+
+def test_okvqa_stems_the_prediction_and_reports_the_plain_formula_beside_it(data):
+    benchmark = benchmarks.make("okvqa")
+    answers = ["surf"] * 8 + ["cow", "dog"]
+    assert benchmark._accuracy(["surfing"], [answers]) == [100.0]
+    assert benchmarks.make("okvqa", stem="none")._accuracy(["surfing"], [answers]) == [0.0]
+    examples = benchmark.examples(data)
+    result, _ = score(benchmark, [{"id": e.id, "text": f"{e.truth[0]}s"} for e in examples], data)
+    assert result["metrics"]["accuracy"]["value"] > result["metrics"]["accuracy_unstemmed"]["value"] == 0
+    assert result["notes"]["stem"] == "porter" and result["notes"]["mode"] == "official_2016"
+
+
+def test_each_vqa_benchmark_uses_its_own_official_formula():
+    unanimous, mixed = ["Yes"] * 10, ["yes."] * 9 + ["no"]
+    assert benchmarks.make("vqav2")._accuracy(["yes"], [unanimous]) == [0.0]
+    assert benchmarks.make("vqav2", mode="always")._accuracy(["yes"], [unanimous]) == [100.0]
+    assert benchmarks.make("vqav2")._accuracy(["yes"], [mixed]) == [100.0]
+    assert benchmarks.make("vizwiz")._accuracy(["yes"], [mixed]) == [0.0]
+    assert benchmarks.make("vqav2")._accuracy(["no"], [["no"] * 3 + ["a", "b", "c", "d", "e", "f", "g"]]) == [
+        90.0
+    ]
+
+
+def test_l1_is_the_mean_difference_on_a_scale_of_one_at_the_targets_size():
+    from evaluation.benchmarks.magicbrush import l1_distance
+
+    black, grey = Image.new("RGB", (8, 8)), Image.new("RGB", (16, 4), (51, 51, 51))
+    assert l1_distance(black, grey) == pytest.approx(0.2)
+    assert l1_distance(grey, black) == pytest.approx(0.2)
+
+
+def test_magicbrush_names_the_text_behind_clip_t(data, clip_folder, tmp_path):
+    benchmark = make("magicbrush", clip_folder)
+    examples = benchmark.examples(data)
+    path = run(benchmark, OracleResponder(benchmark, examples), examples=examples, output=tmp_path / "out")
+    records = read_predictions(path, benchmark)
+    first, _ = score(benchmark, records, data)
+    assert first["notes"]["clip_t_text"] == "instruction"
+    folder = tmp_path / "data/magicbrush"
+    shutil.copytree(data / "magicbrush", folder)
+    described = {}
+    for example in examples:
+        image, turn = example.info["image_id"], example.info["turn"]
+        described.setdefault(image, {})[f"{image}-output{turn}.png"] = f"a red dog {turn}"
+    (folder / "global_descriptions.json").write_text(json.dumps(described))
+    second, _ = score(benchmark, records, tmp_path / "data")
+    assert second["notes"]["clip_t_text"] == "global description"
+    assert second["metrics"]["CLIP-T"]["value"] != first["metrics"]["CLIP-T"]["value"]
+
+
+def test_every_registered_benchmark_has_a_class_that_says_what_it_is():
+    for name in benchmarks.REGISTRY:
+        cls = benchmarks.benchmark_class(name)
+        assert issubclass(cls, Benchmark) and cls.name == name and cls.__doc__ and cls.primary
