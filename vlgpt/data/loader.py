@@ -308,8 +308,10 @@ class Loader:
         rejected samples by source and reason, time waited for data, planning time per window.
         """
         elapsed_s = time.monotonic() - self._started_s if self._started_s else 0.0
+        skipped = {source.name: source.shards.skipped for source in self.sources if source.shards.skipped}
         return {
             **self._tally.statistics(),
+            "skipped": skipped,
             "data_wait_s": self._wait_s,
             "data_wait_share": self._wait_s / elapsed_s if elapsed_s else 0.0,
         }

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkContext
+from multiprocessing.util import Finalize
 from typing import Any
 
 import numpy as np
@@ -126,15 +127,13 @@ class _Worker:
         return message
 
     def dump_stacks(self) -> str:
-        """Ask for the stacks of all its threads."""
-        if not self.process.is_alive() or self.process.pid is None:
-            return f"worker {self.number} is dead"
-        os.kill(self.process.pid, signal.SIGUSR1)
-        time.sleep(0.3)
+        """The stacks of all its threads: now, or where it crashed."""
+        if self.process.is_alive() and self.process.pid is not None:
+            os.kill(self.process.pid, signal.SIGUSR1)
+            time.sleep(0.3)
         self.stacks.seek(0)
-        return (
-            f"worker {self.number} (pid {self.process.pid}):\n{self.stacks.read().decode(errors='replace')}"
-        )
+        found = self.stacks.read().decode(errors="replace")
+        return f"worker {self.number} (pid {self.process.pid}):\n{found}"
 
     def close(self) -> None:
         """Workers hold nothing worth saving, so they are simply killed."""
@@ -166,6 +165,8 @@ class WorkerPool:
         self._restarted: set[int] = set()
         self._next = 0
         self._workers = [self._start(number, first=number) for number in range(num_workers)]
+        # workers ignore SIGTERM, which multiprocessing would send, and wait for, when the interpreter ends
+        self.close = Finalize(self, _close_all, args=(self._workers,), exitpriority=10)
 
     def _start(self, number: int, *, first: int) -> _Worker:
         return _Worker(
@@ -205,8 +206,9 @@ class WorkerPool:
 
     def _replace(self, number: int) -> None:
         worker, place = self._workers[number], self._board.marked(number)
+        worker.process.join(5)
+        exit_code, stacks = worker.process.exitcode, worker.dump_stacks()
         worker.close()
-        exit_code = worker.process.exitcode
         self._on_death(number, place)
         if number in self._restarted:
             raise RuntimeError(
@@ -214,7 +216,7 @@ class WorkerPool:
                 f"samples it "
                 "was reading are in the quarantine file"
             )
-        get_logger(__name__).warning("data worker %d died (exit code %s); restarted once", number, exit_code)
+        get_logger(__name__).warning("exit code %s, restarted once; its stacks:\n%s", exit_code, stacks)
         self._restarted.add(number)
         if place is not None:
             self._board.poison(place)
@@ -233,9 +235,10 @@ class WorkerPool:
             "the stacks of all workers are in the log"
         )
 
-    def close(self) -> None:
-        for worker in self._workers:
-            worker.close()
+
+def _close_all(workers: list[_Worker]) -> None:
+    for worker in workers:
+        worker.close()
 
 
 def _work(
@@ -252,6 +255,7 @@ def _work(
     """A worker's life. It outlives signals that schedulers send to the whole job, but not its parent."""
     for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
         signal.signal(ignored, signal.SIG_IGN)
+    faulthandler.enable(file=stacks)
     faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
