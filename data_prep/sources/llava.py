@@ -22,9 +22,7 @@ class LlavaSource:
     stay text. Pictures are looked up as named and by their last names, also under their names of COCO 2014.
     """
 
-    licence = (
-        "LLaVA-Instruct-150K: CC BY-NC 4.0, made with GPT-4 (OpenAI's terms); pictures: COCO, Flickr"
-    )
+    licence = "LLaVA-Instruct-150K: CC BY 4.0 (older copies: CC BY-NC 4.0), OpenAI's terms; pictures: COCO"
 
     def __init__(
         self,

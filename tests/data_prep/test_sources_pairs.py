@@ -221,6 +221,7 @@ def test_instructpix2pix_splits_are_cut_by_position_and_cover_everything_once(tm
     ]
     assert [len(part) // 2 for part in parts] == [42, 2, 3, 47]
     assert parts[0] + parts[1] + parts[2] == parts[3]
+    assert len(open_source("instructpix2pix", tmp_path, split="all", pairs="first")) == 47
     (tmp_path / "seeds.json").write_text('[["../../etc", ["passwd"]]]')
     with pytest.raises(UserError, match="etc"):
         open_source("instructpix2pix", tmp_path)
