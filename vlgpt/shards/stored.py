@@ -11,9 +11,12 @@ from vlgpt.shards.schema import ShardIndex, ShardReport
 StoredSample = tuple[Document, list[tuple[str, bytes]]]
 
 
-def read_stored_samples(folder: Path, report: ShardReport) -> dict[int, StoredSample]:
-    """Record place in the shard -> (document, [(suffix, bytes), ...]); documents that lost an image are left
-    out.
+def read_stored_samples(
+    folder: Path, report: ShardReport, *, with_incomplete: bool = False
+) -> dict[int, StoredSample]:
+    """Record place in the shard -> (document, [(suffix, bytes), ...]).
+
+    Documents that lost an image in the build are left out unless `with_incomplete`.
     """
     index = ShardIndex.load(folder / f"{report.name}.idx")
     incomplete = {place for places in report.dropped_images.values() for place in places}
@@ -21,7 +24,7 @@ def read_stored_samples(folder: Path, report: ShardReport) -> dict[int, StoredSa
     with (folder / f"{report.name}.tar").open("rb") as file:
         for sample, key in enumerate(index.keys):
             place = int(str(key)[-5:])
-            if place in incomplete:
+            if place in incomplete and not with_incomplete:
                 continue
             members = []
             for member in range(int(index.member_start[sample]), int(index.member_start[sample + 1])):

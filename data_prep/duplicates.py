@@ -1,0 +1,177 @@
+"""Which documents of several data sets are duplicates, and which stand in an evaluation set: pass 2 of
+data_prep.dedup.
+
+Of equal pictures the first stays, in the order of the folders as given. A document leaves when all its
+pictures are duplicates, or when any of them is in an evaluation set.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep.hashes import PICTURE, Hashes, first_equal, load_hashes, near_pairs
+from vlgpt.log import UserError
+from vlgpt.shards import ShardSet
+from vlgpt.shards.atomic import write_atomic
+
+REASONS = ("", "filtered:duplicate", "filtered:near_duplicate", "filtered:contaminated")
+DUPLICATE, NEAR_DUPLICATE, CONTAMINATED = 1, 2, 3
+MAX_EXAMPLES = 50
+
+
+@dataclass
+class Corpus:
+    """All hashes: evaluation sets first, then the training folders in order."""
+
+    sets: list[ShardSet]
+    num_protected: int
+    """How many of the sets are evaluation sets."""
+    hashes: Hashes
+    owner: np.ndarray  # (n,) position in sets
+
+    @property
+    def is_protected(self) -> np.ndarray:
+        return self.owner < self.num_protected
+
+    def name(self, row: int) -> str:
+        """`set / document id` of a row."""
+        shards = self.sets[int(self.owner[row])]
+        sample = shards.read(int(self.hashes.shard[row]), int(self.hashes.sample[row]), with_images=False)
+        return f"{shards.name} / {sample.document.id}"
+
+
+def load_corpus(folders: Sequence[Path], *, against: Sequence[Path] = ()) -> Corpus:
+    """Raises UserError when a shard has not been hashed."""
+    sets, parts, owners = [], [], []
+    for number, folder in enumerate([*against, *folders]):
+        shards = ShardSet.open(folder)
+        sets.append(shards)
+        for record in shards.shards:
+            hashes = load_hashes(folder, record.name, tar_sha256=record.sha256)
+            if hashes is None:
+                raise UserError(
+                    f"{folder}: shard {record.name} has no hashes; run python -m data_prep.dedup hash "
+                    f"{folder}"
+                )
+            parts.append(hashes)
+            owners.append(np.full(len(hashes), number, np.int32))
+    owner = np.concatenate([np.zeros(0, np.int32), *owners])
+    return Corpus(sets, len(against), Hashes.concatenate(parts), owner)
+
+
+def judge(corpus: Corpus, pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Per row a position in REASONS and the earlier row that is the reason (-1 without). -> (n,) uint8, (n,)
+    int64
+
+    `pairs` are near pairs of the distinct perceptual hashes, as positions in their sorted list.
+    """
+    hashes, rows = corpus.hashes, np.arange(len(corpus.hashes))
+    verdict, cause = np.zeros(len(rows), np.uint8), np.full(len(rows), -1, np.int64)
+    values, first = distinct_hashes(hashes)
+    earliest = first.copy()  # the earliest row that is near each distinct hash, itself included
+    np.minimum.at(earliest, pairs[:, 0], first[pairs[:, 1]])
+    np.minimum.at(earliest, pairs[:, 1], first[pairs[:, 0]])
+    pictures = np.flatnonzero(hashes.kind == PICTURE)
+    near = np.full(len(rows), -1, np.int64)
+    near[pictures] = earliest[np.searchsorted(values, hashes.phash[pictures])]
+    equal = first_equal(hashes)
+    for found, reason in ((near, NEAR_DUPLICATE), (equal, DUPLICATE)):
+        is_later = (found >= 0) & (found < rows)
+        verdict[is_later], cause[is_later] = reason, found[is_later]
+    for found in (near, equal):  # evaluation rows come first, so the earliest row tells
+        is_contaminated = (found >= 0) & corpus.is_protected[found]
+        verdict[is_contaminated], cause[is_contaminated] = CONTAMINATED, found[is_contaminated]
+    verdict[corpus.is_protected], cause[corpus.is_protected] = 0, -1
+    return verdict, cause
+
+
+def distinct_hashes(hashes: Hashes) -> tuple[np.ndarray, np.ndarray]:
+    """The distinct perceptual hashes, sorted, and the first row of each. -> (U,) uint64, (U,) int64"""
+    pictures = np.flatnonzero(hashes.kind == PICTURE)
+    values, position = np.unique(hashes.phash[pictures], return_index=True)
+    return values, pictures[position]
+
+
+def document_verdicts(corpus: Corpus, number: int, verdict: np.ndarray) -> dict[tuple[int, int], int]:
+    """(shard, sample) -> reason, for the documents of set `number` that leave."""
+    mine = np.flatnonzero(corpus.owner == number)
+    place = np.column_stack([corpus.hashes.shard[mine], corpus.hashes.sample[mine]])
+    documents, row = np.unique(place, axis=0, return_inverse=True)
+    row = row.reshape(-1)
+    lowest = np.full(len(documents), CONTAMINATED, np.uint8)
+    highest = np.zeros(len(documents), np.uint8)
+    np.minimum.at(lowest, row, verdict[mine])
+    np.maximum.at(highest, row, verdict[mine])
+    leaving = np.flatnonzero((highest == CONTAMINATED) | (lowest > 0))
+    return {(int(documents[i][0]), int(documents[i][1])): int(highest[i]) for i in leaving}
+
+
+def find(
+    folders: Sequence[Path],
+    *,
+    against: Sequence[Path],
+    work: Path,
+    max_distance: int,
+    task_index: int = 0,
+    num_tasks: int = 1,
+) -> dict[str, Any] | None:
+    """This task's share of the comparisons; the task that sees all shares writes the verdicts and returns the
+    report.
+    """
+    corpus = load_corpus(folders, against=against)
+    stamp = "-".join(shards.fingerprint[:8] for shards in corpus.sets) + f"-{max_distance}"
+    values, _ = distinct_hashes(corpus.hashes)
+    work.mkdir(parents=True, exist_ok=True)
+    paths = [work / f"pairs-{task:05d}-of-{num_tasks:05d}.npz" for task in range(num_tasks)]
+    pairs = near_pairs(values, max_distance=max_distance, task_index=task_index, num_tasks=num_tasks)
+    write_atomic(paths[task_index], _npz(stamp=np.array(stamp), pairs=pairs))
+    shares = [_load_pairs(path, stamp) for path in paths]
+    if any(share is None for share in shares):
+        return None
+    together = np.unique(np.concatenate([share for share in shares if share is not None]), axis=0)
+    verdict, cause = judge(corpus, together)
+    counted: dict[str, dict[str, int]] = {}
+    report: dict[str, Any] = {
+        "max_distance": max_distance,
+        "against": [str(path) for path in against],
+        "folders": counted,
+        "contaminated_examples": _examples(corpus, verdict, cause, CONTAMINATED),
+        "near_duplicate_examples": _examples(corpus, verdict, cause, NEAR_DUPLICATE),
+    }
+    for number, shards in enumerate(corpus.sets[corpus.num_protected :], corpus.num_protected):
+        verdicts = document_verdicts(corpus, number, verdict)
+        places = np.array([(*place, reason) for place, reason in sorted(verdicts.items())], np.int64).reshape(
+            -1, 3
+        )
+        write_atomic(work / f"drops-{shards.fingerprint}.npz", _npz(places=places))
+        counts = Counter(REASONS[reason] for reason in verdicts.values())
+        counted[shards.name] = {"documents": shards.num_samples, **dict(sorted(counts.items()))}
+    write_atomic(work / "report.json", json.dumps(report, indent=1).encode())
+    return report
+
+
+def _examples(corpus: Corpus, verdict: np.ndarray, cause: np.ndarray, reason: int) -> list[list[str]]:
+    rows = np.flatnonzero(verdict == reason)[:MAX_EXAMPLES]
+    return [[corpus.name(int(row)), corpus.name(int(cause[row]))] for row in rows]
+
+
+def _npz(**columns: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, **columns)  # type: ignore[arg-type]
+    return buffer.getvalue()
+
+
+def _load_pairs(path: Path, stamp: str) -> np.ndarray | None:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return archive["pairs"] if str(archive["stamp"]) == stamp else None
+    except (FileNotFoundError, ValueError, OSError):
+        return None

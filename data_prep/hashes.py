@@ -1,0 +1,153 @@
+"""Hashes of every picture of a data set, and the search for equal and nearly equal ones. Pure arrays: no
+pixels are compared.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.pictures import perceptual_hash
+from vlgpt.images import BadImage, decode_image
+from vlgpt.log import UserError
+from vlgpt.shards import BadSample, ShardSet
+from vlgpt.shards.atomic import write_atomic
+
+PICTURE, TEXT = 0, 1
+
+
+@dataclass
+class Hashes:
+    """One row per picture, and one per document without pictures (the hash of its text)."""
+
+    shard: np.ndarray  # (n,) int32
+    sample: np.ndarray  # (n,) int32
+    kind: np.ndarray  # (n,) uint8, PICTURE or TEXT
+    sha: np.ndarray  # (n, 2) uint64, the first half of the original's sha256
+    phash: np.ndarray  # (n,) uint64, 0 for text
+
+    def __len__(self) -> int:
+        return len(self.shard)
+
+    @staticmethod
+    def concatenate(parts: list[Hashes]) -> Hashes:
+        """All rows, in order."""
+        kinds = {
+            "shard": np.int32,
+            "sample": np.int32,
+            "kind": np.uint8,
+            "sha": np.uint64,
+            "phash": np.uint64,
+        }
+        empty = Hashes(
+            **{name: np.zeros((0, 2) if name == "sha" else 0, kind) for name, kind in kinds.items()}
+        )
+        columns = [
+            np.concatenate([getattr(part, f.name) for part in (empty, *parts)]) for f in fields(Hashes)
+        ]
+        return Hashes(*columns)
+
+
+def hash_shard(shards: ShardSet, shard: int) -> Hashes:
+    """Hashes of one shard: those that the build stored with the original files, else those of the stored
+    pictures.
+    """
+    rows: list[tuple[int, int, bytes, int]] = []
+    for sample in range(shards.shards[shard].num_samples):
+        try:
+            read = shards.read(shard, sample)
+        except BadSample as error:
+            raise UserError(f"{shards.folder.where}: {error}; run python -m data_prep.check") from error
+        if not read.images:
+            rows.append((sample, TEXT, hashlib.sha256(read.document.text.encode()).digest(), 0))
+        stored = read.document.info.get("images", [{}] * len(read.images))
+        for data, info in zip(read.images, stored):
+            digest = bytes.fromhex(info["sha256"]) if "sha256" in info else hashlib.sha256(data).digest()
+            rows.append(
+                (sample, PICTURE, digest, int(info["phash"], 16) if "phash" in info else _phash(data))
+            )
+    halves = np.frombuffer(b"".join(row[2][:16] for row in rows), np.uint64).reshape(-1, 2)
+    return Hashes(
+        shard=np.full(len(rows), shard, np.int32),
+        sample=np.array([row[0] for row in rows], np.int32),
+        kind=np.array([row[1] for row in rows], np.uint8),
+        sha=halves,
+        phash=np.array([row[3] for row in rows], np.uint64),
+    )
+
+
+def _phash(data: bytes) -> int:
+    try:
+        return perceptual_hash(decode_image(data))
+    except BadImage:
+        return 0
+
+
+def hashes_path(folder: Path, name: str) -> Path:
+    """Where the hashes of a shard are stored."""
+    return folder / "hashes" / f"{name}.npz"
+
+
+def store_hashes(folder: Path, name: str, hashes: Hashes, *, tar_sha256: str) -> None:
+    """Write atomically, with the hash of the tar they belong to."""
+    buffer = io.BytesIO()
+    columns = {field.name: getattr(hashes, field.name) for field in fields(Hashes)}
+    np.savez(buffer, tar_sha256=np.array(tar_sha256), **columns)
+    hashes_path(folder, name).parent.mkdir(exist_ok=True)
+    write_atomic(hashes_path(folder, name), buffer.getvalue())
+
+
+def load_hashes(folder: Path, name: str, *, tar_sha256: str) -> Hashes | None:
+    """None when they are missing or belong to another tar."""
+    try:
+        with np.load(hashes_path(folder, name), allow_pickle=False) as archive:
+            if str(archive["tar_sha256"]) != tar_sha256:
+                return None
+            return Hashes(**{field.name: archive[field.name] for field in fields(Hashes)})
+    except (FileNotFoundError, ValueError, KeyError, OSError):
+        return None
+
+
+def first_equal(hashes: Hashes) -> np.ndarray:
+    """The first row with the same kind and sha256. -> (n,) int64"""
+    order = np.lexsort((np.arange(len(hashes)), hashes.sha[:, 1], hashes.sha[:, 0], hashes.kind))
+    ordered = np.column_stack([hashes.sha[order], hashes.kind[order].astype(np.uint64)])
+    is_new = np.ones(len(order), bool)
+    is_new[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
+    first = np.empty(len(order), np.int64)
+    first[order] = order[is_new][np.cumsum(is_new) - 1]
+    return first
+
+
+def near_pairs(
+    values: np.ndarray, *, max_distance: int, task_index: int = 0, num_tasks: int = 1
+) -> np.ndarray:
+    """Pairs of positions in `values` (U,) uint64, all different, at most `max_distance` bits apart. ->
+    (pairs, 2) int64
+
+    Two such values agree in at least one of `max_distance + 1` bands of their bits, so only values with an
+    equal band are compared. Tasks share the work by the band's value; together they find every pair, some of
+    them more than once.
+    """
+    found = []
+    for band in range(max_distance + 1):
+        low, high = (64 * (band + offset) // (max_distance + 1) for offset in (0, 1))
+        key = (values >> np.uint64(low)) & np.uint64((1 << (high - low)) - 1)
+        mine = np.flatnonzero(key % np.uint64(num_tasks) == task_index)
+        mine = mine[np.argsort(key[mine], kind="stable")]
+        key = key[mine]
+        active = np.arange(len(mine))
+        for step in range(1, len(mine)):
+            active = active[active + step < len(mine)]
+            active = active[key[active] == key[active + step]]  # buckets lie together: who has left stays out
+            if not len(active):
+                break
+            first, second = mine[active], mine[active + step]
+            is_near = np.bitwise_count(values[first] ^ values[second]) <= max_distance
+            found.append(np.column_stack([first[is_near], second[is_near]]))
+    pairs = np.concatenate(found) if found else np.zeros((0, 2), np.int64)
+    return np.unique(np.sort(pairs, axis=1), axis=0)

@@ -1,0 +1,196 @@
+"""Duplicates leave once, evaluation pictures leave always, everything else stays, for any number of tasks."""
+
+import itertools
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from corpus import encode
+from PIL import Image
+
+from data_prep import check, dedup
+from data_prep.build import main as build
+from data_prep.hashes import near_pairs
+from vlgpt.log import run_command
+from vlgpt.shards import ShardSet
+
+
+def blobs(number: int) -> Image.Image:
+    grid = np.random.default_rng(number).integers(0, 256, (9, 12, 3), dtype=np.uint8)
+    return Image.fromarray(grid).resize((240, 180), Image.Resampling.BICUBIC)
+
+
+def make(folder: Path, pictures: list[tuple[str, bytes]]) -> Path:
+    """A data set of (caption, file) pairs, three records per shard."""
+    source = folder.parent / f"{folder.name}-in"
+    source.mkdir()
+    rows = []
+    for number, (text, data) in enumerate(pictures):
+        (source / f"{number:03d}").write_bytes(data)
+        rows.append({"file_name": f"{number:03d}", "text": text})
+    (source / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    command = [
+        "folder",
+        "--input",
+        str(source),
+        "--output",
+        str(folder),
+        "--shard-size",
+        "3",
+        "--num-workers",
+        "0",
+    ]
+    assert build([*command, "--max-bad-fraction", "1"]) == 0
+    return folder
+
+
+def captions(folder: Path) -> list[str]:
+    shards = ShardSet.open(folder)
+    places = [(number, sample) for number, r in enumerate(shards.shards) for sample in range(r.num_samples)]
+    return [shards.read(*place).document.text for place in places]
+
+
+def png(number: int) -> bytes:
+    return encode(blobs(number), "PNG")
+
+
+def similar(number: int) -> bytes:
+    return encode(blobs(number).resize((200, 150), Image.Resampling.BICUBIC), "JPEG", quality=85)
+
+
+@pytest.fixture
+def folders(tmp_path) -> tuple[Path, Path, Path]:
+    first = [(f"a{n}", png(n)) for n in range(8)]
+    first += [("a again", png(2)), ("a nearly", similar(3)), ("damaged", b"x"), ("in the test set", png(101))]
+    second = [("b0", png(20)), ("b is a5", png(5)), ("b nearly test", similar(102)), ("b21", png(21))]
+    evaluation = [(f"test {n}", png(n)) for n in (101, 102, 103)]
+    return make(tmp_path / "a", first), make(tmp_path / "b", second), make(tmp_path / "test", evaluation)
+
+
+def run(*arguments: object) -> int:
+    return run_command(lambda: dedup.main([str(argument) for argument in arguments]))
+
+
+def full_run(folders: tuple[Path, Path, Path], work: Path, *, num_tasks: int = 1) -> tuple[Path, Path]:
+    first, second, evaluation = folders
+    outputs = (work / "a", work / "b")
+    for task in reversed(range(num_tasks)):
+        assert run("hash", first, second, evaluation, "--task-index", task, "--num-tasks", num_tasks) == 0
+    tasks = [("--task-index", task, "--num-tasks", num_tasks) for task in range(num_tasks)]
+    for task in tasks:
+        assert run("find", first, second, "--against", evaluation, "--work", work / "w", *task) == 0
+    for folder, output in zip((first, second), outputs):
+        for task in tasks:
+            assert run("apply", folder, "--work", work / "w", "--output", output, *task) == 0
+    return outputs
+
+
+def test_duplicates_and_test_pictures_leave_and_are_counted(folders, tmp_path):
+    first, second = full_run(folders, tmp_path / "one")
+    assert captions(first) == [f"a{n}" for n in range(8)]
+    assert captions(second) == ["b0", "b21"]
+    assert ShardSet.open(first).manifest.dropped == {
+        "filtered:contaminated": 1,
+        "filtered:duplicate": 1,
+        "filtered:near_duplicate": 1,
+        "not_an_image": 1,
+    }
+    assert ShardSet.open(second).manifest.dropped == {"filtered:contaminated": 1, "filtered:duplicate": 1}
+    for folder in (first, second):
+        manifest = ShardSet.open(folder).manifest
+        assert manifest.num_records == manifest.num_samples + sum(manifest.dropped.values())
+        assert check.main([str(folder)]) == 0
+    report = json.loads((tmp_path / "one" / "w" / "report.json").read_text())
+    assert ["a / 011", "test / 000"] in report["contaminated_examples"]
+    assert ["b / 002", "test / 001"] in report["contaminated_examples"]
+    assert ["a / 009", "a / 003"] in report["near_duplicate_examples"]
+
+
+def test_any_number_of_tasks_gives_the_same_bytes(folders, tmp_path):
+    one = full_run(folders, tmp_path / "one")
+    for folder in folders:
+        shutil.rmtree(folder / "hashes")
+    three = full_run(folders, tmp_path / "three", num_tasks=3)
+    for whole, parts in zip(one, three):
+        assert {p.name: p.read_bytes() for p in whole.iterdir()} == {
+            p.name: p.read_bytes() for p in parts.iterdir()
+        }
+
+
+def test_a_second_run_does_nothing(folders, tmp_path, capsys):
+    outputs = full_run(folders, tmp_path / "one")
+    times = {
+        path: path.stat().st_mtime_ns
+        for output in outputs
+        for path in output.iterdir()
+        if path.suffix == ".tar"
+    }
+    full_run(folders, tmp_path / "one")
+    assert all(path.stat().st_mtime_ns == time for path, time in times.items())
+    assert "0 shards hashed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("max_distance", [0, 1, 3, 6])
+@pytest.mark.parametrize("num_tasks", [1, 4])
+def test_near_pairs_are_exactly_those_of_a_full_comparison(max_distance, num_tasks):
+    generator = np.random.default_rng(max_distance)
+    values = generator.integers(0, 2**64, 60, dtype=np.uint64)
+    for _ in range(6):  # families of values a few bits apart
+        flips = np.uint64(1) << generator.integers(0, 64, 40, dtype=np.uint64)
+        values = np.concatenate([values, generator.choice(values, 40) ^ flips])
+    values = np.unique(values)
+    expected = [
+        (i, j)
+        for i, j in itertools.combinations(range(len(values)), 2)
+        if bin(int(values[i] ^ values[j])).count("1") <= max_distance
+    ]
+    parts = [
+        near_pairs(values, max_distance=max_distance, task_index=t, num_tasks=num_tasks)
+        for t in range(num_tasks)
+    ]
+    found = np.unique(np.concatenate(parts), axis=0)
+    assert [tuple(pair) for pair in found.tolist()] == expected
+    assert max_distance == 0 or expected
+
+
+def test_a_document_leaves_only_when_all_its_pictures_are_duplicates(tmp_path):
+    from vlgpt.document import Document, ImagePart, TextPart
+    from vlgpt.shards import ShardWriter, write_manifest
+
+    documents = [("x", [1, 2]), ("half new", [2, 3]), ("all old", [3, 1]), ("one of the test", [4, 9])]
+    folder = tmp_path / "pages"
+    folder.mkdir()
+    writer = ShardWriter(folder, 0)
+    for name, pictures in documents:
+        parts = tuple(part for number in range(2) for part in (ImagePart(number), TextPart(name)))
+        writer.add(Document(name, "s", parts), [("png", png(number)) for number in pictures])
+    for text in ("same words", "same words", "other words"):
+        writer.add(Document(text, "s", (TextPart(text),)), [])
+    writer.close()
+    write_manifest(folder, name="pages", licence="", versions={}, build={}, num_shards=1)
+    evaluation = make(tmp_path / "test", [("t", png(9))])
+    assert run("hash", folder, evaluation) == 0
+    assert run("find", folder, "--against", evaluation, "--work", tmp_path / "w") == 0
+    assert run("apply", folder, "--work", tmp_path / "w", "--output", tmp_path / "out") == 0
+    shards = ShardSet.open(tmp_path / "out")
+    kept = [shards.read(0, sample).document.id for sample in range(shards.num_samples)]
+    assert kept == ["x", "half new", "same words", "other words"]
+    assert shards.manifest.dropped == {"filtered:contaminated": 1, "filtered:duplicate": 2}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("find", "A", "--work", "W"), "has no hashes; run python -m data_prep.dedup hash"),
+        (("find", "A"), "find needs --work"),
+        (("apply", "A", "--work", "W", "--output", "O"), "holds no verdicts"),
+        (("apply", "A", "B", "--work", "W", "--output", "O"), "apply takes one DIR"),
+        (("hash", "A", "--task-index", "2"), "--task-index must be between 0 and 0"),
+    ],
+)
+def test_wrong_use_is_one_line(folders, tmp_path, capsys, arguments, message):
+    places = {"A": folders[0], "B": folders[1], "W": tmp_path / "w", "O": tmp_path / "o"}
+    assert run(*(places.get(argument, argument) for argument in arguments)) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
