@@ -126,6 +126,7 @@ def kept_arrays(
         folder.mkdir(mode=0o700 if folder.parent != file.parent else 0o777, parents=True, exist_ok=True)
         for path, array in zip(paths, arrays):
             _save(path, array)
+        return [np.load(path, mmap_mode="r", allow_pickle=False) for path in paths]
     except OSError as error:
         get_logger(__name__).warning(
             "the index of %s cannot be kept and is made again next time: %s", file, error

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -80,6 +80,7 @@ class PictureTable:
 
     def __init__(self, tars: Sequence[Path]):
         self._tars = tars
+        self._arrays = self._kept()  # before any process is forked, so that all share it
 
     def find(self, name: str) -> ImageOpener | None:
         """The picture under `name:...` or `url:...`; of several the first in order of tars."""
@@ -90,8 +91,7 @@ class PictureTable:
             return None
         return partial(read_tar_member, self._tars[tar[place]], int(offset[place]), int(size[place]))
 
-    @cached_property
-    def _arrays(self) -> list[np.ndarray]:
+    def _kept(self) -> list[np.ndarray]:
         digest = hashlib.blake2b(digest_size=12)
         for tar in self._tars:
             for file in (tar, tar.with_suffix(".parquet")):
