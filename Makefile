@@ -12,6 +12,8 @@ $(VENV)/.installed: setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	# deepspeed's own script cannot start in a path with spaces: its first line names the interpreter unquoted
+	printf '%s\n' '#!/bin/sh' 'exec "$$(dirname "$$0")/python" -m deepspeed.launcher.runner "$$@"' > $(BIN)/deepspeed
 	touch $(VENV)/.installed
 
 demo: setup
