@@ -67,7 +67,9 @@ def image_names(value: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def find_coco(pictures: Pictures, name: str) -> ImageOpener:
-    """A picture by its name, or by the name that COCO 2014 gave to the same picture."""
+    """A picture by its name, in COCO's folder of 2017, or by the name of the same picture in COCO 2014."""
     base = PurePosixPath(name).name
-    older = [f"{folder}/COCO_{folder}_{base}" for folder in COCO_2014_FOLDERS if base[:1].isdigit()]
-    return pictures.by_name(name, *older)
+    if not base[:1].isdigit():
+        return pictures.by_name(name)
+    older = (f"{folder}/COCO_{folder}_{base}" for folder in COCO_2014_FOLDERS)
+    return pictures.by_name(name, f"train2017/{base}", *older)

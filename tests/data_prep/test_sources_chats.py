@@ -6,6 +6,7 @@ import pytest
 from source_files import (
     ASSETS,
     asset,
+    describe,
     open_source,
     picture,
     read_all,
@@ -31,7 +32,9 @@ MAN = [("user", 1), ("user", "Who walks?"), ("assistant", "A man.")]
 def test_llava_dialogue_keeps_the_place_of_its_image_token(tmp_path):
     write_pictures(tmp_path / "train2017", ["000000033471.jpg", "000000033472.jpg"])
     source = open_source("llava", ASSETS / "llava_instruct_150k.json", images=(tmp_path / "train2017",))
+    above = open_source("llava", ASSETS / "llava_instruct_150k.json", images=(tmp_path,))
     first, second = read_all(source)
+    assert [describe(item) for item in read_all(above)] == [describe(first), describe(second)]
     assert shown(first) == BUS
     assert shown(second) == [("user", "What is shown?"), ("user", 1), ("assistant", "A bus.")]
     assert first.document.id != second.document.id and second.document.info["record_id"] == "33472"
