@@ -177,6 +177,40 @@ def export(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def inspect(arguments: argparse.Namespace) -> int:
+    """The next batches of a run as the model will see them: tokens, roles, segments, targets, weights, images."""
+    from vlgpt.config import load_run
+    from vlgpt.data.inspect import LossWeights
+    from vlgpt.data.inspect import inspect as look
+    from vlgpt.data.inspect_page import to_html, to_text
+    from vlgpt.data.loader import Loader
+    from vlgpt.settings import LanguageStage
+    from vlgpt.stages.build import load_tokenizer
+
+    run = load_run(arguments.config, arguments.overrides)
+    tokenizer, weights = None, LossWeights()
+    if isinstance(run.stage, LanguageStage):
+        tokenizer = load_tokenizer(run.stage)
+        weights = LossWeights(run.stage.text_weight, run.stage.visual_weight, run.stage.first_visual_weight)
+    loader = Loader(
+        run.data.model_copy(update={"num_workers": 0}),
+        kind="packed" if tokenizer is not None else "conditions",
+        micro_batch=run.micro_batch,
+        tokenizer=tokenizer,
+        run_positions=run.steps * run.global_batch,
+    )
+    try:
+        found = look(loader, num_batches=arguments.batches, weights=weights)
+    finally:
+        loader.close()
+    if arguments.html is not None:
+        arguments.html.write_text(to_html(found, title=f"vlgpt inspect {arguments.config}"), encoding="utf-8")
+        console.print(f"{arguments.html} shows {arguments.batches} batches")
+    else:
+        sys.stdout.write(to_text(found, has_colour=sys.stdout.isatty(), is_full=arguments.full) + "\n")
+    return 0
+
+
 def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompt", default="", help=f"text; {IMAGE_MARK} marks where images stand; - reads stdin"
@@ -230,6 +264,12 @@ def _parser() -> argparse.ArgumentParser:
     command = add("reconstruct", reconstruct)
     command.add_argument("image", type=Path, nargs="+")
     command.add_argument("--output", type=Path, default=Path("reconstruction.png"))
+    command = add("inspect", inspect, has_model=False)
+    command.add_argument("--config", default="launchers/configs/demo/pretrain.yaml", metavar="YAML")
+    command.add_argument("--batches", type=int, default=1)
+    command.add_argument("--html", type=Path, help="write a page instead of printing")
+    command.add_argument("--full", action="store_true", help="print every position")
+    command.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     command = add("export", export, has_model=False)
     command.add_argument("run", type=Path, help="run folder, such as runs/pretrain")
     command.add_argument("--output", type=Path, required=True)

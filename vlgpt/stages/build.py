@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from vlgpt import seeds
 from vlgpt import settings as s
 from vlgpt.log import UserError, get_logger
+from vlgpt.models.component import read_arguments
 from vlgpt.models.decoders import ConvDecoder
 from vlgpt.models.encoders import ClipEncoder, load_clip
 from vlgpt.models.image_detokenizer import ImageDetokenizer
@@ -105,25 +105,38 @@ def build_language_stage(stage: s.LanguageStage, *, num_sources: int) -> tuple[S
     return built, tokenizer
 
 
+def load_tokenizer(stage: s.LanguageStage) -> DocumentTokenizer:
+    """The text tokenizer of a run with its N and template; reads no weights. Raises UserError."""
+    path = Path(stage.language_model)
+    if is_export(path):
+        num_visual = UnifiedConfig.from_folder(path).image_tokenizer["num_visual"]
+    elif stage.image_tokenizer is None:
+        raise UserError(
+            f"{path} is a plain language model: set stage.image_tokenizer to the result of stage 1"
+        )
+    else:
+        folder = Path(stage.image_tokenizer) / "image_tokenizer"
+        num_visual = read_arguments(folder, ImageTokenizer.__name__)["num_visual"]
+    return DocumentTokenizer.load(
+        stage.text_tokenizer or stage.language_model,
+        num_visual=num_visual,
+        template=stage.template,
+        is_boundary_target=stage.is_boundary_target,
+    )
+
+
 def load_unified(stage: s.LanguageStage) -> tuple[UnifiedModel, DocumentTokenizer]:
     """The whole model from an export of vlgpt, or from a plain causal LM and a stage-1 result."""
     path = Path(stage.language_model)
-    options: dict[str, Any] = {"template": stage.template, "is_boundary_target": stage.is_boundary_target}
-    text_tokenizer = stage.text_tokenizer or stage.language_model
+    tokenizer = load_tokenizer(stage)
     if is_export(path):
-        config = UnifiedConfig.from_folder(path)
         model = UnifiedModel.from_folder(path, attention=stage.attention)
         if stage.image_tokenizer is not None:
             get_logger().warning("image_tokenizer %s replaces the one inside %s", stage.image_tokenizer, path)
             model.image_tokenizer, model.image_detokenizer = load_image_parts(Path(stage.image_tokenizer))
-        num_visual = config.image_tokenizer["num_visual"]
-        return model, DocumentTokenizer.load(text_tokenizer, num_visual=num_visual, **options)
-    if stage.image_tokenizer is None:
-        raise UserError(
-            f"{path} is a plain language model: set stage.image_tokenizer to the result of stage 1"
-        )
+        return model, tokenizer
+    assert stage.image_tokenizer is not None  # load_tokenizer asked for it
     image_tokenizer, image_detokenizer = load_image_parts(Path(stage.image_tokenizer))
-    tokenizer = DocumentTokenizer.load(text_tokenizer, num_visual=image_tokenizer.num_visual, **options)
     language_model = load_language_model(path, attention=stage.attention)
     resize_vocabulary(language_model, tokenizer)
     lm = MultimodalLM(
