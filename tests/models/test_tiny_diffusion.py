@@ -15,6 +15,7 @@ def new_decoder(**arguments) -> TinyDiffusionDecoder:
     coarse = ConvDecoder(
         **SHAPES, size_px=16, width=24, depth=1, num_heads=2, grid=4, channels=16, num_blocks=1
     )
+    torch.nn.init.constant_(coarse.to_pixels[2].bias, 0.5)  # a coarse picture that must be corrected
     small = {"width": 24, "channels": [16, 24]}
     return TinyDiffusionDecoder.on(coarse, **{**small, **arguments}).eval()
 
@@ -76,6 +77,12 @@ def test_a_batch_equals_single_pictures(guidance):
         torch.testing.assert_close(batch[one], single, atol=1e-5, rtol=0)
     other = decoder.decode(image, text, generators=tiny.generators(5, 6, 7, 8), guidance=guidance)
     assert (batch - other).abs().max() > 1e-3
+    still = new_decoder(noise_scale=0.0)
+    drawn = [
+        still.decode(image, text, generators=tiny.generators(*seeds))
+        for seeds in ((1, 2, 3, 4), (5, 6, 7, 8))
+    ]
+    assert torch.equal(*drawn)
 
 
 def test_an_absent_condition_means_the_learned_one():
