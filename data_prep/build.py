@@ -22,7 +22,7 @@ from data_prep.job import Job, claim_folder, has_failures, is_failure, num_failu
 from data_prep.options import Option, add_options, chosen, constructor_options, make_settings, model_options
 from data_prep.pictures import PictureSettings
 from data_prep.sources import SOURCES, source_class
-from data_prep.workers import STOPPED, Stopped, run_shards
+from data_prep.workers import STOPPED, Stopped, WorkerDied, run_shards
 from vlgpt.log import UserError, configure, run_command
 from vlgpt.shards import Manifest, ShardReport, write_manifest
 from vlgpt.shards.manifest import MANIFEST, SUCCESS, read_manifest, read_report
@@ -185,8 +185,8 @@ def make_job(arguments: argparse.Namespace, source_type: type) -> Job:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line: 0 built (or this task's share), 1 too many bad records, 2 wrong use, 75 stopped by a
-    signal.
+    """Command line: 0 built (or this task's share), 1 too many bad records or a dead worker, 2 wrong use, 75
+    stopped by a signal.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     name = next((argument for argument in argv if argument in SOURCES), None)
@@ -205,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             max_bad_fraction=arguments.max_bad_fraction,
             hash_tars=arguments.verify == "hash",
         )
-    except TooManyBad as error:
+    except (TooManyBad, WorkerDied) as error:
         console.print(f"error: {error}", style="red", highlight=False, soft_wrap=True)
         return 1
     except (Stopped, KeyboardInterrupt):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
@@ -21,8 +20,14 @@ from vlgpt.shards import ShardReport
 
 CRASH_SIGNALS = {signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL}
 MAX_CRASHES = 100
+POLL_S = 0.2
+STOP_TIMEOUT_S = 30
 STOPPED = 75
 """Exit code after SIGTERM or SIGUSR1: start me again."""
+
+
+class WorkerDied(Exception):
+    """A worker was killed from outside (most often by a lack of memory) or failed in an unforeseen way."""
 
 
 class Stopped(Exception):
@@ -48,7 +53,7 @@ def run_shards(
 ) -> None:
     """Build the shards, calling `on_report` for each as it is finished.
 
-    Raises UserError from a worker, Stopped after SIGTERM or SIGUSR1, and RuntimeError when a worker died for
+    Raises UserError from a worker, Stopped after SIGTERM or SIGUSR1, and WorkerDied when a worker died for
     another reason than a crash of a decoder.
     """
     if num_workers == 0:
@@ -56,26 +61,35 @@ def run_shards(
         for shard in shards:
             on_report(builder.build(shard, retry=retry))
         return
-    with _StopSignals():
+    with _StopSignals() as stop:
         started = [_start(job, list(shards[first::num_workers]), retry) for first in range(num_workers)]
         workers = [worker for worker in started if worker]
         try:
-            _supervise(job, workers, retry, on_report)
+            _supervise(job, workers, stop, retry, on_report)
         finally:
             for worker in workers:
                 if worker.process.is_alive():
                     worker.process.terminate()
             for worker in workers:
-                worker.process.join(timeout=30)
+                worker.process.join(timeout=STOP_TIMEOUT_S)
+                if worker.process.is_alive():  # stuck in one record; a killed shard is simply made again
+                    worker.process.kill()
+                    worker.process.join()
 
 
 def _supervise(
-    job: Job, workers: list[_Worker], retry: bool, on_report: Callable[[ShardReport], None]
+    job: Job,
+    workers: list[_Worker],
+    stop: _StopSignals,
+    retry: bool,
+    on_report: Callable[[ShardReport], None],
 ) -> None:
     crashed: set[int] = set()
     active: dict[Any, _Worker] = {worker.reports: worker for worker in workers}
     while active:
-        for connection in wait(list(active)):
+        if stop.is_requested:
+            raise Stopped
+        for connection in wait(list(active), timeout=POLL_S):
             worker = active[connection]
             try:
                 message = worker.reports.recv()
@@ -101,13 +115,13 @@ def _after_exit(job: Job, worker: _Worker, crashed: set[int], retry: bool) -> _W
         raise Stopped
     record = int(worker.record.value)
     if code >= 0 or -code not in CRASH_SIGNALS or record < 0:
-        raise RuntimeError(
+        raise WorkerDied(
             f"a worker ended with exit code {code} at input record {record}; run the build again"
         )
     crashed.add(record)
     get_logger(__name__).warning("input record %d killed a worker (signal %d); it is dropped", record, -code)
     if len(crashed) > MAX_CRASHES:
-        raise RuntimeError(f"{len(crashed)} input records killed a worker; the last is {record}")
+        raise WorkerDied(f"{len(crashed)} input records killed a worker; the last is {record}")
     return _start(replace(job, crashed=job.crashed | crashed), worker.shards, retry)
 
 
@@ -126,13 +140,13 @@ def _start(job: Job, shards: list[int], retry: bool) -> _Worker | None:
 
 
 def _work(job: Job, shards: list[int], retry: bool, sender: Connection, record: Any, parent: int) -> None:
-    signal.signal(signal.SIGTERM, _exit_stopped)
-    signal.signal(signal.SIGUSR1, _exit_stopped)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    stop = _StopSignals()
+    stop.__enter__()
 
     def on_record(number: int) -> None:
         record.value = number
-        if os.getppid() != parent:
+        if stop.is_requested or os.getppid() != parent:
             raise SystemExit(STOPPED)
 
     builder = ShardBuilder(job, on_record=on_record)
@@ -145,20 +159,23 @@ def _work(job: Job, shards: list[int], retry: bool, sender: Connection, record: 
         sender.send(UserError(str(error)))
 
 
-def _exit_stopped(number: int, frame: Any) -> None:
-    sys.exit(STOPPED)
-
-
 class _StopSignals:
-    """In the parent, SIGTERM and SIGUSR1 (sent by SLURM before the time limit) raise Stopped."""
+    """SIGTERM and SIGUSR1 (sent by SLURM before the time limit) set a mark that is looked at between records.
 
-    def __enter__(self) -> None:
-        self._old = {number: signal.signal(number, self._stop) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    Raising from the handler instead would now and then be lost: Python swallows exceptions in callbacks after
+    a fork and in finalisers.
+    """
+
+    def __init__(self) -> None:
+        self.is_requested = False
+
+    def __enter__(self) -> _StopSignals:
+        self._old = {number: signal.signal(number, self._mark) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        return self
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self._old.items():
             signal.signal(number, handler)
 
-    @staticmethod
-    def _stop(number: int, frame: Any) -> None:
-        raise Stopped
+    def _mark(self, number: int, frame: Any) -> None:
+        self.is_requested = True
