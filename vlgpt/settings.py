@@ -214,9 +214,13 @@ class OptimizerSettings(Settings):
 
 
 class CheckpointSettings(Settings):
+    """Commits every `interval_steps`, the newest `keep` of them; each holds trained weights and optimizer state only."""
+
     interval_steps: Positive = 1000
     keep: Annotated[int, Field(ge=2)] = 3
     resume: Literal["auto", "never"] = "auto"
+    upload: str | None = None  # any fsspec URL: every commit is copied there in the background, marker last
+    on_disk_full: Literal["continue", "stop"] = "continue"  # when a commit does not fit: train on, or exit 74
 
 
 class ValidationSettings(Settings):
@@ -225,6 +229,25 @@ class ValidationSettings(Settings):
     interval_steps: Positive = 1000
     sources: tuple[SourceSettings, ...] = ()
     max_batches: Positive = 32
+    contact_sheet: Annotated[int, Field(ge=0)] = 0  # pictures drawn at every validation, always the same ones
+
+
+class FaultSettings(Settings):
+    """What is watched while a run goes on."""
+
+    replica_check_steps: Annotated[int, Field(ge=0)] = 1000  # compare weights between ranks; 0: never
+    spike_sigma: Annotated[float, Field(ge=0)] = (
+        6.0  # loss this far above its moving mean is an event; 0: off
+    )
+    spike_rollback: bool = False  # go back to the newest commit and leave out the data since then
+    max_rollbacks: Positive = 3
+
+
+class ProfileSettings(Settings):
+    """`torch.profiler` over `num_steps` steps from `start_step` on; 0 steps: off. Traces lie in RUN/profile/."""
+
+    start_step: Positive = 10
+    num_steps: Annotated[int, Field(ge=0)] = 0
 
 
 class RunSettings(Settings):
@@ -247,7 +270,10 @@ class RunSettings(Settings):
     validation: ValidationSettings = ValidationSettings()
     log_interval_steps: Positive = 10
     max_skipped_steps: Positive = 5  # non-finite steps in a row before the run stops
-    step_timeout_s: Annotated[float, Field(gt=0)] = 1800.0
+    step_timeout_s: Annotated[float, Field(gt=0)] = 1800.0  # no step ends for so long: stacks, then exit 72
+    faults: FaultSettings = FaultSettings()
+    profile: ProfileSettings = ProfileSettings()
+    peak_tflops: Annotated[float, Field(gt=0)] | None = None  # of one device, for MFU; None: known GPUs only
 
     def accumulation(self, world_size: int) -> int:
         """Micro-batches per step and rank. Raises ValueError when the global batch cannot be divided."""

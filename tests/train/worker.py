@@ -1,7 +1,10 @@
 """One process of a training test: `worker.py TASK FOLDER OPTIONS`; RANK and WORLD_SIZE come from the environment."""
 
 import json
+import os
+import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,13 +13,21 @@ torch.set_num_threads(1)
 
 from batches import pack, random_document  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
-from tiny_unified import new_document_tokenizer, new_model  # noqa: E402
+from tiny_unified import (  # noqa: E402
+    NUM_PATCHES,
+    PATCH_WIDTH,
+    new_document_tokenizer,
+    new_model,
+)
 
 from vlgpt import seeds  # noqa: E402
+from vlgpt.batch import ConditionBatch  # noqa: E402
 from vlgpt.config import parse_yaml, validate  # noqa: E402
+from vlgpt.models.multimodal_lm import LoraSettings  # noqa: E402
 from vlgpt.settings import RunSettings  # noqa: E402
 from vlgpt.stages.language import LanguageStage  # noqa: E402
-from vlgpt.train import checkpoint  # noqa: E402
+from vlgpt.stages.tokenizer import ImageTokenizerStage  # noqa: E402
+from vlgpt.train import checkpoint, commit  # noqa: E402
 from vlgpt.train.engine import Engine, merge_config, start_process_group, stop_process_group  # noqa: E402
 from vlgpt.train.loop import Run, RunState, TrainingStopped, after_skip, save, train_step  # noqa: E402
 
@@ -39,12 +50,28 @@ def settings_of(folder, *, steps, global_batch, micro_batch, eps=1e-6):
     return validate(RunSettings, parse_yaml(json.dumps(values)), where="test")
 
 
-def engine_of(settings, world_size, *, drop=0.0):
-    stage = LanguageStage(model=new_model(TOKENIZER), num_sources=2, visual_input_drop=drop)
-    zero = {
-        "zero_optimization": {"stage": 2, "reduce_bucket_size": 1_000_000, "allgather_bucket_size": 1_000_000}
-    }
-    return Engine(stage, settings, merge_config(settings, zero, world_size=world_size, source="test"))
+def new_stage(kind, *, drop=0.0):
+    """A stage of each sort: the whole LM, LoRA on it, or the image tokenizer."""
+    if kind == "tokenizer":
+        model = new_model(TOKENIZER)
+        stage = ImageTokenizerStage(
+            tokenizer=model.image_tokenizer, detokenizer=model.image_detokenizer, num_sources=2
+        )
+        return stage.requires_grad_(True)
+    model = new_model(TOKENIZER)
+    if kind == "lora":
+        lora = LoraSettings(rank=4, alpha=4.0, dropout=0.0)
+        model.lm.add_lora(lora, [TOKENIZER.begin_image_id, TOKENIZER.end_image_id])
+    return LanguageStage(model=model, num_sources=2, visual_input_drop=drop)
+
+
+def engine_of(settings, world_size, *, drop=0.0, zero=2, kind="full"):
+    stage = new_stage(kind, drop=drop)
+    buckets = {"reduce_bucket_size": 1_000_000}
+    if zero == 3:
+        buckets |= {"stage3_prefetch_bucket_size": 100_000, "stage3_param_persistence_threshold": 100}
+    config = {"zero_optimization": {"stage": zero, **buckets}}
+    return Engine(stage, settings, merge_config(settings, config, world_size=world_size, source="test"))
 
 
 def rows_of(step, count):
@@ -59,19 +86,12 @@ def rows_of(step, count):
 
 
 class Loader:
-    """Deterministic batches by step, with the loader's interface."""
+    """Counts the steps that were consumed; its position is all that a commit has to remember."""
 
     source_names = ("a", "c")
 
-    def __init__(self, micro_batch, accumulation):
+    def __init__(self):
         self.position = 0
-        self.micro_batch, self.accumulation = micro_batch, accumulation
-
-    def __iter__(self):
-        at = self.position
-        while True:
-            yield pack(rows_of(at, self.micro_batch), TOKENIZER, length=LENGTH)
-            at += 1
 
     def advance(self, count):
         self.position += count
@@ -100,11 +120,43 @@ def layouts(folder, rank, world_size, options):
     return {}
 
 
+def batches_of(step, kind, rank, world_size):
+    """This rank's micro-batches of a step: four rows (or samples) in all, whatever the number of ranks."""
+    if kind == "tokenizer":
+        samples = [condition_sample(step, k) for k in range(rank, 4, world_size)]
+        return [conditions([sample]) for sample in samples]
+    return [pack([row], TOKENIZER, length=LENGTH) for row in rows_of(step, 4)[rank::world_size]]
+
+
+def condition_sample(step, number):
+    generator = torch.Generator().manual_seed(1000 * step + number)
+    return [
+        torch.randn(shape, generator=generator) for shape in ((NUM_PATCHES, PATCH_WIDTH), (3, 16), (5, 12))
+    ]
+
+
+def conditions(samples):
+    patches, image, text = (torch.stack(values) for values in zip(*samples))
+    ones = torch.ones(len(samples), dtype=torch.bool)
+    return ConditionBatch(
+        documents=tuple(str(float(p.sum())) for p in patches),
+        source_ids=torch.zeros(len(samples), dtype=torch.int16),
+        is_valid=ones,
+        has_text=ones,
+        patches=patches,
+        image_condition=image,
+        text_condition=text,
+    )
+
+
 def train(folder, rank, world_size, options):
-    settings = settings_of(folder, steps=options["steps"], global_batch=4 * world_size, micro_batch=2)
-    engine = engine_of(settings, world_size, drop=0.3)
-    loader, state = Loader(2, 2), RunState()
-    facts = {"frozen": engine.stage.frozen_hashes()}
+    """Train from the newest commit to `stop_after`, then commit; everything that a comparison needs is returned."""
+    kind, zero = options.get("kind", "full"), options.get("zero", 2)
+    settings = settings_of(folder, steps=options["steps"], global_batch=4, micro_batch=1)
+    frozen = new_stage(kind).frozen_hashes()
+    engine = engine_of(settings, world_size, drop=options.get("drop", 0.0), zero=zero, kind=kind)
+    loader, state = Loader(), RunState()
+    facts = {"frozen": frozen}
     resumed = checkpoint.resume(engine, folder / "checkpoints", facts=facts)
     if resumed:
         state.step = resumed.step
@@ -113,21 +165,58 @@ def train(folder, rank, world_size, options):
         seeds.seed_everything(0, "training", rank)
     run = Run(settings=settings, engine=engine, loader=loader, log=None, facts=facts)
     engine.train()
-    losses, batches = [], iter(loader)
+    losses, documents = [], []
     for step in range(state.step + 1, options.get("stop_after", options["steps"]) + 1):
-        _, sums = train_step(engine, [next(batches), next(batches)], 1e-2)
-        loader.advance(2)
+        batches = batches_of(loader.position, kind, rank, world_size)
+        _, sums = train_step(engine, batches, 1e-2)
+        loader.advance(1)
         state.step = step
-        losses.append([float(value[0].sum()) for value in sums.values()])
-    save(run, state)
+        totals = torch.stack([value.sum(1) for _, value in sorted(sums.items())])
+        losses.append(engine.all_sum(totals.double())[:, 0].tolist())
+        documents.append(sorted(str(d) for batch in batches for d in batch.documents))
+        if step in options.get("commits", ()):
+            save(run, state)
+        if step == options.get("die_after") and rank == world_size - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+    committed = save(run, state)
+    weights = engine.trainable_state()
     if rank == 0:
-        save_file(engine.trainable_state(), folder / "final.safetensors")
+        save_file(weights, folder / f"final_{options.get('stop_after', options['steps'])}.safetensors")
     return {
         "losses": losses,
+        "documents": documents,
         "resumed_at": resumed.step if resumed else 0,
-        "frozen_before": facts["frozen"],
-        "frozen_after": engine.stage.frozen_hashes(),
+        "is_elastic": bool(resumed and resumed.is_elastic),
+        "frozen_before": frozen,
+        "frozen_after": frozen if zero == 3 else engine.stage.frozen_hashes(),
+        "num_bytes": commit.size_of(committed) if committed else 0,
+        "num_trainable": engine.num_trainable,
     }
+
+
+def modalities(folder, rank, world_size, options):
+    """One rank has text only, the other pictures only, then one of them nothing at all; under ZeRO 1, 2 and 3."""
+    losses = {}
+    for zero in (1, 2, 3):
+        settings = settings_of(folder, steps=3, global_batch=2, micro_batch=1)
+        engine = engine_of(settings, world_size, zero=zero, kind=options["kind"])
+        losses[zero] = []
+        for step in range(1, 4):
+            batch = one_sided(step, rank)
+            _, sums = train_step(engine, [batch], 1e-2)
+            totals = torch.stack([value.sum(1) for _, value in sorted(sums.items())])
+            losses[zero].append(engine.all_sum(totals.double())[:, 0].tolist())
+    return {"losses": losses}
+
+
+def one_sided(step, rank):
+    """Rank 0: text without pictures. Rank 1: pictures without text targets; in step 3 a row without targets."""
+    document = random_document(step, num_images=0 if rank == 0 else 2)
+    batch = pack([[document]], TOKENIZER, length=LENGTH)
+    if rank == 0:
+        return batch
+    is_target = batch.is_target & batch.is_visual if step < 3 else torch.zeros_like(batch.is_target)
+    return replace(batch, is_target=is_target)
 
 
 def poison_gradient(engine, rank, is_on):
@@ -159,7 +248,7 @@ def poisoned_for_good(folder, rank, world_size, options):
     settings = settings_of(folder, steps=9, global_batch=2, micro_batch=1)
     engine = engine_of(settings, world_size)
     poison_gradient(engine, rank, lambda: True)
-    run = Run(settings=settings, engine=engine, loader=Loader(1, 1), log=None, facts={})
+    run = Run(settings=settings, engine=engine, loader=Loader(), log=None, facts={})
     state = RunState()
     try:
         for step in range(1, 10):
@@ -172,11 +261,14 @@ def poisoned_for_good(folder, rank, world_size, options):
     return {"exit_code": 0, "step": state.step}
 
 
+TASKS = (layouts, train, modalities, poison, poisoned_for_good)
+
+
 def main():
     task, folder, options = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
     start_process_group(timeout_s=60)
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    tasks = {f.__name__: f for f in (layouts, train, poison, poisoned_for_good)}
+    tasks = {f.__name__: f for f in TASKS}
     result = tasks[task](folder, rank, world_size, options)
     (folder / f"result_{rank}.json").write_text(json.dumps(result))
     stop_process_group()

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -16,11 +17,13 @@ from vlgpt import seeds
 from vlgpt.log import UserError, get_logger
 from vlgpt.stages.weights import TRAINABLE_FILE
 from vlgpt.train import commit
-from vlgpt.train.engine import Engine
+from vlgpt.train.engine import Engine, convert_to_universal
 
+T = TypeVar("T")
 _OWNER = re.compile(
     r"(?:^|zero_pp_)rank_(\d+)_"
 )  # DeepSpeed's optimizer partitions and our own per-rank files
+OPTIMIZER_BYTES = 16  # per trained parameter: fp32 master, two moments, and the fp32 weights file
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,68 @@ class Resumed:
     step: int
     data: dict[str, Any]
     facts: dict[str, Any]
+    tag: str
+    is_elastic: bool = False  # written by another number of processes
+
+
+# -------------------------------------------------------------------------------------------------------------- saving
+
+
+def save(
+    engine: Engine, root: Path, *, step: int, data: dict[str, Any], facts: dict[str, Any], keep: int
+) -> Path:
+    """Commit a checkpoint (collective) and prune old ones. Returns its folder.
+
+    Raises commit.NotEnoughSpace, on all ranks alike and before anything is written.
+    """
+    tag = commit.tag_of(step)
+    folder = root / tag
+    refusal = on_rank_0(engine, lambda: _make_room(engine, root, folder))
+    if refusal:
+        raise commit.NotEnoughSpace(refusal)
+    engine.save(root, tag)
+    trainable = {**engine.trainable_state(), **own_buffers(engine)}
+    rank_state = folder / f"rank_{engine.rank}_rng.safetensors"
+    save_file(seeds.rng_state(), rank_state)
+    if engine.rank == 0:
+        save_file(trainable, folder / TRAINABLE_FILE, metadata={"step": str(step)})
+        state = {"step": step, "data": data, "zero_stage": engine.zero_stage, **facts}
+        (folder / "state.json").write_text(json.dumps(state, indent=1))
+    engine.barrier()
+    commit.write_manifest(folder, engine.rank, files_of(folder, engine.rank))
+    engine.barrier()
+    if engine.rank == 0:
+        commit.commit(folder, world_size=engine.world_size, facts={"step": step})
+        commit.prune(root, keep=keep)
+    engine.barrier()
+    return folder
+
+
+def _make_room(engine: Engine, root: Path, folder: Path) -> str:
+    """Delete a torn folder of the same step, check the free space, make the folder; returns why not, or nothing."""
+    root.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    width = OPTIMIZER_BYTES + engine.dtype.itemsize
+    try:
+        commit.check_space(root, first_estimate=width * engine.num_trainable)
+    except commit.NotEnoughSpace as error:
+        return str(error)
+    folder.mkdir()
+    return ""
+
+
+def on_rank_0(engine: Engine, action: Callable[[], T]) -> T:
+    """Run something on rank 0 and give its JSON-like value to all; an OSError there is raised on all ranks."""
+    value: Any = None
+    if engine.rank == 0:
+        try:
+            value = {"value": action()}
+        except OSError as error:
+            value = {"error": str(error)}
+    value = engine.gather_objects(value)[0]
+    if "error" in value:
+        raise OSError(value["error"])
+    return value["value"]
 
 
 def own_buffers(engine: Engine) -> dict[str, Tensor]:
@@ -48,33 +113,6 @@ def _frozen_names(engine: Engine) -> list[str]:
     return [name for name, module in engine.stage.named_modules() if id(module) in frozen]
 
 
-def save(
-    engine: Engine, root: Path, *, step: int, data: dict[str, Any], facts: dict[str, Any], keep: int
-) -> Path:
-    """Commit a checkpoint (collective) and prune old ones. Returns its folder."""
-    tag = commit.tag_of(step)
-    folder = root / tag
-    if engine.rank == 0:
-        shutil.rmtree(folder, ignore_errors=True)  # a torn one of the same step
-        folder.mkdir(parents=True)
-    engine.barrier()
-    engine.save(root, tag)
-    trainable = {**engine.trainable_state(), **own_buffers(engine)}
-    rank_state = folder / f"rank_{engine.rank}_rng.safetensors"
-    save_file(seeds.rng_state(), rank_state)
-    if engine.rank == 0:
-        save_file(trainable, folder / TRAINABLE_FILE, metadata={"step": str(step)})
-        (folder / "state.json").write_text(json.dumps({"step": step, "data": data, **facts}, indent=1))
-    engine.barrier()
-    commit.write_manifest(folder, engine.rank, files_of(folder, engine.rank))
-    engine.barrier()
-    if engine.rank == 0:
-        commit.commit(folder, world_size=engine.world_size, facts={"step": step})
-        commit.prune(root, keep=keep)
-    engine.barrier()
-    return folder
-
-
 def files_of(folder: Path, rank: int) -> list[Path]:
     """The files that a rank vouches for: its own partitions; rank 0 also those that belong to no rank."""
     files = []
@@ -85,19 +123,16 @@ def files_of(folder: Path, rank: int) -> list[Path]:
     return files
 
 
+# ------------------------------------------------------------------------------------------------------------ resuming
+
+
 def resume(engine: Engine, root: Path, *, facts: dict[str, Any]) -> Resumed | None:
     """Load the newest good checkpoint on all ranks alike (collective); None when there is none.
 
-    Raises UserError when the frozen weights differ from those the checkpoint was trained with.
+    A checkpoint of another world size or ZeRO stage is converted on the way. Raises UserError when the frozen weights
+    differ from those the checkpoint was trained with, or when no checkpoint is whole.
     """
-    found: Any = None
-    if engine.rank == 0:
-        try:
-            newest = commit.newest(root)
-            found = {"tag": newest.tag, "world_size": newest.marker["world_size"]} if newest else {}
-        except UserError as error:
-            found = {"error": str(error)}
-    found = engine.gather_objects(found)[0]
+    found = on_rank_0(engine, lambda: _find(root))
     if "error" in found:
         raise UserError(found["error"])
     if not found:
@@ -109,17 +144,68 @@ def resume(engine: Engine, root: Path, *, facts: dict[str, Any]) -> Resumed | No
             raise UserError(
                 f"frozen part {name!r} has hash {have}, checkpoint {found['tag']} was trained with {wanted}"
             )
-    if found["world_size"] != engine.world_size:
-        raise UserError(
-            f"checkpoint {found['tag']} was written by {found['world_size']} processes, "
-            f"this run has {engine.world_size}"
-        )
-    engine.load(root, found["tag"])
-    load_buffers(engine, load_file(folder / TRAINABLE_FILE))
-    rng = load_file(folder / f"rank_{engine.rank}_rng.safetensors")
-    seeds.set_rng_state(rng)
+    trained = load_file(folder / TRAINABLE_FILE)
+    is_elastic = found["world_size"] != engine.world_size
+    if state.get("zero_stage", engine.zero_stage) != engine.zero_stage:
+        load_weights_only(engine, trained, f"it was written under ZeRO-{state['zero_stage']}")
+    elif is_elastic:
+        load_elastic(engine, folder, trained, found["world_size"])
+    else:
+        engine.load(root, found["tag"])
+    load_buffers(engine, trained)
+    if is_elastic:  # the streams of other ranks mean nothing here: new ones, named by the step
+        seeds.seed_everything(engine.settings.seed, "training", state["step"], engine.rank)
+    else:
+        seeds.set_rng_state(load_file(folder / f"rank_{engine.rank}_rng.safetensors"))
     get_logger().info("resumed from %s", folder)
-    return Resumed(state["step"], state["data"], state)
+    return Resumed(state["step"], state["data"], state, found["tag"], is_elastic)
+
+
+def _find(root: Path) -> dict[str, Any]:
+    try:
+        newest = commit.newest(root)
+    except UserError as error:
+        return {"error": str(error)}
+    return {"tag": newest.tag, "world_size": newest.marker["world_size"]} if newest else {}
+
+
+def load_elastic(engine: Engine, folder: Path, trained: dict[str, Tensor], world_size: int) -> None:
+    """Load partitions of another world size through DeepSpeed's universal format, kept only for the load.
+
+    Frozen weights are not in it: they were loaded and checked by hash before. When the conversion fails, training goes
+    on from the fp32 weights with fresh optimizer moments, and says so.
+    """
+    get_logger().warning(
+        "checkpoint %s was written by %d processes, this run has %d: converting it",
+        folder.name,
+        world_size,
+        engine.world_size,
+    )
+    target = folder.with_name(f".{folder.name}_universal")
+    failure = on_rank_0(engine, lambda: _convert(folder, target))
+    if failure:
+        load_weights_only(engine, trained, f"its optimizer state cannot be converted ({failure})")
+    else:
+        engine.load_universal(target)
+    engine.barrier()
+    if engine.rank == 0:
+        shutil.rmtree(target, ignore_errors=True)
+
+
+def _convert(folder: Path, target: Path) -> str:
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir()
+    try:
+        convert_to_universal(folder, target)
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def load_weights_only(engine: Engine, trained: dict[str, Tensor], why: str) -> None:
+    """The loud fallback: fp32 weights as they were, fresh optimizer moments."""
+    get_logger().warning("WEIGHTS ONLY, optimizer moments start anew: %s", why)
+    engine.load_weights(trained)
 
 
 def load_buffers(engine: Engine, stored: dict[str, Tensor]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -20,6 +21,7 @@ from typing import Any
 from vlgpt.log import UserError, get_logger
 
 MARKER = "COMMITTED.json"
+SPACE_FACTOR = 1.2
 _TAG = re.compile(r"^step_(\d{8})$")
 
 
@@ -63,6 +65,29 @@ def hash_file(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+class NotEnoughSpace(RuntimeError):
+    """A commit would not fit on the disk; nothing was written."""
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of all files under a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def check_space(root: Path, *, first_estimate: int) -> None:
+    """Refuse a commit that would not fit: 1.2 x the newest one, or x `first_estimate` bytes before there is one.
+
+    Raises NotEnoughSpace naming the bytes wanted and free.
+    """
+    newest_size = next((size_of(root / tag) for tag in tags(root) if (root / tag / MARKER).is_file()), None)
+    wanted = math.ceil(SPACE_FACTOR * (first_estimate if newest_size is None else newest_size))
+    free = shutil.disk_usage(root).free
+    if free < wanted:
+        raise NotEnoughSpace(
+            f"a commit under {root} needs {wanted:,} bytes, {free:,} are free: make room, or lower checkpoint.keep"
+        )
 
 
 def write_manifest(folder: Path, rank: int, files: Iterable[Path]) -> None:

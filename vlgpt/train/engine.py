@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import socket
@@ -20,6 +21,7 @@ from vlgpt.batch import LossTerm, to_device
 from vlgpt.log import UserError, get_logger
 from vlgpt.settings import RunSettings
 from vlgpt.stages.base import Stage, parameter_groups
+from vlgpt.train.agreement import join_ranks
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,11 @@ class StepResult:
     is_skipped: bool
 
 
-def start_process_group(*, timeout_s: float) -> None:
-    """Join the processes of the launcher (environment variables), or start a group of one."""
+def start_process_group(*, timeout_s: float, facts: Mapping[str, Any] | None = None) -> None:
+    """Join the processes of the launcher (environment variables), or start a group of one.
+
+    `facts` must be equal on all ranks. Raises UserError at once when they differ, or when ranks are wrong or doubled.
+    """
     if dist.is_initialized():
         return
     import deepspeed
@@ -45,12 +50,15 @@ def start_process_group(*, timeout_s: float) -> None:
         "LOCAL_SIZE", ""
     ).isdigit():  # an empty LOCAL_SIZE breaks deepspeed's CPU accelerator
         os.environ["LOCAL_SIZE"] = os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])
+    store, rank, world_size = join_ranks(facts or {}, timeout_s=timeout_s)
     if not torch.cuda.is_available():
         _skip_shared_memory_extension()
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    deepspeed.init_distributed(backend, timeout=timedelta(seconds=timeout_s), verbose=False)
+    timeout = timedelta(seconds=timeout_s)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    deepspeed.init_distributed(backend, timeout=timeout, verbose=False)
 
 
 def _skip_shared_memory_extension() -> None:
@@ -125,6 +133,7 @@ class Engine:
         self.stage = stage
         self.settings = settings
         groups = parameter_groups(stage, settings.optimizer.weight_decay)
+        self.num_trainable = sum(parameter.numel() for _, parameter in stage.trainable())
         optimizer = torch.optim.AdamW(
             groups, lr=settings.optimizer.lr, betas=settings.optimizer.betas, eps=settings.optimizer.eps
         )
@@ -198,6 +207,41 @@ class Engine:
         if path is None:
             raise UserError(f"DeepSpeed found no checkpoint {tag} under {root}")
 
+    def load_universal(self, folder: Path) -> None:
+        """Load a folder that `convert_to_universal` wrote, whatever the world size it came from."""
+        config = (
+            self._engine._config
+        )  # read at load time by deepspeed; set here, since it holds for this load only
+        config.load_universal_checkpoint = True
+        try:
+            self.load(folder.parent, folder.name)
+        finally:
+            config.load_universal_checkpoint = False
+
+    def load_weights(self, state: Mapping[str, Tensor]) -> None:
+        """Set trained parameters and their fp32 masters; optimizer moments stay as they are. Raises UserError."""
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        for name, parameter in self.stage.named_parameters():
+            if parameter.requires_grad:
+                if name not in state:
+                    raise UserError(f"trained parameter {name} is missing in the checkpoint")
+                safe_set_full_fp32_param(parameter, state[name].to(self.device))
+                if self.zero_stage < 3:
+                    parameter.data.copy_(state[name])
+
+    @property
+    def zero_stage(self) -> int:
+        return int(self._engine.zero_optimization_stage())
+
+    def gathered_weights(self) -> Any:
+        """Context in which every parameter is whole on every rank (ZeRO-3 keeps them in pieces)."""
+        if self.zero_stage < 3:
+            return contextlib.nullcontext()
+        import deepspeed
+
+        return deepspeed.zero.GatheredParameters(list(self.stage.parameters()), modifier_rank=None)
+
     def trainable_state(self) -> dict[str, Tensor]:
         """fp32 master weights of everything trained, gathered to CPU on every rank."""
         from deepspeed.utils import safe_get_full_fp32_param
@@ -218,6 +262,34 @@ class Engine:
         gathered: list[Any] = [None] * self.world_size
         dist.all_gather_object(gathered, value)
         return gathered
+
+
+def convert_to_universal(source: Path, target: Path) -> None:
+    """Rewrite DeepSpeed's partitions as whole tensors, which any world size can load. One process does it.
+
+    Raises RuntimeError when deepspeed cannot convert them.
+    """
+    from types import SimpleNamespace
+
+    from deepspeed.checkpoint import ds_to_universal
+
+    options = SimpleNamespace(
+        input_folder=str(source),
+        output_folder=str(target),
+        num_extract_workers=1,  # in this process: forking under a process group is not safe
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=True,
+    )
+    try:
+        nowhere = io.StringIO()
+        with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+            ds_to_universal.main(options)
+    except (AssertionError, KeyError, IndexError, ValueError, OSError, NotImplementedError) as error:
+        raise RuntimeError(f"{type(error).__name__}: {error}") from error
+    finally:
+        (target.parent / "latest_universal").unlink(missing_ok=True)
 
 
 def stop_process_group() -> None:

@@ -7,6 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -15,12 +16,15 @@ from torch import Tensor
 from vlgpt.log import MetricsLog, get_logger
 from vlgpt.settings import RunSettings
 from vlgpt.stages.base import Stage
-from vlgpt.train import checkpoint
+from vlgpt.train import checkpoint, commit, faults
+from vlgpt.train.agreement import disagreement, replica_digest
 from vlgpt.train.engine import Engine, StepResult
+from vlgpt.train.flops import FlopMeter, counting
+from vlgpt.train.profile import ProfileWindow
 from vlgpt.train.schedule import learning_rate
 from vlgpt.train.throughput import Progress
-
-EXIT_NON_FINITE = 70
+from vlgpt.train.upload import Uploader
+from vlgpt.train.watchdog import Watchdog
 
 
 class TrainingLoader(Protocol):
@@ -32,6 +36,7 @@ class TrainingLoader(Protocol):
     def advance(self, num_micro_batches: int) -> None: ...
     def state_dict(self) -> dict[str, Any]: ...
     def statistics(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 class TrainingStopped(RuntimeError):
@@ -49,6 +54,8 @@ class RunState:
     step: int = 0
     num_skipped: int = 0
     num_skipped_in_row: int = 0
+    num_rollbacks: int = 0
+    spikes: faults.SpikeDetector | None = None
     sums: dict[str, Tensor] = field(
         default_factory=dict
     )  # per term (2, num_sources), since the last log line
@@ -65,37 +72,60 @@ class Run:
     facts: dict[str, Any]
     validate: Any = None  # callable(step) -> dict of numbers, collective
     should_stop: Any = None  # callable() -> bool: preemption was asked for on this rank
+    watchdog: Watchdog | None = None
+    profile: ProfileWindow | None = None
+    uploader: Uploader | None = None  # rank 0 only
+
+    def is_alive(self, step: int) -> None:
+        """A sign of life for the watchdog."""
+        if self.watchdog is not None:
+            self.watchdog.beat(step)
 
 
 def train(run: Run, state: RunState) -> None:
     """Train from `state.step` to the last step. Raises TrainingStopped, on all ranks alike."""
     settings, engine = run.settings, run.engine
     accumulation = settings.accumulation(engine.world_size)
-    progress = Progress(settings.steps, state.step, is_shown=engine.rank == 0)
+    progress = Progress(settings, state.step, engine=engine)
+    state.spikes = faults.SpikeDetector(settings.faults.spike_sigma)
     batches = iter(run.loader)
     engine.train()
-    for step in range(state.step + 1, settings.steps + 1):
+    while state.step < settings.steps:
+        step = state.step + 1
+        if run.profile is not None:
+            run.profile.before_step(step)
         started = time.monotonic()
         micro_batches = [next(batches) for _ in range(accumulation)]
         data_wait_s = time.monotonic() - started
         rate = learning_rate(step, steps=settings.steps, settings=settings.optimizer)
-        result, losses = train_step(engine, micro_batches, rate)
+        result, losses = train_step(engine, micro_batches, rate, meter=progress.meter)
         run.loader.advance(accumulation)
         state.step = step
         note_losses(state, losses)
         progress.add(micro_batches, time.monotonic() - started, data_wait_s)
+        run.is_alive(step)
+        if run.profile is not None:
+            run.profile.after_step(step)
         after_skip(run, state, result, micro_batches)
+        if roll_back_after_spike(run, state, losses, micro_batches):
+            batches = iter(run.loader)
+            continue
         if step % settings.log_interval_steps == 0 or step == settings.steps:
             write_log(run, state, progress, result, rate)
         if run.validate is not None and (
             step % settings.validation.interval_steps == 0 or step == settings.steps
         ):
             write_validation(run, step)
+            run.is_alive(step)
+        check_replicas(run, step)
         after_step(run, state)
+        run.is_alive(step)
     progress.close()
 
 
-def train_step(engine: Engine, micro_batches: list[Any], rate: float) -> tuple[StepResult, dict[str, Tensor]]:
+def train_step(
+    engine: Engine, micro_batches: list[Any], rate: float, *, meter: FlopMeter | None = None
+) -> tuple[StepResult, dict[str, Tensor]]:
     """One optimizer step: sums of losses divided by the global number of targets.
 
     The count runs over ranks and micro-batches, so the result depends on neither. `world_size * accumulation` undoes
@@ -107,7 +137,8 @@ def train_step(engine: Engine, micro_batches: list[Any], rate: float) -> tuple[S
     engine.set_learning_rate(rate)
     by_source: dict[str, Tensor] = {}
     for batch in micro_batches:
-        terms = engine.forward(engine.place(batch))
+        with counting(meter, batch):
+            terms = engine.forward(engine.place(batch))
         loss = sum(terms[name].weight * terms[name].total / max(counts[name], 1.0) for name in stage.terms)
         engine.backward(loss * undo_means)  # type: ignore[arg-type]
         for name in stage.terms:
@@ -150,7 +181,59 @@ def after_skip(run: Run, state: RunState, result: StepResult, micro_batches: lis
         raise TrainingStopped(
             f"{state.num_skipped_in_row} steps in a row had a non-finite gradient; the documents are in metrics.jsonl "
             "(event skipped_step). Lower optimizer.lr, or remove the data",
-            EXIT_NON_FINITE,
+            faults.EXIT_NON_FINITE,
+        )
+
+
+def roll_back_after_spike(
+    run: Run, state: RunState, losses: dict[str, Tensor], micro_batches: list[Any]
+) -> bool:
+    """Note a loss far above its moving mean; if asked for, load the newest commit and leave out the data since then.
+
+    The data plan is a pure function of its position, so the run simply goes on behind the offending window.
+    """
+    assert state.spikes is not None
+    settings = run.settings.faults
+    if settings.spike_sigma == 0 or not losses:
+        return False
+    sums = torch.stack([value.sum(1).double().cpu() for _, value in sorted(losses.items())])
+    totals, counts = run.engine.all_sum(sums).cpu().unbind(1)
+    loss = float((totals / counts.clamp(min=1)).sum())
+    if not state.spikes.is_spike(loss):
+        return False
+    step = state.step
+    documents = run.engine.gather_objects([list(_documents(batch)) for batch in micro_batches])
+    event = {"event": "loss_spike", "loss": loss, "usual": state.spikes.mean, "documents": documents}
+    if run.log is not None:
+        run.log.write(step, event)
+    get_logger().warning("step %d: loss %.4f is a spike, usual is %.4f", step, loss, state.spikes.mean)
+    if not settings.spike_rollback or state.num_rollbacks >= settings.max_rollbacks:
+        return False
+    position = run.loader.state_dict()
+    resumed = checkpoint.resume(run.engine, run.settings.run_dir / "checkpoints", facts=run.facts)
+    if resumed is None:
+        return False
+    run.loader.load_state_dict(position)
+    state.num_rollbacks += 1
+    state.step = resumed.step
+    state.sums.clear()
+    if run.log is not None:
+        run.log.write(step, {"event": "rollback", "to_step": resumed.step})
+    get_logger().warning("rolled back to step %d; the data read since then are left out", resumed.step)
+    return True
+
+
+def check_replicas(run: Run, step: int) -> None:
+    """Compare the weights of all ranks (ZeRO-3 keeps no replica). Raises TrainingStopped when one has drifted."""
+    interval = run.settings.faults.replica_check_steps
+    if not interval or step % interval or run.engine.world_size == 1 or run.engine.zero_stage == 3:
+        return
+    odd = disagreement(run.engine.gather_objects(replica_digest(run.engine.stage)))
+    if odd:
+        raise TrainingStopped(
+            f"weights drifted apart by step {step}: {odd}. Suspect the memory of those devices; the run can go on "
+            "from its newest commit",
+            faults.EXIT_REPLICAS,
         )
 
 
@@ -197,46 +280,86 @@ def write_validation(run: Run, step: int) -> None:
 
 
 def after_step(run: Run, state: RunState) -> None:
-    """Save when it is time, at the end, or when any rank was asked to stop (then raise with exit code 75)."""
+    """Save when it is time, at the end, or when any rank was asked to stop (then raise with its exit code)."""
     settings = run.settings
     is_last = state.step == settings.steps
-    wants_stop = False
-    if run.should_stop is not None:
-        asked = torch.tensor([1.0 if run.should_stop() else 0.0])
-        wants_stop = bool(run.engine.all_max(asked).item())
-    if is_last or wants_stop or state.step % settings.checkpoint.interval_steps == 0:
+    is_off = run.engine.rank == 0 and faults.is_kill_switch_on(settings.run_dir)
+    asked = torch.tensor([float(run.should_stop is not None and run.should_stop()), float(is_off)])
+    wants_stop, is_killed = (value > 0 for value in run.engine.all_max(asked).tolist())
+    if is_last or wants_stop or is_killed or state.step % settings.checkpoint.interval_steps == 0:
         save(run, state)
+    if is_killed and not is_last:
+        raise TrainingStopped(
+            f"stopped by {settings.run_dir / faults.KILL_SWITCH} after step {state.step}; remove the file to go on",
+            faults.EXIT_KILL_SWITCH,
+        )
     if wants_stop and not is_last:
         raise TrainingStopped(
-            f"stopped on request after step {state.step}; run the same command to go on", 75
+            f"stopped on request after step {state.step}; run the same command to go on",
+            faults.EXIT_PREEMPTED,
         )
 
 
-def save(run: Run, state: RunState) -> None:
-    """Commit a checkpoint with the data position consumed by the trainer."""
-    checkpoint.save(
-        run.engine,
-        run.settings.run_dir / "checkpoints",
-        step=state.step,
-        data=run.loader.state_dict(),
-        facts={**run.facts, "num_skipped": state.num_skipped},
-        keep=run.settings.checkpoint.keep,
-    )
+def save(run: Run, state: RunState) -> Path | None:
+    """Commit a checkpoint with the data position consumed by the trainer; None when the disk is too full for it.
+
+    Raises TrainingStopped in that case when the settings want it.
+    """
+    started_s = time.monotonic()
+    try:
+        folder = checkpoint.save(
+            run.engine,
+            run.settings.run_dir / "checkpoints",
+            step=state.step,
+            data=run.loader.state_dict(),
+            facts={**run.facts, "num_skipped": state.num_skipped},
+            keep=run.settings.checkpoint.keep,
+        )
+    except commit.NotEnoughSpace as error:
+        if run.log is not None:
+            run.log.write(state.step, {"event": "disk_full", "message": str(error)})
+        if run.settings.checkpoint.on_disk_full == "stop":
+            raise TrainingStopped(str(error), faults.EXIT_DISK_FULL) from error
+        get_logger().error("step %d is NOT saved: %s", state.step, error)
+        return None
+    if run.log is not None:
+        seconds = time.monotonic() - started_s
+        run.log.write(state.step, {"commit_s": round(seconds, 3), "commit_bytes": commit.size_of(folder)})
+    if run.uploader is not None:
+        run.uploader.start(folder)
+    return folder
 
 
 @torch.no_grad()
-def validation_losses(engine: Engine, batches: Iterator[Any], max_batches: int) -> dict[str, float]:
-    """Mean loss per term over at most `max_batches` held-out batches of each rank (collective)."""
+def validation_losses(
+    engine: Engine, batches: Iterator[Any], max_batches: int, *, source_names: tuple[str, ...] = ()
+) -> dict[str, float]:
+    """Mean loss per term, and per term and source, over at most `max_batches` held-out batches of each rank.
+
+    Collective. Sources are told apart by the stage, whose number of sources must cover `source_names`.
+    """
+    terms = engine.stage.terms
     totals: dict[str, float] = defaultdict(float)
+    by_source: dict[str, Tensor] = {}
     for number, batch in enumerate(batches):
         if number >= max_batches:
             break
         counts = engine.stage.count_targets(batch)
-        terms = engine.stage(engine.place(batch))
-        for name in engine.stage.terms:
-            totals[name] += float(terms[name].total)
+        found = engine.stage(engine.place(batch))
+        for name in terms:
+            totals[name] += float(found[name].total)
             totals[f"{name}/count"] += counts[name]
-    names = [*engine.stage.terms, *(f"{name}/count" for name in engine.stage.terms)]
+            part = found[name].by_source
+            if part is not None:
+                part = part.double().cpu()
+                by_source[name] = by_source[name] + part if name in by_source else part
+    names = [*terms, *(f"{name}/count" for name in terms)]
     summed = engine.all_sum(torch.tensor([totals[name] for name in names], dtype=torch.float64)).tolist()
     reduced = dict(zip(names, summed))
-    return {f"validation/{n}": reduced[n] / max(reduced[f"{n}/count"], 1.0) for n in engine.stage.terms}
+    values = {f"validation/{n}": reduced[n] / max(reduced[f"{n}/count"], 1.0) for n in terms}
+    if len(source_names) > 1:
+        for name in sorted(by_source):
+            for source, total, count in zip(source_names, *engine.all_sum(by_source[name]).tolist()):
+                if count:
+                    values[f"validation/{name}/{source}"] = total / count
+    return values

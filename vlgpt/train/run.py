@@ -14,18 +14,24 @@ from types import FrameType
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from vlgpt import log, seeds
 from vlgpt.config import dump
 from vlgpt.data.loader import Loader
+from vlgpt.log import UserError
 from vlgpt.models.unified import UnifiedModel
 from vlgpt.settings import DataSettings, EncoderSettings, LanguageStage, RunSettings
 from vlgpt.stages import language
 from vlgpt.stages.build import build_stage
 from vlgpt.tokens import DocumentTokenizer
-from vlgpt.train import checkpoint, commit
+from vlgpt.train import checkpoint, commit, faults
+from vlgpt.train.agreement import disagreement
 from vlgpt.train.engine import Engine, merge_config, start_process_group, stop_process_group
 from vlgpt.train.loop import Run, RunState, TrainingStopped, train, validation_losses
+from vlgpt.train.profile import ProfileWindow
+from vlgpt.train.upload import Uploader
+from vlgpt.train.watchdog import Watchdog
 
 RESULT = "result"
 LIBRARIES = ("torch", "deepspeed", "transformers", "peft", "numpy", "safetensors")
@@ -34,43 +40,77 @@ LIBRARIES = ("torch", "deepspeed", "transformers", "peft", "numpy", "safetensors
 def is_finished(settings: RunSettings) -> bool:
     """Whether this very configuration has been trained to its end: then a launcher has nothing to do."""
     done = settings.run_dir / RESULT / "done.json"
-    return done.is_file() and json.loads(done.read_text()).get("settings") == settings.model_dump(mode="json")
+    if not done.is_file():
+        return False
+    try:  # validated anew, so that a setting added since then counts with its default
+        return (
+            RunSettings.model_validate_json(json.dumps(json.loads(done.read_text())["settings"])) == settings
+        )
+    except (ValidationError, KeyError, json.JSONDecodeError):
+        return False
 
 
-def run_training(settings: RunSettings, ds_config: Mapping[str, Any], *, ds_source: str) -> int:
+Probe = Callable[[torch.nn.Module, int], Mapping[str, float]]
+
+
+def run_training(
+    settings: RunSettings, ds_config: Mapping[str, Any], *, ds_source: str, probe: Probe | None = None
+) -> int:
     """Train one stage; returns the process's exit code. Collective over the launcher's processes.
 
-    Raises UserError for anything the user has to mend.
+    `probe(stage, step)` is called on rank 0 after every validation, with whole weights in eval mode; its numbers are
+    logged under `probe/`. Raises UserError for anything the user has to mend.
     """
     torch.set_num_threads(settings.threads)
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     log.configure(rank=rank)
     merged = merge_config(settings, ds_config, world_size=world_size, source=ds_source)
-    start_process_group(timeout_s=settings.step_timeout_s)
-    logger = log.get_logger()
+    refuse_kill_switch(settings)
+    agreed = {"settings": settings.model_dump(mode="json"), "deepspeed": merged, "versions": versions()}
+    start_process_group(timeout_s=settings.step_timeout_s, facts=agreed)
+    run, state = build_run(settings, merged, probe=probe)
     try:
-        run, state = build_run(settings, merged)
-        try:
-            train(run, state)
-        except TrainingStopped as stopped:
-            logger.error("%s", stopped)
-            return stopped.exit_code
+        train(run, state)
         finish(run)
-        return 0
-    finally:
-        stop_process_group()
+        exit_code = 0
+    except TrainingStopped as stopped:
+        log.get_logger().error("%s", stopped)
+        exit_code = stopped.exit_code
+    close(run)
+    stop_process_group()  # not after an unexpected error: the other ranks would not come to its barrier
+    return exit_code
 
 
-def build_run(settings: RunSettings, merged: Mapping[str, Any]) -> tuple[Run, RunState]:
+def refuse_kill_switch(settings: RunSettings) -> None:
+    """Raises UserError while the file that stopped a run is still there."""
+    if faults.is_kill_switch_on(settings.run_dir):
+        raise UserError(f"{settings.run_dir / faults.KILL_SWITCH} is there: remove it to train")
+
+
+def close(run: Run) -> None:
+    """End threads and workers."""
+    if run.uploader is not None:
+        run.uploader.wait()
+    if run.watchdog is not None:
+        run.watchdog.close()
+    run.loader.close()  # type: ignore[attr-defined]
+    if run.log is not None:
+        run.log.close()
+
+
+def build_run(
+    settings: RunSettings, merged: Mapping[str, Any], *, probe: Probe | None = None
+) -> tuple[Run, RunState]:
     """Everything before step 1: loader, stage, engine, resume or statistics, and the record of what runs."""
-    num_sources = len(settings.data.sources)
+    num_sources = max(len(settings.data.sources), len(settings.validation.sources))
     stage, tokenizer = build_stage(settings, num_sources=num_sources)
     if isinstance(stage, language.LanguageStage) and tokenizer is not None:
         stage.exporter = exporter(settings, tokenizer)
+    facts = {"frozen": stage.frozen_hashes(), "versions": versions()}  # before ZeRO-3 takes parameters apart
     engine = Engine(stage, settings, merged)
-    facts = {"frozen": stage.frozen_hashes(), "versions": versions()}
     metrics = None
-    if engine.rank == 0:
+    is_first = engine.rank == 0
+    if is_first:
         record_run(settings, merged, facts)
         describe(stage)
         metrics = log.MetricsLog(settings.run_dir)
@@ -89,6 +129,10 @@ def build_run(settings: RunSettings, merged: Mapping[str, Any]) -> tuple[Run, Ru
         )
 
     loader = open_loader(settings.data)
+    if odd := disagreement(engine.gather_objects(loader.state_dict())):
+        raise UserError(
+            f"processes read different data: {odd}; do all nodes see the same shards and indexes?"
+        )
     state = RunState()
     resumed = None
     if settings.checkpoint.resume == "auto":
@@ -107,8 +151,11 @@ def build_run(settings: RunSettings, merged: Mapping[str, Any]) -> tuple[Run, Ru
         loader=loader,
         log=metrics,
         facts=facts,
-        validate=validator(settings, engine, open_loader),
+        validate=validator(settings, engine, open_loader, probe=probe),
         should_stop=listen_for_stop(),
+        watchdog=Watchdog(settings.run_dir / "watch", rank=engine.rank, timeout_s=settings.step_timeout_s),
+        profile=ProfileWindow(settings.profile, settings.run_dir / "profile", rank=engine.rank),
+        uploader=Uploader(settings.checkpoint.upload) if settings.checkpoint.upload and is_first else None,
     )
     return run, state
 
@@ -120,9 +167,9 @@ def placed(engine: Engine, loader: Loader) -> Iterator[Any]:
 
 
 def validator(
-    settings: RunSettings, engine: Engine, open_loader: Callable[..., Loader]
+    settings: RunSettings, engine: Engine, open_loader: Callable[..., Loader], *, probe: Probe | None = None
 ) -> Callable[[int], dict[str, float]] | None:
-    """Losses on held-out sources, or None when the settings name none."""
+    """Losses on held-out sources and the launcher's probe, or None when the settings name no sources."""
     validation = settings.validation
     if not validation.sources:
         return None
@@ -131,9 +178,17 @@ def validator(
     def validate(step: int) -> dict[str, float]:
         loader = open_loader(data, workers=0)
         try:
-            return validation_losses(engine, loader.one_pass(), validation.max_batches)
+            values = validation_losses(
+                engine, loader.one_pass(), validation.max_batches, source_names=loader.source_names
+            )
         finally:
             loader.close()
+        if probe is not None:
+            with engine.gathered_weights():
+                found = probe(engine.stage, step) if engine.rank == 0 else {}
+            values.update({f"probe/{name}": float(value) for name, value in found.items()})
+            engine.barrier()
+        return values
 
     return validate
 
@@ -141,6 +196,8 @@ def validator(
 def finish(run: Run) -> None:
     """After the last step: statistics for the next stage, then the result folder, complete or not there at all."""
     settings, engine = run.settings, run.engine
+    if run.watchdog is not None:
+        run.watchdog.close()
     loader = Loader(
         settings.data.model_copy(update={"num_workers": 0}),
         kind=engine.stage.batch_kind,
@@ -153,16 +210,21 @@ def finish(run: Run) -> None:
     engine.train(False)
     engine.stage.finish(placed(engine, loader), engine.all_sum)
     loader.close()
-    run.loader.close()  # type: ignore[attr-defined]
-    if run.log is not None:
-        partial, result = settings.run_dir / f".{RESULT}.partial", settings.run_dir / RESULT
-        engine.stage.save(partial)
-        commit.write_atomically(
-            partial / "done.json", json.dumps({"settings": settings.model_dump(mode="json")}, indent=1)
-        )
-        replace_folder(partial, result)
-        log.get_logger().info("result written to %s", result)
-        run.log.close()
+    with engine.gathered_weights():
+        if engine.rank == 0:
+            write_result(settings, engine)
+    engine.barrier()
+
+
+def write_result(settings: RunSettings, engine: Engine) -> None:
+    """The result folder, written beside its place and moved there when it is whole."""
+    partial, result = settings.run_dir / f".{RESULT}.partial", settings.run_dir / RESULT
+    engine.stage.save(partial)
+    commit.write_atomically(
+        partial / "done.json", json.dumps({"settings": settings.model_dump(mode="json")}, indent=1)
+    )
+    replace_folder(partial, result)
+    log.get_logger().info("result written to %s", result)
 
 
 def replace_folder(new: Path, target: Path) -> None:

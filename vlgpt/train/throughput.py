@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import sys
 import time
 from typing import Any
@@ -10,13 +11,19 @@ import torch
 
 from vlgpt.batch import Batch
 from vlgpt.log import get_logger
+from vlgpt.settings import RunSettings
+from vlgpt.train.engine import Engine
+from vlgpt.train.flops import FlopMeter, peak_flops
 
 
 class Progress:
     """Counts work between log lines; shows a bar with time left on a terminal, aligned lines elsewhere."""
 
-    def __init__(self, steps: int, start: int, *, is_shown: bool):
+    def __init__(self, settings: RunSettings, start: int, *, engine: Engine):
+        steps, is_shown = settings.steps, engine.rank == 0
         self.steps, self.start, self.is_shown = steps, start, is_shown
+        self.meter = FlopMeter(engine.stage)
+        self.peak_flops = peak_flops(settings.peak_tflops)
         self.started = time.monotonic()
         self._bar: Any = None
         if is_shown and sys.stderr.isatty():
@@ -51,12 +58,14 @@ class Progress:
         if self._bar is not None:
             self._bar.update(1)
 
-    def rates(self, engine: Any) -> dict[str, float]:
+    def rates(self, engine: Engine) -> dict[str, float]:
         """Rates since the last call, summed over ranks (collective)."""
+        flops = self.meter.take()
         sums = torch.tensor(
-            [self.num_tokens, self.num_images, self.num_padding, self.num_positions], dtype=torch.float64
+            [self.num_tokens, self.num_images, self.num_padding, self.num_positions, flops],
+            dtype=torch.float64,
         )
-        tokens, images, padding, positions = engine.all_sum(sums).tolist()
+        tokens, images, padding, positions, flops = engine.all_sum(sums).tolist()
         seconds = max(self.seconds, 1e-9)
         values = {
             "images_per_s": images / seconds,
@@ -66,8 +75,11 @@ class Progress:
         if positions:
             values["tokens_per_s"] = tokens / seconds
             values["padding_share"] = padding / positions
-        if torch.cuda.is_available():
-            values["memory_peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        per_device = flops / seconds / engine.world_size
+        values["tflops_per_device"] = per_device / 1e12
+        if self.peak_flops is not None:
+            values["mfu"] = per_device / self.peak_flops
+        values["memory_peak_gb"] = float(engine.all_max(torch.tensor([memory_peak_gb()])).item())
         self._reset()
         return values
 
@@ -84,9 +96,12 @@ class Progress:
         )
         norm = values.get("gradient_norm")
         shown_norm = "   nan" if norm is None else f"{norm:6.2f}"
+        speed = f"  {values['tokens_per_s']:,.0f} tok/s" if "tokens_per_s" in values else ""
+        speed += f"  MFU {values['mfu']:.1%}" if "mfu" in values else ""
         text = (
             f"step {step:6d}/{self.steps}  {losses}  |g| {shown_norm}  lr {values['learning_rate']:.2e}  "
-            f"{values['step_s'] * 1e3:6.0f} ms/step  wait {values['data_wait_share']:4.0%}  left {_clock(left_s)}"
+            f"{values['step_s'] * 1e3:6.0f} ms/step{speed}  "
+            f"wait {values['data_wait_share']:4.0%}  left {_clock(left_s)}"
         )
         if self._bar is not None:
             self._bar.write(text, file=sys.stderr)
@@ -94,8 +109,17 @@ class Progress:
             get_logger().info(text)
 
     def close(self) -> None:
+        self.meter.close()
         if self._bar is not None:
             self._bar.close()
+
+
+def memory_peak_gb() -> float:
+    """Highest use so far: of the GPU's memory if there is one, else of this process's."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 def _clock(seconds: float) -> str:
