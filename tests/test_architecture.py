@@ -19,7 +19,7 @@ LAYERS: list[list[list[str]]] = [
     [["stages", "model_card", "decoding", "generate", "hf", "export"]],
     [["train", "plan"]],
     [["doctor", "server"]],
-    [["cli"]],
+    [["cli", "__main__"]],
 ]
 ONE_IMPORTER = {
     "deepspeed": {"vlgpt/train/engine.py"},
