@@ -1,6 +1,7 @@
 """Command lines: mistakes give one line and exit code 2, before anything slow starts."""
 
 import pytest
+
 from vlgpt.cli import IMAGE_MARK, launch_training, main, read_prompt
 from vlgpt.document import ImagePart, TextPart
 from vlgpt.log import UserError
