@@ -55,8 +55,11 @@ def _open(folder: Path) -> ShardSet:
 
 @lru_cache(maxsize=32)
 def load(folder: Path) -> tuple[Item, ...]:
-    """All records of a folder, in shard order. Raises FileNotFoundError that names the command to build
-    it."""
+    """All records of a folder, in shard order. Raises DataNotFound that says how to build it."""
+    if not folder.is_dir():
+        kind, _, split = folder.name.partition("-")
+        command = f"python -m data_prep.build emoji --kind {kind} --split {split} --output {folder}"
+        raise DataNotFound(f"data set {folder} does not exist; build it: {command}")
     shards = _open(folder)
     return tuple(
         Item(shards.read(shard, sample, with_images=False).document, folder, shard, sample)
