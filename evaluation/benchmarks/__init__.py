@@ -27,7 +27,7 @@ REGISTRY: Mapping[str, str] = {
     "emoji_caption": "emoji_text:EmojiCaption",
     "emoji_vqa": "emoji_text:EmojiVqa",
     "emoji_draw": "emoji_pictures:EmojiDraw",
-    "emoji_edit": "emoji_pictures:EmojiEdit",
+    "emoji_edit": "emoji_edit:EmojiEdit",
     "emoji_label_pages": "emoji_text:EmojiLabelPages",
 }
 SUITES: Mapping[str, str] = {"emoji": "emoji:main"}
