@@ -7,6 +7,7 @@ stored in an index, and targets follow from the span that a token came from, nev
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +20,7 @@ from vlgpt.document import Document, ImagePart, Role
 from vlgpt.log import UserError
 
 BEGIN_IMAGE, END_IMAGE = "[IMG]", "[/IMG]"
+MODEL_TYPE = "vlgpt"  # in the config.json of an export
 PLACEHOLDER_ID = 0  # stands where visual embeddings are put; never looked up as a target
 VOCABULARY_MULTIPLE = 64
 
@@ -125,10 +127,14 @@ class DocumentTokenizer:
         cls, path: str | Path, *, num_visual: int = 32, template: str = "vlgpt", **options: Any
     ) -> DocumentTokenizer:
         """Load a transformers tokenizer from a folder or hub name. Raises UserError when there is none."""
-        from transformers import AutoTokenizer
+        from transformers import AutoTokenizer, PretrainedConfig
 
+        from_us: dict[str, Any] = {}
+        config = Path(path) / "config.json"
+        if config.is_file() and json.loads(config.read_text()).get("model_type") == MODEL_TYPE:
+            from_us["config"] = PretrainedConfig()  # our own type would be read with a warning
         try:
-            tokenizer = AutoTokenizer.from_pretrained(str(path))
+            tokenizer = AutoTokenizer.from_pretrained(str(path), **from_us)
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"no tokenizer could be loaded from {str(path)!r}: {reason}") from error
@@ -143,8 +149,6 @@ class DocumentTokenizer:
         """Changes whenever any text could be tokenised differently."""
         backend = getattr(self.text_tokenizer, "backend_tokenizer", None)
         if backend is not None:
-            import json
-
             description = json.loads(backend.to_str())
             description.pop("added_tokens", None)  # the image tokens do not change how text is cut
             description.pop("truncation", None)

@@ -19,8 +19,7 @@ from vlgpt.models.component import load_weights
 from vlgpt.models.image_detokenizer import ImageDetokenizer
 from vlgpt.models.image_tokenizer import ImageTokenizer
 from vlgpt.models.multimodal_lm import Attention, LoraSettings, MultimodalLM, choose_attention
-
-MODEL_TYPE = "vlgpt"
+from vlgpt.tokens import MODEL_TYPE
 
 
 @dataclass
