@@ -363,7 +363,7 @@ def test_a_ramped_source_is_absent_at_first_and_present_at_the_end(data: Path) -
     first = take(loader, 5)
     assert all(name.startswith("pair") for batch in first for row in batch.documents for name in row)
     total = loader.state_dict()["total_windows"]
-    rows = [loader._maker.num_rows(window) for window in range(total)]
+    rows = [loader.maker.num_rows(window) for window in range(total)]
     assert abs(sum(rows) / num_rows - 1) < 0.25  # the estimate of the run's length in windows
 
 
@@ -408,6 +408,18 @@ def test_fewer_shards_than_workers_still_feed_all_of_them(copied: Path) -> None:
     batches = take(conditions(chosen), 15)
     assert Counter(name for batch in batches for name in batch.documents).total() == 120
     assert len({name for batch in batches for name in batch.documents}) == 60
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_remote_shards_are_fetched_whole_and_give_the_same_batches(
+    copied: Path, tmp_path: Path, num_workers: int
+) -> None:
+    local = settings(copied, "pairs", features=(), pixels=True, image_size_px=8, num_workers=num_workers)
+    source = local.sources[0].model_copy(update={"path": f"file://{copied}/pairs"})
+    remote = local.model_copy(update={"sources": (source,), "cache_dir": str(tmp_path / "cache")})
+    assert all(same(a, b) for a, b in zip(take(packed(local), 8), take(packed(remote), 8), strict=True))
+    originals = {path.name: path.read_bytes() for path in (copied / "pairs").glob("*.tar")}
+    assert {path.name: path.read_bytes() for path in (tmp_path / "cache").rglob("0*.tar")} == originals
 
 
 def test_statistics_add_up(data: Path) -> None:

@@ -326,7 +326,7 @@ def test_a_stuck_worker_is_noticed_and_its_stacks_are_logged(
         return decode_image(data, **options)
 
     monkeypatch.setattr(vlgpt.data.pixels, "decode_image", sleep_for_ever)
-    loader = conditions(settings(killer, num_workers=2, watchdog_s=5.0))
+    loader = conditions(settings(killer, num_workers=2, watchdog_s=3.0))
     before = time.monotonic()
     with pytest.raises(DataStalled, match="watchdog_s"):
         list(islice(loader, 100))

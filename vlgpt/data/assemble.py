@@ -197,11 +197,8 @@ class Assembler:
         total = length - end_length - parts.lengths[order[-1]] + kept
         return SequencePlan(tuple(order), total, kept, has_end=False)
 
-    def render(self, plan: SequencePlan, document: Document) -> TokenSequence:
-        """The sequence of a plan: -> arrays (L,), and the image numbers of the document in reading order.
-
-        Raises LengthMismatch when the text does not have the length that the plan was made from.
-        """
+    def spans(self, plan: SequencePlan, document: Document) -> list[Span]:
+        """The spans of a plan: what stands where, and why."""
         spans: list[Span] = []
         chosen = [document.parts[part] for part in plan.parts]
         pieces = self.tokenizer.pieces([part.role for part in chosen])
@@ -211,15 +208,21 @@ class Assembler:
                 continue
             part = chosen[piece.part]
             if isinstance(part, ImagePart):
-                spans.append(
-                    self.tokenizer.image_span(part.index, role=piece.role, is_target=piece.is_target)
-                )
+                span = self.tokenizer.image_span(part.index, role=piece.role, is_target=piece.is_target)
+                spans.append(span)
                 continue
             ids = tuple(self.tokenizer.encode_text(part.text))
             if plan.last_tokens is not None and piece.part == len(chosen) - 1:
                 ids = ids[: plan.last_tokens]
             spans.append(Span(piece.role, ids, (piece.is_target,) * len(ids)))
-        sequence = flatten(spans)
+        return spans
+
+    def render(self, plan: SequencePlan, document: Document) -> TokenSequence:
+        """The sequence of a plan: -> arrays (L,), and the image numbers of the document in reading order.
+
+        Raises LengthMismatch when the text does not have the length that the plan was made from.
+        """
+        sequence = flatten(self.spans(plan, document))
         if len(sequence.token_ids) != plan.length:
             raise LengthMismatch(f"planned {plan.length} positions, rendered {len(sequence.token_ids)}")
         return sequence

@@ -26,7 +26,7 @@ from vlgpt.data.draws import Draws
 from vlgpt.data.mixture import SLOTS, Mixture, OnePass, SlotPlan, SourceOrder, base_weights, ramp_factors
 from vlgpt.data.packing import Packer
 from vlgpt.data.samples import ConditionLoader, Place, SequenceLoader
-from vlgpt.data.sources import feature_specs, open_sources
+from vlgpt.data.sources import PrefetchingPlan, feature_specs, open_sources
 from vlgpt.data.state import check_state, make_state, position_of
 from vlgpt.data.stream import BadRecord, ConditionMaker, Delivery, Maker, Position, RowMaker, deliveries
 from vlgpt.data.tally import Tally
@@ -76,8 +76,8 @@ class Loader:
         self._is_one_pass = is_one_pass
         self._assemblers = self._make_assemblers()
         self._total_windows = self._count_windows(run_positions)
-        self._position = Position()
-        self._maker = self._make_maker()
+        self.position = Position()
+        self.maker = self._make_maker()
         self._tally = Tally(
             self.source_names, max_bad_fraction=settings.max_bad_fraction, quarantine=quarantine, rank=rank
         )
@@ -115,8 +115,14 @@ class Loader:
         ]
 
     def _plan(self) -> SlotPlan:
-        if self._is_one_pass:
-            return OnePass([source.counts for source in self.sources], seed=self.settings.seed)
+        plan = self._one_pass_plan() if self._is_one_pass else self._mixture()
+        is_remote = any("://" in source.settings.path for source in self.sources)
+        return PrefetchingPlan(plan, self.sources) if is_remote else plan
+
+    def _one_pass_plan(self) -> SlotPlan:
+        return OnePass([source.counts for source in self.sources], seed=self.settings.seed)
+
+    def _mixture(self) -> SlotPlan:
         return Mixture(
             self._orders(),
             seed=self.settings.seed,
@@ -195,7 +201,7 @@ class Loader:
         return next(self._running if self._running is not None else iter(self))
 
     def _iterate(self) -> Iterator[Batch | ConditionBatch]:
-        source = iter(self._start(self._position))
+        source = iter(self._start(self.position))
         self._started_s = self._warned_s = time.monotonic()
         self._wait_s = self._warned_wait_s = 0.0
         while True:
@@ -225,7 +231,7 @@ class Loader:
 
     def _produce(self, start: Position, first: int, guard: WorkerGuard, *, stride: int) -> Iterator[Delivery]:
         return deliveries(
-            self._maker,
+            self.maker,
             start,
             micro_batch=self.micro_batch,
             rank=self.rank,
@@ -274,17 +280,17 @@ class Loader:
                 f"advance({num_micro_batches}): only {len(self._delivered)} delivered batches are open"
             )
         for _ in range(num_micro_batches):
-            self._position = self._delivered.popleft()
+            self.position = self._delivered.popleft()
 
     def state_dict(self) -> dict[str, Any]:
         """JSON of the position consumed by the trainer, equal on all ranks."""
-        plan = self._maker.plan
+        plan = self.maker.plan
         return make_state(
             self.settings,
             self.sources,
             kind=self.kind,
-            position=self._position,
-            epoch=plan.epoch(self._position.window),
+            position=self.position,
+            epoch=plan.epoch(self.position.window),
             tokenizer="" if self.tokenizer is None else self.tokenizer.fingerprint,
             total_windows=self._total_windows,
         )
@@ -300,8 +306,8 @@ class Loader:
         if state["total_windows"] != self._total_windows:
             get_logger(__name__).warning("ramps keep the run length that they were started with")
             self._total_windows = state["total_windows"]
-            self._maker = self._make_maker()
-        self._position = position_of(state)
+            self.maker = self._make_maker()
+        self.position = position_of(state)
 
     def statistics(self) -> dict[str, Any]:
         """Counts of this rank since the loader was made: samples, mixture, tokens and padding share, bad and

@@ -4,7 +4,8 @@ crop).
 
 from __future__ import annotations
 
-from typing import Literal
+from functools import cache
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,43 +19,54 @@ def read_square(data: bytes, *, size_px: int, decoder: Literal["pillow", "fast"]
     """Decode, resize the shorter side to `size_px` (bicubic), crop the centre: -> (size_px, size_px, 3)
     uint8.
 
-    Large JPEGs are decoded at a fraction of their size: by the reference decoder only while both sides stay
-    at least twice too large, so that the result is the same to the eye and within 1/255 on average.
+    Large JPEGs are decoded at a fraction of their size, at least twice as large as needed: the result stays within
+    1/255 of the exact one on average.
     Raises BadImage.
     """
-    is_fast = decoder == "fast"
-    image = decode_image(data, fast=is_fast, min_size_px=size_px if is_fast else 2 * size_px)
+    image = decode_image(data, fast=decoder == "fast", min_size_px=2 * size_px)
     if image.size == (size_px, size_px):
         return np.asarray(image)
-    return (_square_fast if is_fast else _square)(image, size_px)
+    return (_square_fast if decoder == "fast" else _square)(image, size_px)
 
 
-def _crop_box(width: int, height: int, size_px: int) -> tuple[float, float, float, float]:
-    """The part of the picture that the centre crop of the resized picture shows, in source pixels."""
+def _resized(width: int, height: int, size_px: int) -> tuple[int, int, int, int]:
+    """Width and height after resizing the shorter side, and the left and top edge of the centre crop."""
     shorter = min(width, height)
     new_width, new_height = size_px * width // shorter, size_px * height // shorter
-    left, top = round((new_width - size_px) / 2), round((new_height - size_px) / 2)
-    x, y = width / new_width, height / new_height
-    return left * x, top * y, (left + size_px) * x, (top + size_px) * y
+    return new_width, new_height, round((new_width - size_px) / 2), round((new_height - size_px) / 2)
 
 
 def _square(image: Image.Image, size_px: int) -> np.ndarray:
     """Only the visible part is resampled; equal to resizing the whole picture and cropping it."""
-    box = _crop_box(*image.size, size_px)
+    width, height, left, top = _resized(*image.size, size_px)
+    x, y = image.width / width, image.height / height
+    box = (left * x, top * y, (left + size_px) * x, (top + size_px) * y)
     return np.asarray(image.resize((size_px, size_px), Image.Resampling.BICUBIC, box=box))
 
 
 def _square_fast(image: Image.Image, size_px: int) -> np.ndarray:
+    """OpenCV's filters do not widen when a picture shrinks, so the one closest to Pillow's bicubic is chosen by how
+    much it does: measured mean distance 0.3 to 0.6 of 255.
+    """
+    if (cv2 := _opencv()) is None:
+        return _square(image, size_px)
+    width, height, left, top = _resized(*image.size, size_px)
+    ratio = min(image.size) / size_px
+    filters = ((1.25, cv2.INTER_CUBIC), (2.0, cv2.INTER_LINEAR), (float("inf"), cv2.INTER_AREA))
+    interpolation = next(chosen for limit, chosen in filters if ratio <= limit)
+    resized = cv2.resize(np.asarray(image), (width, height), interpolation=interpolation)
+    return resized[top : top + size_px, left : left + size_px]
+
+
+@cache
+def _opencv() -> Any:
+    """The module, limited to the calling thread (its thread pool does not survive a fork), or None."""
     try:
         import cv2
     except ImportError:
-        return _square(image, size_px)
-    left, top, right, bottom = (round(edge) for edge in _crop_box(*image.size, size_px))
-    visible = np.asarray(image)[top:bottom, left:right]
-    is_smaller = min(visible.shape[:2]) > size_px
-    return cv2.resize(
-        visible, (size_px, size_px), interpolation=cv2.INTER_AREA if is_smaller else cv2.INTER_CUBIC
-    )
+        return None
+    cv2.setNumThreads(1)
+    return cv2
 
 
 def to_pixels(squares: np.ndarray) -> Tensor:

@@ -16,7 +16,7 @@ from vlgpt.data.assemble import Assembler, LengthMismatch
 from vlgpt.data.draws import Draws
 from vlgpt.data.pixels import read_square
 from vlgpt.data.sources import OpenSource, feature_dtype
-from vlgpt.document import TextPart
+from vlgpt.document import Document, TextPart
 from vlgpt.images import BadImage
 from vlgpt.log import UserError
 from vlgpt.settings import DataSettings
@@ -125,6 +125,11 @@ class SequenceLoader:
         return np.stack(rows).astype(self._dtype, copy=False)
 
 
+def chosen_image(document: Document, draws: Draws) -> int:
+    """Which of its images a document gives to the image stages."""
+    return draws.below(document.num_images, purpose.IMAGE)
+
+
 class ConditionLoader:
     """Loads samples of the image stages: an image, its caption, its features.
 
@@ -143,7 +148,7 @@ class ConditionLoader:
         document = sample.document
         if document.num_images == 0:
             raise source.bad("no_image", place.shard, place.sample)
-        image = draws.below(document.num_images, purpose.IMAGE)
+        image = chosen_image(document, draws)
         texts = [part.text for part in document.parts if isinstance(part, TextPart)]
         text = draws.below(len(texts), purpose.TEXT) if texts and document.num_images == 1 else None
         caption = "" if text is None else texts[text]

@@ -6,12 +6,14 @@ import hashlib
 from base64 import b64encode
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from vlgpt.data.assemble import ShardLengths
+from vlgpt.data.mixture import SlotPlan, Slots
 from vlgpt.log import UserError
 from vlgpt.settings import DataSettings, SourceSettings
 from vlgpt.shards import BadSample, FeatureReader, FeatureSpec, Sample, ShardSet
@@ -30,6 +32,7 @@ class OpenSource:
         self.counts = np.array([shard.num_samples for shard in shards.shards], dtype=np.int64)
         self.has_images = any(shard.num_images for shard in shards.shards)
         self._lengths: OrderedDict[int, ShardLengths] = OrderedDict()
+        self._announced: set[int] = set()
 
     @property
     def num_samples(self) -> int:
@@ -57,12 +60,14 @@ class OpenSource:
 
     def read(self, shard: int, sample: int, *, with_images: bool) -> Sample:
         """One sample, its pictures only on demand. Raises BadSample."""
-        index = self.shards.index(shard)
-        try:
-            return self.shards.read(shard, sample, with_images=with_images)
-        except FileNotFoundError as error:
-            key, name = str(index.keys[sample]), self.shards.shards[shard].name
-            raise BadSample("missing_shard", key, name) from error
+        return self.shards.read(shard, sample, with_images=with_images)
+
+    def prefetch(self, shards: Sequence[int]) -> None:
+        """Start to fetch the shards of a remote data set that were not announced before, in this order."""
+        new = [shard for shard in dict.fromkeys(shards) if shard not in self._announced]
+        self._announced = set(shards)
+        if new:
+            self.shards.prefetch(new)
 
     def image_row(self, shard: int, sample: int) -> int:
         """Row of the sample's first image in every per-image feature of the shard."""
@@ -108,6 +113,24 @@ class OpenSource:
 
 def _digest(name: str, sha256: str, num_samples: int) -> bytes:
     return hashlib.blake2b(f"{name}|{sha256}|{num_samples}".encode(), digest_size=DIGEST_BYTES).digest()
+
+
+class PrefetchingPlan:
+    """A plan whose remote shards are fetched ahead: those of the window asked for, then those of the next one."""
+
+    def __init__(self, plan: SlotPlan, sources: Sequence[OpenSource]):
+        self._plan, self._sources = plan, sources
+        self.num_windows = plan.num_windows
+        self.num_slots, self.epoch = plan.num_slots, plan.epoch
+        self._slots = lru_cache(maxsize=2)(plan.slots)
+
+    def slots(self, window: int) -> Slots:
+        """The slots of the window, whose shards begin to come."""
+        has_next = self.num_windows is None or window + 1 < self.num_windows
+        windows = [self._slots(window), *([self._slots(window + 1)] if has_next else [])]
+        for s, source in enumerate(self._sources):
+            source.prefetch(np.concatenate([slots.shard[slots.source == s] for slots in windows]).tolist())
+        return windows[0]
 
 
 def open_sources(settings: DataSettings) -> list[OpenSource]:

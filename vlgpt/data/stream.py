@@ -85,6 +85,8 @@ class Maker(Protocol):
 
     def num_rows(self, window: int) -> int: ...
 
+    def places(self, row: Position) -> list[Place]: ...
+
     def make(
         self, rows: Sequence[Position | None], guard: Guard
     ) -> tuple[Batch | ConditionBatch, Report]: ...
@@ -198,13 +200,17 @@ class RowMaker:
         )
         return batch, report
 
-    def _load_row(self, row: Position, guard: Guard, report: Report) -> list[LoadedSequence]:
+    def places(self, row: Position) -> list[Place]:
+        """Where the documents of a row lie, in the order in which they stand."""
         window = self.packer.window(row.window)
+        return [_place(window.slots, slot) for slot in window.row(row.row)]
+
+    def _load_row(self, row: Position, guard: Guard, report: Report) -> list[LoadedSequence]:
         if row.row == 0:
-            report.rejected.update(window.rejected)
+            report.rejected.update(self.packer.window(row.window).rejected)
         sequences = []
-        for slot in window.row(row.row):
-            loaded = _load(_place(window.slots, slot), self.loader.load, guard, report, self.loader.sources)
+        for place in self.places(row):
+            loaded = _load(place, self.loader.load, guard, report, self.loader.sources)
             if loaded is not None:
                 sequences.append(loaded)
                 report.tokens[loaded.source] += len(loaded.sequence.token_ids)
@@ -230,11 +236,15 @@ class ConditionMaker:
     def num_rows(self, window: int) -> int:
         return self.plan.num_slots(window)
 
+    def places(self, row: Position) -> list[Place]:
+        """Where the sample of a slot lies."""
+        return [_place(self._slots(row.window), row.row)]
+
     def make(self, rows: Sequence[Position | None], guard: Guard) -> tuple[ConditionBatch, Report]:
         """A bad sample leaves a masked slot: `is_valid` is False there."""
         report, samples = Report(), []
         start_s, num_planned = time.perf_counter(), self._slots.cache_info().misses
-        places = [None if row is None else _place(self._slots(row.window), row.row) for row in rows]
+        places = [None if row is None else self.places(row)[0] for row in rows]
         report.planning_ms = (time.perf_counter() - start_s) * 1000
         report.num_windows_planned = self._slots.cache_info().misses - num_planned
         for place in places:
