@@ -123,8 +123,13 @@ class MultimodalLM(nn.Module):
 
     def _touch_projection(self) -> Tensor:
         """Zero that depends on the projection: every rank touches the same parameters whatever its batch holds."""
-        zero = torch.zeros((), device=self.visual_scale.device)
-        return sum((p.sum() * 0.0 for p in self.projection.parameters()), zero)
+        if isinstance(self.projection, nn.Identity):
+            return torch.zeros((), device=self.visual_scale.device)
+        weight = self.projection.weight
+        nothing = torch.zeros(1, self.visual_width, device=weight.device, dtype=weight.dtype)
+        return self.projection(
+            nothing
+        ).sum()  # called, not read: ZeRO-3 gathers parameters in calls of modules
 
     def hidden_states(self, batch: Batch, visual: Tensor | None) -> Tensor:
         """Last hidden states of packed rows: (B, L), (M, N, d) -> (B, L, D).

@@ -80,5 +80,8 @@ def parameter_groups(stage: nn.Module, weight_decay: float) -> list[dict[str, An
 
 def empty_like_loss(stage: nn.Module) -> Tensor:
     """A zero that depends on every trainable parameter: a rank without targets takes part in each reduction."""
-    zeros = [parameter.sum() * 0.0 for parameter in stage.parameters() if parameter.requires_grad]
-    return torch.stack([zero.float() for zero in zeros]).sum()
+    # under ZeRO-3 (ds_id) parameters are in pieces outside their modules' calls, and every module is called anyway
+    whole = [p for p in stage.parameters() if p.requires_grad and not hasattr(p, "ds_id")]
+    if not whole:
+        return torch.zeros((), device=next(stage.parameters()).device)
+    return torch.stack([(parameter.sum() * 0.0).float() for parameter in whole]).sum()

@@ -7,7 +7,7 @@ import io
 import json
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlgpt.batch import LossTerm, to_device
 from vlgpt.log import UserError, get_logger
@@ -137,9 +137,13 @@ class Engine:
         optimizer = torch.optim.AdamW(
             groups, lr=settings.optimizer.lr, betas=settings.optimizer.betas, eps=settings.optimizer.eps
         )
-        self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=stage, optimizer=optimizer, config=dict(ds_config), dist_init_required=False
-        )
+        zero_stage = ds_config.get("zero_optimization", {}).get("stage", 0)
+        with frozen_parts_out(stage, zero_stage):
+            self._engine, self._optimizer, _, _ = deepspeed.initialize(
+                model=stage, optimizer=optimizer, config=dict(ds_config), dist_init_required=False
+            )
+        for module in stage.frozen_modules().values():
+            module.to(device=self.device, dtype=self.dtype)
 
     @property
     def rank(self) -> int:
@@ -262,6 +266,29 @@ class Engine:
         gathered: list[Any] = [None] * self.world_size
         dist.all_gather_object(gathered, value)
         return gathered
+
+
+@contextlib.contextmanager
+def frozen_parts_out(stage: Stage, zero_stage: int) -> Iterator[None]:
+    """Under ZeRO-3, hide frozen towers from deepspeed while it wraps the stage, so that they stay whole on every rank.
+
+    A partitioned tower is gathered by all ranks together when it runs, but a rank whose batch holds no image does not
+    run it: the others would wait for ever.
+    """
+    places: list[tuple[nn.Module, str, nn.Module]] = []
+    if zero_stage == 3:
+        frozen = {id(module) for module in stage.frozen_modules().values()}
+        for parent in list(stage.modules()):
+            for name, child in parent.named_children():
+                if id(child) in frozen:
+                    places.append((parent, name, child))
+    for parent, name, _ in places:
+        parent._modules[name] = None
+    try:
+        yield
+    finally:
+        for parent, name, child in places:
+            parent._modules[name] = child
 
 
 def convert_to_universal(source: Path, target: Path) -> None:

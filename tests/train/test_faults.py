@@ -1,0 +1,160 @@
+"""What ends, refuses or repairs a run: hangs, wrong ranks, drifted replicas, spikes, full disks, lost processes."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from vlgpt.train import commit
+from vlgpt.train.agreement import disagreement, replica_digest
+from vlgpt.train.faults import SpikeDetector
+from vlgpt.train.supervise import supervise, with_fresh_port
+from vlgpt.train.upload import Uploader
+
+ROOT = Path(__file__).parents[2]
+HANG = """
+import sys, time, pathlib
+from vlgpt.train.watchdog import Watchdog
+dog = Watchdog(pathlib.Path(sys.argv[1]), rank=3, timeout_s=0.8)
+dog.beat(17)
+def stuck_in_a_collective():
+    time.sleep(60)
+stuck_in_a_collective()
+"""
+JOIN = """
+import json, sys, time
+from vlgpt.train.agreement import join_ranks
+from vlgpt.log import UserError
+started_s = time.monotonic()
+try:
+    join_ranks(json.loads(sys.argv[1]), timeout_s=60)
+    said = "joined"
+except UserError as error:
+    said = str(error)
+print(json.dumps([said, time.monotonic() - started_s]))
+"""
+
+
+def python(code, *arguments, **environment):
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    values = {**os.environ, "PYTHONPATH": str(ROOT), **{k: str(v) for k, v in environment.items()}}
+    return subprocess.Popen(command, env=values, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_hang_ends_the_process_with_stacks_of_all_threads(tmp_path):
+    process = python(HANG, tmp_path)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 72
+    assert "stuck_in_a_collective" in (tmp_path / "stacks_rank_3.txt").read_text()
+    assert "stuck_in_a_collective" in errors and "after step 17" in errors
+    assert json.loads((tmp_path / "heartbeat_rank_3.json").read_text())["step"] == 17
+
+
+def join(processes):
+    """Start processes of (RANK, WORLD_SIZE, facts) that meet at one port; returns what each said, and its time."""
+    port = int(with_fresh_port(["{port}"])[0])
+    started = [
+        python(
+            JOIN, json.dumps(facts), RANK=rank, WORLD_SIZE=world, MASTER_ADDR="127.0.0.1", MASTER_PORT=port
+        )
+        for rank, world, facts in processes
+    ]
+    return [json.loads(process.communicate(timeout=120)[0].strip().splitlines()[-1]) for process in started]
+
+
+def test_equal_ranks_meet():
+    assert [said for said, _ in join([(0, 2, {"lr": 1}), (1, 2, {"lr": 1})])] == ["joined", "joined"]
+
+
+@pytest.mark.parametrize(
+    "processes, reason",
+    [
+        ([(0, 3, {}), (1, 3, {}), (1, 3, {})], "rank 1 is taken twice"),
+        ([(0, 2, {"settings": {"lr": 1}}), (1, 2, {"settings": {"lr": 2}})], "differ in settings"),
+        ([(0, 2, {}), (1, 3, {})], "differ in world_size"),
+        ([(2, 2, {})], "RANK is 2, but WORLD_SIZE is 2"),
+    ],
+    ids=["doubled", "other settings", "other world", "outside"],
+)
+def test_wrong_ranks_and_other_settings_are_refused_in_ten_seconds(processes, reason):
+    for said, seconds in join(processes):
+        assert reason in said
+        assert seconds < 10
+
+
+def test_a_flipped_bit_in_one_replica_is_found_and_its_rank_named():
+    torch.manual_seed(0)
+    models = [nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)).to(torch.bfloat16) for _ in range(3)]
+    for model in models[1:]:
+        model.load_state_dict(models[0].state_dict())
+    assert not disagreement([replica_digest(model) for model in models])
+    models[2][0].weight.data.view(torch.int16)[3, 4] ^= 1
+    assert disagreement([replica_digest(model) for model in models]) == "ranks [2] differ from the other 2"
+
+
+def test_a_spike_is_seen_once_the_normal_is_known_and_does_not_shift_it():
+    generator = torch.Generator().manual_seed(0)
+    losses = (2 + 0.05 * torch.randn(300, generator=generator)).tolist()
+    detector = SpikeDetector(sigma=6.0)
+    assert not any(detector.is_spike(loss) for loss in losses), "noise was taken for a spike"
+    before = detector.mean
+    assert detector.is_spike(3.0) and detector.is_spike(2.8)
+    assert detector.mean == before
+    assert not detector.is_spike(float("nan")), "non-finite steps are DeepSpeed's matter"
+
+
+def test_a_commit_that_does_not_fit_is_refused_with_both_numbers(tmp_path):
+    with pytest.raises(commit.NotEnoughSpace, match=r"needs [\d,]+ bytes, [\d,]+ are free"):
+        commit.check_space(tmp_path, first_estimate=1 << 60)
+    commit.check_space(tmp_path, first_estimate=1)
+
+
+def committed(root):
+    folder = root / commit.tag_of(7)
+    (folder / "part").mkdir(parents=True)
+    path = folder / "part" / "rank_0_data.bin"
+    path.write_bytes(b"weights" * 100)
+    commit.write_manifest(folder, 0, [path])
+    commit.commit(folder, world_size=1, facts={"step": 7})
+    return folder
+
+
+def test_an_uploaded_commit_verifies_and_a_failed_upload_is_counted(tmp_path):
+    folder = committed(tmp_path / "here")
+    uploader = Uploader(f"file://{tmp_path}/there")
+    uploader.start(folder)
+    uploader.wait()
+    assert commit.verify(tmp_path / "there" / folder.name)["step"] == 7
+    broken = Uploader("nosuchprotocol://bucket")
+    broken.start(folder)
+    broken.wait()
+    assert (uploader.num_failed, broken.num_failed) == (0, 1)
+
+
+FLAKY = """
+import pathlib, sys
+root = pathlib.Path(sys.argv[1]); codes = sys.argv[3:]
+root.mkdir(exist_ok=True)
+ports = root / "ports"; text = ports.read_text() if ports.exists() else ""
+ports.write_text(text + sys.argv[2] + "\\n")
+sys.exit(int(codes[len(text.split())]))
+"""
+
+
+@pytest.mark.parametrize(
+    "codes, wanted, num_runs",
+    [((1, 247, 0), 0, 3), ((1, 75), 75, 2), ((1, 1, 1, 1), 1, 3), ((70,), 70, 1), ((2,), 2, 1)],
+)
+def test_the_supervisor_restarts_lost_processes_only_and_gives_up(tmp_path, codes, wanted, num_runs):
+    command = [sys.executable, "-c", FLAKY, str(tmp_path / "r"), "{port}", *map(str, codes)]
+    started_s = time.monotonic()
+    assert supervise(command, run_dir=tmp_path, max_restarts=2, pause_s=0.0) == wanted
+    ports = (tmp_path / "r" / "ports").read_text().split()
+    assert len(ports) == num_runs and all(port.isdigit() for port in ports)
+    assert time.monotonic() - started_s < 60

@@ -1,0 +1,171 @@
+"""The real SLURM on one node: two tasks without ssh, and preemption that commits, requeues and goes on exactly."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "munged", "mungekey")
+CONFIGURATION = """
+ClusterName=vlgpttest
+SlurmctldHost={host}(127.0.0.1)
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+CredType=cred/munge
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SchedulerType=sched/backfill
+MpiDefault=none
+ReturnToService=2
+MinJobAge=300
+NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} State=UNKNOWN
+PartitionName=debug Nodes={host} Default=YES MaxTime=INFINITE State=UP OverSubscribe=FORCE:4
+"""
+
+
+def call(*command, timeout_s=30, **options):
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False, **options)
+
+
+def is_idle():
+    return call("sinfo", "-h", "-o", "%T").stdout.strip().startswith(("idle", "mixed"))
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory):
+    """A running controller: the machine's own, or one started here, as root, without systemd."""
+    missing = [
+        name for name in PROGRAMS if shutil.which(name, path=os.environ["PATH"] + ":/usr/sbin") is None
+    ]
+    if missing or os.getuid() != 0:
+        why = f"missing: {', '.join(missing)}" if missing else "not root"
+        pytest.skip(f"no SLURM here ({why}): apt-get install slurmctld slurmd slurm-client munge")
+    if is_idle():
+        return
+    folder = tmp_path_factory.mktemp("slurm")
+    host = call("hostname", "-s").stdout.strip()
+    (folder / "state").mkdir()
+    (folder / "spool").mkdir()
+    Path("/run/munge").mkdir(exist_ok=True)
+    shutil.chown("/run/munge", "munge", "munge")
+    if not Path("/etc/munge/munge.key").is_file():
+        call("mungekey", "-c")
+    shutil.chown("/etc/munge/munge.key", "munge", "munge")
+    Path("/etc/slurm").mkdir(exist_ok=True)
+    text = CONFIGURATION.format(host=host, folder=folder, cpus=os.cpu_count())
+    Path("/etc/slurm/slurm.conf").write_text(text)
+    for command in (["runuser", "-u", "munge", "--", "/usr/sbin/munged"], ["slurmctld"], ["slurmd"]):
+        subprocess.run(command, timeout=30, check=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline_s = time.monotonic() + 30
+    while not is_idle():
+        if time.monotonic() > deadline_s:
+            pytest.skip(f"SLURM does not start here: see {folder}/slurmctld.log")
+        time.sleep(0.5)
+
+
+TASK = """
+import os, sys, pathlib, signal, time, json, hashlib
+from vlgpt.train import commit
+folder = pathlib.Path(sys.argv[1]); steps = int(sys.argv[2])
+asked = []
+signal.signal(signal.SIGUSR1, lambda *_: asked.append(1))
+rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+from vlgpt.train.agreement import join_ranks
+join_ranks({"steps": steps}, timeout_s=120)
+(folder / f"met_{rank}").write_text(f"{rank}/{world}")
+if rank == 0:
+    root = folder / "checkpoints"
+    found = commit.newest(root)
+    step, value = (found.marker["step"], found.marker["value"]) if found else (0, "")
+    (folder / "starts").open("a").write(f"{step}\\n")
+    def save():
+        tag = root / commit.tag_of(step); tag.mkdir(parents=True, exist_ok=True)
+        commit.write_manifest(tag, 0, []); commit.commit(tag, world_size=1, facts={"step": step, "value": value})
+    while step < steps:
+        time.sleep(0.25); step += 1
+        value = hashlib.sha256(f"{value}{step}".encode()).hexdigest()
+        if asked:
+            save(); sys.exit(75)
+    save()
+    (folder / "result.json").write_text(json.dumps(value))
+"""
+
+
+def submit(folder, *, num_tasks, steps):
+    script = folder / "task.py"
+    script.write_text(TASK)
+    command = [
+        "sbatch",
+        "--parsable",
+        f"--ntasks={num_tasks}",
+        f"--ntasks-per-node={num_tasks}",
+        "--overcommit",
+    ]
+    command += [
+        f"--output={folder}/job.log",
+        "launchers/slurm/train.sbatch",
+        str(script),
+        str(folder),
+        str(steps),
+    ]
+    environment = {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
+    done = call(*command, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def wait_for(path, *, timeout_s, log):
+    deadline_s = time.monotonic() + timeout_s
+    while not path.exists():
+        found = log.read_text() if log.exists() else "no log"
+        assert time.monotonic() < deadline_s, f"{path.name} did not come: {found[-2000:]}"
+        time.sleep(0.5)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_two_tasks_meet_without_ssh(slurm, tmp_path):
+    submit(tmp_path, num_tasks=2, steps=1)
+    for rank in range(2):
+        wait_for(tmp_path / f"met_{rank}", timeout_s=120, log=tmp_path / "job.log")
+        assert (tmp_path / f"met_{rank}").read_text() == f"{rank}/2"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_preempted_job_commits_is_queued_again_and_ends_like_an_uninterrupted_one(slurm, tmp_path):
+    (tmp_path / "straight").mkdir()
+    (tmp_path / "preempted").mkdir()
+    submit(tmp_path / "straight", num_tasks=1, steps=200)
+    folder = tmp_path / "preempted"
+    job = submit(folder, num_tasks=1, steps=200)
+    wait_for(folder / "starts", timeout_s=120, log=folder / "job.log")
+    time.sleep(3)
+    call("scancel", "-b", "-s", "USR1", job)
+    wait_for(folder / "checkpoints", timeout_s=60, log=folder / "job.log")
+    wait_for(
+        folder / "result.json", timeout_s=400, log=folder / "job.log"
+    )  # SLURM restarts a job after two minutes
+    wait_for(tmp_path / "straight" / "result.json", timeout_s=60, log=folder / "job.log")
+    starts = [int(line) for line in (folder / "starts").read_text().split()]
+    assert len(starts) == 2 and starts[0] == 0 and 0 < starts[1] < 200
+    assert (folder / "result.json").read_text() == (tmp_path / "straight" / "result.json").read_text()
+    assert "exit code 75" in (folder / "job.log").read_text()
+    assert json.loads((folder / "result.json").read_text())

@@ -1,0 +1,90 @@
+"""Start a training command again when a process was lost: a fresh port each time, a bounded number of times."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from vlgpt.log import get_logger
+from vlgpt.train import commit, faults
+
+# Codes after which starting again changes nothing, or must not happen. 75 is for the scheduler, which requeues.
+FINAL_CODES = frozenset(
+    {
+        0,
+        faults.EXIT_USER_ERROR,
+        faults.EXIT_NON_FINITE,
+        faults.EXIT_DISK_FULL,
+        faults.EXIT_PREEMPTED,
+        faults.EXIT_KILL_SWITCH,
+    }
+)
+
+
+def supervise(command: Sequence[str], *, run_dir: Path, max_restarts: int = 3, pause_s: float = 10.0) -> int:
+    """Run `command` until it ends for good; returns its exit code (128 + n after signal n).
+
+    Restarts are counted while the newest commit stays the same: progress sets the count back. SIGTERM and SIGUSR1 are
+    passed on to the command, which commits and ends with 75.
+    """
+    logger = get_logger()
+    num_restarts, newest = 0, _newest_step(run_dir)
+    while True:
+        code = _run_once(with_fresh_port(command))
+        if code in FINAL_CODES:
+            return code
+        step = _newest_step(run_dir)
+        num_restarts = 1 if step > newest else num_restarts + 1
+        newest = step
+        if num_restarts > max_restarts:
+            logger.error("exit code %d; %d restarts brought no new commit: giving up", code, max_restarts)
+            return code
+        logger.warning(
+            "exit code %d; restart %d of %d from step %d in %g s",
+            code,
+            num_restarts,
+            max_restarts,
+            step,
+            pause_s,
+        )
+        time.sleep(pause_s)
+
+
+def with_fresh_port(command: Sequence[str]) -> list[str]:
+    """The command with `{port}` replaced by a free port; ports of a crashed run may still be held."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+    return [part.replace("{port}", str(port)) for part in command]
+
+
+def _run_once(command: Sequence[str]) -> int:
+    process = subprocess.Popen(command, start_new_session=True)
+
+    def pass_on(number: int, frame: object) -> None:
+        os.killpg(process.pid, number)
+
+    before = {
+        number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    }
+    try:
+        code = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        try:  # what a crashed launcher left behind would hold the devices
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            get_logger().debug("all processes of the command have ended")
+    return code if code >= 0 else 128 - code
+
+
+def _newest_step(run_dir: Path) -> int:
+    root = run_dir / "checkpoints"
+    steps = [commit.step_of(tag) for tag in commit.tags(root) if (root / tag / commit.MARKER).is_file()]
+    return max(steps, default=0)
