@@ -1,0 +1,182 @@
+"""Laws of the emoji benchmarks: perfect answers score the maximum, others their chance, and nothing leaks."""
+
+import json
+
+import numpy as np
+import pytest
+from test_model import export  # noqa: F401 - a fixture
+
+from evaluation import benchmarks
+from evaluation.benchmarks.emoji import num_image_seeds, plan, run_part
+from evaluation.core import read_image
+from evaluation.pass_marks import PASS_MARKS
+from evaluation.responders import OracleResponder
+from evaluation.run import main
+from vlgpt.document import ImagePart
+from vlgpt.log import UserError
+
+NAMES = [name for name in benchmarks.REGISTRY if name.startswith("emoji_")]
+
+
+@pytest.fixture(scope="module")
+def shuffled(tmp_path_factory, emoji_data, clip_folder):
+    output = tmp_path_factory.mktemp("shuffled")
+    arguments = ["--data", str(emoji_data), "--judge", str(clip_folder), "--output", str(output)]
+    assert main(["emoji", "--responder", "shuffled", *arguments]) == 0
+    return json.loads((output / "metrics.json").read_text())
+
+
+def scored(name, responder, *, data, clip_folder, output):
+    """A benchmark's metrics with a responder of its own."""
+    part, benchmark = next(
+        (part, benchmark)
+        for part, benchmark in plan(judge=clip_folder, has_pretrained=True, image_seeds=1, limit=None)
+        if benchmark.name == name
+    )
+    made = responder(benchmark, benchmark.examples(data))
+    return run_part(part, benchmark, made, data=data, output=output, batch_size=32, seed=0)
+
+
+class Unedited(OracleResponder):
+    """Hands the source picture back."""
+
+    def draw(self, prompts, decoding):
+        return [read_image(prompt.images[0]) for prompt in prompts]
+
+
+class Pictureless(OracleResponder):
+    """Never draws."""
+
+    def draw(self, prompts, decoding):
+        return [None for _ in prompts]
+
+
+def test_the_oracle_reaches_the_maximum(emoji_oracle):
+    metrics = json.loads((emoji_oracle / "evaluation" / "metrics.json").read_text())
+    for name, entry in metrics.items():
+        value = entry["value"]
+        if "pixel_mse" in name:
+            assert value == pytest.approx(0, abs=1e-6), name
+        elif name.startswith(("caption/word_f1", "vqa", "draw/real_r5", "fewshot/label_k")):
+            assert value == 1, name
+        elif name.startswith(("edit/tone", "edit/gender", "probe")):
+            assert value >= 0.9, name
+    assert metrics["edit/concept_kept"]["value"] == 1
+    assert metrics["fewshot/label_gain"]["value"] == 0  # perfect without examples, too
+    assert metrics["caption/cider"]["value"] > 5 * metrics["caption/cider"]["chance"]
+
+
+def test_every_metric_of_the_pass_marks_is_measured_with_chance_and_n(emoji_oracle):
+    metrics = json.loads((emoji_oracle / "evaluation" / "metrics.json").read_text())
+    assert set(PASS_MARKS) <= set(metrics)
+    assert all({"value", "chance", "n"} <= set(metrics[name]) for name in PASS_MARKS)
+
+
+@pytest.mark.parametrize(
+    ("name", "tolerance"),
+    [
+        ("caption/word_f1", 0.15),
+        ("caption/cider_unseen", 0.5),
+        ("draw/real_r5", 0.15),
+        ("edit/concept_kept", 0.15),
+    ],
+)
+def test_perfect_answers_to_other_questions_score_at_chance(shuffled, name, tolerance):
+    assert shuffled[name]["value"] == pytest.approx(shuffled[name]["chance"], abs=tolerance)
+
+
+def test_shuffled_pictures_are_no_nearer_to_the_real_ones(shuffled):
+    assert shuffled["draw/pixel_mse_ratio"]["value"] == pytest.approx(1, abs=0.15)
+    assert shuffled["reconstruction/clip_similarity"]["value"] == pytest.approx(0, abs=0.1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_prompts_hold_neither_replies_nor_the_picture_that_is_wanted(emoji_data, name):
+    for example in benchmarks.make(name).examples(emoji_data):
+        document = example.prompt.document
+        assert all(part.role != "assistant" for part in document.parts)
+        assert not document.info
+        if name in ("emoji_draw", "emoji_edit"):
+            assert example.truth not in example.prompt.images
+            assert document.num_images == (name == "emoji_edit")
+
+
+def test_ids_are_unique_and_every_limit_is_kept(emoji_data):
+    for name in NAMES:
+        ids = [example.id for example in benchmarks.make(name, limit=5).examples(emoji_data)]
+        assert len(ids) == len(set(ids))
+        everything = [example.id for example in benchmarks.make(name, limit=0).examples(emoji_data)]
+        assert name == "emoji_label_pages" or set(ids) < set(everything)
+
+
+def test_label_pages_show_training_pictures_with_one_kind_of_word(emoji_data):
+    examples = benchmarks.make("emoji_label_pages").examples(emoji_data)
+    assert {e.info["shots"] for e in examples} == {0, 2, 4}
+    pages = {(e.id.partition("/")[2], e.info["shots"]): e.info for e in examples}
+    for (query, shots), info in pages.items():
+        assert info["shown"] == pages[query, 4]["shown"][:shots]
+        assert info["picture"] not in info["shown"]
+    for example in examples:
+        pictures = [part for part in example.prompt.document.parts if isinstance(part, ImagePart)]
+        assert len(pictures) == example.info["shots"] + 1
+        assert example.prompt.document.parts[-1] == pictures[-1]
+
+
+def test_handing_the_source_back_scores_the_chance_of_an_edit(emoji_data, clip_folder, tmp_path):
+    metrics = scored("emoji_edit", Unedited, data=emoji_data, clip_folder=clip_folder, output=tmp_path)
+    for family in ("tone", "gender"):
+        entry = metrics[f"edit/{family}_accuracy"]
+        assert entry["value"] == entry["chance"] < 0.1
+    assert metrics["edit/concept_kept"]["value"] == metrics["edit/concept_kept_unedited"]["value"]
+    assert metrics["edit/tone_and_concept"]["value"] < 0.1
+
+
+def test_missing_pictures_count_as_misses(emoji_data, clip_folder, tmp_path):
+    metrics = scored("emoji_draw", Pictureless, data=emoji_data, clip_folder=clip_folder, output=tmp_path)
+    assert metrics["draw/real_r5"]["value"] <= metrics["draw/real_r5"]["chance"] + 0.05
+    assert metrics["draw/pixel_mse_ratio"]["value"] == pytest.approx(1, abs=0.1)
+    results = json.loads((tmp_path / "draw" / "results.json").read_text())
+    assert results["notes"]["num_without_picture"] == results["n"]
+
+
+def test_a_real_model_runs_the_whole_suite_and_a_second_run_changes_nothing(
+    emoji_data,
+    clip_folder,
+    export,
+    tmp_path,  # noqa: F811
+):
+    arguments = ["emoji", "--model", str(export), "--pretrained", str(export), "--judge", str(clip_folder)]
+    arguments += ["--data", str(emoji_data), "--output", str(tmp_path), "--limit", "3", "--batch-size", "4"]
+    assert main(arguments) == 0
+    first = (tmp_path / "metrics.json").read_bytes()
+    answers = {path: path.read_bytes() for path in tmp_path.glob("*/predictions.jsonl")}
+    assert len(answers) == 8
+    assert main(arguments) == 0
+    assert (tmp_path / "metrics.json").read_bytes() == first
+    assert all(path.read_bytes() == content for path, content in answers.items())
+    assert np.isfinite([entry["value"] for entry in json.loads(first).values()]).all()
+
+
+def test_models_that_sample_draw_three_pictures_of_each_caption(emoji_data, tmp_path):
+    for head, decoder, num in (
+        ("linear", "ConvDecoder", 1),
+        ("linear", "DiffusionDecoder", 3),
+        ("flow", "ConvDecoder", 3),
+    ):
+        (tmp_path / "config.json").write_text(
+            json.dumps({"head": head, "picture_decoder": {"class": decoder}})
+        )
+        assert num_image_seeds(tmp_path) == num
+    one, three = (benchmarks.make("emoji_draw", image_seeds=n).examples(emoji_data) for n in (1, 3))
+    assert len(three) == 3 * len(one)
+    assert len({e.prompt.id for e in three}) == len(three)  # each has its own random numbers
+
+
+def test_missing_folders_are_named_with_the_command_that_makes_them(emoji_data, clip_folder, tmp_path):
+    with pytest.raises(UserError, match=r"data_prep\.build emoji --kind instructions --split unseen"):
+        benchmarks.make("emoji_vqa").examples(tmp_path)
+    arguments = ["emoji", "--responder", "oracle", "--data", str(emoji_data), "--output", str(tmp_path)]
+    with pytest.raises(UserError, match="judge CLIP"):
+        main([*arguments, "--judge", str(tmp_path / "nowhere")])
+    with pytest.raises(UserError, match="--model"):
+        main(["emoji", "--data", str(emoji_data), "--output", str(tmp_path), "--judge", str(clip_folder)])
