@@ -17,7 +17,7 @@ LAYERS: list[list[list[str]]] = [
     [["images", "tokens", "batch", "shards"]],
     [["data"], ["models"]],
     [["stages", "model_card", "decoding", "generate", "hf", "export"]],
-    [["train", "plan"]],
+    [["train", "planning"]],
     [["doctor", "server"]],
     [["cli", "__main__"]],
 ]

@@ -211,6 +211,35 @@ def inspect(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def plan(arguments: argparse.Namespace) -> int:
+    """Parameters, memory, FLOPs, hours and disk of a run, and which ZeRO stage fits; needs no weights."""
+    from vlgpt.config import load_run
+    from vlgpt.planning.plan import make_plan, parse_bytes
+    from vlgpt.planning.table import to_text
+
+    found = make_plan(
+        load_run(arguments.config, arguments.overrides),
+        gpus=arguments.gpus,
+        nodes=arguments.nodes,
+        gpu_memory=parse_bytes(arguments.gpu_memory),
+        peak_tflops=arguments.peak_tflops,
+        mfu=arguments.mfu,
+    )
+    sys.stdout.write((json.dumps(found, indent=1) if arguments.json else to_text(found)) + "\n")
+    return 0
+
+
+def _plan_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, metavar="YAML")
+    parser.add_argument("--gpus", type=int, default=8, help="per node")
+    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--gpu-memory", default="40GB")
+    parser.add_argument("--peak-tflops", type=float, help="dense bf16 peak of one GPU (default: 312, A100)")
+    parser.add_argument("--mfu", type=float, default=0.4, help="share of the peak that is reached")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+
+
 def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompt", default="", help=f"text; {IMAGE_MARK} marks where images stand; - reads stdin"
@@ -270,6 +299,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--html", type=Path, help="write a page instead of printing")
     command.add_argument("--full", action="store_true", help="print every position")
     command.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    _plan_arguments(add("plan", plan, has_model=False))
     command = add("export", export, has_model=False)
     command.add_argument("run", type=Path, help="run folder, such as runs/pretrain")
     command.add_argument("--output", type=Path, required=True)

@@ -1,0 +1,185 @@
+"""`vlgpt plan`: shapes in, one dictionary out: parameters, memory, FLOPs, hours, disk, and which ZeRO stage fits."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from vlgpt import settings as s
+from vlgpt.log import UserError
+from vlgpt.planning.architecture import Architecture, architecture_of
+from vlgpt.planning.flops import Flops, Work, count
+from vlgpt.planning.memory import (
+    FRAGMENTATION,
+    RESERVE_BYTES,
+    ZEROS,
+    Precision,
+    Zero,
+    activation_bytes,
+    state_bytes,
+)
+
+GIB = 1 << 30
+_UNITS = {"": 1, "K": 10, "M": 20, "G": 30, "T": 40}
+VISUAL_SHARE = 0.45  # of a packed row's positions: about 0.55 in caption pairs, 0.3 in pages of five images
+
+
+def parse_bytes(text: str) -> int:
+    """`40GB`, `80G`, `0.5TB` -> bytes, in powers of 1024 as GPUs are named. Raises UserError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)I?B?\s*", text.upper())
+    if match is None or float(match[1]) == 0:
+        raise UserError(f"--gpu-memory {text!r} is no size: write it like 40GB")
+    unit = _UNITS[match[2]]
+    return int(float(match[1]) * (1 << unit if unit else 1))
+
+
+def make_plan(
+    run: s.RunSettings,
+    *,
+    gpus: int,
+    gpu_memory: int,
+    nodes: int = 1,
+    peak_tflops: float | None = None,
+    mfu: float = 0.4,
+) -> dict[str, Any]:
+    """The plan of a run on `nodes` x `gpus` devices. Raises UserError for unknown shapes and senseless numbers."""
+    if gpus < 1 or nodes < 1 or not 0 < mfu <= 1:
+        raise UserError(f"--gpus {gpus}, --nodes {nodes}: at least 1 each; --mfu {mfu}: above 0, at most 1")
+    parts = architecture_of(run)
+    world = gpus * nodes
+    peak = peak_tflops or run.peak_tflops or 312.0
+    counts = parts.parameters()
+    trained = sum(n for _, n in counts.values())
+    flops = step_flops(run, parts)
+    seconds = (flops.model + flops.recomputed) / (world * peak * 1e12 * mfu)
+    has_checkpointing = bool(getattr(run.stage, "has_checkpointing", False))
+    layouts = [layout(run, parts, zero, world, gpu_memory, c) for c in (False, True) for zero in ZEROS]
+    own = _ranked([x for x in layouts if x["has_checkpointing"] == has_checkpointing])
+    return {
+        "run": run.name,
+        "hardware": {
+            "nodes": nodes,
+            "gpus_per_node": gpus,
+            "gpu_memory_bytes": gpu_memory,
+            "peak_tflops": peak,
+        },
+        "parameters": {
+            "total": sum(n for n, _ in counts.values()),
+            "trainable": trained,
+            "lora": counts.get("lora_adapters", (0, 0))[0],
+            "regression_head": counts.get("regression_head", (0, 0))[0],
+            "components": {name: {"count": n, "trainable": t} for name, (n, t) in counts.items()},
+        },
+        "memory": memory_of(run, parts, world),
+        "layouts": layouts,
+        "recommended": next(iter(own or _ranked(layouts)), None),
+        "flops": {
+            "per_step": flops.model,
+            "per_sample": flops.model // run.global_batch,
+            "recomputed_per_step": flops.recomputed,
+        },
+        "schedule": {
+            "steps": run.steps,
+            "samples": run.steps * run.global_batch,
+            "positions": run.steps * run.global_batch * _length(run),
+            "mfu": mfu,
+            "seconds_per_step": round(seconds, 3),
+            "hours": round(seconds * run.steps / 3600, 1),
+        },
+        "disk": disk_bytes(run, parts, trained),
+        "assumptions": [
+            *parts.origins,
+            f"{peak:g} TFLOP/s peak per device, of which {mfu:.0%} is reached (recomputation included)",
+            f"packed rows are full; {VISUAL_SHARE:.0%} of their positions are visual, all others text targets",
+            f"{RESERVE_BYTES / GIB:g} GiB for CUDA itself and {FRAGMENTATION - 1:.0%} for fragmentation are kept free",
+            "the encoder's text tower is not counted: it is no part of the model (a CLIP-L folder loads 0.25 GB of it)",
+            "attention without stored scores (flash-attn or SDPA); the plan was never compared with a GPU",
+        ],
+    }
+
+
+def _length(run: s.RunSettings) -> int:
+    return run.data.sequence_length if isinstance(run.stage, s.LanguageStage) else 1
+
+
+def work_of(run: s.RunSettings, parts: Architecture, rows: int) -> Work:
+    """A typical micro-batch of full rows; in stage 1, of images."""
+    if parts.lm is None:
+        return Work(rows)
+    positions = rows * run.data.sequence_length
+    num_images = max(1, int(positions * VISUAL_SHARE) // parts.num_visual)
+    visual = num_images * parts.num_visual
+    has_tokenizing = "visual" not in run.data.features
+    return Work(rows, run.data.sequence_length, num_images, positions - visual, visual, has_tokenizing)
+
+
+def step_flops(run: s.RunSettings, parts: Architecture) -> Flops:
+    has_checkpointing = bool(getattr(run.stage, "has_checkpointing", False))
+    work = work_of(run, parts, run.global_batch)
+    return count(parts, work, has_checkpointing=has_checkpointing)
+
+
+def _precision(run: s.RunSettings) -> Precision:
+    return Precision(number=2 if run.precision == "bf16" else 4, mask=1)
+
+
+def memory_of(run: s.RunSettings, parts: Architecture, world: int) -> dict[str, int]:
+    """Bytes per GPU by kind for the run's own micro-batch under ZeRO-2."""
+    precision, work = _precision(run), work_of(run, parts, run.micro_batch)
+    states = state_bytes(parts, ZEROS[1], num_gpus=world, precision=precision)
+    plain = activation_bytes(parts, work, precision=precision, has_checkpointing=False)
+    checkpointed = activation_bytes(parts, work, precision=precision, has_checkpointing=True)
+    kinds = {f"{name}_bytes": value for name, value in states.items()}
+    kinds["activations_bytes"] = plain["activations"]
+    kinds["activations_checkpointed_bytes"] = checkpointed["activations"]
+    return kinds | {"logits_bytes": plain["logits"]}
+
+
+def layout(
+    run: s.RunSettings, parts: Architecture, zero: Zero, world: int, gpu_memory: int, has_checkpointing: bool
+) -> dict[str, Any]:
+    """The largest micro-batch that fits under one ZeRO setting and divides the global batch; 0 when none does."""
+    precision = _precision(run)
+    states = sum(state_bytes(parts, zero, num_gpus=world, precision=precision).values())
+    if zero.stage == 3 and parts.lm is not None:  # the layer at work and the one fetched ahead are whole
+        states += 2 * parts.lm.num_block_weights * precision.number
+    best = {"micro_batch": 0, "needed_bytes": 0}
+    micro = 1
+    while run.global_batch % (micro * world) == 0:
+        kept = activation_bytes(
+            parts, work_of(run, parts, micro), precision=precision, has_checkpointing=has_checkpointing
+        )
+        needed = int((states + sum(kept.values())) * FRAGMENTATION) + RESERVE_BYTES
+        if needed > gpu_memory:
+            best = best if best["micro_batch"] else {"micro_batch": 0, "needed_bytes": needed}
+            break
+        best = {"micro_batch": micro, "needed_bytes": needed}
+        micro *= 2
+    accumulation = run.global_batch // (best["micro_batch"] * world) if best["micro_batch"] else 0
+    facts = {"ds_config": f"ds_configs/{zero.name}.json", "has_checkpointing": has_checkpointing}
+    return {**facts, **best, "accumulation": accumulation, "fits": best["micro_batch"] > 0}
+
+
+def _ranked(layouts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those that fit, best first: a micro-batch up to 8, then no gathering or offload, then no recomputation."""
+    order = ["zero2", "zero1", "zero3", "zero2_offload"]
+
+    def rank(found: dict[str, Any]) -> tuple[int, int, bool]:
+        place = order.index(found["ds_config"].removeprefix("ds_configs/").removesuffix(".json"))
+        return -min(found["micro_batch"], 8), place, found["has_checkpointing"]
+
+    return sorted((x for x in layouts if x["fits"]), key=rank)
+
+
+def disk_bytes(run: s.RunSettings, parts: Architecture, trained: int) -> dict[str, int]:
+    """Features per million images (half precision) and the commits that a run keeps."""
+    sizes = {
+        "patches": parts.tokenizer.num_context * parts.tokenizer.context_width,
+        "visual": parts.num_visual * parts.visual_width,
+        "image_condition": parts.detokenizer.outputs[0][0] * parts.detokenizer.outputs[0][1],
+        "text_condition": parts.detokenizer.outputs[1][0] * parts.detokenizer.outputs[1][1],
+    }
+    disk = {f"{name}_bytes_per_million": 2 * sizes[name] * 1_000_000 for name in run.data.features}
+    weight = 2 if run.precision == "bf16" else 4
+    commit = trained * (12 + 4 + weight)  # master weights and moments, one fp32 file, DeepSpeed's module file
+    return {**disk, "commit_bytes": commit, "kept_commits_bytes": commit * (run.checkpoint.keep + 1)}
