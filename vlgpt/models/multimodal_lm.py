@@ -125,11 +125,8 @@ class MultimodalLM(nn.Module):
         """Zero that depends on the projection: every rank touches the same parameters whatever its batch holds."""
         if isinstance(self.projection, nn.Identity):
             return torch.zeros((), device=self.visual_scale.device)
-        weight = self.projection.weight
-        nothing = torch.zeros(1, self.visual_width, device=weight.device, dtype=weight.dtype)
-        return self.projection(
-            nothing
-        ).sum()  # called, not read: ZeRO-3 gathers parameters in calls of modules
+        # called, and its weight not even looked at: ZeRO-3 gathers parameters at each access, on all ranks alike
+        return self.projection(self.visual_scale.new_zeros(1, self.visual_width)).sum()
 
     def hidden_states(self, batch: Batch, visual: Tensor | None) -> Tensor:
         """Last hidden states of packed rows: (B, L), (M, N, d) -> (B, L, D).

@@ -186,7 +186,8 @@ class Engine:
 
     def end_micro_batch(self) -> None:
         """Tell DeepSpeed that a micro-batch is over; at the last one of a step this is the optimizer step."""
-        self._engine.step()
+        with frozen_parts_out(self.stage, self.zero_stage):  # it releases every parameter that it finds
+            self._engine.step()
 
     def set_learning_rate(self, lr: float) -> None:
         for group in self._engine.optimizer.param_groups:
@@ -203,11 +204,15 @@ class Engine:
 
     def save(self, root: Path, tag: str) -> None:
         """DeepSpeed's own files under root/tag: optimizer partitions and trainable weights; `latest` is not touched."""
-        self._engine.save_checkpoint(str(root), tag=tag, save_latest=False, exclude_frozen_parameters=True)
+        with frozen_parts_out(self.stage, self.zero_stage):
+            self._engine.save_checkpoint(
+                str(root), tag=tag, save_latest=False, exclude_frozen_parameters=True
+            )
 
     def load(self, root: Path, tag: str) -> None:
         """Load what `save` wrote, at the same world size. Raises UserError when DeepSpeed finds nothing."""
-        path, _ = self._engine.load_checkpoint(str(root), tag=tag, load_module_strict=False)
+        with frozen_parts_out(self.stage, self.zero_stage):
+            path, _ = self._engine.load_checkpoint(str(root), tag=tag, load_module_strict=False)
         if path is None:
             raise UserError(f"DeepSpeed found no checkpoint {tag} under {root}")
 
@@ -270,7 +275,7 @@ class Engine:
 
 @contextlib.contextmanager
 def frozen_parts_out(stage: Stage, zero_stage: int) -> Iterator[None]:
-    """Under ZeRO-3, hide frozen towers from deepspeed while it wraps the stage, so that they stay whole on every rank.
+    """Under ZeRO-3, hide frozen towers from deepspeed while it walks over parameters: they stay whole on every rank.
 
     A partitioned tower is gathered by all ranks together when it runs, but a rank whose batch holds no image does not
     run it: the others would wait for ever.

@@ -1,0 +1,64 @@
+"""The operations that MFU is made of, against torch's own counter."""
+
+import pytest
+import torch
+from batches import pack, random_document
+from tiny_unified import new_document_tokenizer, new_model
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from vlgpt.models.multimodal_lm import LoraSettings
+from vlgpt.stages.language import LanguageStage
+from vlgpt.train.flops import FlopMeter, counting
+
+TOKENIZER = new_document_tokenizer()
+
+
+def linear_flops(counter):
+    """All products but those of attention scores."""
+    total = counter.get_flop_counts()["Global"]
+    return sum(count for operation, count in total.items() if "attention" not in str(operation))
+
+
+@pytest.mark.parametrize("is_lora", [False, True])
+def test_linear_operations_equal_those_that_torch_counts(is_lora):
+    """A trained model counts forward and both gradients; under LoRA the frozen weights get no gradient."""
+    model = new_model(TOKENIZER)
+    if is_lora:
+        lora = LoraSettings(rank=4, alpha=4.0, dropout=0.0)
+        model.lm.add_lora(lora, [TOKENIZER.begin_image_id, TOKENIZER.end_image_id])
+    stage = LanguageStage(model=model, num_sources=2).train()
+    batch = pack(
+        [[random_document(3, num_images=2)], [random_document(4, num_images=1)]], TOKENIZER, length=96
+    )
+    meter = FlopMeter(stage)
+    with FlopCounterMode(display=False) as counter:
+        with counting(meter, None):
+            terms = stage(batch)
+        sum(term.total for term in terms.values()).backward()
+    found, wanted = meter.take(), linear_flops(counter)
+    if is_lora:  # peft computes the gradient of the whole head, of which two rows are needed
+        wanted -= 2 * int(stage.count_targets(batch)["text"]) * TOKENIZER.vocabulary_size * 64
+    assert found == pytest.approx(wanted, rel=0.03)
+
+
+def test_scores_follow_real_segments_and_nothing_is_counted_outside_of_training():
+    stage = LanguageStage(model=new_model(TOKENIZER), num_sources=2)
+    meter = FlopMeter(stage)
+    one = pack([[random_document(3, num_images=2)]], TOKENIZER, length=96)
+    length = int((one.segment_ids == 1).sum())
+    meter.add_scores(one)
+    config = stage.model.lm.backbone.config
+    assert meter.take() == 3 * 2 * length**2 * config.hidden_size * config.num_hidden_layers
+    with torch.no_grad():
+        stage(one)
+    assert meter.take() == 0
+
+
+def test_a_frozen_attention_tower_costs_a_forward_pass():
+    tower = nn.Sequential(nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True))
+    tower.requires_grad_(False).train()  # train(): the fused path of eval() is not what a counter sees
+    meter = FlopMeter(tower)
+    with FlopCounterMode(display=False) as counter, counting(meter, None):
+        tower(torch.randn(2, 10, 32))
+    assert meter.take() == pytest.approx(counter.get_total_flops(), rel=0.01)
