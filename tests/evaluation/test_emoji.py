@@ -2,12 +2,14 @@
 
 import json
 
+import emoji_shards
 import numpy as np
 import pytest
 from test_model import export  # noqa: F401 - a fixture
 
 from evaluation import benchmarks
 from evaluation.benchmarks.emoji import num_image_seeds, plan, run_part
+from evaluation.benchmarks.emoji_pictures import draw_candidates
 from evaluation.core import read_image
 from evaluation.pass_marks import PASS_MARKS
 from evaluation.responders import OracleResponder
@@ -139,11 +141,34 @@ def test_missing_pictures_count_as_misses(emoji_data, clip_folder, tmp_path):
     assert results["notes"]["num_without_picture"] == results["n"]
 
 
+def test_a_judge_that_tells_nothing_apart_gives_no_score(clip_folder, tmp_path):
+    one = emoji_shards.drawing(0, "man", "dark", "noto")
+    people = [d for d in emoji_shards.catalogue() if d.info["split"] == "unseen" and d.info["gender"]]
+    alike = [emoji_shards.Drawing(d.info, one.data) for d in people]
+    chats = emoji_shards.held_out(alike, alike)
+    for folder, records in (("unseen", chats), ("seen", []), ("combination", [])):
+        emoji_shards.write_folder(tmp_path / f"instructions-{folder}", records)
+    emoji_shards.write_folder(tmp_path / "pairs-train", chats[:1])
+    metrics = scored(
+        "emoji_draw", OracleResponder, data=tmp_path, clip_folder=clip_folder, output=tmp_path / "out"
+    )
+    assert metrics["draw/real_r5"]["value"] == 0
+
+
+def test_candidates_hold_the_truth_once_and_never_the_source():
+    ids = [str(number) for number in range(200)]
+    truth, others = draw_candidates(ids, "7", without="9")
+    assert ids[truth] == "7"
+    assert len(others) == len(set(others)) == 149
+    assert not {"7", "9"} & {ids[row] for row in others}
+    assert list(others) == list(draw_candidates(ids, "7", without="9")[1])
+
+
 def test_a_real_model_runs_the_whole_suite_and_a_second_run_changes_nothing(
     emoji_data,
     clip_folder,
-    export,
-    tmp_path,  # noqa: F811
+    export,  # noqa: F811
+    tmp_path,
 ):
     arguments = ["emoji", "--model", str(export), "--pretrained", str(export), "--judge", str(clip_folder)]
     arguments += ["--data", str(emoji_data), "--output", str(tmp_path), "--limit", "3", "--batch-size", "4"]
