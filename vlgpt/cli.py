@@ -229,6 +229,35 @@ def plan(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def doctor(arguments: argparse.Namespace) -> int:
+    """Environment, versions, disk and faults of a configuration, each with its fix; --gpu runs the real path."""
+    from vlgpt.config import load_run
+    from vlgpt.doctor.environment import check_environment
+    from vlgpt.doctor.lint import lint
+
+    faults = []
+    if arguments.config is not None:
+        faults = lint(arguments.config, tuple(arguments.overrides), num_processes=arguments.gpus)
+    is_readable = arguments.config is not None and not any("correct this key" in f.fix for f in faults)
+    run = load_run(arguments.config, arguments.overrides) if is_readable else None
+    findings = [*check_environment(run), *faults]
+    if arguments.gpu:
+        from vlgpt.doctor.gpu import check_gpu
+
+        findings += check_gpu()
+    for finding in findings:
+        fix = f"\n         fix: {finding.fix}" if finding.fix else ""
+        sys.stdout.write(f"{finding.level:8} {finding.text}{fix}\n")
+    return 1 if any(finding.level == "error" for finding in findings) else 0
+
+
+def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", metavar="YAML", help="look for faults in this configuration too")
+    parser.add_argument("--gpus", type=int, default=1, help="processes of the run, for its batch arithmetic")
+    parser.add_argument("--gpu", action="store_true", help="run the real path on the GPUs of this machine (10 minutes)")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+
+
 def _plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, metavar="YAML")
     parser.add_argument("--gpus", type=int, default=8, help="per node")
@@ -300,6 +329,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--full", action="store_true", help="print every position")
     command.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     _plan_arguments(add("plan", plan, has_model=False))
+    _doctor_arguments(add("doctor", doctor, has_model=False))
     command = add("export", export, has_model=False)
     command.add_argument("run", type=Path, help="run folder, such as runs/pretrain")
     command.add_argument("--output", type=Path, required=True)
