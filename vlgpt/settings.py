@@ -229,7 +229,6 @@ class ValidationSettings(Settings):
     interval_steps: Positive = 1000
     sources: tuple[SourceSettings, ...] = ()
     max_batches: Positive = 32
-    contact_sheet: Annotated[int, Field(ge=0)] = 0  # pictures drawn at every validation, always the same ones
 
 
 class FaultSettings(Settings):
