@@ -214,7 +214,7 @@ class OptimizerSettings(Settings):
 
 
 class CheckpointSettings(Settings):
-    """Commits every `interval_steps`, the newest `keep` of them; each holds trained weights and optimizer state only."""
+    """Commits every `interval_steps`, the newest `keep` are kept; each holds trained weights and optimizer state."""
 
     interval_steps: Positive = 1000
     keep: Annotated[int, Field(ge=2)] = 3
