@@ -12,6 +12,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 from rich.console import Console
@@ -160,6 +161,9 @@ def make_job(arguments: argparse.Namespace, source_type: type) -> Job:
         if not path.exists() and "://" not in str(path):
             raise UserError(f"--input {path} does not exist")
     filters = make_settings(FilterSettings, arguments)
+    pictures = make_settings(PictureSettings, arguments)
+    if pictures.fast and (missing := [name for name in ("simplejpeg", "cv2") if find_spec(name) is None]):
+        raise UserError(f"--fast needs {' and '.join(missing)}: pip install vlgpt[fast]")
     RecordFilter(filters)  # reads its lists: a missing one is better known now
     source = source_type(tuple(arguments.input), **options)
     if not len(source):
@@ -177,7 +181,7 @@ def make_job(arguments: argparse.Namespace, source_type: type) -> Job:
         source_name=arguments.source,
         source_options=options,
         inputs=tuple(arguments.input),
-        pictures=make_settings(PictureSettings, arguments),
+        pictures=pictures,
         filters=filters,
         shard_size=arguments.shard_size,
         tokenizer=tokenizer,

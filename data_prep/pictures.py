@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from vlgpt.images import MAX_PIXELS, BadImage, open_image
 
 CACHED_BYTES = 64 << 10
+LINEAR_BELOW = 1.6  # what is left to reduce after scaled JPEG decoding
 PNG_LEVEL = 3  # 40 % faster than zlib's 6, 1 % larger on drawings
 
 
@@ -57,6 +58,12 @@ class PicturePreparer:
         self._settings = settings
         self._cache: OrderedDict[bytes, StoredPicture] = OrderedDict()
         self._cache_size = cache_size
+        if settings.fast:
+            import cv2
+
+            cv2.setNumThreads(
+                0
+            )  # workers share the cores; threads inside them would only get in each other's way
 
     def prepare(self, data: bytes) -> StoredPicture:
         """Raises BadImage; reasons that start with `filtered:` come from the settings' filters."""
@@ -75,14 +82,20 @@ def _prepare(data: bytes, sha256: str, settings: PictureSettings) -> StoredPictu
     opened = open_image(data, max_pixels=settings.max_pixels)
     size = opened.size
     _filter(size, len(data), settings)
-    image = opened.decode(fast=settings.fast, min_size_px=settings.size_px)
-    if (image.width < image.height) != (size[0] < size[1]):
+    if settings.fast:
+        pixels = _resize_array(opened.decode_array(fast=True, min_size_px=settings.size_px), settings.size_px)
+        stored_size, data = (pixels.shape[1], pixels.shape[0]), _encode_array(pixels, settings)
+        phash = _perceptual_hash_array(pixels) if settings.perceptual_hash else None
+    else:
+        image = _resize(opened.decode(min_size_px=settings.size_px), settings.size_px)
+        stored_size, data = image.size, _encode(image, settings)
+        phash = perceptual_hash(image) if settings.perceptual_hash else None
+    if (stored_size[0] < stored_size[1]) != (size[0] < size[1]):
         size = size[1], size[0]  # the header of a rotated picture
-    image = _resize(image, settings)
     info = {"sha256": sha256, "width": size[0], "height": size[1]}
-    if settings.perceptual_hash:
-        info["phash"] = f"{perceptual_hash(image):016x}"
-    return StoredPicture(settings.image_format, _encode(image, settings), info)
+    if phash is not None:
+        info["phash"] = f"{phash:016x}"
+    return StoredPicture(settings.image_format, data, info)
 
 
 def _filter(size: tuple[int, int], num_bytes: int, settings: PictureSettings) -> None:
@@ -97,26 +110,35 @@ def _filter(size: tuple[int, int], num_bytes: int, settings: PictureSettings) ->
         raise BadImage("filtered:aspect")
 
 
-def _resize(image: Image.Image, settings: PictureSettings) -> Image.Image:
+def _new_size(size: tuple[int, int], size_px: int) -> tuple[int, int]:
     """Shorter side to `size_px` at most, ratio kept."""
-    shorter = min(image.size)
-    if shorter <= settings.size_px:
-        return image
-    width, height = (max(1, round(side * settings.size_px / shorter)) for side in image.size)
-    if settings.fast:
-        import cv2
+    shorter = min(size)
+    if shorter <= size_px:
+        return size
+    return max(1, round(size[0] * size_px / shorter)), max(1, round(size[1] * size_px / shorter))
 
-        return Image.fromarray(cv2.resize(np.asarray(image), (width, height), interpolation=cv2.INTER_AREA))
-    return image.resize((width, height), Image.Resampling.BICUBIC)
+
+def _resize(image: Image.Image, size_px: int) -> Image.Image:
+    size = _new_size(image.size, size_px)
+    return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
+
+
+def _resize_array(pixels: np.ndarray, size_px: int) -> np.ndarray:
+    """Area averaging; below LINEAR_BELOW bilinear, as near to Pillow's bicubic there and six times as fast.
+
+    (H, W, 3) uint8 -> (H', W', 3) uint8
+    """
+    import cv2
+
+    old = pixels.shape[1], pixels.shape[0]
+    size = _new_size(old, size_px)
+    if size == old:
+        return pixels
+    is_slight = min(old) < LINEAR_BELOW * size_px
+    return cv2.resize(pixels, size, interpolation=cv2.INTER_LINEAR if is_slight else cv2.INTER_AREA)
 
 
 def _encode(image: Image.Image, settings: PictureSettings) -> bytes:
-    if settings.fast and settings.image_format == "jpg":
-        import simplejpeg
-
-        return simplejpeg.encode_jpeg(
-            np.ascontiguousarray(image), quality=settings.quality, colorsubsampling="420"
-        )
     buffer = io.BytesIO()
     if settings.image_format == "png":
         image.save(buffer, "PNG", compress_level=PNG_LEVEL)
@@ -125,11 +147,33 @@ def _encode(image: Image.Image, settings: PictureSettings) -> bytes:
     return buffer.getvalue()
 
 
+def _encode_array(pixels: np.ndarray, settings: PictureSettings) -> bytes:
+    if settings.image_format != "jpg":
+        return _encode(Image.fromarray(pixels), settings)
+    import simplejpeg
+
+    return simplejpeg.encode_jpeg(pixels, quality=settings.quality, colorsubsampling="420")
+
+
 def perceptual_hash(image: Image.Image) -> int:
     """The 64-bit DCT hash of Zauner (2010): sign of the 8x8 lowest frequencies of a 32x32 grey copy, against
     their median.
     """
-    grey = np.asarray(image.convert("L").resize((32, 32), Image.Resampling.LANCZOS), dtype=np.float64)
+    grey = image.convert("L").resize((32, 32), Image.Resampling.LANCZOS)
+    return _sign_bits(np.asarray(grey, dtype=np.float64))
+
+
+def _perceptual_hash_array(pixels: np.ndarray) -> int:
+    """The same hash from OpenCV's resizing: at most a few bits away, in a fifth of the time. (H, W, 3) uint8
+    -> hash
+    """
+    import cv2
+
+    grey = cv2.resize(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), (32, 32), interpolation=cv2.INTER_AREA)
+    return _sign_bits(grey.astype(np.float64))
+
+
+def _sign_bits(grey: np.ndarray) -> int:
     low = _dct_rows() @ grey @ _dct_rows().T
     return int.from_bytes(np.packbits(low > np.median(low)).tobytes(), "big")
 

@@ -66,22 +66,31 @@ class OpenedImage:
 
     def decode(self, *, fast: bool = False, min_size_px: int | None = None) -> Image.Image:
         """See `decode_image`; once per opened picture. Raises BadImage."""
+        if fast and (pixels := self._decode_fast(min_size_px)) is not None:
+            return Image.fromarray(pixels)
         image = self.image
         try:
-            decoded = None
-            if fast and image.format == "JPEG" and image.mode in ("RGB", "L"):
-                decoded = _decode_jpeg_fast(self.data, min_size_px=min_size_px)
-            if decoded is None:
-                if min_size_px is not None and image.format == "JPEG":
-                    image.draft(None, _draft_size(image.size, min_size_px))  # type: ignore[arg-type]
-                image.load()
-                if image.format == "PNG":
-                    _check_png_data(self.data)
-                decoded = _to_rgb(image)
-            return _upright(decoded, _orientation(image))
+            if min_size_px is not None and image.format == "JPEG":
+                image.draft(None, _draft_size(image.size, min_size_px))  # type: ignore[arg-type]
+            image.load()
+            if image.format == "PNG":
+                _check_png_data(self.data)
+            return _upright(_to_rgb(image), _orientation(image))
         except DECODER_ERRORS as error:
             reason = "truncated" if "truncated" in str(error).lower() else "undecodable"
             raise BadImage(reason, f"{type(error).__name__}: {error}") from error
+
+    def decode_array(self, *, fast: bool = False, min_size_px: int | None = None) -> np.ndarray:
+        """The same as an array, without the copies that Pillow makes. -> (H, W, 3) uint8. Raises BadImage."""
+        if fast and (pixels := self._decode_fast(min_size_px)) is not None:
+            return pixels
+        return np.asarray(self.decode(min_size_px=min_size_px))
+
+    def _decode_fast(self, min_size_px: int | None) -> np.ndarray | None:
+        if self.image.format != "JPEG" or self.image.mode not in ("RGB", "L"):
+            return None
+        pixels = _decode_jpeg_fast(self.data, min_size_px=min_size_px)
+        return None if pixels is None else _upright_array(pixels, _orientation(self.image))
 
 
 def open_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> OpenedImage:
@@ -152,7 +161,7 @@ def _draft_size(size: tuple[int, int], min_size_px: int) -> tuple[int, int]:
     return cast(tuple[int, int], tuple(max(1, side * min_size_px // shorter) for side in size))
 
 
-def _decode_jpeg_fast(data: bytes, *, min_size_px: int | None) -> Image.Image | None:
+def _decode_jpeg_fast(data: bytes, *, min_size_px: int | None) -> np.ndarray | None:
     """None when simplejpeg is missing or refuses the file: Pillow then decides and names the reason."""
     try:
         import simplejpeg
@@ -164,7 +173,7 @@ def _decode_jpeg_fast(data: bytes, *, min_size_px: int | None) -> Image.Image | 
         if min_size_px is not None:
             min_width, min_height = _draft_size((width, height), min_size_px)
             options = {"min_width": min_width, "min_height": min_height}
-        return Image.fromarray(simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True, **options))
+        return simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True, **options)
     except (ValueError, RuntimeError):
         return None
 
@@ -208,3 +217,14 @@ def _upright(image: Image.Image, orientation: int) -> Image.Image:
         image = image.transpose(methods[orientation])
     image.info.clear()
     return image
+
+
+def _upright_array(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """`_upright` for arrays. (H, W, 3) -> (H, W, 3) or (W, H, 3)"""
+    if orientation in (5, 6, 7, 8):
+        pixels = pixels.transpose(1, 0, 2)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return np.ascontiguousarray(pixels)

@@ -8,7 +8,12 @@ from corpus import encode, picture
 from PIL import Image
 
 from data_prep.filters import FilterSettings, RecordFilter
-from data_prep.pictures import PicturePreparer, PictureSettings, perceptual_hash
+from data_prep.pictures import (
+    PicturePreparer,
+    PictureSettings,
+    _perceptual_hash_array,
+    perceptual_hash,
+)
 from data_prep.sources import Record
 from vlgpt.document import Document, ImagePart, TextPart
 from vlgpt.images import BadImage, decode_image
@@ -144,3 +149,9 @@ def test_perceptual_hash_agrees_with_imagehash():
     for number, theirs in enumerate(IMAGEHASH):
         image = blobs(number).resize((90 + number, 120))
         assert distance(perceptual_hash(image), int(theirs, 16)) <= 2
+
+
+def test_the_fast_hash_is_at_most_a_few_bits_away():
+    for number in range(100):
+        image = blobs(number).resize((300 + number, 256))
+        assert distance(perceptual_hash(image), _perceptual_hash_array(np.asarray(image))) <= 2
