@@ -82,7 +82,7 @@ FAULTS = [
     (language, "data.features", [], "neither patches nor visual", "data.pixels=true"),
     (language, "data", {"pixels": True}, "needs an encoder", "stage.encoder="),
     (language, "data.pixels", True, "patches are read from disk", "data.pixels=false"),
-    (language, "data.sequence_length", 32, "no room for one image", "sequence_length=512"),
+    (language, "data.sequence_length", 32, "cannot hold one image", "sequence_length=512"),
     (language, "stage.template", "alpaca", "'alpaca' is unknown", "vicuna"),
     (language, "stage.image_tokenizer", None, "plain language model", "result folder of stage 1"),
     (language, "stage.init_from", "/no/such/run", "init_from", "run the stage before"),

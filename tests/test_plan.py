@@ -348,7 +348,11 @@ def test_sharding_divides_states_and_checkpointing_shrinks_activations():
 
 @pytest.mark.parametrize(
     "size, trained, precision",
-    [("tiny", "lora", "fp32"), ("grouped", "all", "bf16"), ("small", "lora", "bf16")],
+    [
+        pytest.param("tiny", "lora", "fp32", marks=pytest.mark.slow),
+        pytest.param("grouped", "all", "bf16", marks=pytest.mark.slow),
+        ("small", "lora", "bf16"),
+    ],
 )
 def test_planned_states_are_within_two_percent_of_what_deepspeed_keeps(size, trained, precision):
     import os

@@ -210,7 +210,7 @@ def _language(run: s.RunSettings, _: int) -> Iterator[Finding]:
         return
     if run.data.sequence_length < parts.num_visual + 4:
         yield _error(
-            f"data.sequence_length {run.data.sequence_length} has no room for one image ({parts.num_visual} embeddings)",
+            f"data.sequence_length {run.data.sequence_length} cannot hold one image ({parts.num_visual} embeddings)",
             "set data.sequence_length=512",
         )
 

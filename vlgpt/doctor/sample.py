@@ -1,0 +1,133 @@
+"""A random stage of the real classes and a packed batch, on any device: what the GPU checks run on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import torch
+
+from vlgpt import seeds
+from vlgpt.batch import Batch, ImageInput, to_device
+from vlgpt.models.image_detokenizer import ImageDetokenizer
+from vlgpt.models.image_tokenizer import ImageTokenizer
+from vlgpt.models.multimodal_lm import LoraSettings, MultimodalLM
+from vlgpt.models.unified import UnifiedModel, build_language_model
+from vlgpt.planning.architecture import Architecture, image_shapes, language_shape
+from vlgpt.planning.flops import Work
+from vlgpt.stages.language import LanguageStage
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where and how large. The default is a GPU's; tests swap device, attention and sizes."""
+
+    device: str = "cuda"
+    dtype: torch.dtype = torch.bfloat16
+    attention: str = "flash_attention_2"
+    width: int = 2048
+    depth: int = 12
+    mlp: int = 5632
+    num_heads: int = 16
+    vocabulary: int = 32064
+    length: int = 512
+    rows: int = 4
+    num_visual: int = 32
+
+    @property
+    def config(self) -> dict[str, object]:
+        return {
+            "model_type": "llama",
+            "vocab_size": self.vocabulary,
+            "hidden_size": self.width,
+            "intermediate_size": self.mlp,
+            "num_hidden_layers": self.depth,
+            "num_attention_heads": self.num_heads,
+            "num_key_value_heads": self.num_heads,
+            "tie_word_embeddings": False,
+        }
+
+    @property
+    def image_values(self) -> dict[str, object]:
+        part = {"width": 64, "depth": 1, "num_heads": 4, "mlp_ratio": 2.0, "init_std": 1.0}
+        shapes = {"image_tokens": 2, "image_width": 8, "text_tokens": 2, "text_width": 8}
+        shared = {
+            "num_patches": 4,
+            "patch_width": 8,
+            "num_visual": self.num_visual,
+            "visual_width": self.width,
+        }
+        return {**shapes, **shared, "tokenizer": part, "detokenizer": part}
+
+
+def new_stage(setting: Setting) -> LanguageStage:
+    """LoRA on a random LLaMA, the same weights for the same setting whatever the device."""
+    seeds.seed_everything(0, "doctor")
+    lm = MultimodalLM(
+        build_language_model(dict(setting.config), setting.attention),  # type: ignore[arg-type]
+        num_tokens=setting.vocabulary,
+        num_visual=setting.num_visual,
+        visual_width=setting.width,
+    )
+    lm.add_lora(LoraSettings(dropout=0.0), [setting.vocabulary - 2, setting.vocabulary - 1])
+    part = {"width": 64, "depth": 1, "num_heads": 4, "mlp_ratio": 2.0, "init_std": 1.0}
+    shared = {"num_visual": setting.num_visual, "visual_width": setting.width}
+    model = UnifiedModel(
+        lm=lm,
+        image_tokenizer=ImageTokenizer(num_patches=4, patch_width=8, **shared, **part),  # type: ignore[arg-type]
+        image_detokenizer=ImageDetokenizer(
+            image_tokens=2,
+            image_width=8,
+            text_tokens=2,
+            text_width=8,
+            **shared,
+            **part,  # type: ignore[arg-type]
+        ),
+    )
+    return LanguageStage(model=model).to(setting.device, setting.dtype)
+
+
+def new_batch(setting: Setting, *, seed: int = 0) -> Batch:
+    """Rows of three documents of uneven lengths, an image in each, no padding."""
+    n, length, rows = setting.num_visual, setting.length, setting.rows
+    generator = seeds.torch_generator(0, "doctor", seed)
+    token_ids = torch.randint(0, setting.vocabulary - 2, (rows, length), generator=generator)
+    segment_ids = torch.ones(rows, length, dtype=torch.int32)
+    position_ids = torch.zeros(rows, length, dtype=torch.int64)
+    is_visual = torch.zeros(rows, length, dtype=torch.bool)
+    is_target = torch.ones(rows, length, dtype=torch.bool)
+    for row in range(rows):
+        shift = row % 3
+        bounds = [0, length // 4 + shift, length // 2 + 2 * shift, length]
+        for number, (start, stop) in enumerate(pairwise(bounds), start=1):
+            segment_ids[row, start:stop] = number
+            position_ids[row, start:stop] = torch.arange(stop - start)
+            is_visual[row, start + 2 : start + 2 + n] = True
+            is_target[row, start] = False
+    visual = torch.randn(3 * rows, n, setting.width, generator=generator)
+    batch = Batch(
+        token_ids=token_ids,
+        segment_ids=segment_ids,
+        position_ids=position_ids,
+        is_visual=is_visual,
+        is_target=is_target,
+        source_ids=torch.zeros(rows, length, dtype=torch.int16),
+        images=ImageInput("visual", visual),
+        documents=tuple(tuple(f"{row}-{k}" for k in range(3)) for row in range(rows)),
+        num_visual=n,
+    )
+    batch.validate()
+    return to_device(batch, setting.device, setting.dtype)
+
+
+def plan_of(setting: Setting) -> tuple[Architecture, Work]:
+    """The same stage and batch as plain numbers."""
+    lm = language_shape(dict(setting.config), has_image_tokens=True)
+    shapes = image_shapes(dict(setting.image_values))
+    parts = Architecture(*shapes, setting.num_visual, setting.width, None, lm=lm, lora_rank=32)
+    num_images = 3 * setting.rows
+    num_visual = num_images * setting.num_visual
+    num_text = setting.rows * (setting.length - 3) - num_visual
+    return parts, replace(
+        Work(setting.rows, setting.length, num_images, num_text, num_visual), has_tokenizing=False
+    )
