@@ -79,6 +79,19 @@ def test_a_commit_without_all_manifests_is_refused(tmp_path):
         commit.commit(folder, world_size=2, facts={})
 
 
+def test_a_small_file_is_either_old_or_new_whatever_fails_in_between(tmp_path, monkeypatch):
+    target = tmp_path / "marker.json"
+    commit.write_atomically(target, "old")
+
+    def fail(source, destination):
+        raise OSError("killed here")
+
+    monkeypatch.setattr(commit.os, "replace", fail)
+    with pytest.raises(OSError, match="killed here"):
+        commit.write_atomically(target, "new")
+    assert target.read_text() == "old"
+
+
 WRITER = """
 import sys, pathlib, os
 from vlgpt.train import commit

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,7 +56,8 @@ class TokenChooser:
         """(T, vocabulary) masked log-probabilities of these prompts -> T token ids."""
         if self.is_greedy:
             return scores.argmax(-1).tolist()
-        probabilities = self.warpers(torch.empty(len(scores), 0), scores).double().softmax(-1)
+        nothing: Any = torch.empty(len(scores), 0, dtype=torch.long)  # the warpers look at no token ids
+        probabilities = self.warpers(nothing, scores).double().softmax(-1)
         cumulative = probabilities.cumsum(-1)
         draws = np.array([self.generators[prompt].random() for prompt in prompts])
         heights = torch.from_numpy(draws * (1 - 1e-12)).to(scores.device)[:, None] * cumulative[:, -1:]
