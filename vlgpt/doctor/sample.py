@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 
@@ -49,7 +50,7 @@ class Setting:
 
     @property
     def image_values(self) -> dict[str, object]:
-        part = {"width": 64, "depth": 1, "num_heads": 4, "mlp_ratio": 2.0, "init_std": 1.0}
+        part: dict[str, Any] = {"width": 64, "depth": 1, "num_heads": 4, "mlp_ratio": 2.0, "init_std": 1.0}
         shapes = {"image_tokens": 2, "image_width": 8, "text_tokens": 2, "text_width": 8}
         shared = {
             "num_patches": 4,
@@ -70,18 +71,18 @@ def new_stage(setting: Setting) -> LanguageStage:
         visual_width=setting.width,
     )
     lm.add_lora(LoraSettings(dropout=0.0), [setting.vocabulary - 2, setting.vocabulary - 1])
-    part = {"width": 64, "depth": 1, "num_heads": 4, "mlp_ratio": 2.0, "init_std": 1.0}
-    shared = {"num_visual": setting.num_visual, "visual_width": setting.width}
+    part: dict[str, Any] = {"width": 64, "depth": 1, "num_heads": 4, "mlp_ratio": 2.0, "init_std": 1.0}
+    shared: dict[str, Any] = {"num_visual": setting.num_visual, "visual_width": setting.width}
     model = UnifiedModel(
         lm=lm,
-        image_tokenizer=ImageTokenizer(num_patches=4, patch_width=8, **shared, **part),  # type: ignore[arg-type]
+        image_tokenizer=ImageTokenizer(num_patches=4, patch_width=8, **shared, **part),
         image_detokenizer=ImageDetokenizer(
             image_tokens=2,
             image_width=8,
             text_tokens=2,
             text_width=8,
             **shared,
-            **part,  # type: ignore[arg-type]
+            **part,
         ),
     )
     return LanguageStage(model=model).to(setting.device, setting.dtype)
