@@ -197,7 +197,8 @@ class EmojiDraw(PictureAnswers):
             chance = NUM_RECALL / min(NUM_CANDIDATES, len(ids))
             name = named("draw/real_r5", split, main="unseen")
             metrics[name] = metric(float(np.mean(hits)), n, chance=chance)
-            ratio = float(np.sum(matched) / np.sum(mismatched))
+            total = float(np.sum(mismatched))
+            ratio = float(np.sum(matched)) / total if total else 1.0  # all pictures alike: nothing to tell
             metrics[named("draw/pixel_mse_ratio", split, main="unseen")] = metric(ratio, n, chance=1.0)
             per_example |= {example.id: hit for example, hit in zip(examples, hits)}
         return Scores(metrics, per_example, notes=self.notes(predictions))
