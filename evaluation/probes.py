@@ -7,8 +7,7 @@ is reported beside every score that it gives.
 
 from __future__ import annotations
 
-import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -18,7 +17,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import Image
 
 from evaluation.benchmarks.pictures import load_clip
 from vlgpt.data.pixels import read_square, to_pixels
@@ -156,13 +154,6 @@ class Probe:
         )
 
 
-def has_label(info: dict[str, Any] | Any, attribute: str) -> bool:
+def has_label(info: Mapping[str, Any], attribute: str) -> bool:
     """Whether the attribute applies to a picture and names one thing (a group may have several tones)."""
     return info[attribute] not in ("", "several")
-
-
-def to_picture(square: Pictures) -> bytes:
-    """One (S, S, 3) array as PNG."""
-    buffer = io.BytesIO()
-    Image.fromarray(square).save(buffer, "PNG")
-    return buffer.getvalue()

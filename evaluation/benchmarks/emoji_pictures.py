@@ -85,7 +85,7 @@ def mean_picture(data: Path, judge: str) -> np.ndarray:
 def pixel_mse(first: Pictures, second: Pictures) -> np.ndarray:
     """Mean squared difference of each pair, in [-1, 1]: (n, S, S, 3) x 2 -> (n,)."""
     difference = first.reshape(len(first), -1).astype(np.float32) - second.reshape(len(second), -1)
-    return (difference / 127.5).astype(np.float64).__pow__(2).mean(1)
+    return np.square(difference / 127.5, dtype=np.float64).mean(1)
 
 
 def all_pixel_mse(first: Pictures, second: Pictures) -> np.ndarray:
