@@ -55,7 +55,9 @@ def test_every_step_comes_after_what_it_needs_and_names_existing_files(demo, mon
 def chain(demo, folder, marker="one"):
     log = folder / "log"
     first = demo.Step("first", f"sh -c 'echo first-{marker} >> {log}; mkdir -p {folder}/a'", f"{folder}/a")
-    second = demo.Step("second", f"sh -c 'echo second >> {log}; mkdir -p {folder}/b'", f"{folder}/b", ("first",))
+    second = demo.Step(
+        "second", f"sh -c 'echo second >> {log}; mkdir -p {folder}/b'", f"{folder}/b", ("first",)
+    )
     return log, [first, second]
 
 

@@ -254,7 +254,9 @@ def doctor(arguments: argparse.Namespace) -> int:
 def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="YAML", help="look for faults in this configuration too")
     parser.add_argument("--gpus", type=int, default=1, help="processes of the run, for its batch arithmetic")
-    parser.add_argument("--gpu", action="store_true", help="run the real path on the GPUs of this machine (10 minutes)")
+    parser.add_argument(
+        "--gpu", action="store_true", help="run the real path on the GPUs of this machine (10 minutes)"
+    )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
 
 
