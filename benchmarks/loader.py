@@ -53,8 +53,8 @@ def measure(name: str, folder: Path, *, mode: str, num_samples: int) -> dict[str
     for _ in islice(stream, 200 // size):
         pass
     before_s, count = time.process_time(), num_samples // size
-    for _ in islice(stream, count):
-        pass
+    if (found := sum(1 for _ in islice(stream, count))) != count:
+        raise RuntimeError(f"{name} ended after {found} of {count}")
     cpu_s = time.process_time() - before_s
     memory_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return {"per_cpu_s": count * size / cpu_s, "first_s": first_s, "memory_mb": memory_mb}

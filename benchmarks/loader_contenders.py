@@ -62,10 +62,9 @@ def vlgpt_fast(folder: Path, decode: Decode | None) -> Stream:
 def webdataset(folder: Path, decode: Decode | None) -> Stream:
     import webdataset as wds
 
-    stream = wds.WebDataset(tars_of(folder), shardshuffle=20, repeat=True).shuffle(200)
-    if decode is None:
-        return iter(stream.to_tuple("jpg", "txt"))
-    return in_batches(iter(stream.to_tuple("jpg", "txt").map(lambda s: decode(*s))))
+    stream = wds.WebDataset(tars_of(folder), shardshuffle=20).shuffle(200).to_tuple("jpg", "txt")
+    endless = itertools.chain.from_iterable(itertools.repeat(stream))
+    return endless if decode is None else in_batches(decode(*pair) for pair in endless)
 
 
 class Indexed(torch.utils.data.Dataset):

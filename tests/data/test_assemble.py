@@ -83,7 +83,7 @@ def test_what_is_planned_is_what_is_rendered(
     assert maker.plan(part_lengths(document), Draws(key)) == found
 
 
-@given(numbers=st.lists(st.integers(0, 10**6), min_size=1, max_size=30), keep=st.sampled_from([0.3, 1.0]))
+@given(numbers=st.lists(st.integers(0, 10**6), min_size=1, max_size=30), keep=st.sampled_from([0.0, 1.0]))
 @settings(max_examples=60, deadline=None)
 def test_many_at_once_agree_with_one_by_one(numbers: list[int], keep: float) -> None:
     builder = IndexBuilder(TOKENIZER)

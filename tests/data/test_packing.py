@@ -36,6 +36,10 @@ def test_no_row_could_have_joined_another(lengths: list[int]) -> None:
     assert (filled <= 32).sum() <= 1
 
 
+def test_a_sequence_goes_into_the_fullest_row_with_room() -> None:
+    assert best_fit(np.array([60, 57, 4, 7]), capacity=64).tolist() == [0, 1, 0, 1]
+
+
 def test_a_sequence_longer_than_a_row_is_an_error() -> None:
     with pytest.raises(ValueError, match="65"):
         best_fit(np.array([3, 65]), capacity=64)
