@@ -96,6 +96,30 @@ def test_a_packed_batch_holds_the_documents_it_names(data: Path) -> None:
         assert image == len(batch.images)
 
 
+def test_every_image_of_a_page_comes_with_its_own_feature(data: Path) -> None:
+    index = {shard: ShardSet.open(data / "pages").index(shard) for shard in (0, 1)}
+
+    def rows_of(name: str) -> list[int]:
+        number = int(name.rpartition("-")[2])
+        shard, sample = (0, number) if number < 25 else (1, number - 25)
+        first, last = index[shard].image_start[[sample, sample + 1]].tolist()
+        return [100 * shard + row for row in range(first, last)]
+
+    chosen = settings(data, "pages", source={"max_images": 9}, sequence_length=256)
+    for batch in take(packed(chosen), 4):
+        names = [name for row in batch.documents for name in row]
+        assert batch.images.values[:, 0, 0].floor().tolist() == [
+            row for name in names for row in rows_of(name)
+        ]
+    batches = take(conditions(chosen), 10)
+    places = [
+        rows_of(name).index(int(value))
+        for batch in batches
+        for name, value in zip(batch.documents, batch.patches[:, 0, 0])
+    ]
+    assert set(places) >= {0, 1, 2}
+
+
 def test_source_ids_say_which_source_a_position_came_from(data: Path) -> None:
     loader = packed(settings(data))
     for batch in take(loader, 10):
