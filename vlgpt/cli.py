@@ -50,13 +50,10 @@ def _train(arguments: argparse.Namespace) -> int:
         sys.stderr.write(f"{settings.run_dir} is complete: nothing to do\n")
         return 0
     if missing := missing_inputs(settings):
-        key, path = missing[0]
-        hint = (
-            "; `make demo` prepares everything the demo configurations read"
-            if path.startswith("runs/demo/")
-            else ""
-        )
-        raise FileNotFoundError(f"{key} = {path} does not exist{hint}")
+        is_demo = any(path.startswith("runs/demo/") for _, path in missing)
+        hint = "; `make demo` prepares everything the demo configurations read" if is_demo else ""
+        names = ", ".join(f"{key} = {path}" for key, path in missing)
+        raise FileNotFoundError(f"{names} does not exist{hint}")
     return run_training(settings, ds_config, ds_source=arguments.deepspeed)
 
 

@@ -114,19 +114,19 @@ class MultimodalLM(nn.Module):
         """Input embeddings: (B, L), (B, L), (M, N, d) | None -> (B, L, D)."""
         embeddings = self.backbone.get_input_embeddings()(token_ids)
         if visual is None or visual.shape[0] == 0:
-            return embeddings + 0.0 * self._touch_projection()
+            return embeddings + 0.0 * self._touch_projection(embeddings)
         return embeddings.masked_scatter(is_visual[..., None], self.embed_visual(visual).to(embeddings.dtype))
 
     def embed_visual(self, visual: Tensor) -> Tensor:
         """Standardised visual embeddings at the scale of words: (..., d) -> (..., D)."""
         return self.projection(visual) * self.visual_scale
 
-    def _touch_projection(self) -> Tensor:
+    def _touch_projection(self, like: Tensor) -> Tensor:
         """Zero that depends on the projection: every rank touches the same parameters whatever its batch holds."""
         if isinstance(self.projection, nn.Identity):
             return torch.zeros((), device=self.visual_scale.device)
         # called, and its weight not even looked at: ZeRO-3 gathers parameters at each access, on all ranks alike
-        return self.projection(self.visual_scale.new_zeros(1, self.visual_width)).sum()
+        return self.projection(like.new_zeros(1, self.visual_width)).sum()
 
     def hidden_states(self, batch: Batch, visual: Tensor | None) -> Tensor:
         """Last hidden states of packed rows: (B, L), (M, N, d) -> (B, L, D).
