@@ -8,20 +8,28 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_unified import NUM_VISUAL, TEXTS, VISUAL_WIDTH, new_document_tokenizer, new_model
 from transformers import AutoModel, AutoProcessor, LogitsProcessor, LogitsProcessorList, StoppingCriteria
 
 from vlgpt import hf
+from vlgpt.config import dump
 from vlgpt.document import Document, ImagePart, TextPart
-from vlgpt.export import export_model, load_generator
+from vlgpt.export import export_model, export_run, load_generator
 from vlgpt.generate import DecodeSettings, Generator, Prompt
 from vlgpt.log import UserError
 from vlgpt.models.decoders import ConvDecoder
 from vlgpt.models.encoders import load_clip, new_open_clip, save_open_clip
+from vlgpt.models.image_tokenizer import ImageTokenizer
 from vlgpt.models.multimodal_lm import LoraSettings
+from vlgpt.models.tiny import save_language_model, train_text_tokenizer
 from vlgpt.models.unified import UnifiedModel, is_export
 from vlgpt.models.weights import tensors_of, write_weights
+from vlgpt.settings import LanguageStage as LanguageSettings
+from vlgpt.settings import RunSettings
+from vlgpt.stages.build import build_language_stage
+from vlgpt.stages.language import LanguageStage
+from vlgpt.train import commit
 
 CHAT = Document("c", "test", (ImagePart(0, "user"), TextPart("what is in the picture", "user")))
 PLAIN = Document("d", "test", (TextPart("an image of three elephants."),))
@@ -341,8 +349,6 @@ def test_a_wrong_folder_gives_one_clear_error(export, tmp_path):
     tokenizer = new_document_tokenizer()
     export_model(trained(tokenizer), tmp_path, tokenizer=tokenizer)
     state = load_file(tmp_path / "model.safetensors")
-    from safetensors.torch import save_file
-
     name = "lm.regression_head.layers.weight"
     save_file({key: value for key, value in state.items() if key != name}, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match=f"missing {name}"):
@@ -362,3 +368,99 @@ def test_bfloat16_language_models_keep_their_image_parts_exact(export):
     assert reply.visual[0].dtype == torch.float32
     torch.testing.assert_close(reply.visual[0], wanted.visual[0], atol=0.15, rtol=0.1)
     assert generator.rank(Prompt(PLAIN), TEXTS[0].split()).shape == (len(TEXTS[0].split()),)
+
+
+def write_run(folder: Path, parts: Path, *, trained_parts: str = "lora") -> LanguageStage:
+    """A language run with two commits, as the training loop leaves them; returns the stage of the newest one."""
+    save_language_model(
+        folder / "base", train_text_tokenizer(TEXTS * 4, vocabulary_size=400), width=64, depth=2
+    )
+    tokenizer = new_document_tokenizer()
+    model = trained(tokenizer)
+    model.image_tokenizer.save(folder / "stage1" / "image_tokenizer")
+    model.image_detokenizer.save(folder / "stage1" / "image_detokenizer")
+    settings = RunSettings.model_validate(
+        {
+            "name": "tiny run",
+            "output_dir": str(folder / "run"),
+            "stage": {
+                "kind": "language",
+                "language_model": str(folder / "base"),
+                "image_tokenizer": str(folder / "stage1"),
+                "template": "short",
+                "trained": trained_parts,
+                "lora": {"rank": 4, "alpha": 8.0, "dropout": 0.0},
+                "encoder": {"path": str(parts / "clip")},
+                "picture_decoder": str(parts / "decoder"),
+            },
+            "data": {"sources": ({"name": "noto pairs", "path": "somewhere"},)},
+            "steps": 20,
+            "global_batch": 2,
+            "micro_batch": 2,
+        }
+    )
+    run = folder / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(dump(settings))
+    assert isinstance(settings.stage, LanguageSettings)
+    torch.manual_seed(0)
+    stage, _ = build_language_stage(settings.stage, num_sources=1)
+    for step in (10, 20):
+        checkpoint = run / "checkpoints" / commit.tag_of(step)
+        checkpoint.mkdir(parents=True)
+        with torch.no_grad():
+            for _, parameter in stage.trainable():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        weights = {name: parameter.detach().clone() for name, parameter in stage.trainable()}
+        buffers = {"model.lm.visual_scale": stage.model.lm.visual_scale.clone()}
+        save_file({**weights, **buffers}, checkpoint / "trainable.safetensors")
+        (checkpoint / "state.json").write_text(json.dumps({"step": step, "frozen": stage.frozen_hashes()}))
+        commit.write_manifest(
+            checkpoint, 0, [checkpoint / "trainable.safetensors", checkpoint / "state.json"]
+        )
+        commit.commit(checkpoint, world_size=1, facts={"step": step})
+    torn = run / "checkpoints" / commit.tag_of(30)
+    torn.mkdir()
+    (torn / "trainable.safetensors").write_bytes(b"torn")
+    return stage.eval()
+
+
+@pytest.mark.parametrize("trained_parts", ["lora", "all"])
+def test_the_export_of_a_run_is_its_newest_commit(trained_parts, parts, tmp_path):
+    stage = write_run(tmp_path, parts, trained_parts=trained_parts)
+    kept = tmp_path / "kept"
+    export_run(tmp_path / "run", kept, merge_lora=False)
+    assert_equal(outputs(UnifiedModel.from_folder(kept)), outputs(stage.model))
+    export_run(tmp_path / "run", tmp_path / "merged")
+    stage.model.lm.merge_lora()
+    assert_equal(outputs(UnifiedModel.from_folder(tmp_path / "merged")), outputs(stage.model.eval()))
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert "tiny run" in card and "step_00000020" in card and "Apache" in card
+    assert load_generator(tmp_path / "merged").reconstruct([picture(1)])[0].size == (24, 24)
+    export_run(tmp_path / "run", tmp_path / "merged")  # again, over the old one
+    assert not list(tmp_path.glob(".*.partial"))
+
+
+def test_the_export_of_a_run_refuses_what_would_be_wrong(parts, tmp_path, caplog):
+    write_run(tmp_path, parts)
+    newest = tmp_path / "run" / "checkpoints" / commit.tag_of(20) / "trainable.safetensors"
+    data = bytearray(newest.read_bytes())
+    data[-1] ^= 1
+    newest.write_bytes(data)
+    with caplog.at_level("WARNING", "vlgpt"):
+        export_run(tmp_path / "run", tmp_path / "export")
+    assert "step_00000020 is passed over" in caplog.text
+    assert "step_00000010" in (tmp_path / "export" / "README.md").read_text()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    with pytest.raises(UserError, match="no export"):
+        export_run(tmp_path / "run", tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
+    image_tokenizer = ImageTokenizer.from_folder(tmp_path / "stage1" / "image_tokenizer")
+    with torch.no_grad():
+        image_tokenizer.output.bias.add_(1)
+    image_tokenizer.save(tmp_path / "stage1" / "image_tokenizer")
+    with pytest.raises(UserError, match="image_tokenizer"):
+        export_run(tmp_path / "run", tmp_path / "other")
+    with pytest.raises(FileNotFoundError, match=r"config\.yaml"):
+        export_run(tmp_path / "nothing", tmp_path / "other")

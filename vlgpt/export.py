@@ -19,7 +19,7 @@ from vlgpt.decoding.load import DIFFUSION_PATHS, located
 from vlgpt.generate import Generator
 from vlgpt.log import UserError, get_logger
 from vlgpt.model_card import write_card
-from vlgpt.models.unified import UnifiedConfig, UnifiedModel
+from vlgpt.models.unified import UnifiedConfig, UnifiedModel, is_export
 from vlgpt.models.weights import tensors_of, write_weights
 from vlgpt.settings import LanguageStage, RunSettings
 from vlgpt.stages.build import build_language_stage
@@ -196,6 +196,8 @@ def export_run(
         raise UserError(
             f"{run} trained a {settings.stage.kind}: its result folder is what later stages read, nothing to export"
         )
+    if folder.exists() and not is_export(folder) and any(folder.iterdir()):
+        raise UserError(f"{folder} exists and is no export: choose another folder")
     stage, tokenizer = build_language_stage(settings.stage, num_sources=len(settings.data.sources))
     trained = newest_trainable(run)
     load_trainable(stage, trained)
@@ -211,8 +213,6 @@ def export_run(
         card=card_of(settings, tag=trained.tag),
     )
     if folder.exists():
-        if not (folder / "config.json").is_file() and any(folder.iterdir()):
-            raise UserError(f"{folder} exists and is no export: choose another folder")
         shutil.rmtree(folder)
     partial.replace(folder)
 
