@@ -9,11 +9,12 @@ in `evaluation/benchmarks` with a class that derives from `Benchmark`; `evaluati
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
@@ -216,6 +217,20 @@ class Benchmark(ABC):
     @abstractmethod
     def examples(self, data: Path) -> Sequence[Example]:
         """All examples in a fixed order, from the official files below `data`. Pictures stay paths."""
+
+    def loaded(self, data: Path) -> Sequence[Example]:
+        """`examples(data)`, or the same list again while `remembering` it (large files are read once)."""
+        remembered = getattr(self, "_remembered", None)
+        return remembered[1] if remembered is not None and remembered[0] == data else self.examples(data)
+
+    @contextlib.contextmanager
+    def remembering(self, data: Path, examples: Sequence[Example]) -> Iterator[None]:
+        """Within this context `loaded(data)` gives `examples`."""
+        object.__setattr__(self, "_remembered", (data, examples))
+        try:
+            yield
+        finally:
+            object.__delattr__(self, "_remembered")
 
     @abstractmethod
     def score(self, predictions: Mapping[str, Prediction], data: Path) -> Scores:

@@ -57,7 +57,8 @@ def score(
         raise UserError(
             f"{benchmark.name}: no prediction belongs to one of the {len(ids)} examples ({check})"
         )
-    scores = benchmark.score(predictions, data)
+    with benchmark.remembering(data, examples):
+        scores = benchmark.score(predictions, data)
     template = benchmark.template
     result = {
         "benchmark": benchmark.name,

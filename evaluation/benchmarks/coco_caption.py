@@ -64,7 +64,7 @@ class CocoCaption(Benchmark):
         return cut_caption(text, self.cut)  # type: ignore[arg-type]
 
     def score(self, predictions: Mapping[str, Prediction], data: Path) -> Scores:
-        examples = [example for example in self.examples(data) if example.id in predictions]
+        examples = [example for example in self.loaded(data) if example.id in predictions]
         if without := [e.id for e in examples if not isinstance(predictions[e.id].get("text"), str)]:
             raise UserError(f"{self.name}: predictions without a caption: {', '.join(without[:10])}")
         references = {example.id: example.truth for example in examples}

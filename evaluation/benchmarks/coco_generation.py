@@ -88,7 +88,7 @@ class CocoGeneration(Benchmark):
             raise UserError(
                 "give --option inception=FILE (FID, KID) and/or clip=FOLDER (CLIP score), fd_clip=FOLDER"
             )
-        examples = [example for example in self.examples(data) if example.id in predictions]
+        examples = [example for example in self.loaded(data) if example.id in predictions]
         metrics: dict[str, dict[str, float]] = {}
         notes: dict[str, Any] = {
             "num_without_picture": count_without(examples, predictions),

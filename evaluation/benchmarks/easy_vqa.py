@@ -45,7 +45,7 @@ class EasyVqa(ShortAnswers):
         return example.truth
 
     def score(self, predictions: Mapping[str, Prediction], data: Path) -> Scores:
-        examples = [example for example in self.examples(data) if example.id in predictions]
+        examples = [example for example in self.loaded(data) if example.id in predictions]
         answers = self.answers(predictions)
         per_example = {e.id: 100.0 * (answers[e.id] == e.truth) for e in examples}
         counts, n = Counter(example.truth for example in examples), len(examples)

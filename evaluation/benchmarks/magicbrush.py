@@ -89,7 +89,7 @@ class MagicBrush(Benchmark):
     def score(self, predictions: Mapping[str, Prediction], data: Path) -> Scores:
         from evaluation.features import in_batches
 
-        examples = [example for example in self.examples(data) if example.id in predictions]
+        examples = [example for example in self.loaded(data) if example.id in predictions]
         n, clip = len(examples), load_clip(self.clip)
 
         def drawn(i: int) -> Image.Image:

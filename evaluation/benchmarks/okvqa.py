@@ -30,7 +30,7 @@ class Okvqa(Vqav2):
 
     def score(self, predictions: Mapping[str, Prediction], data: Path) -> Scores:
         scores = super().score(predictions, data)
-        examples: list[Example] = [e for e in self.examples(data) if e.id in predictions]
+        examples: list[Example] = [e for e in self.loaded(data) if e.id in predictions]
         answers = self.answers(predictions)
         plain = vqa_accuracy(
             [answers[e.id] for e in examples], [e.truth for e in examples], mode="official_2021"

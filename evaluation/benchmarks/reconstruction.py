@@ -55,7 +55,7 @@ class Reconstruction(Benchmark):
     def score(self, predictions: Mapping[str, Prediction], data: Path) -> Scores:
         from evaluation.features import in_batches
 
-        examples = [example for example in self.examples(data) if example.id in predictions]
+        examples = [example for example in self.loaded(data) if example.id in predictions]
         clip = load_clip(self.clip)
         original = in_batches(clip.images, lambda i: read_image(examples[i].truth), len(examples))
         drawn = in_batches(clip.images, lambda i: drawn_picture(predictions[examples[i].id]), len(examples))

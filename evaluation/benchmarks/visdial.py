@@ -93,7 +93,7 @@ class VisDial(Benchmark):
         return scores
 
     def score(self, predictions: Mapping[str, Prediction], data: Path) -> Scores:
-        examples = [example for example in self.examples(data) if example.id in predictions]
+        examples = [example for example in self.loaded(data) if example.id in predictions]
         for example in examples:
             found, wanted = len(predictions[example.id].get("scores", ())), len(example.info["options"])
             if found != wanted:
@@ -128,7 +128,7 @@ class VisDial(Benchmark):
         """`[{"image_id", "round_id" from 1, "ranks": rank of every option}]`."""
         return [
             submission_record(e.info["image_id"], e.info["round_id"], predictions[e.id]["scores"])
-            for e in self.examples(data)
+            for e in self.loaded(data)
         ]
 
 

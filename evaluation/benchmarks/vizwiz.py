@@ -52,7 +52,7 @@ class VizWiz(VqaBenchmark):
         """Accuracy, and AP and F1 of "unanswerable" from `answerable` in [0, 1] of a prediction, else from
         its text."""
         scores = super().score(predictions, data)
-        labels = {e.id: e.info["answerable"] for e in self.examples(data) if "answerable" in e.info}
+        labels = {e.id: e.info["answerable"] for e in self.loaded(data) if "answerable" in e.info}
         ids = [id for id in predictions if id in labels]
         if not ids:
             return scores
@@ -72,4 +72,4 @@ class VizWiz(VqaBenchmark):
     def submission(self, predictions: Mapping[str, Prediction], data: Path) -> list[dict[str, Any]]:
         """`[{"image": name, "answer": str}]`, one for every picture of the split."""
         answers = self.answers(predictions)
-        return [{"image": example.id, "answer": answers[example.id]} for example in self.examples(data)]
+        return [{"image": example.id, "answer": answers[example.id]} for example in self.loaded(data)]

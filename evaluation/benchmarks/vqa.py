@@ -61,13 +61,24 @@ class VqaBenchmark(ShortAnswers):
 
     def ideal(self, example: Example) -> str:
         """The human answer that scores best, the most frequent one in a draw."""
-        candidates = [answer for answer, _ in Counter(example.truth).most_common()]
-        cleaned = [self.clean(answer) for answer in candidates]
-        scores = self._accuracy(cleaned, [example.truth] * len(cleaned))
-        return candidates[max(range(len(candidates)), key=lambda i: scores[i])]
+        ((best, _),) = self._candidates([example])
+        return best
+
+    def _candidates(self, examples: Sequence[Example]) -> list[tuple[str, dict[str, float]]]:
+        """For each example its best human answer, and what each different cleaned human answer scores."""
+        cleaned = {answer: self.clean(answer) for answer in {a for e in examples for a in e.truth}}
+        ordered = [[answer for answer, _ in Counter(example.truth).most_common()] for example in examples]
+        unique = [list(dict.fromkeys(cleaned[answer] for answer in answers)) for answers in ordered]
+        truths = [example.truth for example, answers in zip(examples, unique) for _ in answers]
+        scores = iter(self._accuracy([answer for answers in unique for answer in answers], truths))
+        found = []
+        for answers, different in zip(ordered, unique):
+            score_of = {answer: next(scores) for answer in different}
+            found.append((max(answers, key=lambda answer: score_of[cleaned[answer]]), score_of))
+        return found
 
     def score(self, predictions: Mapping[str, Prediction], data: Path) -> Scores:
-        examples = [example for example in self.examples(data) if example.id in predictions]
+        examples = [example for example in self.loaded(data) if example.id in predictions]
         if any(example.truth is None for example in examples):
             raise UserError(
                 f"{self.name} {self.split} has no public answers; upload submission.json to the server"
@@ -85,17 +96,15 @@ class VqaBenchmark(ShortAnswers):
 
     def chance(self, examples: Sequence[Example]) -> float:
         """Expected accuracy of the ideal answers of other questions, exactly: the sum over all pairs."""
-        ideals = [self.clean(self.ideal(example)) for example in examples]
-        frequency = Counter(ideals)
-        candidates = [sorted({self.clean(a) for a in e.truth} & frequency.keys()) for e in examples]
-        flat = [(example, answer) for example, found in zip(examples, candidates) for answer in found]
-        own = {example.id: ideal for example, ideal in zip(examples, ideals)}
-        if not flat or len(examples) < 2:
-            return 0.0
-        scores = self._accuracy([answer for _, answer in flat], [example.truth for example, _ in flat])
-        weights = [frequency[answer] - (own[example.id] == answer) for example, answer in flat]
-        pairs = len(examples) * (len(examples) - 1)
-        return sum(score * weight for score, weight in zip(scores, weights)) / pairs
+        candidates = self._candidates(examples)
+        ideals = [self.clean(best) for best, _ in candidates]
+        frequency, num = Counter(ideals), len(examples)
+        total = sum(
+            score * (frequency[answer] - (answer == own))
+            for own, (_, score_of) in zip(ideals, candidates)
+            for answer, score in score_of.items()
+        )
+        return total / (num * (num - 1)) if num > 1 else 0.0
 
     def _accuracy_of(self, examples: Sequence[Example], answers: Mapping[str, str]) -> list[float]:
         return self._accuracy([answers[example.id] for example in examples], [e.truth for e in examples])

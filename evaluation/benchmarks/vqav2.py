@@ -69,4 +69,4 @@ class Vqav2(VqaBenchmark):
         """`[{"question_id": int, "answer": str}]` for exactly all questions of the split, as the server
         demands."""
         answers = self.answers(predictions)
-        return [{"question_id": int(e.id), "answer": answers[e.id]} for e in self.examples(data)]
+        return [{"question_id": int(e.id), "answer": answers[e.id]} for e in self.loaded(data)]

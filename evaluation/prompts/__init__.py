@@ -25,6 +25,12 @@ MARKERS = re.compile(r"(<image>|USER:|ASSISTANT:|\[IMG\]$)")
 ROLE_OF: dict[str, Role] = {"USER:": "user", "ASSISTANT:": "assistant"}
 
 
+@cache
+def _pieces(template: str) -> tuple[str, ...]:
+    """A template cut at its markers, the markers included."""
+    return tuple(MARKERS.split(template))
+
+
 @dataclass(frozen=True)
 class PromptTemplate:
     """One row of a prompt file: `text` holds its templates (prompt, demonstration, start, candidate)."""
@@ -68,7 +74,7 @@ class PromptTemplate:
         role: Role = "plain"
         parts: list[Part] = []
         num_images = 0
-        for piece in MARKERS.split(self.text[which]):
+        for piece in _pieces(self.text[which]):
             if piece in ROLE_OF:
                 role = ROLE_OF[piece]
             elif piece == "<image>":

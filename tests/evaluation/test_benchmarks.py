@@ -185,6 +185,8 @@ def test_generation_samples_pictures_once_and_writes_the_list(data):
     assert [line["id"] for line in lines] == [0, 1, 2, 3]
     assert len({line["image_id"] for line in lines}) == 4
     assert benchmark.examples(data) == examples
+    everything = benchmarks.make("coco_generation", num_samples=99).examples(data)
+    assert len({e.info["image_id"] for e in everything}) == len(everything) == 6
     assert benchmarks.make("coco_generation", num_samples=4, sample_seed=1).examples(data) != examples
     assert examples[0].prompt.document.text == f"An image of {lines[0]['caption'].strip().rstrip('.')}."
 

@@ -107,6 +107,8 @@ def test_padding_is_left_out_of_averages_and_the_last_block_pools_the_maximum():
     x = torch.randn(1, 8, 5, 5)
     same = [torch.equal(a, b) for a, b in zip(block(x).split([1856, 192], 1), other(x).split([1856, 192], 1))]
     assert same == [True, False]
+    maximum = torch.nn.functional.max_pool2d(x, kernel_size=3, stride=1, padding=1)
+    assert torch.equal(block(x)[:, 1856:], block.branch_pool(maximum))
 
 
 def test_the_resize_mode_changes_features_and_other_weights_are_refused(inception_file, tmp_path):
@@ -135,3 +137,25 @@ def test_reference_statistics_are_read_without_pickle(tmp_path):
     np.savez(tmp_path / "half.npz", mu=np.zeros(3))
     with pytest.raises(UserError, match="has no sigma"):
         _read_stats(tmp_path / "half.npz")
+
+
+def test_java_metrics_say_what_is_missing(monkeypatch):
+    from evaluation import java_metrics
+
+    monkeypatch.setattr(java_metrics.shutil, "which", lambda name: None)
+    with pytest.raises(UserError, match="METEOR needs Java"):
+        java_metrics.java_scores({"1": "a dog"}, {"1": ["a dog"]})
+
+
+@pytest.mark.slow
+def test_meteor_runs_where_java_and_pycocoevalcap_are_installed():
+    """Java reads a 62 MB table first."""
+    from evaluation import java_metrics
+
+    pytest.importorskip("pycocoevalcap")
+    if java_metrics.shutil.which("java") is None:
+        pytest.skip("no Java")
+    same = {"1": "a dog sits on a chair", "2": "a red bus"}
+    references = {id: [text, text] for id, text in same.items()}
+    assert java_metrics.java_scores(same, references)["METEOR"] > 0.9
+    assert java_metrics.java_scores(same, {"1": ["x y"], "2": ["z"]})["METEOR"] < 0.1

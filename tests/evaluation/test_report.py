@@ -120,6 +120,8 @@ def test_examples_are_best_worst_and_random_without_repetition():
     assert {scores[id] for why, id in picked if why == "best"} == {49.0, 48.0}
     assert {scores[id] for why, id in picked if why == "worst"} == {0.0, 1.0}
     assert len(report.pick({}, ["a", "b"])) == 2
+    few = report.pick({str(i): float(i) for i in range(9)}, [str(i) for i in range(9)])
+    assert few == [("best", str(i)) for i in (8, 7, 6, 5, 4, 3, 2)] + [("worst", "0"), ("worst", "1")]
 
 
 def hostile_page(tmp_path) -> str:
