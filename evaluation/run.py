@@ -22,6 +22,7 @@ from evaluation.core import Benchmark, Decoding, Example, Prediction, Prompt, Re
 from evaluation.fewshot import Demonstrator, FewShot
 from evaluation.predictions import (
     PredictionLog,
+    check_ids,
     merge,
     process_of,
     read_jsonl,
@@ -119,9 +120,13 @@ def select(examples: Sequence[Example], *, limit: int | None, seed: int) -> Sequ
 
 def write_submission(benchmark: Benchmark, predictions_file: Path, data: Path) -> Path | None:
     """The official submission file beside predictions.jsonl, where the benchmark has one."""
-    records = benchmark.submission({r["id"]: r for r in read_jsonl(predictions_file)}, data)
+    predictions = {r["id"]: r for r in read_jsonl(predictions_file)}
+    records = benchmark.submission(predictions, data)
     if records is None:
         return None
+    check = check_ids([record["id"] for record in benchmark.from_submission(records)], predictions)
+    if check.missing or check.duplicate:
+        raise UserError(f"{benchmark.name}: the submission would be refused by the server ({check})")
     path = predictions_file.with_name("submission.json")
     path.write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")
     return path
@@ -230,7 +235,7 @@ def _features(args: argparse.Namespace) -> Any:
 
 
 def _start_processes(arguments: list[str], num_processes: int) -> int:
-    """Run one process per rank on this machine; when one fails the others are stopped."""
+    """Run one process per rank on this machine; the worst exit code."""
     commands = [
         [sys.executable, "-m", "evaluation.run", *arguments, "--rank", str(rank)]
         for rank in range(num_processes)

@@ -67,9 +67,8 @@ class VisDial(Benchmark):
         for number, turn in enumerate(dialog["dialog"], 1):
             question = questions[turn["question"]]
             relevance = dense.get((image_id, number))
-            is_asked = "answer_options" in turn and (
-                relevance is not None or self.rounds == "all" or not dense
-            )
+            is_open = self.split == "test" and "answer" not in turn  # the one round that the server asks for
+            is_asked = "answer_options" in turn and (relevance is not None or self.rounds == "all" or is_open)
             if is_asked:
                 id = f"{image_id}-{number}"
                 asked = prompts.merge_text(parts + self.template.parts("prompt", question=question))

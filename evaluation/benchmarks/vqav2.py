@@ -66,7 +66,16 @@ class Vqav2(VqaBenchmark):
         return [{"id": str(record["question_id"]), "text": record["answer"]} for record in records]
 
     def submission(self, predictions: Mapping[str, Prediction], data: Path) -> list[dict[str, Any]]:
-        """`[{"question_id": int, "answer": str}]` for exactly all questions of the split, as the server
-        demands."""
+        """`[{"question_id": int, "answer": str}]` for all questions of the split, as the server demands.
+
+        Of test-dev the server wants all of test2015: where that file is there, the other answers are "".
+        """
         answers = self.answers(predictions)
-        return [{"question_id": int(e.id), "answer": answers[e.id]} for e in self.loaded(data)]
+        ids = [example.id for example in self.loaded(data)]
+        if missing := [id for id in ids if id not in answers]:
+            raise UserError(f"{self.name}: {len(missing)} questions have no answer, first {missing[0]}")
+        whole = replace(self, split="test2015")
+        if self.split == "test-dev2015" and has_file(data, *whole._names(self.question_files)):
+            questions = read_json(whole._find(data, self.question_files))["questions"]
+            ids = [str(question["question_id"]) for question in questions]
+        return [{"question_id": int(id), "answer": answers.get(id, "")} for id in ids]

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import numpy as np
+import official_files
 import pytest
 from official_files import ALL
 from PIL import Image
@@ -12,7 +13,7 @@ from evaluation import benchmarks
 from evaluation.core import Benchmark
 from evaluation.predictions import read_jsonl
 from evaluation.responders import OracleResponder, ShuffledResponder
-from evaluation.run import answer, run
+from evaluation.run import answer, run, write_submission
 from evaluation.score import read_predictions, score
 from vlgpt.log import UserError
 
@@ -307,3 +308,51 @@ def test_every_registered_benchmark_has_a_class_that_says_what_it_is():
     for name in benchmarks.REGISTRY:
         cls = benchmarks.benchmark_class(name)
         assert issubclass(cls, Benchmark) and cls.name == name and cls.__doc__ and cls.primary
+
+
+def test_a_test_dev_upload_holds_all_of_test2015(data, tmp_path):
+    folder = tmp_path / "vqav2"
+    folder.mkdir()
+    content = json.loads((data / "vqav2/v2_OpenEnded_mscoco_val2014_questions.json").read_text())
+    (folder / "v2_OpenEnded_mscoco_test2015_questions.json").write_text(json.dumps(content))
+    few = {**content, "questions": content["questions"][2:5]}
+    (folder / "v2_OpenEnded_mscoco_test-dev2015_questions.json").write_text(json.dumps(few))
+    benchmark = benchmarks.make("vqav2", split="test-dev2015")
+    predictions = {e.id: {"id": e.id, "text": "red"} for e in benchmark.examples(tmp_path)}
+    upload = benchmark.submission(predictions, tmp_path)
+    assert [r["question_id"] for r in upload] == [q["question_id"] for q in content["questions"]]
+    assert [r["answer"] for r in upload] == ["", "", "red", "red", "red"] + [""] * 7
+    predictions.popitem()
+    with pytest.raises(UserError, match="1 questions have no answer"):
+        benchmark.submission(predictions, tmp_path)
+
+
+def test_the_visdial_test_split_asks_the_open_round_only(data, tmp_path):
+    content = json.loads((data / "visdial/visdial_1.0_val.json").read_text())
+    content["split"] = "test"
+    for number, dialog in enumerate(content["data"]["dialogs"]):
+        dialog["dialog"] = dialog["dialog"][: 4 + number]
+        for key in ("answer", "gt_index"):
+            del dialog["dialog"][-1][key]
+    official_files.write_json(tmp_path / "visdial/visdial_1.0_test.json", content)
+    benchmark = benchmarks.make("visdial", split="test")
+    examples = benchmark.examples(tmp_path)
+    assert [e.info["round_id"] for e in examples] == [4, 5, 6]
+    assert "VisualDialog_test2018/VisualDialog_test2018_" in str(examples[0].prompt.images[0])
+    records = [{"id": e.id, "scores": list(range(100))} for e in examples]
+    with pytest.raises(UserError, match="no public answers"):
+        score(benchmark, records, tmp_path)
+    assert [r["round_id"] for r in benchmark.submission({r["id"]: r for r in records}, tmp_path)] == [4, 5, 6]
+
+
+def test_a_written_submission_file_was_read_back_and_checked(data, tmp_path):
+    benchmark = benchmarks.make("visdial")
+    examples = benchmark.examples(data)
+    path = run(benchmark, OracleResponder(benchmark, examples), examples=examples, output=tmp_path)
+    upload = write_submission(benchmark, path, data)
+    theirs, _ = score(benchmark, read_predictions(upload, benchmark), data)
+    assert theirs["metrics"]["NDCG"]["value"] == pytest.approx(100)
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(lines[1:]) + "\n")
+    with pytest.raises((KeyError, UserError)):
+        write_submission(benchmark, path, data)
