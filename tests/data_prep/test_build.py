@@ -224,7 +224,8 @@ def test_fast_and_reference_paths_agree(tmp_path):
     assert np.abs(stored["--fast"] - stored["--no-fast"]).mean() <= 2
 
 
-def test_optional_images_leave_the_document_and_are_counted(tmp_path):
+@pytest.mark.parametrize("is_optional", [True, False])
+def test_only_optional_images_may_leave_their_document(tmp_path, is_optional):
     from data_prep.build import build
     from data_prep.filters import FilterSettings
     from data_prep.job import Job
@@ -235,7 +236,7 @@ def test_optional_images_leave_the_document_and_are_counted(tmp_path):
     good = picture(1)
 
     class Pages:
-        licence, is_image_optional = "none", True
+        licence, is_image_optional = "none", is_optional
 
         def __len__(self):
             return 2
@@ -256,6 +257,9 @@ def test_optional_images_leave_the_document_and_are_counted(tmp_path):
         shard_size=10,
     )
     manifest = build(job, name="pages", num_workers=0, max_bad_fraction=1.0)
+    if not is_optional:  # an edit without its target is no edit
+        assert manifest.num_samples == 0 and manifest.dropped == {"empty": 2}
+        return
     document = ShardSet.open(tmp_path).read(0, 0).document
     assert document.parts == (TextPart("a"), ImagePart(0), TextPart("b"), TextPart("c"), ImagePart(1))
     assert document.info["image_urls"] == ["u0", "u2"]

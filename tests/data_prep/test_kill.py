@@ -117,6 +117,7 @@ def test_sigterm_stops_cleanly_with_the_code_that_asks_for_a_restart(tmp_path):
     assert process.returncode == 75, error.decode()
     assert b"run the same command again" in error
     assert not list(output.glob(".*.partial"))
+    assert len(list(output.glob("*.tar"))) < 25, "the workers went on to the end"
     assert_every_tar_is_whole(output)
     assert finish(start(command(folder, output))) == 0
     assert (output / "_SUCCESS").is_file()
