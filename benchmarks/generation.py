@@ -1,6 +1,6 @@
 """Decoding, side by side with what it replaces, in one run on one machine.
 
-    python benchmarks/generation.py [--width 512] [--depth 8] [--repeats 3]
+    python benchmarks/generation.py [--width 256] [--depth 6] [--repeats 3]
 
 Text: transformers' `generate` on the same language model. Images: Emu's way, the prefix run again for each embedding.
 Ranking: one forward pass per candidate. Every comparison also checks that both sides give the same result. Times are
@@ -26,25 +26,8 @@ from vlgpt.models.tiny import new_language_model, train_text_tokenizer
 from vlgpt.models.unified import UnifiedModel
 from vlgpt.tokens import DocumentTokenizer
 
-WORDS = [
-    "a",
-    "red",
-    "circle",
-    "stands",
-    "beside",
-    "two",
-    "blue",
-    "squares",
-    "and",
-    "one",
-    "small",
-    "green",
-    "star",
-    "under",
-    "the",
-    "yellow",
-    "moon",
-]
+SENTENCE = "a red circle stands beside two blue squares and one small green star under the yellow moon"
+WORDS = SENTENCE.split()
 
 
 def build(*, width: int, depth: int) -> Generator:
@@ -200,8 +183,8 @@ def cache_bytes_per_token(generator: Generator) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--depth", type=int, default=8)
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--depth", type=int, default=6)
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     generator = build(width=arguments.width, depth=arguments.depth)
