@@ -2,15 +2,14 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
+from pathlib import Path
 
 import pytest
 
 from vlgpt.log import UserError
-from vlgpt.train import commit
+from vlgpt.train import commit, together
 
 
 def write_checkpoint(root, step, *, world_size=2, content=b"weights"):
@@ -27,8 +26,8 @@ def write_checkpoint(root, step, *, world_size=2, content=b"weights"):
 def test_the_newest_whole_checkpoint_is_found(tmp_path):
     for step in (10, 20, 30):
         write_checkpoint(tmp_path, step)
-    assert commit.newest(tmp_path).tag == commit.tag_of(30)
-    assert commit.newest(tmp_path / "nothing") is None
+    assert together.newest(tmp_path).tag == commit.tag_of(30)
+    assert together.newest(tmp_path / "nothing") is None
 
 
 DAMAGES = {
@@ -50,7 +49,7 @@ DAMAGES = {
 def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path, damage):
     write_checkpoint(tmp_path, 10)
     DAMAGES[damage](write_checkpoint(tmp_path, 20))
-    found = commit.newest(tmp_path)
+    found = together.newest(tmp_path)
     assert found.tag == commit.tag_of(10)
     assert [tag for tag, _ in found.skipped] == [commit.tag_of(20)]
 
@@ -58,7 +57,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path, damage):
 def test_starting_anew_over_damaged_checkpoints_is_refused(tmp_path):
     DAMAGES["truncated"](write_checkpoint(tmp_path, 10))
     with pytest.raises(UserError, match="has 10 bytes"):
-        commit.newest(tmp_path)
+        together.newest(tmp_path)
 
 
 def test_pruning_keeps_the_newest_good_ones_and_never_the_last(tmp_path):
@@ -68,7 +67,7 @@ def test_pruning_keeps_the_newest_good_ones_and_never_the_last(tmp_path):
     torn.mkdir()
     commit.prune(tmp_path, keep=2)
     assert commit.tags(tmp_path) == [commit.tag_of(step) for step in (50, 40, 30)]
-    assert commit.newest(tmp_path).tag == commit.tag_of(40)
+    assert together.newest(tmp_path).tag == commit.tag_of(40)
 
 
 def test_a_commit_without_all_manifests_is_refused(tmp_path):
@@ -92,53 +91,34 @@ def test_a_small_file_is_either_old_or_new_whatever_fails_in_between(tmp_path, m
     assert target.read_text() == "old"
 
 
-WRITER = """
-import sys, pathlib, os
-from vlgpt.train import commit
-root = pathlib.Path(sys.argv[1])
-step = 0
-while True:
-    step += 1
-    folder = root / commit.tag_of(step)
-    if folder.exists():
-        continue
-    folder.mkdir(parents=True)
-    for rank in range(2):
-        path = folder / f"rank_{rank}_data.bin"
-        with path.open("wb") as file:
-            for block in range(64):
-                file.write(bytes([step % 251]) * 4096)
-        commit.write_manifest(folder, rank, [path])
-    commit.commit(folder, world_size=2, facts={"step": step})
-    print(step, flush=True)
-    commit.prune(root, keep=2)
-"""
+DRIVER = Path(__file__).with_name("protocol_driver.py")
 
 
-def kill_writer_after(tmp_path, delay_s):
-    """Run the writer, SIGKILL it, and return the last step that it reported as committed."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE, text=True
-    )
-    process.stdout.readline()
-    time.sleep(delay_s)
-    process.send_signal(signal.SIGKILL)
-    lines = process.stdout.read().split()
-    process.wait(timeout=20)
-    return int(lines[-1]) if lines else 1
+def drive(*arguments, timeout_s=250):
+    """Run the driver of process pairs; returns its report."""
+    command = [sys.executable, str(DRIVER), *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(DRIVER.parents[2])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout_s)
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads(done.stdout)
+    assert report["imported"] == [], "the driver must stay small"
+    return report
 
 
-@pytest.mark.parametrize("number", range(4))
-def test_a_kill_at_any_moment_loses_no_committed_checkpoint(tmp_path, number):
-    reported = kill_writer_after(tmp_path, 0.003 + 0.0137 * number)
-    found = commit.newest(tmp_path)
-    assert found is not None and found.marker["step"] >= reported
-    assert json.loads((tmp_path / found.tag / commit.MARKER).read_text())["step"] == commit.step_of(found.tag)
+def test_a_pair_killed_at_any_point_of_a_save_goes_on_from_its_newest_commit(tmp_path):
+    report = drive("kill", tmp_path, 0, 16)
+    assert (report["num_kills"], report["problems"]) == (16, [])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", range(100))
-def test_a_hundred_kills_lose_no_committed_checkpoint(tmp_path, number):
-    reported = kill_writer_after(tmp_path, 0.001 * number + 0.0003 * (number % 7))
-    found = commit.newest(tmp_path)
-    assert found is not None and found.marker["step"] >= reported
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_hundred_kills_before_inside_and_after_every_write_and_rename(tmp_path, seed):
+    report = drive("kill", tmp_path, seed, 100)
+    assert (report["num_kills"], report["problems"]) == (100, [])
+    places = {f"{when} {what}" for what in ("write", "fsync", "replace") for when in ("before", "after")}
+    assert places | {"inside write"} <= set(report["kinds"]), "a kind of place was never hit"
+
+
+def test_five_kinds_of_damage_at_ten_places_lead_both_ranks_to_the_same_commit(tmp_path):
+    report = drive("damage", tmp_path)
+    assert (report["num_damages"], report["problems"]) == (50, [])

@@ -82,7 +82,7 @@ def slurm(tmp_path_factory):
 
 TASK = """
 import os, sys, pathlib, signal, time, json, hashlib
-from vlgpt.train import commit
+from vlgpt.train import commit, together
 folder = pathlib.Path(sys.argv[1]); steps = int(sys.argv[2])
 asked = []
 signal.signal(signal.SIGUSR1, lambda *_: asked.append(1))
@@ -92,7 +92,7 @@ join_ranks({"steps": steps}, timeout_s=120)
 (folder / f"met_{rank}").write_text(f"{rank}/{world}")
 if rank == 0:
     root = folder / "checkpoints"
-    found = commit.newest(root)
+    found = together.newest(root)
     step, value = (found.marker["step"], found.marker["value"]) if found else (0, "")
     (folder / "starts").open("a").write(f"{step}\\n")
     def save():

@@ -5,21 +5,20 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vlgpt import seeds
 from vlgpt.log import UserError, get_logger
 from vlgpt.stages.weights import TRAINABLE_FILE
-from vlgpt.train import commit
+from vlgpt.train import together
 from vlgpt.train.engine import Engine, convert_to_universal
 
-T = TypeVar("T")
 _OWNER = re.compile(
     r"(?:^|zero_pp_)rank_(\d+)_"
 )  # DeepSpeed's optimizer partitions and our own per-rank files
@@ -45,56 +44,38 @@ def save(
 ) -> Path:
     """Commit a checkpoint (collective) and prune old ones. Returns its folder.
 
-    Raises commit.NotEnoughSpace, on all ranks alike and before anything is written.
+    Raises commit.NotEnoughSpace, on all ranks alike; nothing of the folder is left then.
     """
-    tag = commit.tag_of(step)
-    folder = root / tag
-    refusal = on_rank_0(engine, lambda: _make_room(engine, root, folder))
-    if refusal:
-        raise commit.NotEnoughSpace(refusal)
-    engine.save(root, tag)
-    trainable = {**engine.trainable_state(), **own_buffers(engine)}
-    rank_state = folder / f"rank_{engine.rank}_rng.safetensors"
-    save_file(seeds.rng_state(), rank_state)
-    if engine.rank == 0:
-        save_file(trainable, folder / TRAINABLE_FILE, metadata={"step": str(step)})
-        state = {"step": step, "data": data, "zero_stage": engine.zero_stage, **facts}
-        (folder / "state.json").write_text(json.dumps(state, indent=1))
-    engine.barrier()
-    commit.write_manifest(folder, engine.rank, files_of(folder, engine.rank))
-    engine.barrier()
-    if engine.rank == 0:
-        commit.commit(folder, world_size=engine.world_size, facts={"step": step})
-        commit.prune(root, keep=keep)
-    engine.barrier()
-    return folder
+    is_first = engine.rank == 0
+    trainable = engine.trainable_state(is_kept=is_first)  # collective, so before anything that can fail
+    if is_first:
+        trainable |= own_buffers(engine)
+
+    def write(folder: Path) -> None:
+        engine.save(root, folder.name)
+        _save_tensors(seeds.rng_state(), folder / f"rank_{engine.rank}_rng.safetensors")
+        if is_first:
+            _save_tensors(trainable, folder / TRAINABLE_FILE, metadata={"step": str(step)})
+            state = {"step": step, "data": data, "zero_stage": engine.zero_stage, **facts}
+            (folder / "state.json").write_text(json.dumps(state, indent=1))
+
+    return together.save(
+        engine,
+        root,
+        step=step,
+        write=write,
+        owned=lambda folder: files_of(folder, engine.rank),
+        keep=keep,
+        first_estimate=(OPTIMIZER_BYTES + engine.dtype.itemsize) * engine.num_trainable,
+    )
 
 
-def _make_room(engine: Engine, root: Path, folder: Path) -> str:
-    """Delete a torn folder of the same step, check the free space, make the folder; returns why not, or nothing."""
-    root.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
-    width = OPTIMIZER_BYTES + engine.dtype.itemsize
+def _save_tensors(tensors: dict[str, Tensor], path: Path, **options: Any) -> None:
+    """safetensors, whose error on a full disk becomes an OSError."""
     try:
-        commit.check_space(root, first_estimate=width * engine.num_trainable)
-    except commit.NotEnoughSpace as error:
-        return str(error)
-    folder.mkdir()
-    return ""
-
-
-def on_rank_0(engine: Engine, action: Callable[[], T]) -> T:
-    """Run something on rank 0 and give its JSON-like value to all; an OSError there is raised on all ranks."""
-    value: Any = None
-    if engine.rank == 0:
-        try:
-            value = {"value": action()}
-        except OSError as error:
-            value = {"error": str(error)}
-    value = engine.gather_objects(value)[0]
-    if "error" in value:
-        raise OSError(value["error"])
-    return value["value"]
+        save_file(tensors, path, **options)
+    except SafetensorError as error:
+        raise OSError(f"{path.name}: {error}") from error
 
 
 def own_buffers(engine: Engine) -> dict[str, Tensor]:
@@ -132,41 +113,31 @@ def resume(engine: Engine, root: Path, *, facts: dict[str, Any]) -> Resumed | No
     A checkpoint of another world size or ZeRO stage is converted on the way. Raises UserError when the frozen weights
     differ from those the checkpoint was trained with, or when no checkpoint is whole.
     """
-    found = on_rank_0(engine, lambda: _find(root))
-    if "error" in found:
-        raise UserError(found["error"])
-    if not found:
+    found = together.newest(root, engine)
+    if found is None:
         return None
-    folder = root / found["tag"]
+    folder = root / found.tag
     state = json.loads((folder / "state.json").read_text())
     for name, wanted in state.get("frozen", {}).items():
         if (have := facts.get("frozen", {}).get(name)) != wanted:
             raise UserError(
-                f"frozen part {name!r} has hash {have}, checkpoint {found['tag']} was trained with {wanted}"
+                f"frozen part {name!r} has hash {have}, checkpoint {found.tag} was trained with {wanted}"
             )
     trained = load_file(folder / TRAINABLE_FILE)
-    is_elastic = found["world_size"] != engine.world_size
+    is_elastic = found.marker["world_size"] != engine.world_size
     if state.get("zero_stage", engine.zero_stage) != engine.zero_stage:
         load_weights_only(engine, trained, f"it was written under ZeRO-{state['zero_stage']}")
     elif is_elastic:
-        load_elastic(engine, folder, trained, found["world_size"])
+        load_elastic(engine, folder, trained, found.marker["world_size"])
     else:
-        engine.load(root, found["tag"])
+        engine.load(root, found.tag)
     load_buffers(engine, trained)
     if is_elastic:  # the streams of other ranks mean nothing here: new ones, named by the step
         seeds.seed_everything(engine.settings.seed, "training", state["step"], engine.rank)
     else:
         seeds.set_rng_state(load_file(folder / f"rank_{engine.rank}_rng.safetensors"))
     get_logger().info("resumed from %s", folder)
-    return Resumed(state["step"], state["data"], state, found["tag"], is_elastic)
-
-
-def _find(root: Path) -> dict[str, Any]:
-    try:
-        newest = commit.newest(root)
-    except UserError as error:
-        return {"error": str(error)}
-    return {"tag": newest.tag, "world_size": newest.marker["world_size"]} if newest else {}
+    return Resumed(state["step"], state["data"], state, found.tag, is_elastic)
 
 
 def load_elastic(engine: Engine, folder: Path, trained: dict[str, Tensor], world_size: int) -> None:
@@ -182,7 +153,7 @@ def load_elastic(engine: Engine, folder: Path, trained: dict[str, Tensor], world
         engine.world_size,
     )
     target = folder.with_name(f".{folder.name}_universal")
-    failure = on_rank_0(engine, lambda: _convert(folder, target))
+    failure = together.on_rank_0(engine, lambda: _convert(folder, target))
     if failure:
         load_weights_only(engine, trained, f"its optimizer state cannot be converted ({failure})")
     else:

@@ -1,8 +1,6 @@
 """The commit protocol: a checkpoint exists only once its marker does, and the marker vouches for every byte.
 
-Order: every rank fsyncs its files and writes `rank_R.json` (names, sizes, hashes) -> barrier -> rank 0 checks that all
-manifests are there and writes `COMMITTED.json` by temporary file, fsync and rename -> old tags are deleted last.
-No deepspeed, no torch.distributed here: pure files, so that the protocol can be killed a hundred times in a test.
+Here are its files; `together.py` tells the order in which several processes write and read them.
 """
 
 from __future__ import annotations
@@ -13,12 +11,9 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
-
-from vlgpt.log import UserError, get_logger
 
 MARKER = "COMMITTED.json"
 SPACE_FACTOR = 1.2
@@ -68,7 +63,7 @@ def hash_file(path: Path) -> str:
 
 
 class NotEnoughSpace(RuntimeError):
-    """A commit would not fit on the disk; nothing was written."""
+    """A commit does not fit on the disk, or a rank could not write its part; nothing of it is left."""
 
 
 def size_of(folder: Path) -> int:
@@ -118,14 +113,20 @@ def commit(folder: Path, *, world_size: int, facts: dict[str, Any]) -> None:
     write_atomically(folder / MARKER, json.dumps(marker, indent=1))
 
 
-def verify(folder: Path) -> dict[str, Any]:
-    """Check every byte the marker vouches for and return the marker. Raises ValueError naming the damage."""
+def verify(folder: Path, *, share: tuple[int, int] = (0, 1)) -> dict[str, Any]:
+    """Check every byte the marker vouches for and return the marker. Raises ValueError naming the damage.
+
+    `share` = (i, n): only every n-th manifest from the i-th on, so that n processes check n parts at once.
+    """
     path = folder / MARKER
     if not path.is_file():
         raise ValueError("not committed (killed while saving)")
     try:
         marker = json.loads(path.read_text(encoding="utf-8"))
+        first, num_shares = share
         for rank, expected in enumerate(marker["manifests"]):
+            if rank % num_shares != first:
+                continue
             manifest_path = folder / f"rank_{rank}.json"
             if not manifest_path.is_file() or hash_file(manifest_path) != expected:
                 raise ValueError(f"manifest of rank {rank} is missing or damaged")
@@ -148,15 +149,6 @@ def _verify_file(folder: Path, record: dict[str, Any]) -> None:
         raise ValueError(f"{record['name']} is damaged (sha256 differs)")
 
 
-@dataclass(frozen=True)
-class Found:
-    """The newest good checkpoint, its marker, and what was passed over and why."""
-
-    tag: str
-    marker: dict[str, Any]
-    skipped: tuple[tuple[str, str], ...]
-
-
 def tags(root: Path) -> list[str]:
     """All checkpoint folders, newest first."""
     if not root.is_dir():
@@ -165,40 +157,15 @@ def tags(root: Path) -> list[str]:
     return sorted(names, reverse=True)
 
 
-def newest(root: Path) -> Found | None:
-    """Newest checkpoint that verifies; None when there is none at all.
-
-    Raises UserError when checkpoints are there but none is good: silently starting anew would waste the run.
-    """
-    skipped: list[tuple[str, str]] = []
-    was_committed = False
-    for tag in tags(root):
-        try:
-            return Found(tag, verify(root / tag), tuple(skipped))
-        except ValueError as error:
-            was_committed = was_committed or (root / tag / MARKER).exists()
-            skipped.append((tag, str(error)))
-            get_logger().warning("checkpoint %s is passed over: %s", tag, error)
-    if was_committed:
-        listing = "; ".join(f"{tag}: {why}" for tag, why in skipped)
-        raise UserError(
-            f"no checkpoint under {root} is whole ({listing}); restore one, or set checkpoint.resume=never"
-        )
-    return None
+def discard(folder: Path) -> None:
+    """Delete a checkpoint. The marker goes first, so a kill in between leaves a folder that nobody trusts."""
+    (folder / MARKER).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
-def prune(root: Path, *, keep: int, on_delete: Callable[[str], None] | None = None) -> None:
-    """Delete old checkpoints but the newest `keep` committed ones; torn ones older than those go too.
-
-    The marker is deleted first, so a kill in between leaves a folder that nobody trusts.
-    """
+def prune(root: Path, *, keep: int) -> None:
+    """Delete old checkpoints but the newest `keep` committed ones; torn ones older than those go too."""
     committed = [tag for tag in tags(root) if (root / tag / MARKER).is_file()]
-    if not committed:
-        return
-    kept = set(committed[:keep])
-    for tag in tags(root):
-        if tag not in kept and tag < committed[0]:
-            if on_delete is not None:
-                on_delete(tag)
-            (root / tag / MARKER).unlink(missing_ok=True)
-            shutil.rmtree(root / tag, ignore_errors=True)
+    for tag in tags(root) if committed else []:
+        if tag not in committed[:keep] and tag < committed[0]:
+            discard(root / tag)

@@ -203,11 +203,16 @@ class Engine:
         self._engine.train(mode)
 
     def save(self, root: Path, tag: str) -> None:
-        """DeepSpeed's own files under root/tag: optimizer partitions and trainable weights; `latest` is not touched."""
-        with frozen_parts_out(self.stage, self.zero_stage):
+        """DeepSpeed's own files under root/tag: optimizer partitions and trainable weights; `latest` is not touched.
+
+        Raises OSError when this rank could not write; it took part in everything collective before that.
+        """
+        with frozen_parts_out(self.stage, self.zero_stage), failures_kept(self._engine) as failures:
             self._engine.save_checkpoint(
                 str(root), tag=tag, save_latest=False, exclude_frozen_parameters=True
             )
+        if failures:
+            raise OSError("; ".join(failures))
 
     def load(self, root: Path, tag: str) -> None:
         """Load what `save` wrote, at the same world size. Raises UserError when DeepSpeed finds nothing."""
@@ -251,8 +256,8 @@ class Engine:
 
         return deepspeed.zero.GatheredParameters(list(self.stage.parameters()), modifier_rank=None)
 
-    def trainable_state(self) -> dict[str, Tensor]:
-        """fp32 master weights of everything trained, gathered to CPU on every rank."""
+    def trainable_state(self, *, is_kept: bool = True) -> dict[str, Tensor]:
+        """fp32 master weights of everything trained, gathered to the CPU of the ranks that say `is_kept`."""
         from deepspeed.utils import safe_get_full_fp32_param
 
         state = {}
@@ -260,7 +265,8 @@ class Engine:
             if parameter.requires_grad:
                 full = safe_get_full_fp32_param(parameter)
                 value = parameter if full is None else full
-                state[name] = value.detach().float().cpu().reshape(parameter.shape).clone()
+                if is_kept:
+                    state[name] = value.detach().float().cpu().reshape(parameter.shape).clone()
         return state
 
     def barrier(self) -> None:
@@ -271,6 +277,29 @@ class Engine:
         gathered: list[Any] = [None] * self.world_size
         dist.all_gather_object(gathered, value)
         return gathered
+
+
+@contextlib.contextmanager
+def failures_kept(engine: Any) -> Iterator[list[str]]:
+    """Collect what fails when deepspeed writes: raised inside, a full disk on one rank would leave the others waiting.
+
+    Its recovery script is not copied: `trainable.safetensors` is what it would make.
+    """
+    failures: list[str] = []
+    writer, write = engine.checkpoint_engine, engine.checkpoint_engine.save
+
+    def save(state_dict: Any, path: str) -> None:
+        try:
+            write(state_dict, path)
+        except (OSError, RuntimeError) as error:  # torch's zip writer raises RuntimeError on a full disk
+            failures.append(f"{Path(path).name}: {str(error).splitlines()[0]}")
+
+    writer.save = save
+    engine._copy_recovery_script = lambda path: None
+    try:
+        yield failures
+    finally:
+        writer.save = write
 
 
 @contextlib.contextmanager

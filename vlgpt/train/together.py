@@ -1,0 +1,169 @@
+"""Commits by several processes: all save or none, and all resume from the same one, errors included.
+
+Order of a save: room is made -> every rank writes -> every rank fsyncs its files and writes `rank_R.json` (names,
+sizes, hashes) -> rank 0 checks that all manifests are there and writes `COMMITTED.json` by temporary file, fsync and
+rename -> old tags are deleted last. The processes meet between the steps and tell each other what failed.
+No deepspeed and no torch here, so that two real processes can be killed a hundred times in a test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from vlgpt.log import UserError, get_logger
+from vlgpt.train import commit
+
+T = TypeVar("T")
+
+
+class Group(Protocol):
+    """The processes of a run, as `Engine` is one."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def world_size(self) -> int: ...
+    def gather_objects(self, value: Any) -> list[Any]:
+        """One JSON-like value per rank, on every rank. Raises when a process is lost."""
+
+
+class Alone:
+    """A group of one process."""
+
+    rank, world_size = 0, 1
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        return [value]
+
+
+def on_rank_0(group: Group, action: Callable[[], T]) -> T:
+    """Run something on rank 0 and give its JSON-like value to all; an OSError there is raised on all ranks."""
+    value: Any = None
+    if group.rank == 0:
+        try:
+            value = {"value": action()}
+        except OSError as error:
+            value = {"error": str(error)}
+    value = group.gather_objects(value)[0]
+    if "error" in value:
+        raise OSError(value["error"])
+    return value["value"]
+
+
+# -------------------------------------------------------------------------------------------------------------- saving
+
+
+def save(
+    group: Group,
+    root: Path,
+    *,
+    step: int,
+    write: Callable[[Path], None],
+    owned: Callable[[Path], list[Path]],
+    keep: int,
+    first_estimate: int,
+    facts: dict[str, Any] | None = None,
+) -> Path:
+    """Commit what `write(folder)` writes on every rank (collective), prune old tags, return the folder.
+
+    `owned(folder)`: the files that this rank vouches for, once all have written. Raises commit.NotEnoughSpace on all
+    ranks alike when the disk is too full or a rank could not write; what was written is deleted then.
+    """
+    folder = root / commit.tag_of(step)
+    refusal = on_rank_0(group, lambda: _make_room(root, folder, first_estimate))
+    if refusal:
+        raise commit.NotEnoughSpace(refusal)
+    _all_or_none(group, folder, lambda: write(folder))
+    _all_or_none(group, folder, lambda: commit.write_manifest(folder, group.rank, owned(folder)))
+    marker = {"step": step, **(facts or {})}
+    _all_or_none(group, folder, lambda: _seal(group, folder, marker))
+    on_rank_0(group, lambda: _prune(root, keep))
+    return folder
+
+
+def _seal(group: Group, folder: Path, marker: dict[str, Any]) -> None:
+    if group.rank == 0:
+        commit.commit(folder, world_size=group.world_size, facts=marker)
+
+
+def _prune(root: Path, keep: int) -> None:
+    try:
+        commit.prune(root, keep=keep)
+    except OSError as error:  # the new commit is safe: no reason to stop
+        get_logger().warning("old checkpoints under %s cannot be deleted: %s", root, error)
+
+
+def _make_room(root: Path, folder: Path, first_estimate: int) -> str:
+    """Delete a torn folder of the same step, check the free space, make the folder; returns why not, or nothing."""
+    root.mkdir(parents=True, exist_ok=True)
+    commit.discard(folder)
+    try:
+        commit.check_space(root, first_estimate=first_estimate)
+    except commit.NotEnoughSpace as error:
+        return str(error)
+    folder.mkdir()
+    return ""
+
+
+def _all_or_none(group: Group, folder: Path, action: Callable[[], None]) -> None:
+    """Run a step of a save on every rank; if it failed anywhere, nothing of the folder is left and all raise."""
+    failure = ""
+    try:
+        action()
+    except OSError as error:
+        failure = f"rank {group.rank}: {error}"
+    failures = [text for text in group.gather_objects(failure) if text]
+    if failures:
+        on_rank_0(group, lambda: commit.discard(folder))
+        raise commit.NotEnoughSpace(f"{folder} could not be written ({'; '.join(failures)}): make room")
+
+
+# ------------------------------------------------------------------------------------------------------------- finding
+
+
+@dataclass(frozen=True)
+class Found:
+    """The newest good checkpoint, its marker, and what was passed over and why."""
+
+    tag: str
+    marker: dict[str, Any]
+    skipped: tuple[tuple[str, str], ...]
+
+
+def newest(root: Path, group: Group | None = None) -> Found | None:
+    """Newest checkpoint that verifies (collective: the ranks share the work); None when there is none at all.
+
+    Raises UserError on all ranks when checkpoints are there but none is good: starting anew would waste the run.
+    """
+    group = group or Alone()
+    skipped: list[tuple[str, str]] = []
+    was_committed = False
+    for tag in on_rank_0(group, lambda: commit.tags(root)):
+        reports = group.gather_objects(_examine(root / tag, (group.rank, group.world_size)))
+        damage = next((report["damage"] for report in reports if "damage" in report), "")
+        if not damage and any(report != reports[0] for report in reports):
+            damage = "ranks read different markers"
+        if not damage:
+            return Found(tag, reports[0]["marker"], tuple(skipped))
+        was_committed = was_committed or any(report["is_committed"] for report in reports)
+        skipped.append((tag, damage))
+        if group.rank == 0:
+            get_logger().warning("checkpoint %s is passed over: %s", tag, damage)
+    if was_committed:
+        listing = "; ".join(f"{tag}: {why}" for tag, why in skipped)
+        raise UserError(
+            f"no checkpoint under {root} is whole ({listing}); restore one, or set checkpoint.resume=never"
+        )
+    return None
+
+
+def _examine(folder: Path, share: tuple[int, int]) -> dict[str, Any]:
+    """The marker, or the damage that this rank found in its share of the files."""
+    is_committed = (folder / commit.MARKER).exists()
+    try:
+        return {"is_committed": is_committed, "marker": commit.verify(folder, share=share)}
+    except (ValueError, OSError) as error:
+        return {"is_committed": is_committed, "damage": str(error)}
