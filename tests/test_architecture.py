@@ -16,7 +16,7 @@ LAYERS: list[list[list[str]]] = [
     [["seeds", "log", "document", "settings", "config"]],
     [["images", "tokens", "batch", "shards"]],
     [["data"], ["models"]],
-    [["stages", "model_card", "decoding", "generate", "hf", "export"]],
+    [["stages", "model_card", "decoding", "generate", "chat", "hf", "export"]],
     [["train", "planning"]],
     [["doctor", "server"]],
     [["cli", "__main__"]],
@@ -26,6 +26,11 @@ ONE_IMPORTER = {
     "diffusers": {"vlgpt/models/diffusion.py"},
     "peft": {"vlgpt/models/multimodal_lm.py"},
     "open_clip": {"vlgpt/models/encoders.py"},
+    "uvicorn": {"vlgpt/server/app.py"},
+    "fastapi": {"vlgpt/server/app.py"},
+    "starlette": {"vlgpt/server/app.py", "launchers/chat.py"},
+    "prometheus_client": {"vlgpt/server/metrics.py"},
+    "gradio": {"launchers/chat.py", "launchers/chat_page.py"},
 }
 
 

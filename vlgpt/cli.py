@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from vlgpt import log
-from vlgpt.document import Document, ImagePart, Part, Role, TextPart
+from vlgpt.document import IMAGE_MARK, Document, ImagePart, Part, Role, TextPart
 from vlgpt.log import UserError
 
+if TYPE_CHECKING:
+    from vlgpt.decoding.api import DecodeSettings
+
 console = Console(highlight=False, soft_wrap=True)
-IMAGE_MARK = "<image>"
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -62,42 +66,28 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def read_prompt(text: str, num_images: int, *, is_chat: bool) -> Document:
     """`<image>` marks where images stand; without marks they all come first. Raises UserError when counts differ."""
+    from vlgpt.chat.dialogue import split_marks
+
     role: Role = "user" if is_chat else "plain"
-    pieces = text.split(IMAGE_MARK)
-    if len(pieces) == 1:
-        pieces = [""] * num_images + pieces
-    if len(pieces) - 1 != num_images:
-        raise UserError(f"the prompt has {len(pieces) - 1} {IMAGE_MARK} marks, {num_images} images are given")
-    parts: list[Part] = []
-    for number, piece in enumerate(pieces):
-        if piece.strip():
-            parts.append(TextPart(piece.strip(), role))
-        if number < num_images:
-            parts.append(ImagePart(number, role))
+    parts: tuple[Part, ...] = tuple(
+        TextPart(piece, role) if isinstance(piece, str) else ImagePart(piece, role)
+        for piece in split_marks(text, num_images)
+    )
     if not parts:
         raise UserError("the prompt is empty: give --prompt, --image or both")
-    return Document("prompt", "command line", tuple(parts))
+    return Document("prompt", "command line", parts)
 
 
 def generate(arguments: argparse.Namespace) -> int:
     """Reply to one prompt: JSON on stdout, pictures as PNG files that carry the prompt."""
     from PIL.PngImagePlugin import PngInfo
 
-    from vlgpt.generate import DecodeSettings, Generator, Prompt
+    from vlgpt.generate import Generator, Prompt
 
     text = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
     images = tuple(_read_file(path) for path in arguments.image)
     document = read_prompt(text, len(images), is_chat=not arguments.plain)
-    settings = DecodeSettings(
-        max_new_tokens=arguments.max_new_tokens,
-        num_beams=arguments.num_beams,
-        temperature=arguments.temperature,
-        top_p=arguments.top_p,
-        images=arguments.images,
-        max_images=arguments.max_images,
-        visual_guidance=arguments.visual_guidance,
-        seed=arguments.seed,
-    )
+    settings = _decode_settings(arguments)
     generator = Generator.load(arguments.model, device=arguments.device)
     (reply,) = generator.generate([Prompt(document, images)], settings)
     files = []
@@ -136,6 +126,74 @@ def _read_file(path: Path) -> bytes:
     if not path.is_file():
         raise FileNotFoundError(f"image {path} does not exist")
     return path.read_bytes()
+
+
+def _decode_settings(arguments: argparse.Namespace) -> DecodeSettings:
+    from vlgpt.generate import DecodeSettings
+
+    return DecodeSettings(
+        max_new_tokens=arguments.max_new_tokens,
+        num_beams=arguments.num_beams,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        images=arguments.images,
+        max_images=arguments.max_images,
+        visual_guidance=arguments.visual_guidance,
+        seed=arguments.seed,
+    )
+
+
+def chat(arguments: argparse.Namespace) -> int:
+    """Talk with a model in the terminal, with pictures on both sides; /help inside lists the commands."""
+    from vlgpt.chat.reply import ReplySettings
+    from vlgpt.chat.terminal import Terminal
+    from vlgpt.generate import Generator
+
+    settings = ReplySettings(_decode_settings(arguments), decoder_guidance=arguments.decoder_guidance)
+    generator = Generator.load(arguments.model, device=arguments.device)
+
+    def write(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    def lines() -> Iterator[str]:
+        with contextlib.suppress(EOFError, KeyboardInterrupt):
+            while True:
+                yield input("> " if sys.stdin.isatty() else "")
+
+    if sys.stdin.isatty():
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401 - gives input() its line editing
+    terminal = Terminal(
+        generator, settings, output=arguments.output, write=write, model_name=str(arguments.model)
+    )
+    terminal.run(lines())
+    return 0
+
+
+def serve(arguments: argparse.Namespace) -> int:
+    """Serve a model over HTTP: OpenAI-style chat completions with pictures, /health, /metrics, /v1/models."""
+    from vlgpt.generate import Generator
+
+    try:
+        from vlgpt.server.app import ServerLimits, create_app
+        from vlgpt.server.app import serve as run_server
+    except ImportError as error:
+        raise UserError(f"{error.name} is not installed: pip install 'vlgpt[chat]'") from error
+    limits = ServerLimits(
+        max_new_tokens=arguments.max_new_tokens,
+        max_batch=arguments.max_batch,
+        max_waiting=arguments.max_waiting,
+        timeout_s=arguments.timeout_s,
+        max_body_bytes=arguments.max_body_mib << 20,
+    )
+    generator = Generator.load(arguments.model, device=arguments.device)
+    name = arguments.name or arguments.model.resolve().name
+    console.print(f"{name} listens on http://{arguments.host}:{arguments.port}/v1/chat/completions")
+    run_server(
+        create_app(generator, model_name=name, limits=limits), host=arguments.host, port=arguments.port
+    )
+    return 0
 
 
 def reconstruct(arguments: argparse.Namespace) -> int:
@@ -268,7 +326,7 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
 
 
-def _generate_arguments(parser: argparse.ArgumentParser) -> None:
+def _prompt_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompt", default="", help=f"text; {IMAGE_MARK} marks where images stand; - reads stdin"
     )
@@ -276,10 +334,13 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
         "--image", type=Path, action="append", default=[], help="picture file, may be repeated"
     )
     parser.add_argument(
-        "--output", type=Path, default=Path("generated"), help="folder for pictures and reply.json"
-    )
-    parser.add_argument(
         "--plain", action="store_true", help="continue plain text instead of answering a chat turn"
+    )
+
+
+def _reply_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--output", type=Path, default=Path("generated"), help="folder for pictures (and reply.json)"
     )
     parser.add_argument(
         "--images", choices=("free", "never", "force"), default="free", help="may the reply hold images"
@@ -296,6 +357,17 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
         "--decoder-guidance", type=float, default=1.0, help="classifier-free guidance of the decoder"
     )
     parser.add_argument("--seed", type=int, default=0)
+
+
+def _serve_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--host", default="127.0.0.1", help="there is no login: mind who can reach it")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--name", help="model name that clients see (default: the folder's)")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="limit and default of max_tokens")
+    parser.add_argument("--max-batch", type=int, default=8, help="waiting requests decoded together")
+    parser.add_argument("--max-waiting", type=int, default=32, help="more are refused with 429")
+    parser.add_argument("--timeout-s", type=float, default=120.0, help="from request to whole reply")
+    parser.add_argument("--max-body-mib", type=int, default=20)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -317,7 +389,11 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--device", default="cpu")
         return command
 
-    _generate_arguments(add("generate", generate))
+    command = add("generate", generate)
+    _prompt_arguments(command)
+    _reply_arguments(command)
+    _reply_arguments(add("chat", chat))
+    _serve_arguments(add("serve", serve))
     command = add("reconstruct", reconstruct)
     command.add_argument("image", type=Path, nargs="+")
     command.add_argument("--output", type=Path, default=Path("reconstruction.png"))

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 
 Role = Literal["plain", "user", "assistant"]
 ROLES: tuple[Role, ...] = get_args(Role)
+IMAGE_MARK = "<image>"  # what people type where an image stands; never a token
 
 
 @dataclass(frozen=True, slots=True)

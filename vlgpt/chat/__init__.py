@@ -1,0 +1,1 @@
+"""Conversations: what the terminal, the Gradio page and the HTTP API have in common."""

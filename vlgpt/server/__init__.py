@@ -1,0 +1,1 @@
+"""The HTTP API: OpenAI-style chat completions with pictures (`vlgpt serve`)."""
