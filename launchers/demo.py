@@ -39,22 +39,33 @@ class Step:
     output: str
     after: tuple[str, ...] = ()
     inputs: tuple[str, ...] = ()  # files whose change makes the step run again
+    spare: tuple[
+        str, ...
+    ] = ()  # steps whose cores it leaves alone: it waits for them, but does not build on them
     process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
     started: float = 0.0
 
 
-def build(kind: str, split: str, options: str = "") -> Step:
+def build(kind: str, split: str, *, spare: tuple[str, ...] = ()) -> Step:
     """data_prep of one part of the emoji source."""
     folder = f"{ROOT}/data/{kind}-{split}"
-    command = f"python -m data_prep.build emoji --kind {kind} --split {split} --output {folder}{options}"
-    return Step(f"{kind}-{split}", command, folder)
+    command = f"python -m data_prep.build emoji --kind {kind} --split {split} --output {folder}"
+    return Step(f"{kind}-{split}", command, folder, spare=spare)
 
 
-def training(name: str, launcher: str, *, after: tuple[str, ...], port: int, options: str = "") -> Step:
+def training(
+    name: str,
+    launcher: str,
+    *,
+    after: tuple[str, ...],
+    port: int,
+    options: str = "",
+    spare: tuple[str, ...] = (),
+) -> Step:
     """A training run through the deepspeed launcher; ports differ because runs stand side by side."""
     config = f"{CONFIGS}/{'clip' if name == 'judge' else name}.yaml"
     command = f"deepspeed --master_port {port} launchers/{launcher}.py {ZERO2} --config {config}{options}"
-    return Step(name, command, f"{ROOT}/{name}", after, (config,))
+    return Step(name, command, f"{ROOT}/{name}", after, (config,), spare)
 
 
 def emoji(code_points: str) -> str:
@@ -77,9 +88,10 @@ def example(name: str, options: str) -> Step:
 def steps(decoder: str) -> list[Step]:
     """All steps in the order in which they are printed."""
     train = ("pairs", "documents", "instructions")
+    later = ("clip", "features-2", "decoder")  # a core is idle from then on
     data = [build(kind, "train") for kind in train]
-    data += [build(kind, split) for split in HELD_OUT for kind in ("pairs", "instructions")]
-    data += [build("instructions", "target"), build("documents", "seen")]
+    data += [build(kind, split, spare=later) for split in HELD_OUT for kind in ("pairs", "instructions")]
+    data += [build("instructions", "target", spare=later), build("documents", "seen", spare=later)]
     folders = " ".join(f"{ROOT}/data/{kind}-train" for kind in train)
     model = f"{ROOT}/language_model"
     trained = tuple(f"{kind}-train" for kind in train)
@@ -106,8 +118,9 @@ def steps(decoder: str) -> list[Step]:
             "judge",
             "train_demo_parts",
             after=("text",),
+            spare=later,
             port=29512,
-            options=f" output_dir={ROOT}/judge seed=1 data.seed=1",
+            options=f" output_dir={ROOT}/judge seed=1 data.seed=1 threads=1",
         ),
         Step(
             "features",
@@ -239,7 +252,7 @@ def run(pending: list[Step], *, jobs: int) -> dict[str, float]:
         try:
             while pending or running:
                 for step in list(pending):
-                    if len(running) >= jobs or not all(name in done for name in step.after):
+                    if len(running) >= jobs or not all(name in done for name in (*step.after, *step.spare)):
                         continue
                     pending.remove(step)
                     old = read_stamp(step, "done")

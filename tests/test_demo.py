@@ -46,7 +46,7 @@ def test_every_step_comes_after_what_it_needs_and_names_existing_files(demo, mon
     ports = re.findall(r"--master_port (\d+)", " ".join(step.command for step in steps))
     assert len(set(ports)) == len(ports), "runs that stand side by side need ports of their own"
     for step in steps:
-        assert set(step.after) <= names
+        assert {*step.after, *step.spare} <= names
         for word in shlex.split(step.command):
             if word.startswith(("launchers/", "ds_configs/", "evaluation/")):
                 assert (ROOT / word).is_file(), word
@@ -84,3 +84,17 @@ def test_an_interrupted_step_keeps_what_it_has_done(demo, tmp_path):
         demo.run([again], jobs=1)
     assert (tmp_path / "a" / "half").exists()
     assert steps
+
+
+def test_a_step_waits_for_those_whose_cores_it_spares_but_does_not_build_on_them(demo, tmp_path):
+    log = tmp_path / "log"
+
+    def steps(marker):
+        line = f"sh -c 'echo {{0}} >> {log}; mkdir -p {tmp_path}/{{0}}'"
+        first = demo.Step("first", f"{line.format('first')} {marker}", f"{tmp_path}/first")
+        return [demo.Step("idle", line.format("idle"), f"{tmp_path}/idle", spare=("first",)), first]
+
+    demo.run(steps("one"), jobs=2)
+    assert log.read_text().split() == ["first", "idle"]
+    demo.run(steps("two"), jobs=2)
+    assert log.read_text().split() == ["first", "idle", "first"]

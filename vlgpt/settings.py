@@ -58,7 +58,8 @@ class DataSettings(Settings):
     image_size_px: Positive = 224
     decoder: Literal["pillow", "fast"] = "pillow"
     num_workers: Annotated[int, Field(ge=0)] = 2
-    prefetch_batches: Positive = 4  # prepared ahead per rank
+    prefetch_batches: Positive = 4  # prepared ahead per rank, or fewer:
+    prefetch_bytes: Positive = 2 << 30  # per rank, so that batches of large features cannot fill the memory
     shuffle_shards: Positive = 16  # samples are shuffled inside blocks of this many shards of a source
     cache_dir: str | None = None  # where copies of remote shards and indexes of foreign tars are kept
     cache_bytes: Positive = 64 << 30
@@ -124,13 +125,19 @@ class ImageTokenizerStage(Settings):
     text_weight: Annotated[float, Field(ge=0)] = 1.0
     encoder: EncoderSettings | None = None  # computes patches online; None: patches come from features
     conditioner: EncoderSettings | None = None  # computes e_v and e_t online; None: from features
+    tokenizer_from: str | None = None  # a stage-1 result whose image tokenizer is the start; None: random
+    detokenizer_from: str | None = None  # the same for the detokenizer
+    frozen: tuple[Literal["tokenizer", "detokenizer"], ...] = ()  # not trained
     statistics_samples: Positive = 8192  # samples from which target statistics are taken
+    attention: Literal["auto", "flash_attention_2", "sdpa"] = "auto"
     has_checkpointing: bool = False
 
     @model_validator(mode="after")
     def _has_a_target(self) -> ImageTokenizerStage:
         if self.image_weight == 0 and self.text_weight == 0:
             raise ValueError("image_weight and text_weight are both 0: nothing would be trained")
+        if set(self.frozen) == {"tokenizer", "detokenizer"}:
+            raise ValueError("frozen names both the tokenizer and the detokenizer: nothing would be trained")
         return self
 
 
@@ -146,6 +153,9 @@ class LanguageStage(Settings):
     )
     template: str = "vlgpt"
     trained: Literal["lora", "all"] = "lora"
+    frozen: tuple[
+        Literal["regression_head", "input_projection", "token_rows", "embeddings"], ...
+    ] = ()  # not trained; token_rows go with trained=lora, embeddings with trained=all
     lora: LoraConfiguration = LoraConfiguration()
     head: Literal["linear", "mlp"] = "linear"
     objective: Literal["mse", "mse_cosine", "smooth_l1"] = "mse"
@@ -165,6 +175,14 @@ class LanguageStage(Settings):
     picture_decoder: str | None = None  # goes into the export, so that it can draw
     attention: Literal["auto", "flash_attention_2", "sdpa", "eager"] = "auto"
     has_checkpointing: bool = False
+
+    @model_validator(mode="after")
+    def _freezes_what_is_there(self) -> LanguageStage:
+        wrong = "embeddings" if self.trained == "lora" else "token_rows"
+        if wrong in self.frozen:
+            other = "all" if self.trained == "lora" else "lora"
+            raise ValueError(f"frozen names {wrong}, which only trained={other} trains: leave it out")
+        return self
 
 
 class DemoClipStage(Settings):

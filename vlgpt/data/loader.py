@@ -224,6 +224,7 @@ class Loader:
             start=start,
             num_workers=num_workers,
             prefetch_batches=self.settings.prefetch_batches,
+            prefetch_bytes=self.settings.prefetch_bytes,
             watchdog_s=self.settings.watchdog_s,
             on_death=self._on_death,
         )

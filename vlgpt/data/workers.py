@@ -93,14 +93,26 @@ Produce = Callable[[Position, int, WorkerGuard], Iterator[Delivery]]
 
 
 class _Worker:
-    """A process, its pipe, the permits that bound how far it runs ahead, and a file for its stacks."""
+    """A process, its pipe, the permits that bound how far it runs ahead, and a file for its stacks.
+
+    It starts with one permit; its first batch tells how many fit into `max_bytes`.
+    """
 
     def __init__(
-        self, number: int, *, produce: Produce, start: Position, first: int, num_ahead: int, board: Board
+        self,
+        number: int,
+        *,
+        produce: Produce,
+        start: Position,
+        first: int,
+        num_ahead: int,
+        max_bytes: int,
+        board: Board,
     ):
         context = ForkContext()
         self.number = number
-        self.permits = context.Semaphore(num_ahead)
+        self.permits = context.Semaphore(1)
+        self._num_ahead, self._max_bytes, self._is_first = num_ahead, max_bytes, True
         self.connection, child = context.Pipe(duplex=False)
         self.stacks = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the worker
         self.process = context.Process(
@@ -123,8 +135,16 @@ class _Worker:
             message = self.connection.recv()
         except (OSError, EOFError) as error:  # its tensors or its pipe died with it
             raise EOFError from error
-        self.permits.release()
+        for _ in range(self._more_permits(message[1]) + 1):
+            self.permits.release()
         return message
+
+    def _more_permits(self, content: Any) -> int:
+        """What the size of the first batch allows beyond the one permit of the start."""
+        if not self._is_first:
+            return 0
+        self._is_first = False
+        return min(self._num_ahead, max(1, self._max_bytes // max(1, _num_bytes(content)))) - 1
 
     def dump_stacks(self) -> str:
         """The stacks of all its threads: now, or where it crashed."""
@@ -156,11 +176,13 @@ class WorkerPool:
         start: Position,
         num_workers: int,
         prefetch_batches: int,
+        prefetch_bytes: int,
         watchdog_s: float,
         on_death: Callable[[int, Place | None], None],
     ):
         self._produce, self._position, self._watchdog_s, self._on_death = produce, start, watchdog_s, on_death
         self._num_ahead = max(1, -(-prefetch_batches // num_workers))
+        self._max_bytes = prefetch_bytes // num_workers
         self._board = Board(num_workers)
         self._restarted: set[int] = set()
         self._next = 0
@@ -175,6 +197,7 @@ class WorkerPool:
             start=self._position,
             first=first,
             num_ahead=self._num_ahead,
+            max_bytes=self._max_bytes,
             board=self._board,
         )
 
@@ -303,6 +326,17 @@ def _unpack(value: Any) -> Any:
     if isinstance(value, _Inline):
         return torch.from_numpy(value.array)
     return _map_fields(value, _unpack)
+
+
+def _num_bytes(value: Any) -> int:
+    """Bytes of all tensors of a dataclass."""
+    if isinstance(value, _Inline):
+        return value.array.nbytes
+    if isinstance(value, Tensor):
+        return value.nbytes
+    if is_dataclass(value) and not isinstance(value, type):
+        return sum(_num_bytes(getattr(value, f.name)) for f in fields(value))
+    return 0
 
 
 def _map_fields(value: Any, function: Callable[[Any], Any]) -> Any:

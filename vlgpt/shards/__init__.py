@@ -5,7 +5,14 @@ A data set is a folder of numbered tars with an index, a report and a manifest. 
 sample by number.
 """
 
-from vlgpt.shards.features import FeatureReader, feature_path, read_spec, write_feature_rows, write_spec
+from vlgpt.shards.features import (
+    FeatureReader,
+    FeatureWriter,
+    feature_path,
+    read_spec,
+    write_feature_rows,
+    write_spec,
+)
 from vlgpt.shards.manifest import Manifest, read_manifest, write_manifest
 from vlgpt.shards.reader import ShardSet
 from vlgpt.shards.schema import BadSample, FeatureSpec, Sample, ShardIndex, ShardRecord, ShardReport
@@ -15,6 +22,7 @@ __all__ = [
     "BadSample",
     "FeatureReader",
     "FeatureSpec",
+    "FeatureWriter",
     "Manifest",
     "Sample",
     "ShardIndex",

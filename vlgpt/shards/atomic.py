@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 from pathlib import Path
+from typing import BinaryIO
+
+from vlgpt.log import get_logger
 
 CHUNK_BYTES = 1 << 20
 
@@ -36,3 +40,24 @@ def sha256_file(path: Path) -> str:
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def open_locked(path: Path) -> BinaryIO:
+    """An empty file for one process at a time: others that open it wait until it is closed.
+
+    The lock ends with its process, however it ends. Who had to wait begins with a new file when the owner has
+    renamed or removed the old one. File systems without locks get a warning and no protection.
+    """
+    while True:
+        file = path.open("ab")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            get_logger(__name__).warning("no file lock on %s: %s", path, error)
+        try:
+            if os.fstat(file.fileno()).st_ino == path.stat().st_ino:
+                file.truncate(0)
+                return file
+        except FileNotFoundError:
+            pass
+        file.close()

@@ -8,8 +8,8 @@ rows belong to.
 
 from __future__ import annotations
 
-import io
 import json
+import os
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +19,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from vlgpt.log import UserError
-from vlgpt.shards.atomic import write_atomic
+from vlgpt.shards.atomic import fsync_folder, open_locked, write_atomic
 from vlgpt.shards.schema import FeatureSpec, ShardIndex
 
 MAX_OPEN_ARRAYS = 256
@@ -52,25 +52,101 @@ def read_spec(path: Path) -> FeatureSpec:
         raise UserError(f"{path} is not a feature specification: {str(error).splitlines()[0]}") from error
 
 
+class FeatureWriter:
+    """The rows of one shard, batch by batch, so that memory holds one batch: quantised when the spec says int8.
+
+    Nothing stands under a final name before `close`, and the little `NNNNN.json` is written last: without it the
+    shard counts as not done. A second process that opens the same shard waits until the first is through.
+    """
+
+    def __init__(self, folder: Path, spec: FeatureSpec, shard: str, *, num_rows: int):
+        self._spec, self._num_rows, self._written = spec, num_rows, 0
+        self._owner = feature_path(folder, spec.name, f"{shard}.json")
+        shape = (num_rows, spec.views, *spec.shape)
+        self._rows = _NpyFile(feature_path(folder, spec.name, f"{shard}.npy"), shape, spec.dtype)
+        self._scales = None
+        if spec.dtype == "int8":
+            path = feature_path(folder, spec.name, f"{shard}.scale.npy")
+            self._scales = _NpyFile(path, shape[:-1], "float32")
+        self._files = [file for file in (self._scales, self._rows) if file is not None]
+
+    @property
+    def num_bytes(self) -> int:
+        """Written so far."""
+        return sum(file.num_bytes for file in self._files)
+
+    def add(self, rows: np.ndarray) -> None:
+        """The next rows, `(r, views, *shape)` of any float type. Raises ValueError for another shape."""
+        if rows.shape[1:] != (self._spec.views, *self._spec.shape):
+            raise ValueError(
+                f"feature {self._spec.name}: rows of shape {rows.shape[1:]}, the spec says "
+                f"{(self._spec.views, *self._spec.shape)}"
+            )
+        if self._scales is not None:
+            rows, scales = quantise(rows)
+            self._scales.write(scales)
+        self._rows.write(rows.astype(self._spec.dtype, copy=False))
+        self._written += len(rows)
+
+    def close(self, *, tar_sha256: str) -> None:
+        """Make the rows visible. Raises ValueError when they are not as many as announced."""
+        if self._written != self._num_rows:
+            raise ValueError(
+                f"feature {self._spec.name}: {self._written} rows given, {self._num_rows} announced"
+            )
+        for file in self._files:
+            file.finish()
+        write_atomic(self._owner, json.dumps({"tar_sha256": tar_sha256, "rows": self._num_rows}).encode())
+        for file in self._files:
+            file.close()
+
+    def abort(self) -> None:
+        """Forget everything written so far."""
+        for file in self._files:
+            file.abort()
+
+
+class _NpyFile:
+    """A .npy file of known shape that is filled from its start and appears when it is whole."""
+
+    def __init__(self, path: Path, shape: tuple[int, ...], dtype: str):
+        self._path, self._partial = path, path.with_name(f".{path.name}.partial")
+        self._file = open_locked(self._partial)
+        description = np.lib.format.dtype_to_descr(np.dtype(dtype))
+        header = {"descr": description, "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(self._file, header)
+        self.num_bytes = 0
+
+    def write(self, rows: np.ndarray) -> None:
+        data = np.ascontiguousarray(rows).tobytes()
+        self._file.write(data)
+        self.num_bytes += len(data)
+
+    def finish(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        os.replace(self._partial, self._path)
+        fsync_folder(self._path.parent)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def abort(self) -> None:
+        self._partial.unlink(missing_ok=True)
+        self._file.close()
+
+
 def write_feature_rows(
     folder: Path, spec: FeatureSpec, shard: str, rows: np.ndarray, *, tar_sha256: str
 ) -> None:
-    """Store all rows of one shard, `(R, views, *shape) float`, quantised when the spec says int8.
-
-    The little `NNNNN.json` is written last: without it the shard counts as not done.
-    """
-    if rows.shape[1:] != (spec.views, *spec.shape):
-        raise ValueError(
-            f"feature {spec.name}: rows of shape {rows.shape[1:]}, the spec says {(spec.views, *spec.shape)}"
-        )
-    if spec.dtype == "int8":
-        rows, scales = quantise(rows)
-        write_atomic(feature_path(folder, spec.name, f"{shard}.scale.npy"), _npy_bytes(scales))
-    write_atomic(
-        feature_path(folder, spec.name, f"{shard}.npy"), _npy_bytes(rows.astype(spec.dtype, copy=False))
-    )
-    owner = {"tar_sha256": tar_sha256, "rows": len(rows)}
-    write_atomic(feature_path(folder, spec.name, f"{shard}.json"), json.dumps(owner).encode())
+    """Store all rows of one shard at once, `(R, views, *shape) float`. Raises ValueError for another shape."""
+    writer = FeatureWriter(folder, spec, shard, num_rows=len(rows))
+    try:
+        writer.add(rows)
+        writer.close(tar_sha256=tar_sha256)
+    except BaseException:
+        writer.abort()
+        raise
 
 
 def has_feature_rows(folder: Path, name: str, shard: str, *, tar_sha256: str) -> bool:
@@ -166,9 +242,3 @@ class FeatureReader:
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state, _lock=Lock())
-
-
-def _npy_bytes(array: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, np.ascontiguousarray(array), allow_pickle=False)
-    return buffer.getvalue()

@@ -14,8 +14,6 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
-
 from vlgpt.document import Document, ImagePart, Part, TextPart
 from vlgpt.log import UserError, get_logger
 from vlgpt.shards.atomic import sha256_file, write_atomic
@@ -165,8 +163,3 @@ def _scan(tar: Path) -> tuple[dict[str, dict[str, Member]], Counter[str]]:
         pass
     skipped["truncated_tar" if size else "empty_tar"] += 1
     return samples, skipped
-
-
-def has_caption(index: ShardIndex, sample: int) -> bool:
-    """Whether the sample's first member is its text."""
-    return bool(np.isin(index.member_suffix[index.member_start[sample]], TEXT_SUFFIXES))

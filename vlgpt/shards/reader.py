@@ -13,8 +13,8 @@ from vlgpt.document import Document
 from vlgpt.log import UserError
 from vlgpt.shards.cache import DEFAULT_CACHE_BYTES, LocalFolder, RemoteFolder, is_url
 from vlgpt.shards.features import FeatureReader
-from vlgpt.shards.foreign import ForeignFolder, foreign_document, has_caption
-from vlgpt.shards.index import crc32
+from vlgpt.shards.foreign import TEXT_SUFFIXES, ForeignFolder, foreign_document
+from vlgpt.shards.layout import BadMember, Layout
 from vlgpt.shards.manifest import MANIFEST, SUCCESS, Manifest, fingerprint, read_manifest
 from vlgpt.shards.schema import BadSample, Sample, ShardIndex, ShardRecord
 
@@ -40,7 +40,7 @@ class ShardSet:
         self.num_samples = sum(shard.num_samples for shard in self.shards)
         self.num_images = sum(shard.num_images for shard in self.shards)
         self.fingerprint = fingerprint(self.shards)
-        self._indexes: OrderedDict[int, ShardIndex] = OrderedDict()
+        self._opened: OrderedDict[int, tuple[ShardIndex, Layout]] = OrderedDict()
         self._tars: OrderedDict[int, _OpenTar] = OrderedDict()
         self._lock = Lock()
 
@@ -100,10 +100,13 @@ class ShardSet:
 
     def index(self, shard: int) -> ShardIndex:
         """The index of a shard (cached). Raises UserError when it does not fit the manifest."""
+        return self._open(shard)[0]
+
+    def _open(self, shard: int) -> tuple[ShardIndex, Layout]:
         with self._lock:
-            if (index := self._indexes.get(shard)) is not None:
-                self._indexes.move_to_end(shard)
-                return index
+            if (opened := self._opened.get(shard)) is not None:
+                self._opened.move_to_end(shard)
+                return opened
         record = self.shards[shard]
         index = ShardIndex.load(self.index_path(shard))
         if index.tar_sha256 != record.sha256 or index.num_samples != record.num_samples:
@@ -111,11 +114,12 @@ class ShardSet:
                 f"{self.folder.where}: the index of shard {record.name} belongs to another tar; run python "
                 f"-m data_prep.index {self.folder.where}"
             )
+        opened = index, Layout.of(index, num_bytes=record.num_bytes)
         with self._lock:
-            self._indexes[shard] = index
-            while len(self._indexes) > MAX_CACHED_INDEXES:
-                self._indexes.popitem(last=False)
-        return index
+            self._opened[shard] = opened
+            while len(self._opened) > MAX_CACHED_INDEXES:
+                self._opened.popitem(last=False)
+        return opened
 
     def index_path(self, shard: int) -> Path:
         """Where the index file of a shard lies locally."""
@@ -128,18 +132,22 @@ class ShardSet:
 
         Raises BadSample (damaged, missing or malformed data) and IndexError.
         """
-        index, record = self.index(shard), self.shards[shard]
+        (index, layout), record = self._open(shard), self.shards[shard]
         if not 0 <= sample < index.num_samples:
             raise IndexError(f"shard {record.name} has {index.num_samples} samples, asked for {sample}")
         key = str(index.keys[sample])
-        members = range(int(index.member_start[sample]), int(index.member_start[sample + 1]))
-        read = members if with_images else members[:1]
-        data = [self._read_member(shard, index, member, key) for member in read]
+        try:
+            tar = self._open_tar(shard)  # held until it is read: another thread may evict it from the cache
+            data = layout.read(tar.descriptor, sample, with_images=with_images)
+        except OSError as error:
+            raise BadSample("unreadable_shard", key, record.name) from error
+        except BadMember as error:
+            raise BadSample(error.reason, key, record.name) from error
         images = tuple(data[1:])
         try:
             if isinstance(self.folder, ForeignFolder):
-                caption, images = (data[0], images) if has_caption(index, sample) else (None, tuple(data))
-                suffix = str(index.member_suffix[members[0]])
+                suffix = str(index.member_suffix[index.member_start[sample]])
+                caption, images = (data[0], images) if suffix in TEXT_SUFFIXES else (None, tuple(data))
                 document = foreign_document(caption, suffix, key=key, source=self.name)
             else:
                 document = Document.from_record(json.loads(data[0]))
@@ -160,24 +168,6 @@ class ShardSet:
             index=self.index,
             where=self.folder.where,
         )
-
-    def _read_member(self, shard: int, index: ShardIndex, member: int, key: str) -> bytes:
-        name, size, offset = (
-            self.shards[shard].name,
-            int(index.member_size[member]),
-            int(index.member_offset[member]),
-        )
-        if size < 0 or offset + size > self.shards[shard].num_bytes:
-            raise BadSample("bad_index", key, name)
-        try:
-            data = os.pread(self._open_tar(shard).descriptor, size, offset)
-        except OSError as error:
-            raise BadSample("unreadable_shard", key, name) from error
-        if len(data) != size:
-            raise BadSample("truncated_shard", key, name)
-        if crc32(data) != int(index.member_crc[member]):
-            raise BadSample("checksum", key, name)
-        return data
 
     def _open_tar(self, shard: int) -> _OpenTar:
         with self._lock:
@@ -213,7 +203,7 @@ class ShardSet:
             self._tars.clear()
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_tars": OrderedDict(), "_indexes": OrderedDict(), "_lock": None}
+        return {**self.__dict__, "_tars": OrderedDict(), "_opened": OrderedDict(), "_lock": None}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state, _lock=Lock())

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 from vlgpt.document import Document
-from vlgpt.log import get_logger
-from vlgpt.shards.atomic import fsync_folder, write_atomic
+from vlgpt.shards.atomic import fsync_folder, open_locked, write_atomic
 from vlgpt.shards.index import IndexBuilder, Member, crc32
 from vlgpt.shards.schema import (
     IMAGE_SUFFIXES,
@@ -178,7 +175,7 @@ class _HashingFile:
     """
 
     def __init__(self, path: Path):
-        self._file = _open_locked(path)
+        self._file = open_locked(path)
         self._digest = hashlib.sha256()
         self.num_bytes = 0
 
@@ -194,19 +191,3 @@ class _HashingFile:
 
     def close(self) -> None:
         self._file.close()
-
-
-def _open_locked(path: Path) -> BinaryIO:
-    while True:
-        file = path.open("ab")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:  # some network file systems have no locks
-            get_logger(__name__).warning("no file lock on %s: %s", path, error)
-        try:
-            if os.fstat(file.fileno()).st_ino == path.stat().st_ino:
-                file.truncate(0)
-                return file
-        except FileNotFoundError:
-            pass
-        file.close()  # its owner has just finished the shard or given it up: begin with a new file
