@@ -1,9 +1,8 @@
 """python -m data_prep.dedup hash|find|apply: no picture twice, and none that an evaluation set holds.
 
     hash  DIR ...                                  pass 1: hashes per shard, beside the shards
-    find  DIR ... [--against EVAL ...] --work W    pass 2: duplicates over all folders, and contamination; a
-    report apply DIR --work W --output NEW                a copy of DIR without them, every drop counted by
-    reason
+    find  DIR ... [--against EVAL ...] --work W    pass 2: duplicates over all folders, contamination, a report
+    apply DIR --work W --output NEW                a copy of DIR without them, every drop counted by reason
 
 Each step runs as an array (--task-index, --num-tasks), can be killed and run again. Of equal pictures the
 first stays, in the order of the folders as given. A document leaves when all its pictures are duplicates, or
@@ -13,9 +12,10 @@ any of them is in an evaluation set.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,12 +24,9 @@ from rich.progress import track
 
 from data_prep.duplicates import REASONS, find
 from data_prep.hashes import hash_shard, load_hashes, store_hashes
-from data_prep.job import SETTINGS
+from data_prep.rewrite import copy_without, require_copyable
 from vlgpt.log import UserError, configure, run_command
-from vlgpt.shards import ShardSet, ShardWriter, write_manifest
-from vlgpt.shards.atomic import write_atomic
-from vlgpt.shards.manifest import read_report
-from vlgpt.shards.stored import read_stored_samples
+from vlgpt.shards import ShardSet
 
 console = Console(stderr=True)
 
@@ -49,73 +46,24 @@ def hash_folder(folder: Path, *, task_index: int = 0, num_tasks: int = 1) -> int
 
 def apply(folder: Path, *, work: Path, output: Path, task_index: int = 0, num_tasks: int = 1) -> bool:
     """Copy this task's shards without the documents that leave; True when the new data set is complete and
-    sealed.
+    sealed. Raises UserError when `find` has not judged this folder.
     """
-    shards = ShardSet.open(folder)
-    if shards.manifest is None or (output / SETTINGS) == (folder / SETTINGS):
-        raise UserError(
-            f"apply copies a data set of data_prep to another folder, found {folder} and {output}"
-        )
-    path = work / f"drops-{shards.fingerprint}.npz"
+    require_copyable(folder, output)
+    fingerprint = ShardSet.open(folder).fingerprint
+    path = work / f"drops-{fingerprint}.npz"
     if not path.is_file():
         raise UserError(f"{work} holds no verdicts on {folder}; run python -m data_prep.dedup find first")
     with np.load(path, allow_pickle=False) as archive:
         places = archive["places"]
-    output.mkdir(parents=True, exist_ok=True)
-    settings = {**shards.manifest.build, "deduplicated": f"{shards.fingerprint}-{len(places)}"}
-    if not (output / SETTINGS).is_file():
-        write_atomic(output / SETTINGS, json.dumps(settings, indent=1, sort_keys=True).encode())
-    elif json.loads((output / SETTINGS).read_text()) != settings:
-        raise UserError(f"{output} holds another data set; use another --output")
-    mine = range(task_index, len(shards.shards), num_tasks)
-    for shard in track(mine, description=f"apply {folder.name}", console=console):
-        if read_report(output, shard) is None:
-            _copy_shard(folder, output, shards, shard, dict(_verdicts_of(places, shard)))
-    if any(read_report(output, shard) is None for shard in range(len(shards.shards))):
-        return False
-    manifest = shards.manifest
-    write_manifest(
-        output,
-        name=manifest.name,
-        licence=manifest.licence,
-        versions=manifest.versions,
-        build=settings,
-        num_shards=len(shards.shards),
-    )
-    return True
+    digest = hashlib.sha256(np.ascontiguousarray(places).tobytes()).hexdigest()[:12]
 
+    def verdicts(shard: int) -> dict[int, str]:
+        found = places[places[:, 0] == shard]
+        return {sample: REASONS[reason] for _, sample, reason in found.tolist()}
 
-def _verdicts_of(places: np.ndarray, shard: int) -> Iterator[tuple[int, str]]:
-    for number, sample, reason in places[places[:, 0] == shard].tolist():
-        assert number == shard
-        yield sample, REASONS[reason]
-
-
-def _copy_shard(folder: Path, output: Path, shards: ShardSet, shard: int, verdicts: dict[int, str]) -> None:
-    report = read_report(folder, shard)
-    if report is None:
-        raise UserError(
-            f"{folder}: shard {shard:05d} is missing or incomplete; run python -m data_prep.check {folder}"
-        )
-    stored = read_stored_samples(folder, report, with_incomplete=True)
-    dropped = {place: reason for reason, found in report.dropped_records.items() for place in found}
-    lost: dict[int, list[str]] = {}
-    for reason, found in report.dropped_images.items():
-        for place in found:
-            lost.setdefault(place, []).append(reason)
-    samples = {int(str(key)[-5:]): number for number, key in enumerate(shards.index(shard).keys)}
-    writer = ShardWriter(output, shard, first_record=report.first_record, build=report.build)
-    try:
-        for place in range(report.num_records):
-            leaves = dropped.get(place) or verdicts.get(samples[place])
-            if leaves:
-                writer.drop(leaves)
-            else:
-                writer.add(*stored[place], dropped_images=lost.get(place, ()))
-        writer.close()
-    except BaseException:
-        writer.abort()
-        raise
+    note = {"deduplicated": f"{fingerprint}-{digest}"}
+    tasks = {"task_index": task_index, "num_tasks": num_tasks}
+    return copy_without(folder, output, verdicts=verdicts, note=note, **tasks)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

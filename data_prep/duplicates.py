@@ -127,6 +127,7 @@ def find(
     report.
     """
     corpus = load_corpus(folders, against=against)
+    _require_different(corpus)
     stamp = "-".join(shards.fingerprint[:8] for shards in corpus.sets) + f"-{max_distance}"
     values, _ = distinct_hashes(corpus.hashes)
     work.mkdir(parents=True, exist_ok=True)
@@ -143,6 +144,7 @@ def find(
         "max_distance": max_distance,
         "against": [str(path) for path in against],
         "folders": counted,
+        "evaluation_sets": _evaluation_counts(corpus, verdict, cause),
         "contaminated_examples": _examples(corpus, verdict, cause, CONTAMINATED),
         "near_duplicate_examples": _examples(corpus, verdict, cause, NEAR_DUPLICATE),
     }
@@ -156,6 +158,25 @@ def find(
         counted[shards.name] = {"documents": shards.num_samples, **dict(sorted(counts.items()))}
     write_atomic(work / "report.json", json.dumps(report, indent=1).encode())
     return report
+
+
+def _require_different(corpus: Corpus) -> None:
+    """The same data under two names would lose all documents of the second, and verdicts are stored by content."""
+    names: dict[str, str] = {}
+    for shards in corpus.sets[corpus.num_protected :]:
+        if (other := names.setdefault(shards.fingerprint, shards.folder.where)) != shards.folder.where:
+            raise UserError(f"{other} and {shards.folder.where} hold the same shards; leave one out")
+
+
+def _evaluation_counts(corpus: Corpus, verdict: np.ndarray, cause: np.ndarray) -> dict[str, dict[str, int]]:
+    """Per evaluation set: its pictures, how many of them occur in training, and how often."""
+    hits = cause[verdict == CONTAMINATED]
+    counts = {}
+    for number, shards in enumerate(corpus.sets[: corpus.num_protected]):
+        own = hits[corpus.owner[hits] == number]
+        found = {"pictures": shards.num_images, "pictures_in_training": len(np.unique(own))}
+        counts[shards.name] = {**found, "training_pictures": len(own)}
+    return counts
 
 
 def _examples(corpus: Corpus, verdict: np.ndarray, cause: np.ndarray, reason: int) -> list[list[str]]:

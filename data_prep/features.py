@@ -3,143 +3,212 @@ patches,...`.
 
 One array per shard and feature, written atomically and never twice: rerunning continues where a kill left
 off. Every feature carries a FeatureSpec (encoder, weights hash, layer, preprocessing, shape), which training
-compares.
+compares. The work is shared by array tasks (--task-index, --num-tasks), each of several processes
+(--num-workers), which take the visible GPUs in turns.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import os
+import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 
-from vlgpt import log, seeds
-from vlgpt.data.pixels import read_square, to_pixels
-from vlgpt.document import TextPart
+from data_prep.feature_jobs import PER, FeatureJob, compute_shard, make_job
+from data_prep.workers import STOPPED
+from vlgpt import log
 from vlgpt.log import UserError
-from vlgpt.models.augment import random_views
-from vlgpt.models.encoders import ClipEncoder, hash_weights, load_clip
+from vlgpt.models.encoders import load_clip
 from vlgpt.models.image_tokenizer import ImageTokenizer
-from vlgpt.shards.features import has_feature_rows, write_feature_rows, write_spec
-from vlgpt.shards.reader import ShardSet
-from vlgpt.shards.schema import FeatureSpec
+from vlgpt.shards import ShardSet, write_spec
 
-FEATURES = ("patches", "image_condition", "text_condition", "visual")
-PER = {"patches": "image", "image_condition": "image", "visual": "image", "text_condition": "text"}
+FEATURES = tuple(PER)
 
 
 @dataclass(frozen=True)
-class Job:
-    """One feature to compute: how to encode a batch, and the spec that names it."""
+class Share:
+    """Shards `first, first + step, ...` of every folder: what one process does."""
 
-    spec: FeatureSpec
-    encoder: ClipEncoder
-    tokenizer: ImageTokenizer | None
-    seed: int
-
-    @torch.no_grad()
-    def encode_pixels(self, pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """All views of a batch; view 0 is clean: (B, 3, H, W) -> (B, views, *shape)."""
-        views = [pixels] + [random_views(pixels, generator) for _ in range(self.spec.views - 1)]
-        encoded = [self.encoder.patches(view) for view in views]
-        if self.tokenizer is not None:
-            encoded = [self.tokenizer.encode(patches) for patches in encoded]
-        return torch.stack(encoded, dim=1)
-
-    @torch.no_grad()
-    def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
-        """B strings -> (B, 1, Kt, Dt)."""
-        return self.encoder.text_states(texts)[:, None]
+    first: int
+    step: int
+    device: str
 
 
-def make_job(
-    name: str, encoder: ClipEncoder, arguments: argparse.Namespace, tokenizer: ImageTokenizer | None
-) -> Job:
-    """Probe the encoder for its shape and describe the feature. Raises UserError when `visual` lacks its
-    tokenizer.
-    """
-    if name == "visual" and tokenizer is None:
-        raise UserError(
-            "feature 'visual' needs --image-tokenizer: the image_tokenizer folder that stage 1 wrote"
-        )
-    views = arguments.views if name in ("patches", "visual") else 1
-    used = tokenizer if name == "visual" else None
-    with torch.no_grad():
-        if PER[name] == "text":
-            shape = tuple(encoder.text_states(["a"]).shape[1:])
-        else:
-            patches = encoder.patches(torch.zeros(1, 3, encoder.image_size_px, encoder.image_size_px))
-            shape = tuple((used.encode(patches) if used is not None else patches).shape[1:])
-    weights = hash_weights(encoder) + (f"+{hash_weights(used)}" if used is not None else "")
-    spec = FeatureSpec(
-        name=name,  # type: ignore[arg-type]
-        encoder=f"{arguments.library}:{Path(arguments.encoder).name}",
-        weights_hash=weights,
-        layer=f"{arguments.layer}{'' if arguments.has_cls else ' without CLS'}"
-        if PER[name] == "image"
-        else "final",
-        preprocessing=encoder.preprocessing,
-        shape=shape,
-        dtype=arguments.dtype,
-        views=views,
-        per=PER[name],  # type: ignore[arg-type]
-    )
-    return Job(spec, encoder, used, arguments.seed)
+@dataclass(frozen=True)
+class Tally:
+    """What one process did for one feature of one folder."""
+
+    folder: Path
+    feature: str
+    num_rows: int
+    seconds: float
+    bytes_per_row: int
+    flops_per_row: int
 
 
-def read_images(shards: ShardSet, shard: int, size_px: int) -> Iterator[np.ndarray]:
-    """All pictures of a shard in row order, (size, size, 3) uint8."""
-    for sample in range(shards.index(shard).num_samples):
-        for data in shards.read(shard, sample).images:
-            yield read_square(data, size_px=size_px, decoder="pillow")
-
-
-def read_texts(shards: ShardSet, shard: int) -> Iterator[str]:
-    """All text parts of a shard in row order."""
-    for sample in range(shards.index(shard).num_samples):
-        for part in shards.read(shard, sample).document.parts:
-            if isinstance(part, TextPart):
-                yield part.text
-
-
-def in_batches(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
-    """Lists of at most `size` items."""
-    batch: list[Any] = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
-def compute_shard(job: Job, shards: ShardSet, shard: int, *, batch_size: int, device: str) -> np.ndarray:
-    """Rows of one shard: -> (rows, views, *shape) float32."""
-    name = shards.shards[shard].name
-    rows = []
-    if job.spec.per == "text":
-        for texts in in_batches(read_texts(shards, shard), batch_size):
-            rows.append(job.encode_texts(texts).float().cpu().numpy())
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line: 0 done (or this task's share), 1 a process died, 2 wrong use, 75 stopped by a signal."""
+    log.configure()
+    arguments = _parse(argv)
+    signal.signal(signal.SIGTERM, _stop)
+    num_shares = arguments.num_tasks * arguments.num_workers
+    shares = [
+        Share(arguments.task_index + worker * arguments.num_tasks, num_shares, _device(arguments, worker))
+        for worker in range(arguments.num_workers)
+    ]
+    started = time.monotonic()
+    if len(shares) == 1:
+        tallies = compute_share(arguments, shares[0])
     else:
-        generator = seeds.torch_generator(job.seed, "views", shards.name, name)
-        for images in in_batches(read_images(shards, shard, job.encoder.image_size_px), batch_size):
-            pixels = to_pixels(np.stack(images)).to(device)
-            rows.append(job.encode_pixels(pixels, generator).float().cpu().numpy())
-    if not rows:
-        return np.zeros((0, job.spec.views, *job.spec.shape), np.float32)
-    return np.concatenate(rows)
+        tallies = _run_processes(arguments, shares)
+    _report(arguments.dir, tallies, seconds=time.monotonic() - started)
+    return 0
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("dir", type=Path, nargs="+", help="data set folders with shards")
+def compute_share(arguments: argparse.Namespace, share: Share, *, parent: int | None = None) -> list[Tally]:
+    """Every wanted feature of every folder. With `parent`, the work ends when that process is gone."""
+
+    def on_batch(num_rows: int) -> None:
+        if parent is not None and os.getppid() != parent:
+            raise SystemExit(STOPPED)
+
+    torch.set_num_threads(arguments.threads)
+    jobs = _make_jobs(arguments, share.device)
+    flops = {job.spec.name: job.flops_per_row() for job in jobs}
+    tallies = []
+    for folder in arguments.dir:
+        shards = ShardSet.open(folder)
+        for job in jobs:
+            name, num_rows, started = job.spec.name, 0, time.monotonic()
+            write_spec(folder, job.spec)
+            for shard in range(share.first, len(shards.shards), share.step):
+                num_rows += compute_shard(
+                    job, shards, shard, folder=folder, batch_size=arguments.batch_size, on_batch=on_batch
+                )
+            seconds = time.monotonic() - started
+            tallies.append(Tally(folder, name, num_rows, seconds, job.bytes_per_row, flops[name]))
+    return tallies
+
+
+def _make_jobs(arguments: argparse.Namespace, device: str) -> list[FeatureJob]:
+    encoder = load_clip(
+        arguments.encoder,
+        library=arguments.library,
+        pretrained=arguments.pretrained,
+        layer=arguments.layer,
+        has_cls=arguments.has_cls,
+    ).to(device)
+    tokenizer = None
+    if arguments.image_tokenizer is not None:
+        tokenizer = ImageTokenizer.from_folder(arguments.image_tokenizer).eval().to(device)
+    return [
+        make_job(
+            name,
+            encoder,
+            encoder_name=f"{arguments.library}:{Path(arguments.encoder).name}",
+            tokenizer=tokenizer,
+            dtype=arguments.dtype,
+            views=arguments.views,
+            seed=arguments.seed,
+            precision=arguments.precision,
+        )
+        for name in arguments.features
+    ]
+
+
+def _device(arguments: argparse.Namespace, worker: int) -> str:
+    """`cuda` means the visible GPUs in turns."""
+    if arguments.device != "cuda":
+        return arguments.device
+    return f"cuda:{(arguments.task_index * arguments.num_workers + worker) % torch.cuda.device_count()}"
+
+
+def _run_processes(arguments: argparse.Namespace, shares: Sequence[Share]) -> list[Tally]:
+    """One process per share. Raises UserError when one of them fails; the others still finish their shares."""
+    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    running = []
+    for share in shares:
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=_work, args=(arguments, share, sender, os.getpid()), daemon=True)
+        process.start()
+        sender.close()
+        running.append((process, receiver))
+    tallies: list[Tally] = []
+    problems = []
+    for number, (process, receiver) in enumerate(running):
+        try:
+            result = receiver.recv()
+        except EOFError:
+            process.join()
+            result = f"process {number} ended with exit code {process.exitcode}; run the same command again"
+        if isinstance(result, str):
+            problems.append(result)
+        else:
+            tallies += result
+        process.join()
+    if problems:
+        raise UserError(problems[0])
+    return tallies
+
+
+def _work(arguments: argparse.Namespace, share: Share, sender: Connection, parent: int) -> None:
+    log.configure(rank=share.first)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        sender.send(compute_share(arguments, share, parent=parent))
+    except (UserError, OSError) as error:
+        sender.send(str(error))
+
+
+def _stop(number: int, frame: object) -> None:
+    raise SystemExit(STOPPED)  # daemons end with their parent; what is stored stays
+
+
+def _report(folders: Sequence[Path], tallies: Sequence[Tally], *, seconds: float) -> None:
+    """Speed, and what storing costs against computing."""
+    for folder in folders:
+        stored = ShardSet.open(folder)
+        num_images = max(stored.num_images, 1)
+        picture_bytes = sum(record.num_bytes for record in stored.shards) / num_images
+        for feature in dict.fromkeys(tally.feature for tally in tallies):
+            mine = [tally for tally in tallies if (tally.folder, tally.feature) == (folder, feature)]
+            num_rows, slowest = sum(tally.num_rows for tally in mine), max(tally.seconds for tally in mine)
+            log.get_logger().info("%s", _line(folder, feature, num_rows, max(slowest, 1e-9)))
+            bytes_per_row, flops = mine[0].bytes_per_row, mine[0].flops_per_row
+            log.get_logger().info("%s", _trade_off(feature, bytes_per_row, flops, picture_bytes))
+    log.get_logger().info("all in %.1f s", seconds)
+
+
+def _line(folder: Path, feature: str, num_rows: int, seconds: float) -> str:
+    what = "images" if PER[feature] == "image" else "texts"
+    if not num_rows:
+        return f"{folder} {feature}: nothing to do"
+    return f"{folder} {feature}: {num_rows} {what}, {num_rows / seconds:.1f} {what}/s"
+
+
+def _trade_off(feature: str, bytes_per_row: int, flops: int, picture_bytes: float) -> str:
+    """At 1,000 rows per second: what must be read with features stored, and computed without."""
+    what = "image" if PER[feature] == "image" else "text"
+    ratio = f" ({bytes_per_row / picture_bytes:.1f} x its picture)" if what == "image" else ""
+    return (
+        f"{feature}: {bytes_per_row / 1e3:.1f} kB{ratio} and {flops / 1e9:.2f} GFLOPs each; 1000 {what}s/s cost "
+        f"{bytes_per_row / 1e6:.1f} MB/s of reading when stored, {flops / 1e9:.2f} TFLOP/s when computed online"
+    )
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m data_prep.features", description=__doc__, allow_abbrev=False
+    )
+    parser.add_argument("dir", type=Path, nargs="+", metavar="DIR", help="data set folders with shards")
     parser.add_argument(
         "--features", default="patches,image_condition,text_condition", help=f"of {', '.join(FEATURES)}"
     )
@@ -155,11 +224,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--dtype", choices=("float16", "float32", "int8"), default="float16")
     parser.add_argument(
+        "--precision",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="of the encoder's matrix products (default: float32; bfloat16 is several times faster on a GPU)",
+    )
+    parser.add_argument(
         "--views", type=int, default=1, help="views per picture: the clean one and augmented ones"
     )
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, default=1, help="torch threads on CPU")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads of each process on CPU")
+    parser.add_argument("--num-workers", type=int, default=1, help="processes; each loads the encoder")
     parser.add_argument("--task-index", type=int, default=0, help="this task of an array")
     parser.add_argument("--num-tasks", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
@@ -167,53 +243,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments.features = tuple(arguments.features.split(","))
     if unknown := set(arguments.features) - set(FEATURES):
         raise UserError(f"unknown feature {sorted(unknown)[0]!r}; valid: {', '.join(FEATURES)}")
+    for name in ("views", "batch_size", "threads", "num_workers", "num_tasks"):
+        if getattr(arguments, name) < 1:
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag} must be at least 1, found {getattr(arguments, name)}")
+    if not 0 <= arguments.task_index < arguments.num_tasks:
+        raise UserError(
+            f"--task-index must be between 0 and {arguments.num_tasks - 1}, found {arguments.task_index}"
+        )
     return arguments
 
 
-def run(argv: Sequence[str] | None = None) -> int:
-    """Compute what is missing; prints pictures per second and bytes written."""
-    log.configure()
-    arguments = parse(argv)
-    torch.set_num_threads(arguments.threads)
-    encoder = load_clip(
-        arguments.encoder,
-        library=arguments.library,
-        pretrained=arguments.pretrained,
-        layer=arguments.layer,
-        has_cls=arguments.has_cls,
-    ).to(arguments.device)
-    tokenizer = None
-    if arguments.image_tokenizer is not None:
-        tokenizer = ImageTokenizer.from_folder(arguments.image_tokenizer).eval().to(arguments.device)
-    jobs = [make_job(name, encoder, arguments, tokenizer) for name in arguments.features]
-    for folder in arguments.dir:
-        compute_folder(folder, jobs, arguments)
-    return 0
-
-
-def compute_folder(folder: Path, jobs: Sequence[Job], arguments: argparse.Namespace) -> None:
-    """All features of one data set; this task takes every `num_tasks`-th shard."""
-    shards = ShardSet.open(folder)
-    for job in jobs:
-        write_spec(folder, job.spec)
-        started, num_rows, num_bytes = time.monotonic(), 0, 0
-        for number in range(arguments.task_index, len(shards.shards), arguments.num_tasks):
-            record = shards.shards[number]
-            if has_feature_rows(folder, job.spec.name, record.name, tar_sha256=record.sha256):
-                continue
-            rows = compute_shard(
-                job, shards, number, batch_size=arguments.batch_size, device=arguments.device
-            )
-            write_feature_rows(folder, job.spec, record.name, rows, tar_sha256=record.sha256)
-            num_rows += len(rows)
-            num_bytes += rows.size * np.dtype(job.spec.dtype).itemsize
-        seconds = max(time.monotonic() - started, 1e-9)
-        per_row = f", {num_bytes / num_rows / 1e3:.1f} kB each" if num_rows else ""
-        log.get_logger().info(
-            "%s %s: %d rows of %s, %.0f rows/s%s",
-            folder, job.spec.name, num_rows, "x".join(map(str, job.spec.shape)), num_rows / seconds, per_row,
-        )  # fmt: skip
-
-
 if __name__ == "__main__":
-    sys.exit(log.run_command(run))
+    sys.exit(log.run_command(main))

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from data_prep.sources.emoji_catalogue import TONE_NAMES, Picture
+from data_prep.sources.templates import CAPTION_REQUEST, EDIT_REPLY, GENERATION_REPLY, GENERATION_REQUEST
 from vlgpt.document import Document, ImagePart, Part, TextPart
 from vlgpt.seeds import address, generator
 
@@ -71,14 +72,13 @@ class Task:
 
 def describe(picture: Picture) -> Task:
     """Table 6, captioning."""
-    prompt = "Provide a brief description of the given image"
-    return Task("describe", "caption", (picture,), prompt, f"{picture.caption}.")
+    return Task("describe", "caption", (picture,), CAPTION_REQUEST, f"{picture.caption}.")
 
 
 def draw(picture: Picture) -> Task:
     """Table 6, generation."""
-    prompt = f"Create an image that visually represents the description: {picture.caption}."
-    return Task("draw", "caption", (picture,), prompt, "Here's the image:")
+    prompt = GENERATION_REQUEST.format(caption=f"{picture.caption}.")
+    return Task("draw", "caption", (picture,), prompt, GENERATION_REPLY)
 
 
 def edit(source: Picture, target: Picture, *, family: str) -> Task:
@@ -89,9 +89,7 @@ def edit(source: Picture, target: Picture, *, family: str) -> Task:
         "gender": f"Make it a {wanted}.",
         "style": f"Redraw it in the {wanted} style.",
     }
-    return Task(
-        "edit", family, (source, target), prompts[family], "Here is the edited image:", {"wanted": wanted}
-    )
+    return Task("edit", family, (source, target), prompts[family], EDIT_REPLY, {"wanted": wanted})
 
 
 def label_question(picture: Picture, family: str) -> Task:
