@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from vlgpt.log import UserError, get_logger
+from vlgpt.shards.foreign import INDEX_FOLDER
 
-INDEX_FOLDER = ".vlgpt-index"
 SHOWN_KEYS = 40
 SMALL_BYTES = 4 << 20
 

@@ -451,7 +451,8 @@ def test_tar_tricks_are_counted_and_write_nothing(tmp_path):
         "no_image": 1,
         "not_a_file": 2,
     }
-    assert sorted(path.name for path in inside.iterdir()) == ["t.tar", "t.tar.idx", "t.tar.idx.json"]
+    assert sorted(path.name for path in inside.iterdir()) == [".vlgpt-index", "t.tar"]
+    assert not list(inside.glob("*.json")), "img2dataset would take it for a finished shard"
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
@@ -472,6 +473,6 @@ def test_a_folder_without_usable_images_is_refused(tmp_path):
     with pytest.raises(UserError, match="no tar holds a usable image"):
         ShardSet.open(tmp_path)
     (tmp_path / "a.tar").unlink()
-    (tmp_path / "a.tar.idx").unlink()
+    (tmp_path / ".vlgpt-index/a.tar.idx").unlink()
     with pytest.raises(UserError, match="not a data set"):
         ShardSet.open(tmp_path)

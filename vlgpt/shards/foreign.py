@@ -23,6 +23,7 @@ from vlgpt.shards.schema import IMAGE_SUFFIXES, ShardIndex, ShardRecord
 TEXT_SUFFIXES = ("txt", "json")
 CAPTION_KEYS = ("caption", "text")
 MAX_TEXT_BYTES = 1 << 20
+INDEX_FOLDER = ".vlgpt-index"
 
 
 class ForeignFolder:
@@ -59,11 +60,15 @@ class ForeignFolder:
         return self._index_path(self._tars[self.records[shard].name])
 
     def _index_path(self, tar: Path) -> Path:
-        """Beside the tar, or in the cache folder when given or when the tar's folder is read-only."""
+        """In a hidden folder beside the tar, or in the cache folder when given or when the tar's folder is read-only.
+
+        Never in the tar's folder itself: img2dataset takes every `*.json` there for a finished shard of its own.
+        """
         folder = self._index_dir
         if folder is None:
             writable = os.access(tar.parent, os.W_OK)
-            folder = tar.parent if writable else Path(tempfile.gettempdir()) / f"vlgpt-index-{os.getuid()}"
+            temporary = Path(tempfile.gettempdir()) / f"vlgpt-index-{os.getuid()}"
+            folder = tar.parent / INDEX_FOLDER if writable else temporary
         return folder / f"{tar.name}.idx"
 
     def _record(self, stem: str, tar: Path) -> tuple[ShardRecord, dict[str, int]]:
