@@ -229,6 +229,9 @@ class OptimizerSettings(Settings):
     warmup_steps: Annotated[int, Field(ge=0)] = 500
     min_lr_ratio: Fraction = 0.05
     gradient_clipping: Annotated[float, Field(gt=0)] = 1.0
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = (
+        0.0  # of a moving average that becomes the result; 0: none
+    )
 
 
 class CheckpointSettings(Settings):
@@ -241,12 +244,36 @@ class CheckpointSettings(Settings):
     on_disk_full: Literal["continue", "stop"] = "continue"  # when a commit does not fit: train on, or exit 74
 
 
+class PictureCheckSettings(Settings):
+    """Stage 1: held-out pictures through tokenizer, detokenizer and picture decoder at every validation."""
+
+    picture_decoder: str
+    judge: EncoderSettings | None = (
+        None  # CLIP whose similarity is logged (paper: ViT-L/14); None: sheet only
+    )
+    num_pictures: Positive = 256
+    num_on_sheet: Positive = 8
+
+
+class ProbeSettings(Settings):
+    """A benchmark of `evaluation` on a few examples at every validation (language stages)."""
+
+    benchmark: str
+    data: str
+    num_examples: Positive = 200
+    batch_size: Positive = 8
+    prompts: str = "vlgpt"
+    options: dict[str, str | int | float | bool] = {}
+
+
 class ValidationSettings(Settings):
     """Held-out loss every `interval_steps`; `sources` are shards that training never reads."""
 
     interval_steps: Positive = 1000
     sources: tuple[SourceSettings, ...] = ()
     max_batches: Positive = 32
+    pictures: PictureCheckSettings | None = None
+    probes: tuple[ProbeSettings, ...] = ()
 
 
 class FaultSettings(Settings):
@@ -286,6 +313,7 @@ class RunSettings(Settings):
     checkpoint: CheckpointSettings = CheckpointSettings()
     validation: ValidationSettings = ValidationSettings()
     log_interval_steps: Positive = 10
+    wandb_project: str | None = None  # also send numbers to Weights & Biases
     max_skipped_steps: Positive = 5  # non-finite steps in a row before the run stops
     step_timeout_s: Annotated[float, Field(gt=0)] = 1800.0  # no step ends for so long: stacks, then exit 72
     faults: FaultSettings = FaultSettings()

@@ -106,15 +106,33 @@ def _probe(folder: Path, mode: str, setting: Setting, num_processes: int) -> lis
         log = (folder / f"{mode}-{rank}.log").open("w")
         processes.append(subprocess.Popen(command, env={**os.environ, **place}, stdout=log, stderr=log))
     try:
-        codes = [process.wait(timeout=TIMEOUT_S) for process in processes]
+        failure = _first_failure(processes, timeout_s=TIMEOUT_S)
     finally:
         for process in processes:
             process.kill()
-    if any(codes):
-        bad = next(rank for rank, code in enumerate(codes) if code)
-        lines = (folder / f"{mode}-{bad}.log").read_text().strip().splitlines()
-        raise RuntimeError(f"rank {bad} ended with {codes[bad]}: {lines[-1] if lines else 'no output'}")
+            process.wait()
+    if failure is not None:
+        rank, how = failure
+        lines = (folder / f"{mode}-{rank}.log").read_text().strip().splitlines()
+        raise RuntimeError(f"rank {rank} {how}: {lines[-1] if lines else 'no output'}")
     return json.loads((folder / f"{mode}.json").read_text())
+
+
+def _first_failure(processes: list[subprocess.Popen[bytes]], *, timeout_s: float) -> tuple[int, str] | None:
+    """The rank that failed, or was still at work when time was up, and how; None when all ended well. The others are
+    not waited for: they may wait for the failed one.
+    """
+    deadline = time.monotonic() + timeout_s
+    while True:
+        codes = [process.poll() for process in processes]
+        failed = next((rank for rank, code in enumerate(codes) if code), None)
+        if failed is not None:
+            return failed, f"ended with {codes[failed]}"
+        if None not in codes:
+            return None
+        if time.monotonic() > deadline:
+            return codes.index(None), f"did not end in {timeout_s:.0f} s"
+        time.sleep(0.2)
 
 
 def _cuda_peak(step: Callable[[], None]) -> int:

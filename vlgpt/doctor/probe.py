@@ -11,7 +11,8 @@ import torch
 from vlgpt.config import validate
 from vlgpt.doctor.sample import Setting, new_batch, new_stage
 from vlgpt.settings import RunSettings
-from vlgpt.train.engine import Engine, merge_config, start_process_group, stop_process_group
+from vlgpt.train.ds_config import merge_config
+from vlgpt.train.engine import Engine, start_process_group, stop_process_group
 
 NUM_STEPS, RESUME_AT = 6, 4
 
@@ -21,6 +22,8 @@ def main(folder: Path, mode: str, shape: dict[str, object]) -> None:
     start_process_group(timeout_s=120.0)
     world_size = torch.distributed.get_world_size()
     setting = Setting(**{**shape, "dtype": torch.float32})  # type: ignore[arg-type]
+    if setting.device == "cpu":  # several processes with a thread per core each get in each other's way
+        torch.set_num_threads(1)
     values = {
         "name": "doctor",
         "output_dir": str(folder),

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from vlgpt.log import UserError
 from vlgpt.models.weights import WEIGHTS_FILE, weight_files
@@ -20,7 +21,13 @@ CONFIG_FILE = "config.json"
 
 
 class Component(nn.Module):
-    """Base of our own modules. `arguments` are the constructor's keyword arguments, JSON only."""
+    """Base of our own modules. `arguments` are the constructor's keyword arguments, JSON only.
+
+    `is_mapped`: built on the meta device and its weights mapped from the file. Only for classes whose constructor makes
+    parameters and stored buffers and computes nothing with tensors.
+    """
+
+    is_mapped = False
 
     def __init__(self, **arguments: Any):
         super().__init__()
@@ -41,7 +48,8 @@ class Component(nn.Module):
         """Load what `save` wrote. Raises UserError naming a missing file, another class, or differing tensors."""
         folder = Path(folder)
         arguments = read_arguments(folder, cls.__name__)
-        module = cls(**arguments)
+        with torch.device("meta" if cls.is_mapped else "cpu"):
+            module = cls(**arguments)
         load_weights(module, folder / WEIGHTS_FILE)
         return module
 
@@ -60,37 +68,60 @@ def read_arguments(folder: Path, class_name: str) -> dict[str, Any]:
 def load_weights(module: nn.Module, path: Path, *, prefix: str = "") -> None:
     """Stream tensors of a safetensors file, or of the shards of its index, into `module`, one at a time.
 
-    With `prefix`, only tensors of that name prefix are read. A tensor that the module shares (tied embeddings) may be
+    Tensors of a module on the meta device become views of the mapped file, so processes on one machine share one copy
+    (a write makes a private copy of its page only); another type than the module's is converted on the way. With
+    `prefix`, only tensors of that name prefix are read. A tensor that the module shares (tied embeddings) may be
     stored once. Raises UserError that lists missing, unexpected and differently shaped tensors.
     """
     try:
         paths = weight_files(path)
     except FileNotFoundError as error:
         raise UserError(str(error)) from error
-    own = module.state_dict()
+    own = module.state_dict(keep_vars=True)
     with ExitStack() as stack:
-        files = [stack.enter_context(safe_open(file, framework="pt")) for file in paths]
+        try:
+            files = [stack.enter_context(safe_open(file, framework="pt")) for file in paths]
+        except SafetensorError as error:
+            raise UserError(f"{path} is not a whole safetensors file: {error}") from error
         stored = {
             name[len(prefix) :]: file.get_slice(name)
             for file in files
             for name in file.keys()  # noqa: SIM118 - not a dict
             if name.startswith(prefix)
         }
-        shared = {own[name].data_ptr() for name in own.keys() & stored.keys()}
-        problems = [
-            f"missing {name}" for name in own.keys() - stored.keys() if own[name].data_ptr() not in shared
-        ]
-        problems += [f"unexpected {name}" for name in stored.keys() - own.keys()]
-        for name in own.keys() & stored.keys():
-            found = tuple(stored[name].get_shape())
-            if found != tuple(own[name].shape):
-                problems.append(f"{name} has shape {found}, wanted {tuple(own[name].shape)}")
-        if problems:
+        if problems := _misfits(own, stored):
             shown = "; ".join(sorted(problems)[:6])
             raise UserError(f"{path} does not fit {type(module).__name__}: {len(problems)} problems: {shown}")
-        with torch.no_grad():
-            for name in own.keys() & stored.keys():
-                own[name].copy_(stored[name][...])
+        for name in own.keys() & stored.keys():
+            value: Tensor = stored[name][...]
+            if own[name].is_meta:
+                sharing = [other for other in own if own[other] is own[name]]
+                _assign(module, sharing, value.to(own[name].dtype))
+            else:
+                with torch.no_grad():
+                    own[name].copy_(value)
+
+
+def _misfits(own: Mapping[str, Tensor], stored: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the stored tensors, in words."""
+    shared = {id(own[name]) for name in own.keys() & stored.keys()}
+    problems = [f"missing {name}" for name in own.keys() - stored.keys() if id(own[name]) not in shared]
+    problems += [f"unexpected {name}" for name in stored.keys() - own.keys()]
+    for name in own.keys() & stored.keys():
+        found = tuple(stored[name].get_shape())
+        if found != tuple(own[name].shape):
+            problems.append(f"{name} has shape {found}, wanted {tuple(own[name].shape)}")
+    return problems
+
+
+def _assign(module: nn.Module, names: Sequence[str], value: Tensor) -> None:
+    """Put one tensor in all the places of a module that share it."""
+    places = [(module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names]
+    owner, leaf = places[0]
+    if leaf in owner._parameters:
+        value = nn.Parameter(value, requires_grad=cast(nn.Parameter, owner._parameters[leaf]).requires_grad)
+    for owner, leaf in places:
+        (owner._parameters if leaf in owner._parameters else owner._buffers)[leaf] = value  # type: ignore[assignment]
 
 
 def freeze(module: nn.Module) -> nn.Module:

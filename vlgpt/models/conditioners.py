@@ -22,6 +22,7 @@ from vlgpt.log import UserError
 from vlgpt.models.component import freeze
 from vlgpt.models.encoders import PixelEncoder, hash_weights
 from vlgpt.models.ip_adapter import Resampler, load_resampler, read_ip_adapter
+from vlgpt.models.weights import load_whole
 from vlgpt.shards.schema import FeatureSpec
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -273,8 +274,8 @@ def text_spec(
 
 def _pretrained(kind: Any, path: str | Path, *, subfolder: str) -> nn.Module:
     try:
-        model = kind.from_pretrained(str(path), subfolder=subfolder, use_safetensors=True)
-    except (OSError, ValueError) as error:
+        model = load_whole(kind, str(path), subfolder=subfolder)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         where = f"{path}/{subfolder}" if subfolder else str(path)
         raise UserError(
             f"no {kind.__name__} could be loaded from {where}: {str(error).splitlines()[0]}"

@@ -11,10 +11,12 @@ from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from vlgpt.log import UserError
 from vlgpt.models.component import freeze
+from vlgpt.models.weights import load_whole
 
 Library = Literal["open_clip", "transformers"]
 
@@ -80,9 +82,10 @@ class ClipEncoder(PixelEncoder, ABC):
 
 
 class OpenClipEncoder(ClipEncoder):
-    """A CLIP of open_clip: a folder with open_clip_config.json, or a model name with `pretrained` weights.
+    """A CLIP or SigLIP of open_clip: a folder with open_clip_config.json, an `hf-hub:` name, or a model name.
 
-    Raises UserError when the folder or the name cannot be loaded.
+    A model name needs `pretrained`: a tag that open_clip knows, or a local file. Raises UserError when the weights
+    cannot be loaded (nothing is ever left random), or when the image tower has no patch tokens.
     """
 
     def __init__(
@@ -92,11 +95,21 @@ class OpenClipEncoder(ClipEncoder):
         import open_clip
 
         is_folder = (Path(path) / "open_clip_config.json").is_file()
+        name = f"local-dir:{Path(path).resolve()}" if is_folder else str(path)
+        has_schema = is_folder or name.startswith("hf-hub:")
+        if not has_schema and pretrained is None:
+            raise UserError(
+                f"open_clip model {name!r} without weights: it is no folder with open_clip_config.json, so set "
+                "`pretrained` to a tag (such as laion2b_s32b_b79k) or a local file"
+            )
         try:
-            name = f"local-dir:{Path(path).resolve()}" if is_folder else str(path)
-            self.model = open_clip.create_model(name, pretrained=None if is_folder else pretrained)
-        except (RuntimeError, OSError, ValueError) as error:
-            raise UserError(f"open_clip could not load {str(path)!r}: {error}") from error
+            self.model = open_clip.create_model(
+                name, pretrained=None if has_schema else pretrained, require_pretrained=True
+            )
+        except (RuntimeError, OSError, ValueError, SafetensorError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"open_clip could not load {str(path)!r}: {reason}") from error
+        self.depth = _num_blocks(self.model.visual, name=str(path))
         self.tokenizer = self._load_tokenizer(open_clip, Path(path) if is_folder else None, str(path))
         config = cast(Any, self.model.visual)
         size = config.image_size
@@ -120,16 +133,17 @@ class OpenClipEncoder(ClipEncoder):
         return open_clip.get_tokenizer(name if folder is None else f"local-dir:{folder.resolve()}")
 
     def patches(self, pixels: Tensor) -> Tensor:
-        depth = len(self.model.visual.transformer.resblocks)
-        found = self.model.visual.forward_intermediates(
+        visual = cast(Any, self.model.visual)
+        found = visual.forward_intermediates(
             self.preprocess(pixels),
-            indices=[self.layer % depth],
+            indices=[self.layer % self.depth],
             intermediates_only=True,
             output_fmt="NLC",
             output_extra_tokens=True,
         )
         tokens = found["image_intermediates"][0]
-        return torch.cat([found["image_intermediates_prefix"][0], tokens], dim=1) if self.has_cls else tokens
+        prefix = found.get("image_intermediates_prefix", [tokens[:, :0]])[0]  # SigLIP has no class token
+        return torch.cat([prefix, tokens], dim=1) if self.has_cls else tokens
 
     def embed_images(self, pixels: Tensor) -> Tensor:
         return self.model.encode_image(self.preprocess(pixels))
@@ -151,38 +165,52 @@ class OpenClipEncoder(ClipEncoder):
 
 
 class TransformersClipEncoder(ClipEncoder):
-    """A CLIP or SigLIP of transformers, from a folder or hub name. Raises UserError when it cannot be loaded."""
+    """A CLIP or SigLIP of transformers, or the image tower of one alone, from a folder or hub name.
+
+    A tower alone (`CLIPVisionModel`, `SiglipVisionModel`) gives patches; asking it for more raises UserError, and so
+    does whatever cannot be loaded or lacks weights.
+    """
 
     def __init__(self, path: str | Path, *, layer: int = -2, has_cls: bool = True):
         super().__init__()
         from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
+        self.name = str(path)
         try:
-            self.model = AutoModel.from_pretrained(str(path), use_safetensors=True)
-            processor = AutoImageProcessor.from_pretrained(str(path))
-            self.text_tokenizer = AutoTokenizer.from_pretrained(str(path))
-        except (OSError, ValueError) as error:
+            self.model: Any = load_whole(AutoModel, self.name)
+            processor = AutoImageProcessor.from_pretrained(self.name)
+            is_whole = hasattr(self.model.config, "vision_config")
+            self.text_tokenizer = AutoTokenizer.from_pretrained(self.name) if is_whole else None
+        except (OSError, ValueError, SafetensorError) as error:
             reason = str(error).splitlines()[0]
-            raise UserError(f"transformers could not load a CLIP from {str(path)!r}: {reason}") from error
-        self._set_preprocessing(
-            size_px=self.model.config.vision_config.image_size,
-            mean=processor.image_mean,
-            std=processor.image_std,
-        )
+            raise UserError(f"transformers could not load a CLIP from {self.name!r}: {reason}") from error
+        if not hasattr(self.model.config, "vision_config" if is_whole else "patch_size"):
+            raise UserError(f"{self.name} holds a {type(self.model).__name__}, wanted a CLIP or SigLIP")
+        config = self.model.config.vision_config if is_whole else self.model.config
+        self._set_preprocessing(size_px=config.image_size, mean=processor.image_mean, std=processor.image_std)
         self.layer, self.has_cls = layer, has_cls
         freeze(self)
 
+    @property
+    def _vision(self) -> Any:
+        return getattr(self.model, "vision_model", self.model)
+
     def patches(self, pixels: Tensor) -> Tensor:
-        vision = self.model.vision_model
-        states = vision(pixel_values=self.preprocess(pixels), output_hidden_states=True).hidden_states
+        states = self._vision(pixel_values=self.preprocess(pixels), output_hidden_states=True).hidden_states
         hidden = states[self.layer]
-        has_class_token = hasattr(vision.embeddings, "class_embedding")
+        has_class_token = hasattr(self._vision.embeddings, "class_embedding")
         return hidden if self.has_cls or not has_class_token else hidden[:, 1:]
 
     def embed_images(self, pixels: Tensor) -> Tensor:
+        self._require_text_tower()
         return tensor_of(self.model.get_image_features(pixel_values=self.preprocess(pixels)))
 
+    def _require_text_tower(self) -> None:
+        if self.text_tokenizer is None:
+            raise UserError(f"{self.name} is an image tower alone: it embeds no texts, give a whole CLIP")
+
     def _tokenise(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        assert self.text_tokenizer is not None
         length = self.model.config.text_config.max_position_embeddings
         encoded = self.text_tokenizer(
             list(captions), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
@@ -190,10 +218,23 @@ class TransformersClipEncoder(ClipEncoder):
         return {"input_ids": encoded["input_ids"].to(self.mean.device)}
 
     def text_states(self, captions: Sequence[str]) -> Tensor:
+        self._require_text_tower()
         return self.model.text_model(**self._tokenise(captions)).last_hidden_state
 
     def embed_texts(self, captions: Sequence[str]) -> Tensor:
+        self._require_text_tower()
         return tensor_of(self.model.get_text_features(**self._tokenise(captions)))
+
+
+def _num_blocks(visual: Any, *, name: str) -> int:
+    """Depth of a ViT of open_clip or, through timm, of SigLIP. Raises UserError for ResNets and the like."""
+    blocks = getattr(getattr(visual, "transformer", None), "resblocks", None)
+    blocks = getattr(getattr(visual, "trunk", None), "blocks", blocks)
+    if blocks is None:
+        raise UserError(
+            f"the image tower of {name!r} is a {type(visual).__name__} without patch tokens: choose a ViT"
+        )
+    return len(blocks)
 
 
 def tensor_of(output: Any) -> Tensor:

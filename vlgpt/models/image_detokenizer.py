@@ -19,6 +19,8 @@ class ImageDetokenizer(Component):
     The forward pass speaks the standardised scale, `decode` the decoder's own.
     """
 
+    is_mapped = True
+
     def __init__(
         self,
         *,
@@ -34,7 +36,7 @@ class ImageDetokenizer(Component):
         num_heads: int = 16,
         mlp_ratio: float = 4.0,
         init_std: float = 0.02,
-        backend: Backend = "sdpa",
+        backend: Backend = "auto",
         has_checkpointing: bool = False,
     ):
         super().__init__(

@@ -18,6 +18,8 @@ class ImageTokenizer(Component):
         width, depth, num_heads: paper says 12 blocks; width and heads are not given (1024, 16 by default).
     """
 
+    is_mapped = True
+
     def __init__(
         self,
         *,
@@ -30,7 +32,7 @@ class ImageTokenizer(Component):
         num_heads: int = 16,
         mlp_ratio: float = 4.0,
         init_std: float = 0.02,
-        backend: Backend = "sdpa",
+        backend: Backend = "auto",
         has_checkpointing: bool = False,
     ):
         super().__init__(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+from importlib.util import find_spec
 from typing import Literal
 
 import torch
@@ -10,11 +12,23 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-Backend = Literal["sdpa", "flash_attention_2"]
+Backend = Literal["auto", "flash_attention_2", "sdpa"]
+
+
+@cache
+def has_flash() -> bool:
+    """Whether flash-attn is installed and has a GPU to run on: the one rule for all attention of the project."""
+    return torch.cuda.is_available() and find_spec("flash_attn") is not None
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool, backend: Backend) -> Tensor:
-    """Scaled dot-product attention: (B, H, Q, D), (B, H, S, D), (B, H, S, D) -> (B, H, Q, D)."""
+    """Scaled dot-product attention: (B, H, Q, D), (B, H, S, D), (B, H, S, D) -> (B, H, Q, D).
+
+    `auto` is flash-attn where it can run (GPU, 16 bit: frozen fp32 parts go without), else SDPA.
+    """
+    if backend == "auto":
+        is_half = query.dtype in (torch.bfloat16, torch.float16)
+        backend = "flash_attention_2" if has_flash() and query.is_cuda and is_half else "sdpa"
     if backend == "flash_attention_2":
         from flash_attn import flash_attn_func
 
@@ -68,6 +82,13 @@ class DecoderBlock(nn.Module):
         x = x + self.self_attention(normed, normed)
         x = x + self.cross_attention(self.cross_norm(x), context)
         return x + self.mlp(self.mlp_norm(x))
+
+
+def set_backend(module: nn.Module, backend: str) -> None:
+    """Give all attention inside `module` another backend, such as the language model's (`eager` counts as `sdpa`)."""
+    for part in module.modules():
+        if isinstance(part, Attention):
+            part.backend = "sdpa" if backend == "eager" else backend  # type: ignore[assignment]
 
 
 class QueryTransformer(nn.Module):

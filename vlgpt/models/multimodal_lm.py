@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from vlgpt.batch import Batch
 from vlgpt.log import UserError, get_logger
 from vlgpt.models.heads import HeadKind, RegressionHead
+from vlgpt.models.layers import has_flash
 from vlgpt.models.losses import TargetPositions
+from vlgpt.models.standardise import KeepsBuffers
+from vlgpt.models.weights import load_whole
 from vlgpt.tokens import DocumentTokenizer
 
 Attention = Literal["auto", "flash_attention_2", "sdpa", "eager"]
@@ -31,11 +36,8 @@ def choose_attention(wanted: Attention) -> str:
     """`auto`: flash-attn when a GPU and the package are there, SDPA otherwise; says which in one log line."""
     if wanted != "auto":
         return wanted
-    from importlib.util import find_spec
-
-    has_flash = torch.cuda.is_available() and find_spec("flash_attn") is not None
-    chosen = "flash_attention_2" if has_flash else "sdpa"
-    reason = "" if has_flash else " (flash-attn needs a CUDA GPU and `pip install vlgpt[gpu]`)"
+    chosen = "flash_attention_2" if has_flash() else "sdpa"
+    reason = "" if has_flash() else " (flash-attn needs a CUDA GPU and `pip install vlgpt[gpu]`)"
     get_logger().info("attention: %s%s", chosen, reason)
     return chosen
 
@@ -43,21 +45,24 @@ def choose_attention(wanted: Attention) -> str:
 def load_language_model(
     path: str | Path, *, attention: Attention = "auto", dtype: torch.dtype = torch.float32
 ) -> Any:
-    """Any transformers causal LM from a folder or hub name. Raises UserError when it cannot be loaded."""
+    """Any transformers causal LM from a folder or hub name, shard by shard.
+
+    Where `dtype` is that of the file, its weights stay mapped: processes of one machine share them. Raises UserError
+    when it cannot be loaded or lacks weights.
+    """
     from transformers import AutoModelForCausalLM
 
+    chosen = choose_attention(attention)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            str(path), dtype=dtype, attn_implementation=choose_attention(attention), use_safetensors=True
-        )
-    except (OSError, ValueError) as error:
+        model = load_whole(AutoModelForCausalLM, str(path), dtype=dtype, attn_implementation=chosen)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"no language model could be loaded from {str(path)!r}: {reason}") from error
     model.config.use_cache = False
     return model
 
 
-class MultimodalLM(nn.Module):
+class MultimodalLM(KeepsBuffers):
     """A causal LM, a scale and projection for visual inputs, and a regression head beside the LM head.
 
     Args:
@@ -183,6 +188,18 @@ class MultimodalLM(nn.Module):
             task_type="CAUSAL_LM",
         )
         self.language_model = get_peft_model(self.language_model, config)
+
+    def freeze_parts(self, names: Sequence[str]) -> None:
+        """Leave parts untrained: regression_head, input_projection, token_rows (LoRA's), embeddings (all tables)."""
+        groups: dict[str, list[nn.Parameter]] = {
+            "regression_head": list(self.regression_head.parameters()),
+            "input_projection": list(self.projection.parameters()),
+            "token_rows": [p for name, p in self.named_parameters() if "trainable_tokens" in name],
+            "embeddings": [*self.backbone.get_input_embeddings().parameters(), *self.lm_head.parameters()],
+        }
+        for name in names:
+            for parameter in groups[name]:
+                parameter.requires_grad_(False)
 
     def merge_lora(self) -> None:
         """Fold the adapter into the weights of the language model."""

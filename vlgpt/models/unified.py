@@ -106,16 +106,13 @@ class UnifiedModel(nn.Module):
 
     @classmethod
     def from_folder(cls, folder: str | Path, *, attention: Attention = "auto") -> UnifiedModel:
-        """Load an export. Raises UserError when files or tensors are missing or differ."""
+        """Load an export, mapped from its files. Raises UserError when files or tensors are missing or differ."""
         folder = Path(folder)
         config = UnifiedConfig.from_folder(folder)
         with torch.device("meta"):
             model = cls.from_config(config, attention=attention)
-        model.to_empty(device="cpu")
-        if config.lora is None:
-            model.lm.language_model.tie_weights()
-        reset_computed_buffers(model)
         load_weights(model, folder / "model.safetensors")
+        reset_computed_buffers(model)
         return model.eval()
 
     @torch.no_grad()
@@ -130,9 +127,16 @@ class UnifiedModel(nn.Module):
 
 
 def reset_computed_buffers(model: nn.Module) -> None:
-    """Recompute buffers that no checkpoint stores (rotary frequencies) after a meta-device construction."""
+    """Recompute buffers that no checkpoint stores after a meta-device construction: rotary frequencies, and the copies
+    of token rows by which peft undoes a merge.
+    """
     for module in model.modules():
         if "inv_freq" in dict(module.named_buffers(recurse=False)):
             rebuilt = type(module)(module.config)  # type: ignore[call-arg]
             for name, buffer in rebuilt.named_buffers(recurse=False):
                 setattr(module, name, buffer)
+        originals: Any = getattr(module, "trainable_tokens_original", None)
+        if originals is not None:
+            layer: Any = module
+            for adapter, rows in layer.token_indices.items():
+                originals[adapter] = layer.base_layer.weight.detach()[rows].clone()

@@ -1,4 +1,4 @@
-"""Writing weights: adapters folded in on the fly, in shards, without a second copy of the model in memory."""
+"""Reading and writing weights: in shards, adapters folded in on the fly, without a second copy of the model."""
 
 from __future__ import annotations
 
@@ -123,3 +123,13 @@ def weight_files(path: Path) -> list[Path]:
             f"{path.parent} lacks the shards {', '.join(missing)} that {index.name} lists"
         )
     return files
+
+
+def load_whole(kind: Any, path: str, **options: Any) -> Any:
+    """`from_pretrained` that leaves no weight random. Raises ValueError naming the first tensors that are missing."""
+    model, report = kind.from_pretrained(path, use_safetensors=True, output_loading_info=True, **options)
+    wrong = [f"missing {name}" for name in sorted(report["missing_keys"])]
+    wrong += [f"another shape: {found}" for found in report.get("mismatched_keys", ())]
+    if wrong:
+        raise ValueError(f"{len(wrong)} tensors do not fit {type(model).__name__}: {'; '.join(wrong[:4])}")
+    return model

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from vlgpt import seeds
 from vlgpt import settings as s
 from vlgpt.log import UserError, get_logger
-from vlgpt.models.component import read_arguments
+from vlgpt.models.component import Component, load_weights, read_arguments
 from vlgpt.models.decoders import ConvDecoder
 from vlgpt.models.encoders import ClipEncoder, load_clip
 from vlgpt.models.image_detokenizer import ImageDetokenizer
 from vlgpt.models.image_tokenizer import ImageTokenizer
+from vlgpt.models.layers import set_backend
 from vlgpt.models.multimodal_lm import LoraSettings, MultimodalLM, load_language_model, resize_vocabulary
 from vlgpt.models.unified import UnifiedConfig, UnifiedModel, is_export
+from vlgpt.models.weights import WEIGHTS_FILE
 from vlgpt.stages.base import Stage
 from vlgpt.stages.demo import DemoClipStage, DemoDecoderStage, DemoDiffusionStage
 from vlgpt.stages.language import LanguageStage
@@ -23,13 +27,17 @@ from vlgpt.tokens import DocumentTokenizer
 
 
 def build_stage(run: s.RunSettings, *, num_sources: int) -> tuple[Stage, DocumentTokenizer | None]:
-    """Stage and, for language stages, its tokenizer. Raises UserError when a part is missing or does not fit."""
+    """Stage and, for language stages, its tokenizer. Raises UserError when a part is missing or does not fit.
+
+    A language model is loaded in the precision of the run: weights stored in it stay mapped, shared by all processes.
+    """
     seeds.seed_everything(run.seed, "initialisation")
+    dtype = torch.bfloat16 if run.precision == "bf16" else torch.float32
     stage = run.stage
     if isinstance(stage, s.ImageTokenizerStage):
         return build_image_tokenizer_stage(stage, num_sources=num_sources), None
     if isinstance(stage, s.LanguageStage):
-        return build_language_stage(stage, num_sources=num_sources)
+        return build_language_stage(stage, num_sources=num_sources, dtype=dtype)
     if isinstance(stage, s.DemoClipStage):
         return build_demo_clip(stage), None
     return build_demo_decoder(stage), None
@@ -69,6 +77,16 @@ def build_image_tokenizer_stage(stage: s.ImageTokenizerStage, *, num_sources: in
         has_checkpointing=stage.has_checkpointing,
         **stage.detokenizer.model_dump(),
     )
+    parts: dict[str, tuple[Component, str | None]] = {
+        "tokenizer": (tokenizer, stage.tokenizer_from),
+        "detokenizer": (detokenizer, stage.detokenizer_from),
+    }
+    for name, (part, source) in parts.items():
+        set_backend(part, stage.attention)
+        if source is not None:
+            load_weights(part, Path(source) / f"image_{name}" / WEIGHTS_FILE)
+        if name in stage.frozen:
+            part.requires_grad_(False)
     return ImageTokenizerStage(
         tokenizer=tokenizer,
         detokenizer=detokenizer,
@@ -81,12 +99,17 @@ def build_image_tokenizer_stage(stage: s.ImageTokenizerStage, *, num_sources: in
     )
 
 
-def build_language_stage(stage: s.LanguageStage, *, num_sources: int) -> tuple[Stage, DocumentTokenizer]:
+def build_language_stage(
+    stage: s.LanguageStage, *, num_sources: int, dtype: torch.dtype = torch.float32
+) -> tuple[Stage, DocumentTokenizer]:
     """Stages 2 and 3: the parts loaded and frozen or wrapped in LoRA as the settings say."""
-    model, tokenizer = load_unified(stage)
+    model, tokenizer = load_unified(stage, dtype=dtype)
+    for part in (model.image_tokenizer, model.image_detokenizer):
+        set_backend(part, stage.attention)
     if stage.trained == "lora":
         lora = LoraSettings(rank=stage.lora.rank, alpha=stage.lora.alpha, dropout=stage.lora.dropout)
         model.lm.add_lora(lora, [tokenizer.begin_image_id, tokenizer.end_image_id])
+    model.lm.freeze_parts(stage.frozen)
     if stage.has_checkpointing:
         model.lm.backbone.gradient_checkpointing_enable({"use_reentrant": False})
     built = LanguageStage(
@@ -125,8 +148,10 @@ def load_tokenizer(stage: s.LanguageStage) -> DocumentTokenizer:
     )
 
 
-def load_unified(stage: s.LanguageStage) -> tuple[UnifiedModel, DocumentTokenizer]:
-    """The whole model from an export of vlgpt, or from a plain causal LM and a stage-1 result."""
+def load_unified(
+    stage: s.LanguageStage, *, dtype: torch.dtype = torch.float32
+) -> tuple[UnifiedModel, DocumentTokenizer]:
+    """The whole model from an export of vlgpt (in its own type), or from a plain causal LM and a stage-1 result."""
     path = Path(stage.language_model)
     tokenizer = load_tokenizer(stage)
     if is_export(path):
@@ -137,7 +162,7 @@ def load_unified(stage: s.LanguageStage) -> tuple[UnifiedModel, DocumentTokenize
         return model, tokenizer
     assert stage.image_tokenizer is not None  # load_tokenizer asked for it
     image_tokenizer, image_detokenizer = load_image_parts(Path(stage.image_tokenizer))
-    language_model = load_language_model(path, attention=stage.attention)
+    language_model = load_language_model(path, attention=stage.attention, dtype=dtype)
     resize_vocabulary(language_model, tokenizer)
     lm = MultimodalLM(
         language_model,
