@@ -227,9 +227,13 @@ def test_an_index_of_another_tar_is_refused(tmp_path):
 
 def test_a_claim_of_a_huge_member_allocates_nothing(tmp_path):
     shards = write(tmp_path)
-    shards.index(0).member_size[0] = 2 << 30
+    index = shards.index(0)
+    index.member_size[0] = 2 << 30
+    shards.index_path(0).write_bytes(index.save_bytes())
+    damaged = ShardSet.open(tmp_path)
     with pytest.raises(BadSample, match="bad_index"):
-        shards.read(0, 0)
+        damaged.read(0, 0)
+    assert damaged.read(0, 1) == shards.read(0, 1)
 
 
 def test_an_unfinished_folder_is_named_as_such(tmp_path):
@@ -391,6 +395,17 @@ def test_foreign_pairs_are_documents(tmp_path):
     assert read[1].images == (b"image b",) and shards.skipped == {}
     assert samples(ShardSet.open(tmp_path)) == read  # from the stored index
     assert samples(ShardSet.open([tmp_path / "00001.tar"])) == read[3:]
+
+
+def test_members_of_a_sample_may_lie_in_any_order_and_far_apart(tmp_path):
+    big = os.urandom(50_000)
+    names = [("a.txt", b"first"), ("b.jpg", big), ("a.jpg", b"1"), ("c.jpg", b"3"), ("c.txt", b"third")]
+    foreign_tar(tmp_path / "p.tar", [*names, ("b.txt", b"second")])
+    shards = ShardSet.open(tmp_path)
+    found = {
+        sample.key: (sample.document.text, *sample.images) for sample in (shards.read(0, i) for i in range(3))
+    }
+    assert found == {"a": ("first", b"1"), "b": ("second", big), "c": ("third", b"3")}
 
 
 def test_foreign_tars_without_captions_are_pictures_only(tmp_path):
