@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from PIL import Image
@@ -21,14 +21,14 @@ ADDRESS = "dialogue"  # all prompts draw the same random numbers: a reply follow
 Speaker = Literal["user", "assistant"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Picture:
     """A picture file of a conversation. A drawn one keeps its visual embeddings (N, d): the model goes on from
     what it predicted, not from what its drawing looks like to the image encoder.
     """
 
-    data: bytes
-    visual: Tensor | None = None
+    data: bytes = field(repr=False)
+    visual: Tensor | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def read(cls, data: bytes, *, name: str = "the picture", max_pixels: int = MAX_PIXELS) -> Picture:

@@ -54,7 +54,8 @@ class Terminal:
         write: Callable[[str], None],
         model_name: str = "",
     ):
-        self.generator, self.settings, self.output, self.write = generator, settings, output, write
+        self.generator, self.settings, self.output = generator, settings, output
+        self._write, self._is_line_open = write, False
         self.model_name = model_name
         self.dialogue = Dialogue()
         self.attached: list[Picture] = []
@@ -75,6 +76,15 @@ class Terminal:
             "new": lambda _: self._begin_anew(),
         }
 
+    def write(self, text: str) -> None:
+        """Print text; remembers whether it ends a line."""
+        self._write(text)
+        self._is_line_open = not text.endswith("\n") if text else self._is_line_open
+
+    def _end_line(self) -> None:
+        if self._is_line_open:
+            self.write("\n")
+
     def run(self, lines: Iterator[str]) -> None:
         """Answer line after line until there are no more or one of them is /quit."""
         self.write("Type a message, or /help for commands.\n")
@@ -84,9 +94,11 @@ class Terminal:
             try:
                 self.take(line.strip())
             except (UserError, OSError) as error:
+                self._end_line()
                 self.write(f"error: {error}\n")
             except KeyboardInterrupt:
-                self.write("\n[stopped: this reply is not kept]\n")
+                self._end_line()
+                self.write("[stopped: this reply is not kept]\n")
 
     def take(self, line: str) -> None:
         """One line. Raises UserError or OSError."""
@@ -134,17 +146,20 @@ class Terminal:
 
     def _show(self, event: Event, finished: list[Finished]) -> None:
         if isinstance(event, TextPiece):
-            self.write(printable(event.text))
+            self.write(printable(event.text if self._is_line_open else event.text.lstrip()))
         elif isinstance(event, Drawn):
             path = self._next_file()
             path.write_bytes(event.picture.data)
-            self.write(f"\n[picture: {path}]\n")
+            self._end_line()
+            self.write(f"[picture: {path}]\n")
         elif isinstance(event, Notice):
             self.write(f"note: {event.text}\n")
         elif isinstance(event, Failed):
             raise UserError(event.message)
         else:
-            self.write("\n" if event.finish != "length" else "\n[cut: the reply is longer than allowed]\n")
+            self._end_line()
+            if event.finish == "length":
+                self.write("[cut: the reply is longer than allowed]\n")
             finished.append(event)
 
     def _next_file(self) -> Path:

@@ -1,0 +1,102 @@
+"""A tiny random model with image encoder and picture decoder, and an HTTP server around it, for tests of chat."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from PIL import Image
+from tiny_unified import new_document_tokenizer, new_model
+
+from vlgpt.generate import Generator
+from vlgpt.models.decoders import ConvDecoder
+from vlgpt.models.encoders import load_clip, new_open_clip, save_open_clip
+
+CLIP = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 24, "patch_size": 12, "width": 24, "layers": 2, "head_width": 12},
+    "text_cfg": {"context_length": 8, "vocab_size": 448, "width": 16, "heads": 2, "layers": 1},
+}
+
+
+def save_parts(folder: Path) -> None:
+    """clip/ and decoder/ that fit `new_model(tokenizer, num_patches=5)`."""
+    torch.manual_seed(1)
+    save_open_clip(new_open_clip(config=CLIP), config=CLIP, folder=folder / "clip")
+    new_document_tokenizer().save(folder / "clip")
+    ConvDecoder(
+        image_tokens=3,
+        image_width=16,
+        text_tokens=5,
+        text_width=12,
+        size_px=24,
+        width=24,
+        num_heads=2,
+        channels=32,
+    ).save(folder / "decoder")
+
+
+def new_generator(folder: Path, **shape) -> Generator:
+    """A random model that likes to draw and to end its replies."""
+    save_parts(folder)
+    tokenizer = new_document_tokenizer()
+    options = {"num_patches": 5, "image_wish": 3.0, "end_wish": 2.0, "max_positions": 256, **shape}
+    return Generator(
+        model=new_model(tokenizer, **options),
+        tokenizer=tokenizer,
+        encoder=load_clip(folder / "clip"),
+        decoder=ConvDecoder.from_folder(folder / "decoder").eval(),
+    )
+
+
+def save_export(folder: Path) -> Path:
+    """The same as an export folder."""
+    from vlgpt.export import export_model
+
+    save_parts(folder)
+    tokenizer = new_document_tokenizer()
+    export_model(
+        new_model(tokenizer, num_patches=5, image_wish=3.0, end_wish=2.0, max_positions=256),
+        folder / "export",
+        tokenizer=tokenizer,
+        encoder={"path": str(folder / "clip"), "library": "open_clip", "layer": -2, "has_cls": True},
+        picture_decoder=folder / "decoder",
+    )
+    return folder / "export"
+
+
+def picture_bytes(seed: int, *, size: tuple[int, int] = (40, 30), format: str = "PNG") -> bytes:
+    """A picture of noise."""
+    values = torch.randint(0, 255, (size[1], size[0], 3), generator=torch.Generator().manual_seed(seed))
+    buffer = io.BytesIO()
+    Image.fromarray(values.to(torch.uint8).numpy()).save(buffer, format)
+    return buffer.getvalue()
+
+
+@contextlib.contextmanager
+def running(app) -> Iterator[str]:
+    """Serve an ASGI application on a free port of this machine: -> its address."""
+    import uvicorn
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+        server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=2))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread.start()
+        end = time.monotonic() + 30
+        while not server.started:
+            assert time.monotonic() < end and thread.is_alive(), "the server did not start"
+            time.sleep(0.01)
+        try:
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            server.should_exit = True
+            thread.join(30)
+            assert not thread.is_alive(), "the server did not stop"
