@@ -94,10 +94,13 @@ class TransformerSettings(Settings):
 
 
 class EncoderSettings(Settings):
-    """A frozen CLIP: `path` is a folder or a name that the library knows."""
+    """A frozen CLIP: `path` is a folder or a name that the library knows.
+
+    `ip_adapter` is for conditioners only: `path` is the JSON file that names a diffusion decoder's parts.
+    """
 
     path: str
-    library: Literal["open_clip", "transformers"] = "open_clip"
+    library: Literal["open_clip", "transformers", "ip_adapter"] = "open_clip"
     pretrained: str | None = None
     layer: int = -2
     has_cls: bool = True
@@ -205,6 +208,7 @@ class DemoDecoderStage(Settings):
     kind: Literal["demo_decoder"]
     decoder: Literal["conv", "diffusion"] = "conv"
     coarse: str | None = None  # diffusion: the trained conv decoder whose residual is modelled
+    noise_scale: Annotated[float, Field(gt=0, le=1)] = 0.3  # diffusion: of the noise that pictures start from
     shapes: ConditionShapes
     size_px: Positive = 48
     image_drop: Fraction = 0.1  # share of samples trained without z_v, so that z_t alone can be drawn

@@ -217,8 +217,8 @@ def build_demo_decoder(stage: s.DemoDecoderStage) -> Stage:
         from vlgpt.models.tiny_diffusion import TinyDiffusionDecoder
 
         coarse = ConvDecoder.from_folder(stage.coarse)
-        drops = {"image_drop": stage.image_drop, "text_drop": stage.text_drop}
-        return DemoDiffusionStage(decoder=TinyDiffusionDecoder.on(coarse, **drops))
+        options = {"image_drop": stage.image_drop, "text_drop": stage.text_drop, "noise_scale": stage.noise_scale}
+        return DemoDiffusionStage(decoder=TinyDiffusionDecoder.on(coarse, **options))
     decoder = ConvDecoder(
         image_tokens=shapes.image_tokens,
         image_width=shapes.image_width,
