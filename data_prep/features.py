@@ -212,8 +212,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--features", default="patches,image_condition,text_condition", help=f"of {', '.join(FEATURES)}"
     )
-    parser.add_argument("--encoder", required=True, help="CLIP folder or name")
-    parser.add_argument("--library", choices=("open_clip", "transformers"), default="open_clip")
+    parser.add_argument(
+        "--encoder",
+        required=True,
+        help="CLIP folder or name; with --library ip_adapter the JSON of a diffusion decoder's parts",
+    )
+    parser.add_argument("--library", choices=("open_clip", "transformers", "ip_adapter"), default="open_clip")
     parser.add_argument("--pretrained", help="weights of a named open_clip model")
     parser.add_argument(
         "--layer", type=int, default=-2, help="hidden layer of patch features (default: penultimate)"
@@ -243,6 +247,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments.features = tuple(arguments.features.split(","))
     if unknown := set(arguments.features) - set(FEATURES):
         raise UserError(f"unknown feature {sorted(unknown)[0]!r}; valid: {', '.join(FEATURES)}")
+    if arguments.library == "ip_adapter" and {"patches", "visual"} & set(arguments.features):
+        raise UserError(
+            "--library ip_adapter makes image_condition and text_condition; run patches and visual with their own CLIP"
+        )
     for name in ("views", "batch_size", "threads", "num_workers", "num_tasks"):
         if getattr(arguments, name) < 1:
             flag = name.replace("_", "-")

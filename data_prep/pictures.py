@@ -17,7 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from vlgpt.images import MAX_PIXELS, BadImage, open_image
 
-CACHED_BYTES = 64 << 10
+CACHE_BYTES = 32 << 20
+CACHED_BYTES = 16 << 10
 LINEAR_BELOW = 1.6  # what is left to reduce after scaled JPEG decoding
 PNG_LEVEL = 3  # 40 % faster than zlib's 6, 1 % larger on drawings
 
@@ -52,12 +53,12 @@ class StoredPicture:
 
 
 class PicturePreparer:
-    """Prepares pictures; small files that come again and again are prepared once."""
+    """Prepares pictures; small ones that come again and again (emoji) are prepared once, in CACHE_BYTES at most."""
 
-    def __init__(self, settings: PictureSettings, *, cache_size: int = 8192):
+    def __init__(self, settings: PictureSettings, *, cache_bytes: int = CACHE_BYTES):
         self._settings = settings
         self._cache: OrderedDict[bytes, StoredPicture] = OrderedDict()
-        self._cache_size = cache_size
+        self._free_bytes = cache_bytes
         if settings.fast:
             import cv2
 
@@ -71,10 +72,11 @@ class PicturePreparer:
         if (stored := self._cache.get(digest.digest())) is not None:
             return stored
         stored = _prepare(data, digest.hexdigest(), self._settings)
-        if len(data) + len(stored.data) <= CACHED_BYTES:
+        if len(stored.data) <= CACHED_BYTES:
             self._cache[digest.digest()] = stored
-            if len(self._cache) > self._cache_size:
-                self._cache.popitem(last=False)
+            self._free_bytes -= len(stored.data)
+            while self._free_bytes < 0:
+                self._free_bytes += len(self._cache.popitem(last=False)[1].data)
         return stored
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from data_prep.sources import Dropped, Record
-from data_prep.sources.rows import Row, Rows, Table, find_files, inside, open_table
+from data_prep.sources.inputs import inside, list_files
+from data_prep.sources.rows import Row, Rows, Table, open_table
 from vlgpt.document import Document, ImagePart, TextPart
 from vlgpt.log import UserError
 
@@ -33,8 +34,8 @@ class FolderSource:
     ):
         tables: list[Path] = []
         for path in inputs:
-            found = [file for file in find_files([path], (".jsonl", ".csv")) if file.name in METADATA]
-            tables += found if path.is_dir() else [path]
+            files = [file.path for file in list_files([path], (".jsonl", ".csv"))]
+            tables += [file for file in files if file.name in METADATA] if path.is_dir() else [path]
         if not tables:
             raise UserError(
                 f"the folder source needs a {' or '.join(METADATA)} in --input, found none in {inputs}"

@@ -10,8 +10,7 @@ from typing import Annotated, Literal
 
 from data_prep.sources import Dropped, ImageOpener, Record
 from data_prep.sources.convert import BadRecord, convert
-from data_prep.sources.inputs import find_files
-from data_prep.sources.rows import inside
+from data_prep.sources.inputs import find_files, inside
 from data_prep.sources.templates import edit_chat
 from data_prep.sources.web_page import Block, captioned_pictures, read_page
 from vlgpt.document import Document, ImagePart, Part, TextPart

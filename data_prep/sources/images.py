@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 from data_prep.sources import Dropped, Record
-from data_prep.sources.rows import find_files
+from data_prep.sources.inputs import list_files
 from vlgpt.document import Document, ImagePart
 from vlgpt.log import UserError
 
@@ -21,9 +21,8 @@ class ImagesSource:
         self._files: list[tuple[Path, str]] = []
         for path in inputs:
             root = path if path.is_dir() else path.parent
-            self._files += [
-                (file, file.relative_to(root).as_posix()) for file in find_files([path], SUFFIXES)
-            ]
+            found = [file.path for file in list_files([path], SUFFIXES)]
+            self._files += [(file, file.relative_to(root).as_posix()) for file in found]
         if not self._files:
             raise UserError(
                 f"the images source found no file ending in {', '.join(SUFFIXES)} in --input {inputs}"

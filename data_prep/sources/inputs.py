@@ -50,27 +50,36 @@ def find_files(inputs: Sequence[Path], suffixes: Sequence[str], *, source: str) 
 
 
 def list_files(inputs: Sequence[Path], suffixes: Sequence[str]) -> list[InputFile]:
-    """As `find_files`, without its checks."""
+    """As `find_files`, without its checks. Suffixes match in any case; hidden files and folders are left out."""
     found: list[InputFile] = []
+    endings = tuple(suffixes)
     for path in inputs:
         if path.is_dir():
-            inside = (file for suffix in suffixes for file in path.rglob(f"*{suffix}") if file.is_file())
-            visible = {
-                file
-                for file in inside
-                if not any(part.startswith(".") for part in file.relative_to(path).parts)
+            names = {
+                file.relative_to(path).as_posix(): file
+                for file in path.rglob("*")
+                if file.name.lower().endswith(endings) and file.is_file()
             }
-            found += [
-                InputFile(file, _without(str(file.relative_to(path)), suffixes)) for file in sorted(visible)
-            ]
+            visible = sorted(name for name in names if not f"/{name}".count("/."))
+            found += [InputFile(names[name], _without(name, suffixes)) for name in visible]
         else:
             found.append(InputFile(path, _without(path.name, suffixes)))
     return found
 
 
 def _without(name: str, suffixes: Sequence[str]) -> str:
-    longest = max((suffix for suffix in suffixes if name.endswith(suffix)), key=len, default="")
-    return name.removesuffix(longest)
+    longest = max((suffix for suffix in suffixes if name.lower().endswith(suffix)), key=len, default="")
+    return name[: len(name) - len(longest)]
+
+
+def inside(folder: Path, name: str) -> Path | None:
+    """`folder/name`, or None when the name leads out of the folder (names come from strangers)."""
+    path = folder / name
+    try:
+        is_inside = path.resolve().is_relative_to(folder.resolve())
+    except (OSError, ValueError, RuntimeError):  # null bytes, link loops
+        return None
+    return path if is_inside else None
 
 
 def split_range(starts: Sequence[int], start: int, stop: int) -> Iterator[tuple[int, int, int]]:

@@ -24,8 +24,14 @@ from data_prep.sources.inputs import InputFile, find_files, kept_arrays, split_r
 from data_prep.sources.json_list import list_values
 from vlgpt.log import UserError
 
-SUFFIXES = (".jsonl", ".json", ".jsonl.zip", ".json.zip", ".jsonl.gz", ".json.gz")
+LINES = (".jsonl", ".ndjson")
+"""Files with these names hold one value per line, whatever the first line begins with."""
+SUFFIXES = tuple(f"{kind}{packing}" for packing in ("", ".zip", ".gz") for kind in (*LINES, ".json"))
 FIRST_RECORDS = 100
+CHUNK_BYTES = 16 << 20
+MAX_RECORD_BYTES = 128 << 20
+IN_MEMORY_BYTES = 64 << 20
+IS_SPACE = np.isin(np.arange(256), list(b" \t\n\r\v\f"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,10 +93,9 @@ class JsonRecords:
         value_number = int(np.searchsorted(first_record, start, side="right")) - 1
         with open_binary(file.path) as stream:
             while start < stop:
-                stream.seek(int(starts[value_number]))
-                text = stream.read(int(stops[value_number] - starts[value_number]))
+                place_bytes, end_bytes = int(starts[value_number]), int(stops[value_number])
                 first, after = int(first_record[value_number]), int(first_record[value_number + 1])
-                value, reason = _parse(text)
+                value, reason = _read_value(stream, place_bytes, end_bytes)
                 for number in range(start, min(stop, after)):
                     part = number - first
                     key = f"{file.name}:{value_number}" + (f":{part}" if after - first > 1 else "")
@@ -99,7 +104,15 @@ class JsonRecords:
 
 
 def _in_memory(arrays: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
-    return tuple(np.array(array) for array in arrays)  # a memory map would hold its file open
+    """A memory map holds its file open, and there may be thousands of small files; large ones stay mapped."""
+    return tuple(array if array.nbytes > IN_MEMORY_BYTES else np.array(array) for array in arrays)
+
+
+def _read_value(stream: IO[bytes], start: int, stop: int) -> tuple[Any, str]:
+    if stop - start > MAX_RECORD_BYTES:
+        return None, "record_too_long"
+    stream.seek(start)
+    return _parse(stream.read(stop - start))
 
 
 def _parse(text: bytes) -> tuple[Any, str]:
@@ -130,18 +143,34 @@ def open_binary(path: Path) -> IO[bytes]:
 
 def _index(path: Path, *, count: Callable[[Any], int] | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Byte ranges of the JSON values and running number of records: -> (n,), (n,), (n + 1,)."""
-    starts, stops, counts = [], [], []
     try:
         with open_binary(path) as stream:
-            is_list = _first_byte(stream) == b"["
+            is_list = not has_lines(path) and _first_byte(stream) == b"["
             stream.seek(0)
-            for start, stop, value in list_values(stream, path) if is_list else _lines(stream, count):
-                starts.append(start)
-                stops.append(stop)
-                counts.append(1 if count is None or value is None else count(value))
+            if is_list:
+                places = [
+                    (start, stop, _count(value, count)) for start, stop, value in list_values(stream, path)
+                ]
+                starts, stops, counts = np.array(places, np.int64).reshape(-1, 3).T
+            else:
+                starts, stops = _lines(stream)
+                counts = np.ones(len(starts), np.int64)
+                for number in range(len(starts)) if count is not None else ():
+                    value, _ = _read_value(stream, int(starts[number]), int(stops[number]))
+                    counts[number] = _count(value, count)
     except (EOFError, gzip.BadGzipFile, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path} is cut or damaged: {error}; download it again") from error
-    return np.array(starts, np.int64), np.array(stops, np.int64), np.cumsum([0, *counts], dtype=np.int64)
+    return starts, stops, np.concatenate([[0], np.cumsum(counts)])
+
+
+def _count(value: Any, count: Callable[[Any], int] | None) -> int:
+    """Records in a value; what is no JSON counts as one, so that it can be dropped."""
+    return 1 if count is None or value is None else count(value)
+
+
+def has_lines(path: Path) -> bool:
+    """Whether the name says JSON Lines."""
+    return path.name.lower().removesuffix(".zip").removesuffix(".gz").endswith(LINES)
 
 
 def _first_byte(stream: IO[bytes]) -> bytes:
@@ -150,10 +179,19 @@ def _first_byte(stream: IO[bytes]) -> bytes:
     return byte
 
 
-def _lines(stream: IO[bytes], count: Callable[[Any], int] | None) -> Iterator[tuple[int, int, Any]]:
-    start = 0
-    for line in stream:
-        stop = start + len(line)
-        if not line.isspace():
-            yield start, stop, None if count is None else _parse(line)[0]
-        start = stop
+def _lines(stream: IO[bytes]) -> tuple[np.ndarray, np.ndarray]:
+    """Where the lines lie that are not blank, found by array operations, a chunk at a time. -> (n,), (n,) int64"""
+    ends, letters = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    position = num_letters = 0
+    while chunk := stream.read(CHUNK_BYTES):
+        values = np.frombuffer(chunk, np.uint8)
+        running = np.cumsum(~IS_SPACE[values], dtype=np.int64)
+        breaks = np.flatnonzero(values == ord("\n"))
+        ends.append(breaks + position + 1)
+        letters.append(running[breaks] + num_letters)
+        position, num_letters = position + len(chunk), num_letters + int(running[-1])
+    stops = np.concatenate([*ends, [position]])
+    up_to = np.concatenate([*letters, [num_letters]])
+    is_filled = np.diff(up_to, prepend=0) > 0
+    starts = np.concatenate([[0], stops[:-1]])
+    return starts[is_filled], stops[is_filled]

@@ -1,8 +1,4 @@
-"""Tables of any size as numbered rows: JSON lines and CSV, shared by several sources.
-
-Only the places of the rows are held in memory, so a file of 100 million lines costs 0.8 GB and can be read
-from any row.
-"""
+"""Tables of any size as numbered rows, from JSON lines or CSV: only the places of the rows are held."""
 
 from __future__ import annotations
 
@@ -10,18 +6,14 @@ import bisect
 import csv
 import io
 import itertools
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-
 from data_prep.sources import Dropped
+from data_prep.sources.json_records import JsonRecord, JsonRecords, has_lines
 from vlgpt.log import UserError
 
-CHUNK_BYTES = 16 << 20
-MAX_ROW_BYTES = 64 << 20
 Row = tuple[str, dict[str, Any]]
 
 
@@ -37,50 +29,23 @@ class Table(Protocol):
         ...
 
 
-class JsonLines:
-    """One JSON object per line; empty lines do not count."""
+class JsonTable:
+    """One JSON object per line; blank lines do not count."""
 
     def __init__(self, path: Path):
         self.path = path
-        ends = [np.zeros(0, np.int64)]
-        with path.open("rb") as file:
-            position = 0
-            while chunk := file.read(CHUNK_BYTES):
-                ends.append(np.flatnonzero(np.frombuffer(chunk, np.uint8) == 10) + position + 1)
-                position += len(chunk)
-        stops = np.concatenate(ends)
-        if not len(stops) or stops[-1] != position:
-            stops = np.append(stops, position)
-        starts = np.concatenate([[0], stops[:-1]])
-        is_row = stops - starts > 2  # shorter lines hold no object, at most a line end
-        self._starts, self._stops = starts[is_row], stops[is_row]
+        self._records = JsonRecords([path], source="table")
 
     def __len__(self) -> int:
-        return len(self._starts)
+        return len(self._records)
 
     def read(self, start: int, stop: int) -> Iterator[Row | Dropped]:
-        with self.path.open("rb") as file:
-            for number in range(start, stop):
-                key, first, end = (
-                    f"{self.path.name}:{number}",
-                    int(self._starts[number]),
-                    int(self._stops[number]),
-                )
-                if end - first > MAX_ROW_BYTES:
-                    yield Dropped("row_too_long", key)
-                    continue
-                file.seek(first)
-                yield _parse(file.read(end - first), key)
-
-
-def _parse(line: bytes, key: str) -> Row | Dropped:
-    try:
-        row = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError:
-        return Dropped("text_not_utf8", key)
-    except (ValueError, RecursionError):
-        return Dropped("bad_json", key)
-    return (key, row) if isinstance(row, dict) else Dropped("bad_row", key)
+        for item in self._records.read(start, stop):
+            if isinstance(item, JsonRecord):
+                is_row = isinstance(item.value, dict)
+                yield (item.key, item.value) if is_row else Dropped("bad_row", item.key)
+            else:
+                yield item
 
 
 class CsvRows:
@@ -158,30 +123,8 @@ class Rows:
 
 def open_table(path: Path) -> Table:
     """By suffix. Raises UserError for another one."""
-    if path.suffix.lower() in (".jsonl", ".ndjson"):
-        return JsonLines(path)
+    if has_lines(path):
+        return JsonTable(path)
     if path.suffix.lower() in (".csv", ".tsv"):
         return CsvRows(path)
     raise UserError(f"{path}: tables end in .jsonl, .csv or .tsv, found {path.suffix!r}")
-
-
-def find_files(inputs: Sequence[Path], suffixes: Sequence[str]) -> list[Path]:
-    """Files with these suffixes (any case) in the inputs, folders searched in depth, in a fixed order."""
-    found: list[Path] = []
-    for path in inputs:
-        if path.is_dir():
-            inside = (file for file in path.rglob("*") if file.suffix.lower() in suffixes and file.is_file())
-            found += sorted(inside, key=lambda file: file.relative_to(path).as_posix())
-        else:
-            found.append(path)
-    return found
-
-
-def inside(folder: Path, name: str) -> Path | None:
-    """`folder/name`, or None when the name leads out of the folder (names come from strangers)."""
-    path = folder / name
-    try:
-        is_inside = path.resolve().is_relative_to(folder.resolve())
-    except (OSError, ValueError, RuntimeError):  # null bytes, link loops
-        return None
-    return path if is_inside else None

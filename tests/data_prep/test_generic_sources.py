@@ -8,7 +8,8 @@ from corpus import picture
 from data_prep.sources import Dropped, Record
 from data_prep.sources.folder import FolderSource
 from data_prep.sources.images import ImagesSource
-from data_prep.sources.rows import CsvRows, JsonLines, Rows, inside
+from data_prep.sources.inputs import inside
+from data_prep.sources.rows import CsvRows, JsonTable, Rows
 from data_prep.sources.text import TextSource
 from vlgpt.log import UserError
 
@@ -36,31 +37,36 @@ def test_json_lines_of_any_shape(tmp_path):
         b"[1]",
         b'{"a": "\xff"}',
         b'{"a": 9}',
+        b"7",
     ]
     path.write_bytes(b"\n".join(lines))
-    table = JsonLines(path)
+    table = JsonTable(path)
     rows = list(table.read(0, len(table)))
     assert rows == [
-        *[("a.jsonl:0", {"a": 1}), ("a.jsonl:1", {"a": "é\n"}), Dropped("bad_json", "a.jsonl:2")],
-        *[Dropped("bad_json", "a.jsonl:3"), Dropped("bad_row", "a.jsonl:4")],
-        *[Dropped("text_not_utf8", "a.jsonl:5"), ("a.jsonl:6", {"a": 9})],
+        *[("a:0", {"a": 1}), ("a:1", {"a": "é\n"}), Dropped("bad_json", "a:2")],
+        *[Dropped("bad_row", "a:3"), Dropped("text_not_utf8", "a:4"), ("a:5", {"a": 9})],
+        Dropped("bad_row", "a:6"),
     ]
-    path.write_bytes(path.read_bytes() + b"\n\n")
-    assert len(JsonLines(path)) == 7
+    path.write_bytes(b"[2]\n" + path.read_bytes() + b"\n\r\n \n")
+    table = JsonTable(path)
+    assert [next(table.read(number, number + 1)) for number in (0, 1)] == [
+        *[Dropped("bad_row", "a:0"), ("a:1", {"a": 1})],
+    ]
+    assert len(table) == 8
     path.write_bytes(b"")
-    assert len(JsonLines(path)) == 0
+    assert len(JsonTable(path)) == 0
 
 
 def test_line_places_survive_chunk_borders(tmp_path, monkeypatch):
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"n": n, "pad": "x" * (n * 7 % 50)}) + "\n" for n in range(200)))
-    monkeypatch.setattr("data_prep.sources.rows.CHUNK_BYTES", 13)
-    table = JsonLines(path)
+    monkeypatch.setattr("data_prep.sources.json_records.CHUNK_BYTES", 13)
+    table = JsonTable(path)
     assert [row[1]["n"] for row in table.read(0, len(table))] == list(range(200))
 
 
 def test_a_huge_line_is_dropped_unread(tmp_path, monkeypatch):
-    monkeypatch.setattr("data_prep.sources.rows.MAX_ROW_BYTES", 100)
+    monkeypatch.setattr("data_prep.sources.json_records.MAX_RECORD_BYTES", 100)
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "x" * 200}) + "\n" + json.dumps({"text": "ok"}))
     assert [type(row) for row in TextSource([tmp_path / "a.jsonl"]).read(0, 2)] == [Dropped, Record]
 
@@ -83,7 +89,7 @@ def test_several_tables_are_one_list(tmp_path):
         (tmp_path / f"{name}.jsonl").write_text(
             "".join(json.dumps({"n": f"{name}{n}"}) + "\n" for n in range(count))
         )
-    rows = Rows([JsonLines(tmp_path / f"{name}.jsonl") for name in "abc"])
+    rows = Rows([JsonTable(tmp_path / f"{name}.jsonl") for name in "abc"])
     assert [row[1]["n"] for _, row in rows.read(1, 4)] == ["a1", "c0", "c1"]
 
 

@@ -15,7 +15,6 @@ from source_files import (
     write_tar,
 )
 
-from data_prep.sources import emoji_tasks, templates
 from vlgpt.log import UserError
 
 BUS = [
@@ -162,12 +161,3 @@ def test_a_file_of_another_data_set_is_refused_in_one_line_that_names_its_keys(t
     (tmp_path / "other.json").write_text('[{"question": 1, "answers": 2}]')
     with pytest.raises(UserError, match=r"other\.json.*(answers, question|question, answers)"):
         open_source(name, tmp_path / "other.json")
-
-
-def test_chats_of_the_emoji_source_and_of_the_data_sets_use_the_same_words():
-    import inspect
-
-    text = inspect.getsource(emoji_tasks)
-    for words in (templates.CAPTION_REQUEST, templates.GENERATION_REPLY, templates.EDIT_REPLY):
-        assert words in text
-    assert templates.GENERATION_REQUEST.partition("{")[0] in text
