@@ -19,6 +19,7 @@ from vlgpt.decoding.load import DIFFUSION_PATHS, located
 from vlgpt.generate import Generator
 from vlgpt.log import UserError, get_logger
 from vlgpt.model_card import write_card
+from vlgpt.models.decoder_parts import FOR_TARGETS, read_parts
 from vlgpt.models.unified import UnifiedConfig, UnifiedModel, is_export
 from vlgpt.models.weights import tensors_of, write_weights
 from vlgpt.settings import LanguageStage, RunSettings
@@ -116,13 +117,12 @@ def _carry_decoder(path: Path, folder: Path) -> dict[str, Any]:
     """The record of a picture decoder, its small local parts copied."""
     description = path if path.is_file() else path / DIFFUSION_FILE
     if description.is_file():
-        arguments = json.loads(description.read_text())
+        parts = read_parts(description)
+        arguments = {name: value for name, value in parts.items() if name not in FOR_TARGETS}
         for name in DIFFUSION_PATHS:
             if reference := arguments.get(name):
-                near = description.parent / reference
-                source = near if near.exists() else Path(reference)
-                suffix = source.suffix if source.is_file() else ""
-                arguments[name] = carry(source, folder, f"picture_decoder/{name}{suffix}")
+                suffix = Path(reference).suffix if Path(reference).is_file() else ""
+                arguments[name] = carry(reference, folder, f"picture_decoder/{name}{suffix}")
         return {"kind": "diffusion", **arguments}
     if not (path / "config.json").is_file():
         raise UserError(

@@ -12,6 +12,7 @@ from torch import nn
 
 from vlgpt.log import UserError
 from vlgpt.models.component import CONFIG_FILE
+from vlgpt.models.decoder_parts import FOR_TARGETS
 from vlgpt.models.decoders import ConvDecoder, PictureDecoder
 from vlgpt.models.encoders import ClipEncoder, load_clip
 
@@ -47,6 +48,7 @@ def load_decoder(
     if record["kind"] == "diffusion":
         from vlgpt.models.diffusion import DiffusionDecoder
 
+        options = {name: value for name, value in options.items() if name not in FOR_TARGETS}
         paths = {name: located(folder, options[name]) for name in DIFFUSION_PATHS if options.get(name)}
         return DiffusionDecoder.load(**{**options, **paths}, dtype=dtype)
     raise UserError(f"picture decoder kind {record['kind']!r} is unknown; valid: component, diffusion")

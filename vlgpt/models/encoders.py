@@ -18,7 +18,7 @@ from vlgpt.log import UserError
 from vlgpt.models.component import freeze
 from vlgpt.models.weights import load_whole
 
-Library = Literal["open_clip", "transformers"]
+Library = Literal["open_clip", "transformers", "ip_adapter"]
 
 
 def hash_weights(module: nn.Module) -> str:
@@ -255,7 +255,11 @@ def load_clip(
     layer: int = -2,
     has_cls: bool = True,
 ) -> ClipEncoder:
-    """A frozen CLIP by library and path or name."""
+    """A frozen CLIP by library and path or name; `ip_adapter`: what makes e_v and e_t, see `DecoderConditioner`."""
+    if library == "ip_adapter":
+        from vlgpt.models.decoder_parts import DecoderConditioner
+
+        return DecoderConditioner.load(path)
     if library == "open_clip":
         return OpenClipEncoder(path, pretrained=pretrained, layer=layer, has_cls=has_cls)
     return TransformersClipEncoder(path, layer=layer, has_cls=has_cls)
