@@ -5,7 +5,8 @@ deepspeed launchers/pretrain.py --deepspeed ds_configs/zero2.json [--config YAML
 
 import sys
 
+from evaluation.training_probe import make_probe
 from vlgpt.cli import launch_training
 
 if __name__ == "__main__":
-    sys.exit(launch_training(default_config="launchers/configs/demo/pretrain.yaml"))
+    sys.exit(launch_training(default_config="launchers/configs/demo/pretrain.yaml", make_probe=make_probe))

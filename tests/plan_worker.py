@@ -8,7 +8,8 @@ from torch import Tensor
 
 from vlgpt.config import validate
 from vlgpt.settings import RunSettings
-from vlgpt.train.engine import Engine, merge_config, start_process_group, stop_process_group
+from vlgpt.train.ds_config import merge_config
+from vlgpt.train.engine import Engine, start_process_group, stop_process_group
 
 
 def num_bytes(tensors) -> int:

@@ -18,6 +18,10 @@ from vlgpt.log import UserError
 
 if TYPE_CHECKING:
     from vlgpt.decoding.api import DecodeSettings
+    from vlgpt.settings import RunSettings
+    from vlgpt.train.validation import Probe
+
+    MakeProbe = Callable[[RunSettings], Probe]
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -25,8 +29,13 @@ console = Console(highlight=False, soft_wrap=True)
 # ------------------------------------------------------------------------------------------------------------ training
 
 
-def launch_training(*, default_config: str, argv: Sequence[str] | None = None) -> int:
-    """What the launchers run: `--deepspeed JSON --config YAML [a.b=c ...]`. Returns the exit code."""
+def launch_training(
+    *, default_config: str, make_probe: MakeProbe | None = None, argv: Sequence[str] | None = None
+) -> int:
+    """What the launchers run: `--deepspeed JSON --config YAML [a.b=c ...]`. Returns the exit code.
+
+    `make_probe(settings)` gives what is asked of the model at every validation, when the settings name probes.
+    """
     parser = argparse.ArgumentParser(
         description=f"Train one stage (default configuration: {default_config})."
     )
@@ -39,15 +48,16 @@ def launch_training(*, default_config: str, argv: Sequence[str] | None = None) -
         "overrides", nargs="*", metavar="KEY=VALUE", help="settings to change, such as optimizer.lr=1e-4"
     )
     arguments = parser.parse_args(argv)
-    return log.run_command(lambda: _train(arguments))
+    return log.run_command(lambda: _train(arguments, make_probe))
 
 
-def _train(arguments: argparse.Namespace) -> int:
+def _train(arguments: argparse.Namespace, make_probe: MakeProbe | None) -> int:
     from vlgpt.config import load_run
 
     settings = load_run(arguments.config, arguments.overrides)
-    from vlgpt.train.engine import read_config
-    from vlgpt.train.run import is_finished, missing_inputs, run_training
+    from vlgpt.train.ds_config import read_config
+    from vlgpt.train.facts import is_finished, missing_inputs
+    from vlgpt.train.run import run_training
 
     ds_config = read_config(arguments.deepspeed)
     if is_finished(settings):
@@ -58,7 +68,8 @@ def _train(arguments: argparse.Namespace) -> int:
         hint = "; `make demo` prepares everything the demo configurations read" if is_demo else ""
         names = ", ".join(f"{key} = {path}" for key, path in missing)
         raise FileNotFoundError(f"{names} does not exist{hint}")
-    return run_training(settings, ds_config, ds_source=arguments.deepspeed)
+    probe = make_probe(settings) if make_probe is not None and settings.validation.probes else None
+    return run_training(settings, ds_config, ds_source=arguments.deepspeed, probe=probe)
 
 
 # ---------------------------------------------------------------------------------------------------------- vlgpt NAME

@@ -6,9 +6,9 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 
 class UserError(ValueError):
@@ -41,12 +41,20 @@ def run_command(main: Callable[[], int | None]) -> int:
         return 2
 
 
+class Mirror(Protocol):
+    """Somebody else who gets the records of a `MetricsLog`."""
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None: ...
+    def close(self) -> None: ...
+
+
 class MetricsLog:
     """metrics.jsonl (one JSON object per line) and TensorBoard events of one run; only rank 0 should hold one."""
 
-    def __init__(self, folder: Path, *, use_tensorboard: bool = True):
+    def __init__(self, folder: Path, *, use_tensorboard: bool = True, mirrors: Sequence[Mirror] = ()):
         folder.mkdir(parents=True, exist_ok=True)
         self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+        self._mirrors = mirrors
         self._writer = None
         if use_tensorboard:
             try:
@@ -63,6 +71,8 @@ class MetricsLog:
         record = {"step": step, "time_s": round(time.time(), 3), **values}
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
+        for mirror in self._mirrors:
+            mirror.write(step, values)
         if self._writer is not None:
             for name, value in values.items():
                 if isinstance(value, (int, float)):
@@ -75,6 +85,8 @@ class MetricsLog:
 
     def close(self) -> None:
         self._file.close()
+        for mirror in self._mirrors:
+            mirror.close()
         if self._writer is not None:
             self._writer.close()
 

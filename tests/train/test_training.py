@@ -4,17 +4,27 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_unified import NUM_PATCHES, PATCH_WIDTH, new_document_tokenizer
 
+sys.path.append(str(Path(__file__).parents[1] / "data"))
+from small_data import page, write_dataset, write_feature
+from small_data import pair as pair_of
+
+TOKENIZER = new_document_tokenizer()
 WORKER = Path(__file__).with_name("worker.py")
 
 
-def run_workers(task, folder, *, world_size=1, timeout_s=150, is_killed=False, **options):
-    """Start `world_size` processes of worker.py side by side, without the launcher; returns their results."""
+def run_workers(task, folder, *, world_size=1, timeout_s=150, is_killed=False, code=0, **options):
+    """Start `world_size` processes of worker.py side by side, without the launcher; returns their results.
+
+    `task` may be several with commas between, run one after the other in the same processes.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     port = 20000 + os.getpid() % 20000 + world_size
     processes = []
@@ -46,28 +56,32 @@ def run_workers(task, folder, *, world_size=1, timeout_s=150, is_killed=False, *
         assert processes[-1].returncode == -9, outputs[-1][-3000:]
         return []
     for process, output in zip(processes, outputs):
-        assert process.returncode == 0, output[-3000:]
+        assert process.returncode == code, output[-3000:]
     return [json.loads((folder / f"result_{rank}.json").read_text()) for rank in range(world_size)]
 
 
 @pytest.fixture(scope="module")
 def layouts(tmp_path_factory):
-    """The same eight packed rows as 1 rank x 8 micro-batches, 1 x 2 of four rows, and 2 ranks x 2 x 2 rows."""
+    """The same eight packed rows as 1 rank x 8 or 2 micro-batches, and 2 ranks x 4 or 2 of them."""
     root = tmp_path_factory.mktemp("layouts")
     run_workers("layouts", root / "one", world_size=1)
     run_workers("layouts", root / "two", world_size=2)
-    found = {}
-    for path in sorted(root.rglob("*.safetensors")):
-        found[path.stem] = load_file(path)
-    return found
+    return {path.stem: load_file(path) for path in sorted(root.rglob("*.safetensors"))}
 
 
-def test_an_update_depends_on_neither_ranks_nor_accumulation(layouts):
-    assert len(layouts) == 3
-    reference = layouts["1x8x1"]
-    for name, weights in layouts.items():
-        for key, value in reference.items():
-            assert torch.allclose(value, weights[key], atol=2e-6), f"{name}: {key}"
+@pytest.mark.parametrize("layout", ["1x2x4", "2x4x1", "2x2x2"])
+def test_gradients_depend_on_neither_ranks_nor_accumulation(layouts, layout):
+    reference, found = layouts["gradient_1x8x1"], layouts[f"gradient_{layout}"]
+    assert found.keys() == reference.keys()
+    assert max(float(value.abs().max()) for value in reference.values()) > 1e-2, "the gradients say nothing"
+    worst = max(float((found[name] - value).abs().max()) for name, value in reference.items())
+    assert worst <= 1e-6, f"gradients differ by {worst}"
+
+
+@pytest.mark.parametrize("layout", ["1x2x4", "2x4x1", "2x2x2"])
+def test_weights_after_three_steps_depend_on_neither_ranks_nor_accumulation(layouts, layout):
+    for name, value in layouts["weights_1x8x1"].items():
+        assert torch.allclose(value, layouts[f"weights_{layout}"][name], atol=2e-6), name
 
 
 @pytest.fixture(scope="module")
@@ -100,17 +114,68 @@ def test_frozen_parts_stay_bit_equal_and_are_not_saved(resumed):
     assert [name for name in stored if name.startswith("model.lm.")]
 
 
-def test_a_non_finite_step_is_skipped_on_all_ranks_and_counted(tmp_path):
-    results = run_workers("poison", tmp_path, world_size=2)
-    for result in results:
+PAIR_TASKS = "modalities,poison,switches,spike,drift,full_disk,averaged,poisoned_for_good"
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """Many faults in one start of two ranks; the last one ends both processes with code 70."""
+    folder = tmp_path_factory.mktemp("pair")
+    results = run_workers(PAIR_TASKS, folder, world_size=2, kind="full", code=70, timeout_s=250)
+    return [{**result, "ended_s": time.time()} for result in results]
+
+
+def test_a_non_finite_step_is_skipped_on_all_ranks_and_counted(pair):
+    for rank in pair:
+        result = rank["poison"]
         assert result["skipped_at"] == [3], "exactly the poisoned step is skipped"
         assert result["unchanged"], "a skipped step changed parameters"
         assert result["moved_on"], "training did not go on after the skipped step"
 
 
-def test_five_non_finite_steps_in_a_row_stop_every_rank_alike(tmp_path):
-    results = run_workers("poisoned_for_good", tmp_path, world_size=2)
-    assert [result["exit_code"] for result in results] == [70, 70]
+def test_five_non_finite_steps_in_a_row_stop_every_rank_alike_in_ten_seconds(pair):
+    for rank in pair:
+        assert (rank["poisoned_for_good"]["exit_code"], rank["poisoned_for_good"]["step"]) == (70, 5)
+        assert rank["ended_s"] - rank["poisoned_for_good"]["fifth_s"] < 10
+
+
+def test_kill_switch_and_stop_request_commit_after_the_step(pair):
+    for rank in pair:
+        kill, stop = rank["switches"]["kill"], rank["switches"]["stop"]
+        assert (kill["code"], kill["step"], stop["code"], stop["step"]) == (76, 5, 75, 5)
+        assert kill["tags"][0] == stop["tags"][0] == "step_00000005"
+        assert stop["is_request_gone"], "the next start would stop at once"
+
+
+def test_a_spike_rolls_back_to_the_newest_commit_and_leaves_its_data_out(pair):
+    for rank in pair:
+        assert (rank["spike"]["code"], rank["spike"]["step"]) == (0, 66)
+        assert rank["spike"]["read"] == list(range(68)), (
+            "after the spike at position 61 training reads on from 62"
+        )
+    kinds = [(event["event"], event["step"]) for event in pair[0]["spike"]["events"]]
+    assert kinds == [("loss_spike", 62), ("rollback", 62)]
+    assert pair[0]["spike"]["events"][1]["to_step"] == 60
+
+
+def test_a_replica_that_drifted_stops_all_ranks(pair):
+    assert [(rank["drift"]["code"], rank["drift"]["step"]) for rank in pair] == [(71, 4), (71, 4)]
+
+
+def test_a_disk_that_is_full_on_one_rank_leaves_no_half_commit_on_any(pair):
+    for rank in pair:
+        found = rank["full_disk"]
+        assert (found["code"], found["step"], found["left"]) == (74, 6, ["step_00000003"])
+    (event,) = pair[0]["full_disk"]["events"]
+    assert event["event"] == "disk_full" and "rank 1" in event["message"]
+
+
+@pytest.mark.parametrize("zero", ["1", "2", "3"])
+def test_the_moving_average_is_exact_and_survives_a_commit(pair, zero):
+    for rank in pair:
+        found = rank["averaged"][zero]
+        assert found["error"] <= 1e-6 * max(found["size"], 1.0)
+        assert found["is_kept"] and found["are_weights_kept"]
 
 
 def test_another_number_of_ranks_goes_on_by_itself_with_the_same_samples(tmp_path):
@@ -139,8 +204,8 @@ def test_two_one_two_ranks_equal_one_rank(tmp_path, kind):
     assert found == [pytest.approx(wanted, rel=1e-5) for wanted in straight["losses"]]
 
 
-def test_ranks_with_text_only_and_pictures_only_do_not_hang_under_any_zero_stage(tmp_path):
-    first, second = run_workers("modalities", tmp_path, world_size=2, kind="full", timeout_s=250)
+def test_ranks_with_text_only_and_pictures_only_do_not_hang_under_any_zero_stage(pair):
+    first, second = (rank["modalities"] for rank in pair)
     assert first["losses"] == second["losses"]
     for stage in ("2", "3"):
         for found, wanted in zip(first["losses"][stage], first["losses"]["1"]):
@@ -148,8 +213,26 @@ def test_ranks_with_text_only_and_pictures_only_do_not_hang_under_any_zero_stage
 
 
 @pytest.mark.slow
+def test_seven_shards_against_one_do_not_hang_and_deal_no_sample_twice(tmp_path):
+    many = [page(number) for number in range(21)]
+    write_dataset(tmp_path / "data" / "seven", many, shard_sizes=[3] * 7, tokenizer=TOKENIZER)
+    write_dataset(
+        tmp_path / "data" / "one", [pair_of(n) for n in range(3)], shard_sizes=[3], tokenizer=TOKENIZER
+    )
+    for folder in (tmp_path / "data").iterdir():
+        write_feature(folder, "patches", shape=(NUM_PATCHES, PATCH_WIDTH))
+    ranks = run_workers("uneven", tmp_path / "run", world_size=2, data=str(tmp_path / "data"))
+    for zero in ("2", "3"):
+        first, second = (rank[zero] for rank in ranks)
+        assert first["losses"] == second["losses"] and len(first["losses"]) == 6
+        assert first["num_passes"] == second["num_passes"]
+        assert not set(first["documents"][:8]) & set(second["documents"][:8])
+    assert ranks[0]["2"]["documents"] == ranks[0]["3"]["documents"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("zero", [1, 2])
-@pytest.mark.parametrize("kind", ["tokenizer", "lora", "full"])
+@pytest.mark.parametrize("kind", ["tokenizer", "lora", "full", "chat"])
 def test_twenty_steps_a_kill_and_twenty_more_equal_forty_bit_for_bit(tmp_path, kind, zero):
     options = {"steps": 40, "kind": kind, "zero": zero, "drop": 0.3}
     straight = run_workers("train", tmp_path / "straight", **options)[0]

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,30 +29,32 @@ from vlgpt.settings import RunSettings  # noqa: E402
 from vlgpt.stages.language import LanguageStage  # noqa: E402
 from vlgpt.stages.tokenizer import ImageTokenizerStage  # noqa: E402
 from vlgpt.train import checkpoint, commit  # noqa: E402
-from vlgpt.train.engine import Engine, merge_config, start_process_group, stop_process_group  # noqa: E402
+from vlgpt.train.ds_config import merge_config  # noqa: E402
+from vlgpt.train.engine import Engine, start_process_group, stop_process_group  # noqa: E402
 from vlgpt.train.loop import Run, RunState, TrainingStopped, after_skip, save, train_step  # noqa: E402
 
 TOKENIZER = new_document_tokenizer()
 LENGTH = 96
 
 
-def settings_of(folder, *, steps, global_batch, micro_batch, eps=1e-6):
+def settings_of(folder, *, steps, global_batch, micro_batch, eps=1e-6, clipping=1.0, **more):
     values = {
         "name": "test",
         "output_dir": str(folder),
         "stage": {"kind": "language", "language_model": "tiny"},
         "data": {"sources": [{"name": "a", "path": "b"}, {"name": "c", "path": "d"}]},
-        "optimizer": {"lr": 1e-2, "warmup_steps": 0, "eps": eps},
+        "optimizer": {"lr": 1e-2, "warmup_steps": 0, "eps": eps, "gradient_clipping": clipping},
         "steps": steps,
         "global_batch": global_batch,
         "micro_batch": micro_batch,
         "precision": "fp32",
+        **more,
     }
     return validate(RunSettings, parse_yaml(json.dumps(values)), where="test")
 
 
 def new_stage(kind, *, drop=0.0):
-    """A stage of each sort: the whole LM, LoRA on it, or the image tokenizer."""
+    """A stage of each sort: the whole LM, LoRA on it (for pages or chats), or the image tokenizer."""
     if kind == "tokenizer":
         model = new_model(TOKENIZER)
         stage = ImageTokenizerStage(
@@ -59,7 +62,7 @@ def new_stage(kind, *, drop=0.0):
         )
         return stage.requires_grad_(True)
     model = new_model(TOKENIZER)
-    if kind == "lora":
+    if kind in ("lora", "chat"):
         lora = LoraSettings(rank=4, alpha=4.0, dropout=0.0)
         model.lm.add_lora(lora, [TOKENIZER.begin_image_id, TOKENIZER.end_image_id])
     return LanguageStage(model=model, num_sources=2, visual_input_drop=drop)
@@ -74,14 +77,18 @@ def engine_of(settings, world_size, *, drop=0.0, zero=2, kind="full"):
     return Engine(stage, settings, merge_config(settings, config, world_size=world_size, source="test"))
 
 
-def rows_of(step, count):
-    """Rows with very uneven targets: none, one or two images, one text-only row, one long and one short."""
+def rows_of(step, count, *, is_chat=False):
+    """Rows with very uneven targets: none to two images, one or two documents; rows 1 and 3 are text only."""
     rows = []
     for row in range(count):
+        is_text = row in (1, 3)
         documents = [
-            random_document(100 * step + 10 * row + k, num_images=(row + k) % 3) for k in range(1 + row % 2)
+            random_document(
+                100 * step + 10 * row + k, num_images=0 if is_text else (row + k) % 3, is_chat=is_chat
+            )
+            for k in range(1 + row % 2)
         ]
-        rows.append(documents if row != 1 else [random_document(7, num_images=0)])
+        rows.append(documents)
     return rows
 
 
@@ -104,20 +111,38 @@ class Loader:
 
 
 def layouts(folder, rank, world_size, options):
-    for accumulation, micro in ((8, 1), (2, 4)) if world_size == 1 else ((2, 2),):
+    """The same eight rows divided in every way; gradients of the first step and weights after the third."""
+    for accumulation, micro in ((8, 1), (2, 4)) if world_size == 1 else ((4, 1), (2, 2)):
         # eps 1 makes AdamW's update proportional to the gradient, so rounding noise is not blown up to full steps
-        settings = settings_of(folder, steps=3, global_batch=8, micro_batch=micro, eps=1.0)
+        settings = settings_of(folder, steps=3, global_batch=8, micro_batch=micro, eps=1.0, clipping=1e9)
         engine = engine_of(settings, world_size)
+        name = f"{world_size}x{accumulation}x{micro}"
         for step in range(1, 4):
             rows = rows_of(step, 8)[rank::world_size]
             batches = [
                 pack(rows[k * micro : (k + 1) * micro], TOKENIZER, length=LENGTH) for k in range(accumulation)
             ]
             train_step(engine, batches, 1.0)
-        weights = engine.trainable_state()
-        if rank == 0:
-            save_file(weights, folder / f"{world_size}x{accumulation}x{micro}.safetensors")
+            if step == 1:
+                write(gradients_of(engine), folder / f"gradient_{name}.safetensors", rank)
+        write(engine.trainable_state(), folder / f"weights_{name}.safetensors", rank)
     return {}
+
+
+def gradients_of(engine):
+    """Gradients of the first step, from AdamW's first moment: it is (1 - beta_1) times them."""
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    share = 1 - engine.settings.optimizer.betas[0]
+    return {
+        name: safe_get_full_optimizer_state(parameter, "exp_avg").double().div(share).clone()
+        for name, parameter in engine.stage.trainable()
+    }
+
+
+def write(tensors, path, rank):
+    if rank == 0:
+        save_file(tensors, path)
 
 
 def batches_of(step, kind, rank, world_size):
@@ -125,7 +150,8 @@ def batches_of(step, kind, rank, world_size):
     if kind == "tokenizer":
         samples = [condition_sample(step, k) for k in range(rank, 4, world_size)]
         return [conditions([sample]) for sample in samples]
-    return [pack([row], TOKENIZER, length=LENGTH) for row in rows_of(step, 4)[rank::world_size]]
+    rows = rows_of(step, 4, is_chat=kind == "chat")
+    return [pack([row], TOKENIZER, length=LENGTH) for row in rows[rank::world_size]]
 
 
 def condition_sample(step, number):
@@ -253,11 +279,12 @@ def poisoned_for_good(folder, rank, world_size, options):
     try:
         for step in range(1, 10):
             batches = [pack(rows_of(step, 2)[:1], TOKENIZER, length=LENGTH)]
+            fifth_s = time.time()
             result, _ = train_step(engine, batches, 1e-2)
             state.step = step
             after_skip(run, state, result, batches)
     except TrainingStopped as stopped:
-        return {"exit_code": stopped.exit_code, "step": state.step}
+        return {"exit_code": stopped.exit_code, "step": state.step, "fifth_s": fifth_s}
     return {"exit_code": 0, "step": state.step}
 
 
@@ -265,13 +292,22 @@ TASKS = (layouts, train, modalities, poison, poisoned_for_good)
 
 
 def main():
-    task, folder, options = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
+    """Run the tasks (names with commas between) one after the other; the last one's exit code is the process's."""
+    import loop_tasks
+
+    names, folder, options = sys.argv[1].split(","), Path(sys.argv[2]), json.loads(sys.argv[3])
     start_process_group(timeout_s=60)
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    tasks = {f.__name__: f for f in TASKS}
-    result = tasks[task](folder, rank, world_size, options)
+    tasks = {f.__name__: f for f in (*TASKS, *loop_tasks.TASKS)}
+    results = {}
+    for name in names:
+        place = folder / name if len(names) > 1 else folder
+        place.mkdir(exist_ok=True)
+        results[name] = tasks[name](place, rank, world_size, options)
+    result = results if len(names) > 1 else results[names[0]]
     (folder / f"result_{rank}.json").write_text(json.dumps(result))
     stop_process_group()
+    sys.exit(results[names[-1]].get("exit_code", 0))
 
 
 if __name__ == "__main__":

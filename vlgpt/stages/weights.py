@@ -16,6 +16,7 @@ from vlgpt.log import UserError, get_logger
 from vlgpt.stages.base import Stage
 
 TRAINABLE_FILE = "trainable.safetensors"
+AVERAGE_FILE = "average.safetensors"  # the moving average, with optimizer.ema_decay: preferred where it is
 MARKER = "COMMITTED.json"
 
 
@@ -36,19 +37,18 @@ def newest_trainable(run: Path) -> TrainedWeights:
     root = run / "checkpoints"
     for marker in sorted(root.glob(f"step_*/{MARKER}"), reverse=True):
         folder = marker.parent
-        if not _is_whole(folder):
-            get_logger("export").warning(
-                "checkpoint %s is passed over: %s is damaged", folder.name, TRAINABLE_FILE
-            )
+        name = AVERAGE_FILE if (folder / AVERAGE_FILE).is_file() else TRAINABLE_FILE
+        if not _is_whole(folder, name):
+            get_logger("export").warning("checkpoint %s is passed over: %s is damaged", folder.name, name)
             continue
         state: dict[str, Any] = json.loads((folder / "state.json").read_text())
-        return TrainedWeights(folder.name, load_file(folder / TRAINABLE_FILE), state.get("frozen", {}))
+        return TrainedWeights(folder.name, load_file(folder / name), state.get("frozen", {}))
     raise UserError(f"run {run} has no committed checkpoint: train it first")
 
 
-def _is_whole(folder: Path) -> bool:
+def _is_whole(folder: Path, name: str) -> bool:
     """Whether the file has the hash that its manifest, and thereby the marker, vouches for."""
-    path, manifest = folder / TRAINABLE_FILE, folder / "rank_0.json"
+    path, manifest = folder / name, folder / "rank_0.json"
     if not path.is_file() or not manifest.is_file():
         return False
     recorded = {record["name"]: record["sha256"] for record in json.loads(manifest.read_text())["files"]}
@@ -56,7 +56,7 @@ def _is_whole(folder: Path) -> bool:
     with path.open("rb") as file:
         while piece := file.read(1 << 20):
             digest.update(piece)
-    return recorded.get(TRAINABLE_FILE) == digest.hexdigest()
+    return recorded.get(name) == digest.hexdigest()
 
 
 def load_trainable(stage: Stage, trained: TrainedWeights) -> None:

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from vlgpt import seeds
 from vlgpt.log import UserError, get_logger
-from vlgpt.stages.weights import TRAINABLE_FILE
+from vlgpt.stages.weights import AVERAGE_FILE, TRAINABLE_FILE
 from vlgpt.train import together
+from vlgpt.train.average import MovingAverage
 from vlgpt.train.engine import Engine, convert_to_universal
 
 _OWNER = re.compile(
@@ -40,7 +41,14 @@ class Resumed:
 
 
 def save(
-    engine: Engine, root: Path, *, step: int, data: dict[str, Any], facts: dict[str, Any], keep: int
+    engine: Engine,
+    root: Path,
+    *,
+    step: int,
+    data: dict[str, Any],
+    facts: dict[str, Any],
+    keep: int,
+    average: MovingAverage | None = None,
 ) -> Path:
     """Commit a checkpoint (collective) and prune old ones. Returns its folder.
 
@@ -48,14 +56,19 @@ def save(
     """
     is_first = engine.rank == 0
     trainable = engine.trainable_state(is_kept=is_first)  # collective, so before anything that can fail
+    averaged = average.state(is_kept=is_first) if average is not None else {}
     if is_first:
-        trainable |= own_buffers(engine)
+        buffers = own_buffers(engine)
+        trainable |= buffers
+        averaged = {**averaged, **buffers} if averaged else {}
 
     def write(folder: Path) -> None:
         engine.save(root, folder.name)
         _save_tensors(seeds.rng_state(), folder / f"rank_{engine.rank}_rng.safetensors")
         if is_first:
             _save_tensors(trainable, folder / TRAINABLE_FILE, metadata={"step": str(step)})
+            if averaged:
+                _save_tensors(averaged, folder / AVERAGE_FILE, metadata={"step": str(step)})
             state = {"step": step, "data": data, "zero_stage": engine.zero_stage, **facts}
             (folder / "state.json").write_text(json.dumps(state, indent=1))
 
@@ -107,7 +120,9 @@ def files_of(folder: Path, rank: int) -> list[Path]:
 # ------------------------------------------------------------------------------------------------------------ resuming
 
 
-def resume(engine: Engine, root: Path, *, facts: dict[str, Any]) -> Resumed | None:
+def resume(
+    engine: Engine, root: Path, *, facts: dict[str, Any], average: MovingAverage | None = None
+) -> Resumed | None:
     """Load the newest good checkpoint on all ranks alike (collective); None when there is none.
 
     A checkpoint of another world size or ZeRO stage is converted on the way. Raises UserError when the frozen weights
@@ -132,12 +147,21 @@ def resume(engine: Engine, root: Path, *, facts: dict[str, Any]) -> Resumed | No
     else:
         engine.load(root, found.tag)
     load_buffers(engine, trained)
+    if average is not None:
+        load_average(average, folder / AVERAGE_FILE, trained)
     if is_elastic:  # the streams of other ranks mean nothing here: new ones, named by the step
         seeds.seed_everything(engine.settings.seed, "training", state["step"], engine.rank)
     else:
         seeds.set_rng_state(load_file(folder / f"rank_{engine.rank}_rng.safetensors"))
     get_logger().info("resumed from %s", folder)
     return Resumed(state["step"], state["data"], state, found.tag, is_elastic)
+
+
+def load_average(average: MovingAverage, path: Path, trained: dict[str, Tensor]) -> None:
+    """The moving average of a commit; one written without starts anew from its weights."""
+    if not path.is_file():
+        get_logger().warning("%s has no moving average: it starts from the weights", path.parent.name)
+    average.load_state(load_file(path) if path.is_file() else trained)
 
 
 def load_elastic(engine: Engine, folder: Path, trained: dict[str, Tensor], world_size: int) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import os
 import socket
 from collections.abc import Iterator, Mapping
@@ -22,6 +21,7 @@ from vlgpt.log import UserError, get_logger
 from vlgpt.settings import RunSettings
 from vlgpt.stages.base import Stage, parameter_groups
 from vlgpt.train.agreement import join_ranks
+from vlgpt.train.ds_config import lint_zero
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,6 @@ def start_process_group(*, timeout_s: float, facts: Mapping[str, Any] | None = N
     """
     if dist.is_initialized():
         return
-    import deepspeed
-
     os.environ.setdefault("RANK", "0")
     os.environ.setdefault("WORLD_SIZE", "1")
     os.environ.setdefault("LOCAL_RANK", "0")
@@ -50,7 +48,9 @@ def start_process_group(*, timeout_s: float, facts: Mapping[str, Any] | None = N
         "LOCAL_SIZE", ""
     ).isdigit():  # an empty LOCAL_SIZE breaks deepspeed's CPU accelerator
         os.environ["LOCAL_SIZE"] = os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])
-    store, rank, world_size = join_ranks(facts or {}, timeout_s=timeout_s)
+    store, rank, world_size = join_ranks(facts or {}, timeout_s=timeout_s)  # refuses before the slow import
+    import deepspeed
+
     if not torch.cuda.is_available():
         _skip_shared_memory_extension()
     backend = "nccl" if torch.cuda.is_available() else "gloo"
@@ -75,61 +75,16 @@ def _free_port() -> int:
         return server.getsockname()[1]
 
 
-def merge_config(
-    settings: RunSettings, ds_config: Mapping[str, Any], *, world_size: int, source: str
-) -> dict[str, Any]:
-    """DeepSpeed's configuration: the run's facts and the JSON's ZeRO settings.
-
-    Raises UserError when the JSON sets a fact of the run to another value, naming both.
-    """
-    try:
-        accumulation = settings.accumulation(world_size)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    facts: dict[str, Any] = {
-        "train_batch_size": settings.global_batch,
-        "train_micro_batch_size_per_gpu": settings.micro_batch,
-        "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": settings.optimizer.gradient_clipping,
-        "bf16": {"enabled": settings.precision == "bf16"},
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "steps_per_print": 1_000_000_000,
-    }
-    if settings.precision == "bf16":
-        facts["bf16"]["check_grad_overflow"] = True
-    for key in ("optimizer", "scheduler", "fp16"):
-        if key in ds_config:
-            raise UserError(
-                f"{source} sets {key!r}: optimisation and precision live in the run's YAML; remove it there"
-            )
-    merged = dict(ds_config)
-    for key, value in facts.items():
-        found = ds_config.get(key)
-        if found is not None and found not in ("auto", value):
-            raise UserError(
-                f"{source} sets {key} = {found!r}, the run's YAML means {value!r}: remove it from the JSON"
-            )
-        merged[key] = value
-    return merged
-
-
-def read_config(path: str | Path) -> dict[str, Any]:
-    """Read a DeepSpeed JSON. Raises UserError for bad JSON, FileNotFoundError when it is missing."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"DeepSpeed configuration {path} does not exist (see ds_configs/)")
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
-
-
 class Engine:
     """A stage under DeepSpeed. All methods but the properties are collective: every rank calls them."""
 
     def __init__(self, stage: Stage, settings: RunSettings, ds_config: Mapping[str, Any]):
         import deepspeed
+        from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
+        fields = DeepSpeedZeroConfig.model_fields.items()
+        known = {name for key, field in fields for name in (key, field.alias) if name}
+        lint_zero(ds_config, known, source="the DeepSpeed JSON")
         self.stage = stage
         self.settings = settings
         groups = parameter_groups(stage, settings.optimizer.weight_decay)
@@ -234,15 +189,25 @@ class Engine:
 
     def load_weights(self, state: Mapping[str, Tensor]) -> None:
         """Set trained parameters and their fp32 masters; optimizer moments stay as they are. Raises UserError."""
+        self.load_masters(state)
+        for name, parameter in self.stage.trainable():
+            with torch.no_grad(), self.whole(parameter):
+                if self.zero_stage < 3 or self.rank == 0:  # ZeRO-3 takes rank 0's values
+                    parameter.copy_(state[name])
+
+    def load_masters(self, state: Mapping[str, Tensor]) -> None:
+        """Set the fp32 masters of everything trained (collective). Raises UserError for a missing one."""
         from deepspeed.utils import safe_set_full_fp32_param
 
-        for name, parameter in self.stage.named_parameters():
-            if parameter.requires_grad:
-                if name not in state:
-                    raise UserError(f"trained parameter {name} is missing in the checkpoint")
-                safe_set_full_fp32_param(parameter, state[name].to(self.device))
-                if self.zero_stage < 3:
-                    parameter.data.copy_(state[name])
+        for name, parameter in self.stage.trainable():
+            if name not in state:
+                raise UserError(f"trained parameter {name} is missing in the checkpoint")
+            safe_set_full_fp32_param(parameter, state[name].to(self.device))
+
+    def masters(self) -> list[Tensor]:
+        """This rank's partitions of the fp32 masters, flat."""
+        kind = "fp32_partitioned_groups_flat" if self.zero_stage == 3 else "single_partition_of_fp32_groups"
+        return list(getattr(self._engine.optimizer, kind))
 
     @property
     def zero_stage(self) -> int:
@@ -256,17 +221,24 @@ class Engine:
 
         return deepspeed.zero.GatheredParameters(list(self.stage.parameters()), modifier_rank=None)
 
+    def whole(self, parameter: Tensor) -> Any:
+        """Context in which one parameter is whole and may be changed on rank 0 (ZeRO-3 keeps it in pieces)."""
+        if self.zero_stage < 3:
+            return contextlib.nullcontext()
+        import deepspeed
+
+        return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
+
     def trainable_state(self, *, is_kept: bool = True) -> dict[str, Tensor]:
         """fp32 master weights of everything trained, gathered to the CPU of the ranks that say `is_kept`."""
         from deepspeed.utils import safe_get_full_fp32_param
 
         state = {}
-        for name, parameter in self.stage.named_parameters():
-            if parameter.requires_grad:
-                full = safe_get_full_fp32_param(parameter)
-                value = parameter if full is None else full
-                if is_kept:
-                    state[name] = value.detach().float().cpu().reshape(parameter.shape).clone()
+        for name, parameter in self.stage.trainable():
+            full = safe_get_full_fp32_param(parameter)
+            value = parameter if full is None else full
+            if is_kept:
+                state[name] = value.detach().float().cpu().reshape(_shape_of(parameter)).clone()
         return state
 
     def barrier(self) -> None:
@@ -277,6 +249,11 @@ class Engine:
         gathered: list[Any] = [None] * self.world_size
         dist.all_gather_object(gathered, value)
         return gathered
+
+
+def _shape_of(parameter: Tensor) -> torch.Size:
+    """The whole shape, also of a parameter that ZeRO-3 took apart."""
+    return getattr(parameter, "ds_shape", parameter.shape)
 
 
 @contextlib.contextmanager

@@ -14,11 +14,42 @@ EXIT_PREEMPTED = 75  # SIGTERM or SIGUSR1: committed; run the same command to go
 EXIT_KILL_SWITCH = 76  # the file KILL_SWITCH appeared: committed
 
 KILL_SWITCH = "KILL_SWITCH"
+STOP_REQUEST = "STOP_REQUEST"
+EXIT_CODE = "exit_code"
 
 
 def is_kill_switch_on(run_dir: Path) -> bool:
     """Whether somebody made the file RUN/KILL_SWITCH: commit after this step and stop, whatever restarts the run."""
     return (run_dir / KILL_SWITCH).exists()
+
+
+def is_stop_requested(run_dir: Path) -> bool:
+    """Whether the supervisor asks for a commit after this step: signals sent to a launcher kill it at once."""
+    return (run_dir / STOP_REQUEST).exists()
+
+
+def request_stop(run_dir: Path, is_wanted: bool = True) -> None:
+    """Make or remove the file RUN/STOP_REQUEST."""
+    if is_wanted:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / STOP_REQUEST).touch()
+    else:
+        (run_dir / STOP_REQUEST).unlink(missing_ok=True)
+
+
+def record_exit_code(run_dir: Path, code: int | None) -> None:
+    """Keep how a run ended in RUN/exit_code, since torchrun turns every code into 1; None forgets it."""
+    if code is None:
+        (run_dir / EXIT_CODE).unlink(missing_ok=True)
+    elif run_dir.is_dir():
+        (run_dir / EXIT_CODE).write_text(str(code))
+
+
+def recorded_exit_code(run_dir: Path) -> int | None:
+    """What `record_exit_code` kept, None when the run was killed before it could."""
+    path = run_dir / EXIT_CODE
+    text = path.read_text() if path.is_file() else ""
+    return int(text) if text.isdigit() else None
 
 
 @dataclass

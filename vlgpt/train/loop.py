@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from vlgpt.settings import RunSettings
 from vlgpt.stages.base import Stage
 from vlgpt.train import checkpoint, commit, faults
 from vlgpt.train.agreement import disagreement, replica_digest
+from vlgpt.train.average import MovingAverage
 from vlgpt.train.engine import Engine, StepResult
 from vlgpt.train.flops import FlopMeter, counting
 from vlgpt.train.profile import ProfileWindow
@@ -75,6 +75,7 @@ class Run:
     watchdog: Watchdog | None = None
     profile: ProfileWindow | None = None
     uploader: Uploader | None = None  # rank 0 only
+    average: MovingAverage | None = None
 
     def is_alive(self, step: int) -> None:
         """A sign of life for the watchdog."""
@@ -101,6 +102,8 @@ def train(run: Run, state: RunState) -> None:
         result, losses = train_step(engine, micro_batches, rate, meter=progress.meter)
         run.loader.advance(accumulation)
         state.step = step
+        if run.average is not None and not result.is_skipped:
+            run.average.update(step)
         note_losses(state, losses)
         progress.add(micro_batches, time.monotonic() - started, data_wait_s)
         run.is_alive(step)
@@ -210,7 +213,8 @@ def roll_back_after_spike(
     if not settings.spike_rollback or state.num_rollbacks >= settings.max_rollbacks:
         return False
     position = run.loader.state_dict()
-    resumed = checkpoint.resume(run.engine, run.settings.run_dir / "checkpoints", facts=run.facts)
+    root = run.settings.run_dir / "checkpoints"
+    resumed = checkpoint.resume(run.engine, root, facts=run.facts, average=run.average)
     if resumed is None:
         return False
     run.loader.load_state_dict(position)
@@ -283,8 +287,11 @@ def after_step(run: Run, state: RunState) -> None:
     """Save when it is time, at the end, or when any rank was asked to stop (then raise with its exit code)."""
     settings = run.settings
     is_last = state.step == settings.steps
-    is_off = run.engine.rank == 0 and faults.is_kill_switch_on(settings.run_dir)
-    asked = torch.tensor([float(run.should_stop is not None and run.should_stop()), float(is_off)])
+    is_first = run.engine.rank == 0
+    is_off = is_first and faults.is_kill_switch_on(settings.run_dir)
+    is_asked = run.should_stop is not None and run.should_stop()
+    is_asked = is_asked or (is_first and faults.is_stop_requested(settings.run_dir))
+    asked = torch.tensor([float(is_asked), float(is_off)])
     wants_stop, is_killed = (value > 0 for value in run.engine.all_max(asked).tolist())
     if is_last or wants_stop or is_killed or state.step % settings.checkpoint.interval_steps == 0:
         save(run, state)
@@ -294,6 +301,8 @@ def after_step(run: Run, state: RunState) -> None:
             faults.EXIT_KILL_SWITCH,
         )
     if wants_stop and not is_last:
+        if is_first:
+            faults.request_stop(settings.run_dir, False)
         raise TrainingStopped(
             f"stopped on request after step {state.step}; run the same command to go on",
             faults.EXIT_PREEMPTED,
@@ -314,6 +323,7 @@ def save(run: Run, state: RunState) -> Path | None:
             data=run.loader.state_dict(),
             facts={**run.facts, "num_skipped": state.num_skipped},
             keep=run.settings.checkpoint.keep,
+            average=run.average,
         )
     except commit.NotEnoughSpace as error:
         if run.log is not None:
@@ -328,38 +338,3 @@ def save(run: Run, state: RunState) -> Path | None:
     if run.uploader is not None:
         run.uploader.start(folder)
     return folder
-
-
-@torch.no_grad()
-def validation_losses(
-    engine: Engine, batches: Iterator[Any], max_batches: int, *, source_names: tuple[str, ...] = ()
-) -> dict[str, float]:
-    """Mean loss per term, and per term and source, over at most `max_batches` held-out batches of each rank.
-
-    Collective. Sources are told apart by the stage, whose number of sources must cover `source_names`.
-    """
-    terms = engine.stage.terms
-    totals: dict[str, float] = defaultdict(float)
-    by_source: dict[str, Tensor] = {}
-    for number, batch in enumerate(batches):
-        if number >= max_batches:
-            break
-        counts = engine.stage.count_targets(batch)
-        found = engine.stage(engine.place(batch))
-        for name in terms:
-            totals[name] += float(found[name].total)
-            totals[f"{name}/count"] += counts[name]
-            part = found[name].by_source
-            if part is not None:
-                part = part.double().cpu()
-                by_source[name] = by_source[name] + part if name in by_source else part
-    names = [*terms, *(f"{name}/count" for name in terms)]
-    summed = engine.all_sum(torch.tensor([totals[name] for name in names], dtype=torch.float64)).tolist()
-    reduced = dict(zip(names, summed))
-    values = {f"validation/{n}": reduced[n] / max(reduced[f"{n}/count"], 1.0) for n in terms}
-    if len(source_names) > 1:
-        for name in sorted(by_source):
-            for source, total, count in zip(source_names, *engine.all_sum(by_source[name]).tolist()):
-                if count:
-                    values[f"validation/{name}/{source}"] = total / count
-    return values

@@ -29,15 +29,20 @@ FINAL_CODES = frozenset(
 def supervise(command: Sequence[str], *, run_dir: Path, max_restarts: int = 3, pause_s: float = 10.0) -> int:
     """Run `command` until it ends for good; returns its exit code (128 + n after signal n).
 
-    Restarts are counted while the newest commit stays the same: progress sets the count back. SIGTERM and SIGUSR1 are
-    passed on to the command, which commits and ends with 75.
+    Restarts are counted while the newest commit stays the same: progress sets the count back. SIGTERM and SIGUSR1
+    ask the run to commit and end with 75, through the file RUN/STOP_REQUEST: a launcher that got the signal itself
+    would kill its processes. SIGINT ends the command at once; nothing starts again after it.
     """
     logger = get_logger()
+    faults.request_stop(run_dir, False)
     num_restarts, newest = 0, _newest_step(run_dir)
     while True:
-        code = _run_once(with_fresh_port(command))
-        if code in FINAL_CODES:
+        code, is_interrupted = _run_once(with_fresh_port(command), run_dir)
+        if code in FINAL_CODES or is_interrupted:
             return code
+        if faults.is_stop_requested(run_dir):
+            logger.warning("exit code %d while a stop was asked for: not started again", code)
+            return faults.EXIT_PREEMPTED
         step = _newest_step(run_dir)
         num_restarts = 1 if step > newest else num_restarts + 1
         newest = step
@@ -63,15 +68,21 @@ def with_fresh_port(command: Sequence[str]) -> list[str]:
     return [part.replace("{port}", str(port)) for part in command]
 
 
-def _run_once(command: Sequence[str]) -> int:
+def _run_once(command: Sequence[str], run_dir: Path) -> tuple[int, bool]:
+    """Exit code of one start, and whether SIGINT ended it."""
+    faults.record_exit_code(run_dir, None)
+    interrupts: list[int] = []
     process = subprocess.Popen(command, start_new_session=True)
 
-    def pass_on(number: int, frame: object) -> None:
+    def ask_for_a_commit(number: int, frame: object) -> None:
+        faults.request_stop(run_dir)
+
+    def interrupt(number: int, frame: object) -> None:
+        interrupts.append(number)
         os.killpg(process.pid, number)
 
-    before = {
-        number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-    }
+    handlers = {signal.SIGTERM: ask_for_a_commit, signal.SIGUSR1: ask_for_a_commit, signal.SIGINT: interrupt}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         code = process.wait()
     finally:
@@ -81,7 +92,9 @@ def _run_once(command: Sequence[str]) -> int:
             os.killpg(process.pid, signal.SIGKILL)
         except ProcessLookupError:
             get_logger().debug("all processes of the command have ended")
-    return code if code >= 0 else 128 - code
+    code = code if code >= 0 else 128 - code
+    recorded = faults.recorded_exit_code(run_dir)
+    return (code if recorded is None or code == 0 else recorded), bool(interrupts)
 
 
 def _newest_step(run_dir: Path) -> int:

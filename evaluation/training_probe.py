@@ -1,0 +1,88 @@
+"""A few questions of a benchmark at every validation of a training run, answered by the model as it is then.
+
+The launchers take `make_probe` from here and pass it to the training loop, which knows nothing of benchmarks.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from torch import nn
+
+from evaluation import benchmarks
+from evaluation.core import Benchmark, Prediction
+from evaluation.responders import ModelResponder
+from evaluation.run import answer, select
+from vlgpt.log import UserError, get_logger
+from vlgpt.settings import LanguageStage, ProbeSettings, RunSettings
+
+TEXT_KINDS = ("text", "rank")
+
+
+def make_probe(settings: RunSettings) -> Callable[[nn.Module, int], Mapping[str, float]]:
+    """`probe(stage, step) -> {"benchmark/metric": value}` over the benchmarks that the settings name.
+
+    Examples are chosen once, so that values of different steps can be compared. Raises UserError for a stage that
+    has no language model, an unknown benchmark, one that draws, or missing data.
+    """
+    stage = settings.stage
+    if not isinstance(stage, LanguageStage):
+        raise UserError(
+            f"validation.probes are for stage.kind=language, this run has {stage.kind}: remove them"
+        )
+    asked = [_Questions(probe, seed=settings.seed) for probe in settings.validation.probes]
+
+    def probe(module: nn.Module, step: int) -> Mapping[str, float]:
+        responder = _responder(module, stage)
+        found: dict[str, float] = {}
+        for questions in asked:
+            found.update(questions.ask(responder))
+        shown = "  ".join(f"{name} {value:.3f}" for name, value in found.items())
+        get_logger("evaluation").info("step %d probe: %s", step, shown)
+        return found
+
+    return probe
+
+
+class _Questions:
+    """The chosen examples of one benchmark."""
+
+    def __init__(self, settings: ProbeSettings, *, seed: int):
+        options = {"prompt_file": settings.prompts, **settings.options}
+        self.benchmark: Benchmark = benchmarks.make(settings.benchmark, **options)
+        if self.benchmark.kind not in TEXT_KINDS:
+            raise UserError(
+                f"{settings.benchmark} draws pictures; a probe answers in text, such as coco_caption, vqav2"
+            )
+        self.settings, self.data = settings, Path(settings.data)
+        every = self.benchmark.examples(self.data)
+        self.examples = select(every, limit=settings.num_examples, seed=seed)
+
+    def ask(self, responder: ModelResponder) -> dict[str, float]:
+        """Metrics of the benchmark by name; all lies in memory, nothing is kept."""
+        predictions: dict[str, Prediction] = {}
+        size = self.settings.batch_size
+        with tempfile.TemporaryDirectory() as folder:
+            for start in range(0, len(self.examples), size):
+                batch = self.examples[start : start + size]
+                prompts = [example.prompt for example in batch]
+                for record in answer(
+                    self.benchmark, responder, batch, prompts, self.benchmark.decoding, Path(folder)
+                ):
+                    predictions[record["id"]] = record
+        metrics = self.benchmark.score(predictions, self.data).metrics
+        return {f"{self.benchmark.name}/{name}": metric["value"] for name, metric in metrics.items()}
+
+
+def _responder(module: nn.Module, stage: LanguageStage) -> ModelResponder:
+    """The model inside a training stage as a responder; nothing is copied."""
+    from vlgpt.generate import Generator
+    from vlgpt.stages.build import load_tokenizer
+    from vlgpt.stages.language import LanguageStage as Trained
+
+    assert isinstance(module, Trained)
+    tokenizer = load_tokenizer(stage)
+    generator = Generator(model=module.model, tokenizer=tokenizer, encoder=module.encoder, decoder=None)
+    return ModelResponder(generator, identity={"kind": "training"})

@@ -1,0 +1,217 @@
+"""More tasks of worker.py: the real loop under faults, the moving average, and real shards dealt unevenly."""
+
+import json
+import resource
+import signal
+from pathlib import Path
+
+import torch
+from batches import pack
+from worker import LENGTH, TOKENIZER, engine_of, new_stage, rows_of, settings_of
+
+from vlgpt import seeds
+from vlgpt.log import MetricsLog, read_metrics
+from vlgpt.train import checkpoint, commit, faults
+from vlgpt.train.average import MovingAverage
+from vlgpt.train.loop import Run, RunState, TrainingStopped, save, train, train_step
+
+ANSWERS = {"checkpoint": {"interval_steps": 3, "keep": 2, "on_disk_full": "stop"}, "log_interval_steps": 1}
+
+
+class Stream:
+    """An endless loader of packed rows, addressed by position; `on_batch(position)` may do harm first."""
+
+    source_names = ("a", "c")
+
+    def __init__(self, rank, world_size, on_batch=lambda position: None):
+        self.rank, self.world_size, self.on_batch = rank, world_size, on_batch
+        self.position, self.read = 0, []
+
+    def __iter__(self):
+        position = self.position
+        while True:
+            self.on_batch(position)
+            self.read.append(position)
+            yield pack(rows_of(position, self.world_size)[self.rank :][:1], TOKENIZER, length=LENGTH)
+            position += 1
+
+    def advance(self, count):
+        self.position += count
+
+    def state_dict(self):
+        return {"position": self.position}
+
+    def load_state_dict(self, state):
+        self.position = state["position"]
+
+    def statistics(self):
+        return {}
+
+
+def new_run(folder, rank, world_size, loader, *, steps=8, **settings):
+    """A run with the loop's own parts, and its fresh or resumed state."""
+    values = {**ANSWERS, **settings}
+    chosen = settings_of(folder, steps=steps, global_batch=world_size, micro_batch=1, **values)
+    facts = {"frozen": new_stage("lora").frozen_hashes()}
+    engine = engine_of(chosen, world_size, kind="lora")
+    log = MetricsLog(folder, use_tensorboard=False) if rank == 0 else None
+    return Run(settings=chosen, engine=engine, loader=loader, log=log, facts=facts), RunState()
+
+
+def stopped_with(run, state):
+    try:
+        train(run, state)
+    except TrainingStopped as stopped:
+        return stopped.exit_code
+    return 0
+
+
+def events(folder, rank):
+    if rank > 0:
+        return []
+    return [record for record in read_metrics(folder / "metrics.jsonl") if "event" in record]
+
+
+def switches(folder, rank, world_size, options):
+    """The kill switch and the supervisor's request: commit after the step, then their exit codes."""
+    found = {}
+    for name, make in (
+        ("kill", lambda: (folder / "kill" / faults.KILL_SWITCH).touch()),
+        ("stop", lambda: faults.request_stop(folder / "stop")),
+    ):
+        (folder / name).mkdir(exist_ok=True)
+
+        def press(position, make=make):
+            if position == 4 and rank == 0:
+                make()
+
+        run, state = new_run(folder / name, rank, world_size, Stream(rank, world_size, press))
+        code = stopped_with(run, state)
+        found[name] = {"code": code, "step": state.step, "tags": commit.tags(folder / name / "checkpoints")}
+        found[name]["is_request_gone"] = not faults.is_stop_requested(folder / name)
+    return found
+
+
+def spike(folder, rank, world_size, options):
+    """A loss x 100 at step 62: back to the commit of step 60, and the data since then are left out."""
+    now = {"factor": 1.0}
+    loader = Stream(rank, world_size, lambda position: now.update(factor=100.0 if position == 61 else 1.0))
+    rollback = {"spike_sigma": 6.0, "spike_rollback": True, "replica_check_steps": 0}
+    quiet = {"lr": 1e-6, "warmup_steps": 0}
+    run, state = new_run(folder, rank, world_size, loader, steps=66, faults=rollback, optimizer=quiet)
+    run.engine.stage.model.lm.lm_head.register_forward_hook(
+        lambda module, inputs, output: output * now["factor"]
+    )
+    code = stopped_with(run, state)
+    return {"code": code, "step": state.step, "read": loader.read, "events": events(folder, rank)}
+
+
+def drift(folder, rank, world_size, options):
+    """One bit flips on rank 1 after step 3; the check of step 4 stops every rank."""
+    run, state = new_run(
+        folder,
+        rank,
+        world_size,
+        Stream(rank, world_size),
+        faults={"replica_check_steps": 4, "spike_sigma": 0.0},
+    )
+    frozen = run.engine.stage.model.image_detokenizer
+    run.loader.on_batch = lambda position: _flip(frozen) if (rank, position) == (1, 3) else None
+    return {"code": stopped_with(run, state), "step": state.step}
+
+
+def _flip(module):
+    weights = next(module.parameters())
+    weights.data.view(-1).view(torch.int32)[5] ^= 1
+
+
+def full_disk(folder, rank, world_size, options):
+    """Rank 1 may write only 20 kB per file: no rank commits, the older commit stays, all stop with one code."""
+    run, state = new_run(folder, rank, world_size, Stream(rank, world_size), steps=9)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    def fill(position):
+        if rank == 1 and position == 4:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+
+    run.loader.on_batch = fill
+    code = stopped_with(run, state)
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    left = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    return {"code": code, "step": state.step, "left": left, "events": events(folder, rank)}
+
+
+def averaged(folder, rank, world_size, options):
+    """A moving average under ZeRO-1, 2 and 3 against one computed by hand, and through a commit."""
+    found = {}
+    for zero in (1, 2, 3):
+        place = folder / str(zero)
+        place.mkdir(exist_ok=True)
+        settings = settings_of(place, steps=4, global_batch=world_size, micro_batch=1)
+        engine = engine_of(settings, world_size, zero=zero, kind="lora")
+        average = MovingAverage(engine, decay=0.4)
+        by_hand = engine.trainable_state()
+        for step in range(1, 5):
+            batch = pack(rows_of(step, world_size)[rank:][:1], TOKENIZER, length=LENGTH)
+            train_step(engine, [batch], 1e-2)
+            average.update(step)
+            rate = min(0.4, (1 + step) / (10 + step))
+            for name, value in engine.trainable_state().items():
+                by_hand[name] = rate * by_hand[name] + (1 - rate) * value
+        before, weights = average.state(), engine.trainable_state()
+        run = Run(
+            settings=settings,
+            engine=engine,
+            loader=Stream(rank, world_size),
+            log=None,
+            facts={},
+            average=average,
+        )
+        save(run, RunState(step=4))
+        again = engine_of(settings, world_size, zero=zero, kind="lora")
+        other = MovingAverage(again, decay=0.4)
+        checkpoint.resume(again, place / "checkpoints", facts={}, average=other)
+        found[zero] = {
+            "error": max(float((before[name] - value).abs().max()) for name, value in by_hand.items()),
+            "size": max(float(value.abs().max()) for value in by_hand.values()),
+            "is_kept": all(torch.equal(value, other.state()[name]) for name, value in before.items()),
+            "are_weights_kept": all(torch.equal(v, again.trainable_state()[n]) for n, v in weights.items()),
+        }
+    return found
+
+
+def uneven(folder, rank, world_size, options):
+    """A source of seven shards and one of a single shard, through the real loader, under ZeRO-2 and ZeRO-3."""
+    from vlgpt.config import parse_yaml, validate
+    from vlgpt.data.loader import Loader
+    from vlgpt.settings import DataSettings
+
+    sources = [{"name": path.name, "path": str(path)} for path in sorted(Path(options["data"]).iterdir())]
+    values = {"sources": sources, "sequence_length": LENGTH, "features": ["patches"], "num_workers": 0}
+    data = validate(DataSettings, parse_yaml(json.dumps(values)), where="test")
+    found = {}
+    for zero in (2, 3):
+        seeds.seed_everything(0)
+        settings = settings_of(folder, steps=6, global_batch=world_size, micro_batch=1)
+        engine = engine_of(settings, world_size, zero=zero, kind="lora")
+        loader = Loader(
+            data, kind="packed", micro_batch=1, rank=rank, world_size=world_size, tokenizer=TOKENIZER
+        )
+        losses, documents = [], []
+        batches = iter(loader)
+        for _ in range(6):
+            batch = next(batches)
+            _, sums = train_step(engine, [batch], 1e-2)
+            losses.append(
+                engine.all_sum(torch.stack([v.sum(1) for v in sums.values()]).double())[:, 0].tolist()
+            )
+            documents += [name for row in batch.documents for name in row]
+            loader.advance(1)
+        num_passes = len(list(loader.one_pass()))
+        loader.close()
+        found[zero] = {"losses": losses, "documents": documents, "num_passes": num_passes}
+    return found
+
+
+TASKS = (switches, spike, drift, full_disk, averaged, uneven)

@@ -1,0 +1,159 @@
+"""What runs: configuration, versions, data. Recorded before step 1 and compared between processes at the start."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+
+from vlgpt import log
+from vlgpt.config import dump
+from vlgpt.settings import RunSettings
+from vlgpt.train import commit
+
+RESULT = "result"
+LIBRARIES = ("torch", "deepspeed", "transformers", "peft", "numpy", "safetensors")
+
+
+def is_finished(settings: RunSettings) -> bool:
+    """Whether this very configuration has been trained to its end: then a launcher has nothing to do."""
+    done = settings.run_dir / RESULT / "done.json"
+    if not done.is_file():
+        return False
+    try:  # validated anew, so that a setting added since then counts with its default
+        return (
+            RunSettings.model_validate_json(json.dumps(json.loads(done.read_text())["settings"])) == settings
+        )
+    except (ValidationError, KeyError, json.JSONDecodeError):
+        return False
+
+
+def missing_inputs(settings: RunSettings) -> list[tuple[str, str]]:
+    """Keys of local folders that a run reads and that are not there, before anything slow starts.
+
+    A name without a slash or with a hub's `owner/name` form may live elsewhere and is not judged here.
+    """
+    validation = settings.validation
+    paths = [(f"data.sources.{n}.path", source.path) for n, source in enumerate(settings.data.sources)]
+    paths += [(f"validation.sources.{n}.path", s.path) for n, s in enumerate(validation.sources)]
+    paths += [(f"validation.probes.{n}.data", p.data) for n, p in enumerate(validation.probes)]
+    if validation.pictures is not None:
+        paths.append(("validation.pictures.picture_decoder", validation.pictures.picture_decoder))
+    stage = settings.stage.model_dump()
+    for key in (
+        "language_model",
+        "image_tokenizer",
+        "text_tokenizer",
+        "picture_decoder",
+        "init_from",
+        "coarse",
+        "tokenizer_from",
+        "detokenizer_from",
+    ):
+        paths.append((f"stage.{key}", stage.get(key) or ""))
+    for key in ("encoder", "conditioner"):
+        paths.append((f"stage.{key}.path", (stage.get(key) or {}).get("path", "")))
+    is_local = [(key, path) for key, path in paths if path.count("/") > 1 and "://" not in path]
+    return [(key, path) for key, path in is_local if not Path(path).exists()]
+
+
+def data_facts(settings: RunSettings) -> dict[str, str]:
+    """A cheap fingerprint of every local source: its manifest, or the names of its shards.
+
+    The loader compares more once it is open; this refuses other data on a node before any model is loaded.
+    """
+    found = {}
+    for source in (*settings.data.sources, *settings.validation.sources):
+        folder = Path(source.path)
+        if not folder.is_dir():
+            continue
+        manifest = folder / "manifest.json"
+        if manifest.is_file():
+            content = manifest.read_bytes()
+        else:
+            content = "\n".join(
+                sorted(e.name for e in os.scandir(folder) if e.name.endswith(".tar"))
+            ).encode()
+        found[source.path] = hashlib.sha256(content).hexdigest()[:16]
+    return found
+
+
+def describe(stage: torch.nn.Module) -> None:
+    """Log what is trained and what is frozen, by top-level part."""
+    rows: dict[str, list[int]] = {}
+    for name, parameter in stage.named_parameters():
+        part = ".".join(name.split(".")[:2])
+        row = rows.setdefault(part, [0, 0])
+        row[0] += parameter.numel()
+        row[1] += parameter.numel() if parameter.requires_grad else 0
+    logger = log.get_logger()
+    for part, (total, trained) in rows.items():
+        logger.info("  %-36s %13s parameters, %13s trained", part, f"{total:,}", f"{trained:,}")
+
+
+def record_run(settings: RunSettings, merged: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    """Save the resolved configuration, the merged DeepSpeed one and versions before step 1; say what changed since."""
+    folder = settings.run_dir
+    folder.mkdir(parents=True, exist_ok=True)
+    text = dump(settings)
+    path = folder / "config.yaml"
+    if path.is_file() and path.read_text() != text:
+        before, now = path.read_text().splitlines(), text.splitlines()
+        changed = [line.strip() for line in now if line not in before]
+        log.get_logger().warning("the configuration changed since this run began: %s", "; ".join(changed[:8]))
+    facts = {**facts, "git": git_commit()}
+    _note_changes(folder / "facts.json", facts)
+    commit.write_atomically(path, text)
+    log.get_logger().info("DeepSpeed gets %s", json.dumps(merged))
+    commit.write_atomically(folder / "deepspeed.json", json.dumps(merged, indent=1))
+    commit.write_atomically(folder / "facts.json", json.dumps(facts, indent=1))
+
+
+def _note_changes(path: Path, facts: Mapping[str, Any]) -> None:
+    """Say which versions differ from those that this run began with."""
+    try:
+        before = json.loads(path.read_text()) if path.is_file() else {}
+    except json.JSONDecodeError:
+        return
+    old, new = {**before.get("versions", {})}, {**facts["versions"]}
+    if before:
+        old["git"], new["git"] = before.get("git"), facts["git"]
+        changed = [
+            f"{name} {old.get(name)} -> {new.get(name)}" for name in new if old.get(name) != new.get(name)
+        ]
+        if changed:
+            log.get_logger().warning("versions changed since this run began: %s", "; ".join(changed))
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the numbers."""
+    found = {"python": platform.python_version()}
+    for library in LIBRARIES:
+        try:
+            found[library] = version(library)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def git_commit() -> str:
+    """Commit of the checkout that runs, or an empty string outside of one."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""

@@ -1,0 +1,112 @@
+"""Stage 1 seen, not only measured: held-out pictures through tokenizer, detokenizer and picture decoder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vlgpt import seeds
+from vlgpt.batch import ConditionBatch
+from vlgpt.decoding.load import load_decoder
+from vlgpt.log import MetricsLog, UserError
+from vlgpt.models.decoders import PictureDecoder
+from vlgpt.models.encoders import load_clip
+from vlgpt.settings import PictureCheckSettings
+from vlgpt.stages.tokenizer import ImageTokenizerStage
+from vlgpt.train.engine import Engine
+
+DIFFUSION_FILE = "diffusion.json"
+
+
+class ReconstructionCheck:
+    """CLIP similarity of reconstructions (paper, table 1), and a contact sheet of the same pictures every time.
+
+    Raises UserError for a stage without image tokenizer, or when decoder or judge cannot be loaded.
+    """
+
+    def __init__(self, settings: PictureCheckSettings, *, engine: Engine):
+        if not isinstance(engine.stage, ImageTokenizerStage):
+            raise UserError("validation.pictures is for stage.kind=image_tokenizer: remove it from this run")
+        self.settings, self.engine = settings, engine
+        self.decoder = open_decoder(settings.picture_decoder, engine)
+        self.judge = None
+        if settings.judge is not None:
+            judge = settings.judge
+            self.judge = load_clip(judge.path, library=judge.library, pretrained=judge.pretrained)
+            self.judge.to(engine.device)
+
+    @torch.no_grad()
+    def __call__(self, batches: Iterator[Any], *, step: int, log: MetricsLog | None) -> dict[str, float]:
+        """Collective; every rank draws its share. Writes the sheet of rank 0's first pictures to `log`."""
+        sums = torch.zeros(2, dtype=torch.float64)
+        originals: list[Tensor] = []
+        drawn: list[Tensor] = []
+        share = -(-self.settings.num_pictures // self.engine.world_size)
+        num_seen = 0
+        for batch in batches:
+            if num_seen >= share:
+                break
+            num_seen += len(batch.documents)
+            pictures = self.draw(batch)
+            original = batch.require("pixels")[batch.is_valid].float()
+            pictures = pictures[batch.is_valid].float().cpu()
+            if self.judge is not None and len(pictures):
+                sums += torch.tensor(
+                    [self._similarity(original, pictures), len(pictures)], dtype=torch.float64
+                )
+            if sum(map(len, originals)) < self.settings.num_on_sheet:
+                originals.append(original)
+                drawn.append(pictures)
+        total, count = self.engine.all_sum(sums).tolist()
+        if log is not None and originals:
+            log.image(step, "reconstructions", self._sheet(torch.cat(originals), torch.cat(drawn)))
+        return {"validation/clip_similarity": total / count} if count else {}
+
+    def draw(self, batch: ConditionBatch) -> Tensor:
+        """Reconstructions: -> (B, 3, H, W) in [-1, 1]; noise is addressed by document, so only weights change them."""
+        stage: Any = self.engine.stage
+        placed = self.engine.place(batch)
+        image, text = stage.detokenizer.decode(stage.tokenizer(stage.patches_of(placed)))
+        generators = [seeds.torch_generator("contact sheet", name) for name in batch.documents]
+        return self.decoder.decode(image.float(), text.float(), generators=generators)
+
+    def _similarity(self, original: Tensor, drawn: Tensor) -> float:
+        """Sum over pictures of 100 x cosine."""
+        assert self.judge is not None
+        first, second = (
+            F.normalize(self.judge.embed_images(pictures.to(self.engine.device)).double(), dim=-1)
+            for pictures in (original, drawn)
+        )
+        return float(100 * (first * second).sum())
+
+    def _sheet(self, originals: Tensor, drawn: Tensor) -> Tensor:
+        """Originals above, reconstructions below: -> (3, 2 * H, n * W) in [0, 1]."""
+        count, size = self.settings.num_on_sheet, drawn.shape[-2:]
+        originals = F.interpolate(originals[:count], size=size, mode="bilinear", antialias=True)
+        rows = [torch.cat([*pictures], dim=2) for pictures in (originals, drawn[:count])]
+        return torch.cat(rows, dim=1).clamp(-1, 1) * 0.5 + 0.5
+
+
+def open_decoder(path: str, engine: Engine) -> PictureDecoder:
+    """A picture decoder as `vlgpt export` takes it: a saved component, a diffusion.json or a folder with one."""
+    place = Path(path)
+    description = place if place.is_file() else place / DIFFUSION_FILE
+    if description.is_file():
+        record = {"kind": "diffusion", **json.loads(description.read_text())}
+    elif (place / "config.json").is_file():
+        record = {"kind": "component", "path": str(place.resolve())}
+    else:
+        raise UserError(
+            f"validation.pictures.picture_decoder {path} is neither a saved decoder nor a folder with {DIFFUSION_FILE}"
+        )
+    decoder = load_decoder(description.parent, record, dtype=engine.dtype)
+    assert decoder is not None
+    if isinstance(decoder, nn.Module):
+        decoder.to(engine.device).eval()
+    return decoder
