@@ -17,6 +17,7 @@ from tiny_unified import new_document_tokenizer, new_model
 from vlgpt.generate import Generator
 from vlgpt.models.decoders import ConvDecoder
 from vlgpt.models.encoders import load_clip, new_open_clip, save_open_clip
+from vlgpt.models.unified import UnifiedModel
 
 CLIP = {
     "embed_dim": 16,
@@ -42,13 +43,23 @@ def save_parts(folder: Path) -> None:
     ).save(folder / "decoder")
 
 
+def new_chat_model(tokenizer, **shape) -> UnifiedModel:
+    """A model whose replies differ from prompt to prompt: its attention and MLPs are far from zero."""
+    options = {"num_patches": 5, "image_wish": 3.0, "end_wish": 0.7, "max_positions": 256, **shape}
+    model = new_model(tokenizer, **options)
+    with torch.no_grad():
+        for name, parameter in model.lm.backbone.named_parameters():
+            if "_proj" in name:
+                parameter *= 8
+    return model
+
+
 def new_generator(folder: Path, **shape) -> Generator:
     """A random model that likes to draw and to end its replies."""
     save_parts(folder)
     tokenizer = new_document_tokenizer()
-    options = {"num_patches": 5, "image_wish": 3.0, "end_wish": 2.0, "max_positions": 256, **shape}
     return Generator(
-        model=new_model(tokenizer, **options),
+        model=new_chat_model(tokenizer, **shape),
         tokenizer=tokenizer,
         encoder=load_clip(folder / "clip"),
         decoder=ConvDecoder.from_folder(folder / "decoder").eval(),
@@ -62,7 +73,7 @@ def save_export(folder: Path) -> Path:
     save_parts(folder)
     tokenizer = new_document_tokenizer()
     export_model(
-        new_model(tokenizer, num_patches=5, image_wish=3.0, end_wish=2.0, max_positions=256),
+        new_chat_model(tokenizer),
         folder / "export",
         tokenizer=tokenizer,
         encoder={"path": str(folder / "clip"), "library": "open_clip", "layer": -2, "has_cls": True},

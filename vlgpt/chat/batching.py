@@ -113,11 +113,19 @@ class Batcher:
             return batch
 
     def _work(self) -> None:
-        while (batch := self._take()) is not None:
-            start = time.monotonic()
-            answer(self.generator, batch)
-            with self._changed:
-                self._running = []
-            seconds = time.monotonic() - start
-            self._batch_s += 0.2 * (seconds - self._batch_s)
-            self._on_batch(len(batch), seconds)
+        while self._answer_next():
+            pass
+
+    def _answer_next(self) -> bool:
+        """Wait for a batch and answer it; nothing of it is held afterwards. False when the queue is closed."""
+        batch = self._take()
+        if batch is None:
+            return False
+        start = time.monotonic()
+        answer(self.generator, batch)
+        with self._changed:
+            self._running = []
+        seconds = time.monotonic() - start
+        self._batch_s += 0.2 * (seconds - self._batch_s)
+        self._on_batch(len(batch), seconds)
+        return True
