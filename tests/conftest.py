@@ -7,5 +7,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
+from slurm_node import slurm  # noqa: F401  (a fixture of several folders)
 
 torch.set_num_threads(1)

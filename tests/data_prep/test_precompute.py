@@ -77,7 +77,7 @@ def direct(folder: Path, clip: Path) -> np.ndarray:
         for sample in range(record.num_samples):
             square = read_square(shards.read(number, sample).images[0], size_px=24, decoder="pillow")
             with torch.no_grad():
-                rows.append(encoder.patches(to_pixels(square[None])).numpy())
+                rows.append(encoder.patches(to_pixels(np.array(square)[None])).numpy())
     return np.stack(rows)
 
 

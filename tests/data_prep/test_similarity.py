@@ -74,7 +74,9 @@ def direct(clip: Path) -> list[float]:
             worst = []
             for number in pictures:
                 square = read_square(picture(number, "PNG"), size_px=24, decoder="pillow")
-                image = torch.nn.functional.normalize(encoder.embed_images(to_pixels(square[None])), dim=-1)
+                image = torch.nn.functional.normalize(
+                    encoder.embed_images(to_pixels(np.array(square)[None])), dim=-1
+                )
                 worst.append(max((image @ words.T)[0].tolist()))
             values.append(min(worst))
     return values

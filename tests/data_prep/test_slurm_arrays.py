@@ -77,13 +77,6 @@ def test_sigterm_reaches_the_build_and_asks_for_a_requeue(tmp_path):
     assert not list((tmp_path / "out").glob(".*.partial"))
 
 
-def slurm_is_up() -> bool:
-    if not shutil.which("sinfo"):
-        return False
-    found = subprocess.run(["sinfo", "-h", "-o", "%T"], capture_output=True, text=True, timeout=30)
-    return found.returncode == 0 and bool({"idle", "mixed", "allocated"} & set(found.stdout.split()))
-
-
 def submit(*arguments: str, cwd: Path, env: dict[str, str]) -> str:
     command = ["sbatch", "--parsable", "--chdir", str(cwd), *arguments]
     return (
@@ -108,8 +101,8 @@ def wait_for(job: str, *, timeout_s: float) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not slurm_is_up(), reason="no SLURM is running on this machine")
-def test_real_arrays_build_and_deduplicate_to_the_bytes_of_one_process(tmp_path):
+@pytest.mark.timeout(900)
+def test_real_arrays_build_and_deduplicate_to_the_bytes_of_one_process(slurm, tmp_path):
     folder = make_input(tmp_path / "in", 40)
     shutil.copy(folder / "0003.jpg", folder / "zz_again.jpg")
     whole = [sys.executable, "-m", "data_prep.build", *build_arguments(folder, tmp_path / "whole")]

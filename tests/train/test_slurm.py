@@ -2,84 +2,14 @@
 
 import json
 import os
-import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from slurm_node import call
 
 ROOT = Path(__file__).parents[2]
-PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "munged", "mungekey")
-CONFIGURATION = """
-ClusterName=vlgpttest
-SlurmctldHost={host}(127.0.0.1)
-SlurmUser=root
-SlurmdUser=root
-AuthType=auth/munge
-CredType=cred/munge
-StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool
-SlurmctldPidFile={folder}/slurmctld.pid
-SlurmdPidFile={folder}/slurmd.pid
-SlurmctldLogFile={folder}/slurmctld.log
-SlurmdLogFile={folder}/slurmd.log
-ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
-JobAcctGatherType=jobacct_gather/none
-AccountingStorageType=accounting_storage/none
-SelectType=select/cons_tres
-SelectTypeParameters=CR_Core
-SchedulerType=sched/backfill
-MpiDefault=none
-ReturnToService=2
-MinJobAge=300
-NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} State=UNKNOWN
-PartitionName=debug Nodes={host} Default=YES MaxTime=INFINITE State=UP OverSubscribe=FORCE:4
-"""
-
-
-def call(*command, timeout_s=30, **options):
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False, **options)
-
-
-def is_idle():
-    return call("sinfo", "-h", "-o", "%T").stdout.strip().startswith(("idle", "mixed"))
-
-
-@pytest.fixture(scope="module")
-def slurm(tmp_path_factory):
-    """A running controller: the machine's own, or one started here, as root, without systemd."""
-    missing = [
-        name for name in PROGRAMS if shutil.which(name, path=os.environ["PATH"] + ":/usr/sbin") is None
-    ]
-    if missing or os.getuid() != 0:
-        why = f"missing: {', '.join(missing)}" if missing else "not root"
-        pytest.skip(f"no SLURM here ({why}): apt-get install slurmctld slurmd slurm-client munge")
-    if is_idle():
-        return
-    folder = tmp_path_factory.mktemp("slurm")
-    host = call("hostname", "-s").stdout.strip()
-    (folder / "state").mkdir()
-    (folder / "spool").mkdir()
-    Path("/run/munge").mkdir(exist_ok=True)
-    shutil.chown("/run/munge", "munge", "munge")
-    if not Path("/etc/munge/munge.key").is_file():
-        call("mungekey", "-c")
-    shutil.chown("/etc/munge/munge.key", "munge", "munge")
-    Path("/etc/slurm").mkdir(exist_ok=True)
-    text = CONFIGURATION.format(host=host, folder=folder, cpus=os.cpu_count())
-    Path("/etc/slurm/slurm.conf").write_text(text)
-    for command in (["runuser", "-u", "munge", "--", "/usr/sbin/munged"], ["slurmctld"], ["slurmd"]):
-        subprocess.run(command, timeout=30, check=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline_s = time.monotonic() + 30
-    while not is_idle():
-        if time.monotonic() > deadline_s:
-            pytest.skip(f"SLURM does not start here: see {folder}/slurmctld.log")
-        time.sleep(0.5)
-
-
 TASK = """
 import os, sys, pathlib, signal, time, json, hashlib
 from vlgpt.train import commit, together
