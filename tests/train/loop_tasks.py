@@ -3,14 +3,28 @@
 import json
 import resource
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from batches import pack
-from worker import LENGTH, TOKENIZER, engine_of, new_stage, rows_of, settings_of
+from tiny_clip import CLIP
+from worker import (
+    LENGTH,
+    TOKENIZER,
+    condition_sample,
+    conditions,
+    engine_of,
+    new_stage,
+    rows_of,
+    settings_of,
+)
 
 from vlgpt import seeds
+from vlgpt.config import parse_yaml, validate
+from vlgpt.document import Document, TextPart
 from vlgpt.log import MetricsLog, read_metrics
+from vlgpt.settings import DataSettings
 from vlgpt.train import checkpoint, commit, faults
 from vlgpt.train.average import MovingAverage
 from vlgpt.train.loop import Run, RunState, TrainingStopped, save, train, train_step
@@ -181,15 +195,24 @@ def averaged(folder, rank, world_size, options):
     return found
 
 
+def data_settings(folder, **more):
+    """The data sets of a folder, packed."""
+    sources = [{"name": path.name, "path": str(path)} for path in sorted(Path(folder).iterdir())]
+    values = {
+        "sources": sources,
+        "sequence_length": LENGTH,
+        "features": ["patches"],
+        "num_workers": 0,
+        **more,
+    }
+    return validate(DataSettings, parse_yaml(json.dumps(values)), where="test")
+
+
 def uneven(folder, rank, world_size, options):
     """A source of seven shards and one of a single shard, through the real loader, under ZeRO-2 and ZeRO-3."""
-    from vlgpt.config import parse_yaml, validate
     from vlgpt.data.loader import Loader
-    from vlgpt.settings import DataSettings
 
-    sources = [{"name": path.name, "path": str(path)} for path in sorted(Path(options["data"]).iterdir())]
-    values = {"sources": sources, "sequence_length": LENGTH, "features": ["patches"], "num_workers": 0}
-    data = validate(DataSettings, parse_yaml(json.dumps(values)), where="test")
+    data = data_settings(options["data"])
     found = {}
     for zero in (2, 3):
         seeds.seed_everything(0)
@@ -214,4 +237,91 @@ def uneven(folder, rank, world_size, options):
     return found
 
 
-TASKS = (switches, spike, drift, full_disk, averaged, uneven)
+def measured(folder, rank, world_size, options):
+    """Validation: packed rows against one document a row, and a probe that generates, under ZeRO-2 and ZeRO-3."""
+    from vlgpt.data.loader import Loader
+    from vlgpt.generate import DecodeSettings, Generator, Prompt
+    from vlgpt.train.validation import probed, validation_losses
+
+    def probe(stage, step):
+        generator = Generator(model=stage.model, tokenizer=TOKENIZER, encoder=None, decoder=None)
+        prompt = Prompt(Document("p", "test", (TextPart("What is in the picture?", "user"),)), ())
+        (reply,) = generator.generate([prompt], DecodeSettings(max_new_tokens=8, images="never"))
+        return {"length": len(reply.text), "sum": sum(reply.text.encode())}
+
+    found = {}
+    for zero in (2, 3):
+        settings = settings_of(folder, steps=6, global_batch=world_size, micro_batch=1)
+        engine = engine_of(settings, world_size, zero=zero, kind="lora")
+        engine.train(False)
+        found[zero] = {"probe": probed(engine, probe, 1)}
+        for packing in ("best_fit", "none"):
+            data = data_settings(options["data"], packing=packing)
+            loader = Loader(
+                data, kind="packed", micro_batch=2, rank=rank, world_size=world_size, tokenizer=TOKENIZER
+            )
+            found[zero][packing] = validation_losses(
+                engine, loader.one_pass(), 1000, source_names=loader.source_names
+            )
+            loader.close()
+        engine.train(True)
+    return found
+
+
+def pictured(folder, rank, world_size, options):
+    """Stage 1 seen: similarity over both ranks' pictures, and the same sheet for the same weights."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from vlgpt.models.decoders import ConvDecoder
+    from vlgpt.models.encoders import new_open_clip, save_open_clip
+    from vlgpt.settings import EncoderSettings, PictureCheckSettings
+    from vlgpt.train.pictures import ReconstructionCheck
+
+    torch.manual_seed(1)
+    shapes = {"image_tokens": 3, "image_width": 16, "text_tokens": 5, "text_width": 12}
+    if rank == 0:
+        ConvDecoder(**shapes, size_px=24, width=24, num_heads=2, channels=32).save(folder / "decoder")
+        save_open_clip(new_open_clip(config=CLIP), config=CLIP, folder=folder / "clip")
+        TOKENIZER.save(folder / "clip")
+    settings = settings_of(folder, steps=6, global_batch=world_size, micro_batch=1)
+    engine = engine_of(settings, world_size, kind="tokenizer")
+    engine.train(False)
+    engine.barrier()
+    chosen = PictureCheckSettings(
+        picture_decoder=str(folder / "decoder"),
+        judge=EncoderSettings(path=str(folder / "clip")),
+        num_pictures=6,
+        num_on_sheet=4,
+    )
+    check = ReconstructionCheck(chosen, engine=engine)
+    log = MetricsLog(folder) if rank == 0 else None
+    batches = [
+        replace(
+            conditions([condition_sample(9, 2 * k + j + 6 * rank) for j in range(2)]),
+            pixels=pixels_of(k, rank),
+        )
+        for k in range(3)
+    ]
+    values = [check(iter(batches), step=step, log=log)["validation/clip_similarity"] for step in (1, 2)]
+    by_hand = []
+    for batch in batches[:2]:  # six pictures over two ranks: two batches of two are at least three
+        original, drawn = check.judge.embed_images(batch.pixels), check.judge.embed_images(check.draw(batch))
+        by_hand += (100 * torch.nn.functional.cosine_similarity(original.double(), drawn.double())).tolist()
+    everyone = [value for part in engine.gather_objects(by_hand) for value in part]
+    found = {"values": values, "by_hand": sum(everyone) / len(everyone), "count": len(everyone)}
+    if log is not None:
+        log.close()
+        events = EventAccumulator(str(folder / "tensorboard"))
+        events.Reload()
+        sheets = events.Images("reconstructions")
+        found["sheets"] = [(sheet.step, sheet.width, sheet.height) for sheet in sheets]
+        found["are_equal"] = sheets[0].encoded_image_string == sheets[1].encoded_image_string
+    return found
+
+
+def pixels_of(number, rank):
+    generator = torch.Generator().manual_seed(10 * rank + number)
+    return torch.rand(2, 3, 24, 24, generator=generator) * 2 - 1
+
+
+TASKS = (switches, spike, drift, full_disk, averaged, uneven, measured, pictured)

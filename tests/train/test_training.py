@@ -114,14 +114,21 @@ def test_frozen_parts_stay_bit_equal_and_are_not_saved(resumed):
     assert [name for name in stored if name.startswith("model.lm.")]
 
 
-PAIR_TASKS = "modalities,poison,switches,spike,drift,full_disk,averaged,poisoned_for_good"
+PAIR_TASKS = (
+    "modalities,poison,switches,spike,drift,full_disk,averaged,uneven,measured,pictured,poisoned_for_good"
+)
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     """Many faults in one start of two ranks; the last one ends both processes with code 70."""
-    folder = tmp_path_factory.mktemp("pair")
-    results = run_workers(PAIR_TASKS, folder, world_size=2, kind="full", code=70, timeout_s=250)
+    folder, data = tmp_path_factory.mktemp("pair"), tmp_path_factory.mktemp("data")
+    write_dataset(data / "seven", [page(n) for n in range(21)], shard_sizes=[3] * 7, tokenizer=TOKENIZER)
+    write_dataset(data / "one", [pair_of(n) for n in range(3)], shard_sizes=[3], tokenizer=TOKENIZER)
+    for source in data.iterdir():
+        write_feature(source, "patches", shape=(NUM_PATCHES, PATCH_WIDTH))
+    options = {"kind": "full", "data": str(data)}
+    results = run_workers(PAIR_TASKS, folder, world_size=2, code=70, timeout_s=280, **options)
     return [{**result, "ended_s": time.time()} for result in results]
 
 
@@ -144,7 +151,7 @@ def test_kill_switch_and_stop_request_commit_after_the_step(pair):
         kill, stop = rank["switches"]["kill"], rank["switches"]["stop"]
         assert (kill["code"], kill["step"], stop["code"], stop["step"]) == (76, 5, 75, 5)
         assert kill["tags"][0] == stop["tags"][0] == "step_00000005"
-        assert stop["is_request_gone"], "the next start would stop at once"
+    assert pair[0]["switches"]["stop"]["is_request_gone"], "the next start would stop at once"
 
 
 def test_a_spike_rolls_back_to_the_newest_commit_and_leaves_its_data_out(pair):
@@ -212,22 +219,34 @@ def test_ranks_with_text_only_and_pictures_only_do_not_hang_under_any_zero_stage
             assert found == pytest.approx(wanted, rel=1e-5), f"ZeRO-{stage} differs from ZeRO-1"
 
 
-@pytest.mark.slow
-def test_seven_shards_against_one_do_not_hang_and_deal_no_sample_twice(tmp_path):
-    many = [page(number) for number in range(21)]
-    write_dataset(tmp_path / "data" / "seven", many, shard_sizes=[3] * 7, tokenizer=TOKENIZER)
-    write_dataset(
-        tmp_path / "data" / "one", [pair_of(n) for n in range(3)], shard_sizes=[3], tokenizer=TOKENIZER
-    )
-    for folder in (tmp_path / "data").iterdir():
-        write_feature(folder, "patches", shape=(NUM_PATCHES, PATCH_WIDTH))
-    ranks = run_workers("uneven", tmp_path / "run", world_size=2, data=str(tmp_path / "data"))
-    for zero in ("2", "3"):
-        first, second = (rank[zero] for rank in ranks)
-        assert first["losses"] == second["losses"] and len(first["losses"]) == 6
-        assert first["num_passes"] == second["num_passes"]
-        assert not set(first["documents"][:8]) & set(second["documents"][:8])
-    assert ranks[0]["2"]["documents"] == ranks[0]["3"]["documents"]
+@pytest.mark.parametrize("zero", ["2", "3"])
+def test_seven_shards_against_one_do_not_hang_and_deal_no_sample_twice(pair, zero):
+    first, second = (rank["uneven"][zero] for rank in pair)
+    assert first["losses"] == second["losses"] and len(first["losses"]) == 6
+    assert first["num_passes"] == second["num_passes"]
+    assert not set(first["documents"][:8]) & set(second["documents"][:8])
+    assert first["documents"] == pair[0]["uneven"]["2"]["documents"]
+
+
+@pytest.mark.parametrize("zero", ["2", "3"])
+def test_packed_and_unpacked_validation_agree_and_so_do_all_ranks(pair, zero):
+    first, second = (rank["measured"][zero] for rank in pair)
+    assert first["best_fit"] == second["best_fit"]
+    assert {"validation/text", "validation/visual", "validation/text/one"} <= set(first["none"])
+    for name, value in first["none"].items():
+        assert first["best_fit"][name] == pytest.approx(value, rel=1e-5), name
+
+
+def test_a_probe_gives_the_same_under_zero_2_and_zero_3_and_hangs_nowhere(pair):
+    found = [pair[0]["measured"][zero]["probe"] for zero in ("2", "3")]
+    assert found[0] == found[1] and found[0]["probe/length"] > 0
+
+
+def test_reconstructions_are_measured_over_all_ranks_and_the_sheet_shows_the_same_pictures(pair):
+    first, second = (rank["pictured"] for rank in pair)
+    assert first["values"] == second["values"] and first["count"] == 8
+    assert first["values"] == [pytest.approx(first["by_hand"], abs=1e-3)] * 2
+    assert first["sheets"] == [[1, 96, 48], [2, 96, 48]] and first["are_equal"]
 
 
 @pytest.mark.slow

@@ -116,28 +116,31 @@ def layouts(folder, rank, world_size, options):
         # eps 1 makes AdamW's update proportional to the gradient, so rounding noise is not blown up to full steps
         settings = settings_of(folder, steps=3, global_batch=8, micro_batch=micro, eps=1.0, clipping=1e9)
         engine = engine_of(settings, world_size)
-        name = f"{world_size}x{accumulation}x{micro}"
+        name, gradients = f"{world_size}x{accumulation}x{micro}", keep_gradients(engine)
         for step in range(1, 4):
             rows = rows_of(step, 8)[rank::world_size]
             batches = [
                 pack(rows[k * micro : (k + 1) * micro], TOKENIZER, length=LENGTH) for k in range(accumulation)
             ]
             train_step(engine, batches, 1.0)
-            if step == 1:
-                write(gradients_of(engine), folder / f"gradient_{name}.safetensors", rank)
+        write(gradients, folder / f"gradient_{name}.safetensors", rank)
         write(engine.trainable_state(), folder / f"weights_{name}.safetensors", rank)
     return {}
 
 
-def gradients_of(engine):
-    """Gradients of the first step, from AdamW's first moment: it is (1 - beta_1) times them."""
-    from deepspeed.utils import safe_get_full_optimizer_state
+def keep_gradients(engine):
+    """A dictionary that gets the gradients of the next step, just before the optimizer sees them."""
+    from deepspeed.utils import safe_get_full_grad
 
-    share = 1 - engine.settings.optimizer.betas[0]
-    return {
-        name: safe_get_full_optimizer_state(parameter, "exp_avg").double().div(share).clone()
-        for name, parameter in engine.stage.trainable()
-    }
+    kept, end = {}, engine.end_micro_batch
+
+    def watched():
+        if not kept and engine._engine.is_gradient_accumulation_boundary():
+            kept.update({name: safe_get_full_grad(p).float().clone() for name, p in engine.stage.trainable()})
+        end()
+
+    engine.end_micro_batch = watched
+    return kept
 
 
 def write(tensors, path, rank):

@@ -1,0 +1,96 @@
+"""The probe during training is the evaluation of the export, on fewer examples."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_clip import CLIP
+from tiny_unified import new_document_tokenizer, new_model
+
+sys.path.append(str(Path(__file__).parents[1] / "evaluation"))
+from official_files import write_coco, write_easy_vqa
+
+from evaluation import benchmarks
+from evaluation.predictions import read_jsonl
+from evaluation.responders import ModelResponder
+from evaluation.run import run, select
+from evaluation.score import score
+from evaluation.training_probe import make_probe
+from vlgpt.config import validate
+from vlgpt.log import UserError
+from vlgpt.settings import RunSettings
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """An export with its CLIP, and small official files."""
+    from vlgpt.export import export_model
+    from vlgpt.models.encoders import new_open_clip, save_open_clip
+
+    folder = tmp_path_factory.mktemp("probe")
+    tokenizer = new_document_tokenizer()
+    torch.manual_seed(1)
+    save_open_clip(new_open_clip(config=CLIP), config=CLIP, folder=folder / "clip")
+    tokenizer.save(folder / "clip")
+    encoder = {"path": str(folder / "clip"), "library": "open_clip", "layer": -2, "has_cls": True}
+    export_model(
+        new_model(tokenizer, num_patches=5).eval(), folder / "export", tokenizer=tokenizer, encoder=encoder
+    )
+    write_coco(folder / "data")
+    write_easy_vqa(folder / "data")
+    return folder
+
+
+def settings_of(folder, *probes, kind="language"):
+    stage = {"kind": "language", "language_model": str(folder / "export"), "template": "short"}
+    stage["encoder"] = {"path": str(folder / "clip")}
+    values = {
+        "name": "test",
+        "output_dir": str(folder / "run"),
+        "stage": stage if kind == "language" else {"kind": "image_tokenizer"},
+        "data": {"sources": [{"name": "a", "path": "b"}]},
+        "steps": 1,
+        "global_batch": 1,
+        "micro_batch": 1,
+        "precision": "fp32",
+        "validation": {"probes": probes},
+    }
+    return validate(RunSettings, values, where="test")
+
+
+def questions(folder, name, **more):
+    return {"benchmark": name, "data": str(folder / "data"), "num_examples": 4, **more}
+
+
+def test_a_probe_gives_what_the_evaluation_of_the_export_gives(folder, tmp_path):
+    from vlgpt.stages.build import build_stage
+
+    names = ("coco_caption", "easy_vqa")
+    settings = settings_of(folder, *(questions(folder, name, batch_size=3) for name in names))
+    stage, _ = build_stage(settings, num_sources=1)
+    found = make_probe(settings)(stage.eval(), 10)
+    responder = ModelResponder.load(folder / "export")
+    for name in names:
+        benchmark = benchmarks.make(name)
+        examples = benchmark.examples(folder / "data")
+        subset = {"limit": 4, "seed": 0}
+        chosen = select(examples, **subset)
+        path = run(benchmark, responder, examples=chosen, output=tmp_path / name, subset=subset)
+        wanted, _ = score(benchmark, read_jsonl(path), folder / "data", run={"subset": subset})
+        for metric, value in wanted["metrics"].items():
+            assert found[f"{name}/{metric}"] == pytest.approx(value["value"]), (name, metric)
+    assert len(found) >= 3
+
+
+@pytest.mark.parametrize(
+    "probe, kind, reason",
+    [
+        ("nonsense", "language", "benchmark 'nonsense' is unknown"),
+        ("coco_reconstruction", "language", "draws pictures"),
+        ("coco_caption", "image_tokenizer", "validation.probes are for stage.kind=language"),
+    ],
+)
+def test_a_probe_that_cannot_be_asked_is_refused(folder, probe, kind, reason):
+    with pytest.raises(UserError, match=reason):
+        make_probe(settings_of(folder, questions(folder, probe), kind=kind))
