@@ -274,7 +274,7 @@ def text_spec(
 
 def _pretrained(kind: Any, path: str | Path, *, subfolder: str) -> nn.Module:
     try:
-        model = load_whole(kind, str(path), subfolder=subfolder)
+        model = load_whole(kind, str(path), subfolder=subfolder, ignore_mismatched_sizes=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         where = f"{path}/{subfolder}" if subfolder else str(path)
         raise UserError(

@@ -16,6 +16,7 @@ import diffusers
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from vlgpt.log import UserError, get_logger
@@ -23,6 +24,7 @@ from vlgpt.models.component import freeze
 from vlgpt.models.conditioners import Unconditional
 from vlgpt.models.denoise import Conditions, check_generators, count_pictures, denoise, or_absent
 from vlgpt.models.ip_adapter import IpAdapterWeights, check_attention, load_resampler, read_ip_adapter
+from vlgpt.models.weights import load_whole
 
 Reading = Literal["tokens", "features"]
 UNet = Any  # UNet2DConditionModel and AutoencoderKL: diffusers' lazy modules hide their types from mypy
@@ -281,8 +283,8 @@ def _check_width(name: str, constant: Tensor, width: int) -> None:
 def _pretrained(kind: Any, path: str | Path, *, subfolder: str | None, dtype: torch.dtype) -> Any:
     where = f"{path}/{subfolder}" if subfolder else str(path)
     try:
-        return kind.from_pretrained(str(path), subfolder=subfolder, torch_dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError) as error:
+        return load_whole(kind, str(path), subfolder=subfolder, torch_dtype=dtype)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"no {kind.__name__} could be loaded from {where}: {reason}") from error
 

@@ -109,7 +109,7 @@ class OpenClipEncoder(ClipEncoder):
         except (RuntimeError, OSError, ValueError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"open_clip could not load {str(path)!r}: {reason}") from error
-        self.depth = _num_blocks(self.model.visual, name=str(path))
+        self.block = block_of(layer, _num_blocks(self.model.visual, name=str(path)), name=str(path))
         self.tokenizer = self._load_tokenizer(open_clip, Path(path) if is_folder else None, str(path))
         config = cast(Any, self.model.visual)
         size = config.image_size
@@ -136,7 +136,7 @@ class OpenClipEncoder(ClipEncoder):
         visual = cast(Any, self.model.visual)
         found = visual.forward_intermediates(
             self.preprocess(pixels),
-            indices=[self.layer % self.depth],
+            indices=[self.block],
             intermediates_only=True,
             output_fmt="NLC",
             output_extra_tokens=True,
@@ -177,7 +177,7 @@ class TransformersClipEncoder(ClipEncoder):
 
         self.name = str(path)
         try:
-            self.model: Any = load_whole(AutoModel, self.name)
+            self.model: Any = load_whole(AutoModel, self.name, ignore_mismatched_sizes=True)
             processor = AutoImageProcessor.from_pretrained(self.name)
             is_whole = hasattr(self.model.config, "vision_config")
             self.text_tokenizer = AutoTokenizer.from_pretrained(self.name) if is_whole else None
@@ -187,6 +187,7 @@ class TransformersClipEncoder(ClipEncoder):
         if not hasattr(self.model.config, "vision_config" if is_whole else "patch_size"):
             raise UserError(f"{self.name} holds a {type(self.model).__name__}, wanted a CLIP or SigLIP")
         config = self.model.config.vision_config if is_whole else self.model.config
+        self.block = block_of(layer, config.num_hidden_layers, name=self.name)
         self._set_preprocessing(size_px=config.image_size, mean=processor.image_mean, std=processor.image_std)
         self.layer, self.has_cls = layer, has_cls
         freeze(self)
@@ -197,7 +198,7 @@ class TransformersClipEncoder(ClipEncoder):
 
     def patches(self, pixels: Tensor) -> Tensor:
         states = self._vision(pixel_values=self.preprocess(pixels), output_hidden_states=True).hidden_states
-        hidden = states[self.layer]
+        hidden = states[self.block + 1]  # the first are the embeddings
         has_class_token = hasattr(self._vision.embeddings, "class_embedding")
         return hidden if self.has_cls or not has_class_token else hidden[:, 1:]
 
@@ -224,6 +225,17 @@ class TransformersClipEncoder(ClipEncoder):
     def embed_texts(self, captions: Sequence[str]) -> Tensor:
         self._require_text_tower()
         return tensor_of(self.model.get_text_features(**self._tokenise(captions)))
+
+
+def block_of(layer: int, depth: int, *, name: str) -> int:
+    """The block whose output is hidden layer `layer`: -1 and `depth` are the last, -2 the one before, 1 the first.
+
+    Raises UserError when there is no such layer.
+    """
+    if layer == 0 or not -depth <= layer <= depth:
+        valid = f"-{depth}..-1 or 1..{depth}"
+        raise UserError(f"layer {layer} of {name}: its image tower has {depth} layers, choose {valid}")
+    return layer - 1 if layer > 0 else layer + depth
 
 
 def _num_blocks(visual: Any, *, name: str) -> int:

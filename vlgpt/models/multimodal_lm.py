@@ -54,7 +54,8 @@ def load_language_model(
 
     chosen = choose_attention(attention)
     try:
-        model = load_whole(AutoModelForCausalLM, str(path), dtype=dtype, attn_implementation=chosen)
+        options = {"dtype": dtype, "attn_implementation": chosen, "ignore_mismatched_sizes": True}
+        model = load_whole(AutoModelForCausalLM, str(path), **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"no language model could be loaded from {str(path)!r}: {reason}") from error

@@ -126,7 +126,10 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def load_whole(kind: Any, path: str, **options: Any) -> Any:
-    """`from_pretrained` that leaves no weight random. Raises ValueError naming the first tensors that are missing."""
+    """`from_pretrained` that leaves no weight random. Raises ValueError naming the first tensors that are missing.
+
+    transformers names tensors of another shape only with `ignore_mismatched_sizes=True`; diffusers does without.
+    """
     model, report = kind.from_pretrained(path, use_safetensors=True, output_loading_info=True, **options)
     wrong = [f"missing {name}" for name in sorted(report["missing_keys"])]
     wrong += [f"another shape: {found}" for found in report.get("mismatched_keys", ())]
