@@ -253,18 +253,17 @@ def measured(folder, rank, world_size, options):
     for zero in (2, 3):
         settings = settings_of(folder, steps=6, global_batch=world_size, micro_batch=1)
         engine = engine_of(settings, world_size, zero=zero, kind="lora")
-        engine.train(False)
-        found[zero] = {"probe": probed(engine, probe, 1)}
-        for packing in ("best_fit", "none"):
-            data = data_settings(options["data"], packing=packing)
-            loader = Loader(
-                data, kind="packed", micro_batch=2, rank=rank, world_size=world_size, tokenizer=TOKENIZER
-            )
-            found[zero][packing] = validation_losses(
-                engine, loader.one_pass(), 1000, source_names=loader.source_names
-            )
-            loader.close()
-        engine.train(True)
+        with engine.evaluation():
+            found[zero] = {"probe": probed(engine, probe, 1)}
+            for packing in ("best_fit", "none"):
+                data = data_settings(options["data"], packing=packing)
+                loader = Loader(
+                    data, kind="packed", micro_batch=2, rank=rank, world_size=world_size, tokenizer=TOKENIZER
+                )
+                found[zero][packing] = validation_losses(
+                    engine, loader.one_pass(), 1000, source_names=loader.source_names
+                )
+                loader.close()
     return found
 
 
@@ -286,7 +285,7 @@ def pictured(folder, rank, world_size, options):
     settings = settings_of(folder, steps=6, global_batch=world_size, micro_batch=1)
     engine = engine_of(settings, world_size, kind="tokenizer")
     engine.train(False)
-    engine.barrier()
+    engine.barrier()  # rank 0 has written its files
     chosen = PictureCheckSettings(
         picture_decoder=str(folder / "decoder"),
         judge=EncoderSettings(path=str(folder / "clip")),

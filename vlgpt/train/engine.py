@@ -157,6 +157,26 @@ class Engine:
     def train(self, mode: bool = True) -> None:
         self._engine.train(mode)
 
+    @contextlib.contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """Eval mode without gradients, in which the stage may be called directly, also under ZeRO-3.
+
+        There a parameter that a module reads from elsewhere (peft's token rows) is gathered only during deepspeed's own
+        forward, or while its marks say so.
+        """
+        tables = [module._parameters for module in self.stage.modules()]
+        marked: list[Any] = [table for table in tables if hasattr(table, "_in_forward")]
+        self.train(False)
+        for table in marked:
+            table._in_forward = True
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for table in marked:
+                table._in_forward = False
+            self.train(True)
+
     def save(self, root: Path, tag: str) -> None:
         """DeepSpeed's own files under root/tag: optimizer partitions and trainable weights; `latest` is not touched.
 

@@ -274,9 +274,8 @@ def _ratio(total: float, count: float) -> float | None:
 
 def write_validation(run: Run, step: int) -> None:
     """Held-out losses; the loop knows nothing of what is measured."""
-    run.engine.train(False)
-    values = run.validate(step)
-    run.engine.train(True)
+    with run.engine.evaluation():
+        values = run.validate(step)
     if run.log is not None:
         run.log.write(step, values)
         shown = "  ".join(f"{key} {value:.4f}" for key, value in values.items() if isinstance(value, float))

@@ -41,8 +41,9 @@ def finish(run: Run) -> None:
         tokenizer=getattr(run.loader, "tokenizer", None),
         run_positions=settings.steps * settings.global_batch,
     )
+    with engine.evaluation():
+        engine.stage.finish(placed(engine, loader), engine.all_sum)
     engine.train(False)
-    engine.stage.finish(placed(engine, loader), engine.all_sum)
     loader.close()
     with engine.gathered_weights():
         if engine.rank == 0:
