@@ -37,8 +37,6 @@ def test_linear_operations_equal_those_that_torch_counts(is_lora):
             terms = stage(batch)
         sum(term.total for term in terms.values()).backward()
     found, wanted = meter.take(), linear_flops(counter)
-    if is_lora:  # peft computes the gradient of the whole head, of which two rows are needed
-        wanted -= 2 * int(stage.count_targets(batch)["text"]) * TOKENIZER.vocabulary_size * 64
     assert found == pytest.approx(wanted, rel=0.03)
 
 

@@ -36,15 +36,18 @@ DEEPSPEED = ["deepspeed", "--num_accelerators", "2", "--master_port", "{port}"]
 TORCHRUN = ["torchrun", "--nproc_per_node", "2", "--master_port", "{port}"]
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
+def write_shards(folder):
     """Forty pictures with stored features."""
-    folder = tmp_path_factory.mktemp("data") / "shards"
     write_dataset(folder, [pair(number) for number in range(40)], shard_sizes=[20, 20])
     shapes = {"patches": (5, 8), "image_condition": (4, 8), "text_condition": (3, 8)}
     for name, shape in shapes.items():
         write_feature(folder, name, shape=shape)
     return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_shards(tmp_path_factory.mktemp("data") / "shards")
 
 
 def arguments(data, folder, **overrides):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from slurm_node import call
+from test_launchers import arguments, assert_equal, write_shards
 
 ROOT = Path(__file__).parents[2]
 TASK = """
@@ -99,3 +100,44 @@ def test_a_preempted_job_commits_is_queued_again_and_ends_like_an_uninterrupted_
     assert (folder / "result.json").read_text() == (tmp_path / "straight" / "result.json").read_text()
     assert "exit code 75" in (folder / "job.log").read_text()
     assert json.loads((folder / "result.json").read_text())
+
+
+def submit_training(folder, data):
+    """The real trainer, two tasks; an `ssh` that tells on its caller comes first in PATH."""
+    folder.mkdir()
+    ssh = folder / "bin" / "ssh"
+    ssh.parent.mkdir()
+    ssh.write_text(f"#!/bin/sh\ntouch {folder}/ssh_was_used\nexit 1\n")
+    ssh.chmod(0o755)
+    options = [
+        "--parsable",
+        "--ntasks=2",
+        "--ntasks-per-node=2",
+        "--overcommit",
+        f"--output={folder}/job.log",
+    ]
+    run = [str(part) for part in arguments(data, folder / "run")]
+    path = f"{ssh.parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
+    environment["OMP_NUM_THREADS"] = "1"
+    done = call("sbatch", *options, "launchers/slurm/train.sbatch", *run, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_training_by_two_tasks_is_preempted_queued_again_and_ends_like_an_uninterrupted_run(slurm, tmp_path):
+    data = write_shards(tmp_path / "shards")
+    straight, preempted = tmp_path / "straight", tmp_path / "preempted"
+    submit_training(straight, data)
+    wait_for(straight / "run" / "result" / "done.json", timeout_s=240, log=straight / "job.log")
+    job = submit_training(preempted, data)
+    log = preempted / "job.log"
+    wait_for(preempted / "run" / "checkpoints" / "step_00000010" / "COMMITTED.json", timeout_s=120, log=log)
+    call("scancel", "-b", "-s", "USR1", job)
+    wait_for(preempted / "run" / "result" / "done.json", timeout_s=400, log=log)
+    text = log.read_text()
+    assert "exit code 75" in text and "resumed from" in text
+    assert_equal(straight / "run", preempted / "run")
+    assert not list(tmp_path.rglob("ssh_was_used"))
