@@ -1,10 +1,14 @@
 """docs/troubleshooting.md has an entry for every message that training raises or logs as an error."""
 
 import ast
+import json
 import re
 from pathlib import Path
 
 import pytest
+
+from vlgpt.config import load_run
+from vlgpt.train.ds_config import lint, merge_config, read_config
 
 ROOT = Path(__file__).parents[2]
 PAGE = re.sub(r"\s+", " ", (ROOT / "docs" / "troubleshooting.md").read_text())
@@ -55,3 +59,51 @@ def test_the_reader_of_messages_finds_them():
     found = [piece for path in FILES for _, piece in messages(path)]
     assert len(found) > 35
     assert any("is taken twice" in piece for piece in found)
+
+
+# ------------------------------------------------------------------------------------------------- commands of the page
+
+TRAINING = (ROOT / "docs" / "training.md").read_text()
+COMMANDS = [
+    line
+    for line in TRAINING.splitlines()
+    if re.match(r"(deepspeed|torchrun|sbatch|python) .*launchers/", line)
+]
+
+
+def number(command, option):
+    found = re.search(rf"{option}[ =](\d+)", command)
+    return int(found[1]) if found else 1
+
+
+def world_size(command):
+    if command.startswith("sbatch"):
+        return number(command, "--nodes") * number(command, "--ntasks-per-node")
+    return number(command, "--num_gpus") * number(command, "--nproc_per_node") * number(command, "--nnodes")
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=range(len(COMMANDS)))
+def test_every_command_of_the_training_page_starts_a_run_that_divides_its_batch(command):
+    words = command.split()
+    launcher = next(w for w in words if re.fullmatch(r"launchers/(train_tokenizer|pretrain|finetune)\.py", w))
+    config, json_file = words[words.index("--config") + 1], words[words.index("--deepspeed") + 1]
+    settings = load_run(ROOT / config, [word for word in words if re.match(r"[a-z_.]+=", word)])
+    assert (ROOT / launcher).is_file()
+    assert settings.accumulation(world_size(command)) >= 1
+    merged = merge_config(
+        settings, read_config(ROOT / json_file), world_size=world_size(command), source=json_file
+    )
+    assert lint(merged, source=json_file) == []
+
+
+def test_the_page_covers_three_stages_on_8_32_and_4_gpus():
+    found = {(re.search(r"launchers/(\w+)\.py --deep", c)[1], world_size(c)) for c in COMMANDS}
+    stages = ("train_tokenizer", "pretrain", "finetune")
+    assert {(stage, size) for stage in stages for size in (8, 32, 4)} <= found
+
+
+def test_every_key_of_the_deepspeed_files_is_explained():
+    for path in (ROOT / "ds_configs").glob("*.json"):
+        content = json.loads(path.read_text())
+        for key in [*content, *content["zero_optimization"]]:
+            assert key == "zero_optimization" or f"`{key}" in TRAINING, f"{path.name}: {key}"
