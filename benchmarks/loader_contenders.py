@@ -12,6 +12,7 @@ import itertools
 import random
 import tarfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -159,16 +160,21 @@ def energon(folder: Path, decode: Decode | None) -> Stream:
         crude = "__module__: megatron.energon\n__class__: CrudeWebdataset\n"
         (prepared / ".nv-meta" / "dataset.yaml").write_text(crude)
 
-    def cook(sample: dict[str, Any]) -> Any:
-        pair = sample["jpg"], sample["txt"]
-        return pair if decode is None else decode(*pair)
+    @dataclass
+    class Cooked(library.Sample):
+        content: Any
+
+    def cook(sample: dict[str, Any]) -> Cooked:
+        pair = sample["jpg"], sample["txt"].encode() if isinstance(sample["txt"], str) else sample["txt"]
+        return Cooked(**library.basic_sample_keys(sample), content=pair if decode is None else decode(*pair))
 
     class Encoder(library.DefaultTaskEncoder):
         decoder = None
         cookers = (library.Cooker(cook),)
 
         def batch(self, samples: list[Any]) -> Any:
-            return samples if decode is None else collate(samples)
+            content = [sample.content for sample in samples]
+            return content if decode is None else collate(content)
 
     workers = library.WorkerConfig(rank=0, world_size=1, num_workers=0)
     data = library.get_train_dataset(

@@ -48,19 +48,26 @@ class Document:
     info: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        images = [part.index for part in self.parts if isinstance(part, ImagePart)]
-        if images != list(range(len(images))):
+        num_images, is_plain, is_chat = 0, False, False
+        for part in self.parts:  # one pass: every sample of a training run comes through here
+            if part.role == "plain":
+                is_plain = True
+            elif part.role in ROLES:
+                is_chat = True
+            else:
+                raise ValueError(
+                    f"document {self.id!r}: unknown role {part.role!r}; valid: {', '.join(ROLES)}"
+                )
+            if isinstance(part, ImagePart):
+                if part.index != num_images:
+                    images = [part.index for part in self.parts if isinstance(part, ImagePart)]
+                    raise ValueError(
+                        f"document {self.id!r}: images must be numbered 0, 1, ... in reading order, found {images}"
+                    )
+                num_images += 1
+        if is_plain and is_chat:
             raise ValueError(
-                f"document {self.id!r}: images must be numbered 0, 1, ... in reading order, found {images}"
-            )
-        roles = {part.role for part in self.parts}
-        if unknown := roles - set(ROLES):
-            raise ValueError(
-                f"document {self.id!r}: unknown role {sorted(unknown)}; valid: {', '.join(ROLES)}"
-            )
-        if "plain" in roles and len(roles) > 1:
-            raise ValueError(
-                f"document {self.id!r}: plain parts cannot be mixed with chat roles {sorted(roles)}"
+                f"document {self.id!r}: plain parts cannot be mixed with chat roles user and assistant"
             )
 
     @property
