@@ -153,8 +153,7 @@ def check_memory(
     parts, work = plan_of(setting)
     precision = Precision(number=torch.finfo(setting.dtype).bits // 8, mask=1)
     kept = activation_bytes(parts, work, precision=precision, has_checkpointing=False)
-    copies = 2 * setting.vocabulary * setting.width * precision.number
-    planned = kept["activations"] + kept["logits"] + copies
+    planned = kept["activations"] + kept["logits"]
 
     def step() -> None:
         terms = stage(batch)

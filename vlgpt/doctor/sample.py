@@ -61,8 +61,8 @@ class Setting:
         return {**shapes, **shared, "tokenizer": part, "detokenizer": part}
 
 
-def new_stage(setting: Setting) -> LanguageStage:
-    """LoRA on a random LLaMA, the same weights for the same setting whatever the device."""
+def new_stage(setting: Setting, *, trained: str = "lora") -> LanguageStage:
+    """LoRA on a random LLaMA, or all of it trained; the same weights for the same setting whatever the device."""
     seeds.seed_everything(0, "doctor")
     lm = MultimodalLM(
         build_language_model(dict(setting.config), setting.attention),  # type: ignore[arg-type]
@@ -70,7 +70,8 @@ def new_stage(setting: Setting) -> LanguageStage:
         num_visual=setting.num_visual,
         visual_width=setting.width,
     )
-    lm.add_lora(LoraSettings(dropout=0.0), [setting.vocabulary - 2, setting.vocabulary - 1])
+    if trained == "lora":
+        lm.add_lora(LoraSettings(dropout=0.0), [setting.vocabulary - 2, setting.vocabulary - 1])
     part: dict[str, Any] = {"width": 64, "depth": 1, "num_heads": 4, "mlp_ratio": 2.0, "init_std": 1.0}
     shared: dict[str, Any] = {"num_visual": setting.num_visual, "visual_width": setting.width}
     model = UnifiedModel(

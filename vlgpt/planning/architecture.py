@@ -40,10 +40,18 @@ class LanguageShape:
         return sum(a * b for a, b in self.linears)
 
     @property
+    def num_table_parameters(self) -> int:
+        """Embedding and LM head."""
+        return self.vocabulary * self.width * (1 if self.is_tied else 2)
+
+    @property
     def num_parameters(self) -> int:
         bias = sum(out for _, out in self.linears[:3]) if self.has_qkv_bias else 0
-        tables = self.vocabulary * self.width * (1 if self.is_tied else 2)
-        return tables + self.depth * (self.num_block_weights + bias + 2 * self.width) + self.width
+        return (
+            self.num_table_parameters
+            + self.depth * (self.num_block_weights + bias + 2 * self.width)
+            + self.width
+        )
 
     def num_lora(self, rank: int) -> int:
         return self.depth * rank * sum(a + b for a, b in self.linears)
@@ -84,6 +92,7 @@ class Architecture:
     lora_rank: int | None = None  # None: all of the LM is trained
     lora_dropout: float = 0.0
     head: str = "linear"
+    frozen: tuple[str, ...] = ()  # names as in the stage's settings
     origins: tuple[str, ...] = ()  # where the shapes came from
 
     @property
@@ -102,13 +111,15 @@ class Architecture:
             "image_tokenizer": self.tokenizer.num_parameters,
             "image_detokenizer": self.detokenizer.num_parameters,
         }
-        counts = {name: (n, n if self.lm is None else 0) for name, n in parts.items()}
+        kept = {f"image_{name}" for name in self.frozen}
+        counts = {name: (n, n if self.lm is None and name not in kept else 0) for name, n in parts.items()}
         if self.tower is not None:
             counts["image_encoder"] = (self.tower.num_parameters, 0)
         if self.lm is None:
             return counts
         n = self.lm.num_parameters
-        own: dict[str, tuple[int, int]] = {"language_model": (n, 0 if self.lora_rank else n)}
+        tables = self.lm.num_table_parameters if "embeddings" in self.frozen else 0
+        own: dict[str, tuple[int, int]] = {"language_model": (n, 0 if self.lora_rank else n - tables)}
         if self.lora_rank:
             lora, rows = self.lm.num_lora(self.lora_rank), 2 * self.lm.width * (1 if self.lm.is_tied else 2)
             own |= {"lora_adapters": (lora, lora), "token_rows": (rows, rows)}
@@ -117,6 +128,7 @@ class Architecture:
         if self.has_projection:
             projection = (self.visual_width + 1) * self.lm.width
             own["input_projection"] = (projection, projection)
+        own |= {name: (own[name][0], 0) for name in own.keys() & set(self.frozen)}
         return own | counts
 
 
@@ -126,7 +138,8 @@ def architecture_of(run: s.RunSettings) -> Architecture:
     if isinstance(stage, s.ImageTokenizerStage):
         tower = image_tower(stage.encoder.path) if stage.encoder else None
         tokenizer, detokenizer = image_shapes(stage.model_dump() | stage.shapes.model_dump())
-        return Architecture(tokenizer, detokenizer, stage.num_visual, stage.visual_width, tower)
+        shape = (stage.num_visual, stage.visual_width)
+        return Architecture(tokenizer, detokenizer, *shape, tower, frozen=stage.frozen)
     if not isinstance(stage, s.LanguageStage):
         raise UserError(f"stage {stage.kind!r} belongs to the demo: it trains in minutes and needs no plan")
     config, origin = language_config(stage.language_model)
@@ -142,6 +155,7 @@ def architecture_of(run: s.RunSettings) -> Architecture:
         lora_rank=stage.lora.rank if stage.trained == "lora" else None,
         lora_dropout=stage.lora.dropout,
         head=stage.head,
+        frozen=stage.frozen,
         origins=(f"language model: {origin}", f"image parts: {image_origin}"),
     )
 

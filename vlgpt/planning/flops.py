@@ -54,10 +54,16 @@ def count(parts: Architecture, work: Work, *, has_checkpointing: bool, is_frozen
     if is_frozen:
         hidden = 2 * work.num_visual_targets * parts.head_linears[-1][0] * parts.head_linears[-1][1]
         return Flops(forward, head + (hidden if parts.head == "mlp" else 0), 0)
-    # The two token rows live in a merged copy of the LM head, so its whole weight gets a gradient under LoRA too.
-    weight_products = 1 if parts.lora_rank else 2
-    backward = weight_products * blocks + 2 * (attention + lora + text_head + head)
-    backward += projection  # its input, the frozen visual embeddings, needs no gradient
+    is_table_trained = not parts.lora_rank and "embeddings" not in parts.frozen
+    backward = (1 if parts.lora_rank else 2) * blocks + 2 * (attention + lora)
+    backward += (2 if is_table_trained else 1) * text_head
+    backward += (1 if "regression_head" in parts.frozen else 2) * head
+    if parts.has_projection and "input_projection" not in parts.frozen:
+        backward += projection  # its input, the frozen visual embeddings, needs no gradient
+    elif (
+        parts.lora_rank and "token_rows" in parts.frozen
+    ):  # nothing is trained before q, k, v of the first layer
+        backward -= 2 * tokens * sum(a * (b + parts.lora_rank) for a, b in parts.lm.linears[:3])
     return Flops(forward, backward, blocks + attention + lora if has_checkpointing else 0)
 
 
@@ -72,10 +78,15 @@ def query_forward(shape: QueryShape, num_images: int) -> tuple[int, int]:
     """Forward FLOPs of an image tokenizer or detokenizer: all of it, and its blocks alone."""
     q, c, w = shape.num_queries, shape.num_context, shape.width
     linears = 2 * q * (4 * w * w + 2 * w * w + 2 * w * shape.mlp) + 2 * c * shape.context_width * 2 * w
-    attention = 4 * q * q * w + 4 * q * c * w
-    blocks = num_images * shape.depth * (linears + attention)
+    blocks = num_images * shape.depth * linears + query_attention(shape, num_images)
     outputs = num_images * sum(2 * tokens * w * out for tokens, out in shape.outputs)
     return blocks + outputs, blocks
+
+
+def query_attention(shape: QueryShape, num_images: int) -> int:
+    """Forward FLOPs of the scores of both attentions."""
+    per_layer = 4 * shape.num_queries * (shape.num_queries + shape.num_context) * shape.width
+    return num_images * shape.depth * per_layer
 
 
 def _stage_one(parts: Architecture, work: Work, *, has_checkpointing: bool) -> Flops:
@@ -83,4 +94,11 @@ def _stage_one(parts: Architecture, work: Work, *, has_checkpointing: bool) -> F
         *(query_forward(shape, work.rows) for shape in (parts.tokenizer, parts.detokenizer)), strict=True
     )
     tower = parts.tower.forward_flops(work.rows) if parts.tower is not None else 0
-    return Flops(sum(whole) + tower, 2 * sum(whole), sum(blocks) if has_checkpointing else 0)
+    backward = 2 * sum(whole)
+    if "tokenizer" in parts.frozen:  # gradients end at the detokenizer's context
+        backward -= 2 * whole[0]
+    if "detokenizer" in parts.frozen:  # linear layers of the detokenizer need no gradient of their weights
+        backward -= whole[1] - query_attention(parts.detokenizer, work.rows)
+        q, c, w = parts.detokenizer.num_queries, parts.detokenizer.num_context, parts.detokenizer.width
+        backward -= work.rows * (2 * q * 5 * w * w + 8 * q * q * w + 2 * q * c * w)  # nor do the queries
+    return Flops(sum(whole) + tower, backward, sum(blocks) if has_checkpointing else 0)

@@ -41,11 +41,6 @@ def state_bytes(parts: Architecture, zero: Zero, *, num_gpus: int, precision: Pr
     gradient_share = num_gpus if zero.stage >= 2 else 1
     master = -(-trained // num_gpus)
     buckets = 2 * zero.bucket_elements * precision.number  # two receive buffers: overlap_comm
-    merged_rows = 0
-    if (
-        parts.lm is not None and parts.lora_rank
-    ):  # copies of LM head and embedding with the two rows, and a gradient
-        merged_rows = 2 * parts.lm.vocabulary * parts.lm.width * precision.number
     return {
         "frozen": frozen * precision.number // weights_share,
         "trainable": trained * precision.number // weights_share,
@@ -53,7 +48,6 @@ def state_bytes(parts: Architecture, zero: Zero, *, num_gpus: int, precision: Pr
         "optimizer": 0 if zero.is_offloaded else 12 * master,
         "step": 0 if zero.is_offloaded else 4 * master,  # the gradients once more, flat
         "buckets": buckets if num_gpus > 1 else buckets // 2,
-        "token_row_copies": merged_rows,
     }
 
 

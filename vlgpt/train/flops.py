@@ -58,11 +58,6 @@ class FlopMeter:
             elif isinstance(module, nn.Linear):
                 self._handles.append(module.register_forward_hook(self._on_linear))
         self._language = _language_shape(stage)
-        head = getattr(getattr(getattr(stage, "model", None), "lm", None), "lm_head", None)
-        if isinstance(head, nn.Module) and not isinstance(
-            head, nn.Linear
-        ):  # peft: two rows of it are trained
-            self._handles.append(head.register_forward_hook(self._on_wrapped_head))
 
     def close(self) -> None:
         for handle in self._handles:
@@ -88,11 +83,6 @@ class FlopMeter:
         if self.is_counting and inputs:
             product = 2.0 * output.numel() * module.in_features
             self.total += product * _passes(inputs[0], module.weight)
-
-    def _on_wrapped_head(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if self.is_counting and inputs:
-            needed = 1 + int(torch.is_grad_enabled() and inputs[0].requires_grad)
-            self.total += 2.0 * output.numel() * inputs[0].shape[-1] * needed
 
     def _on_attention(self, module: nn.MultiheadAttention, inputs: Any, kwargs: Any, output: Any) -> None:
         if not self.is_counting:
