@@ -25,21 +25,34 @@ THUMBNAIL_PX = 160
 MAX_TEXT_CHARS = 2000
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title>
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src
-'unsafe-inline'"> <style>
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; padding: 0 1rem; color: #222
-} article { border-top: 1px solid #ccc; padding: .8rem 0 } h2 { font: 13px monospace; color: #666; margin: 0 0
-.4rem } img { vertical-align: middle; border: 1px solid #ddd; max-width: 100% } .part { display: inline-block;
-margin: .15rem } .text { background: #f2f2f2; border-radius: .2rem; padding: .05rem .3rem; overflow-wrap:
-anywhere; white-space: pre-wrap } .target { outline: 2px solid #2a7 } .role { font: 11px monospace; color:
-#888 } .bad { color: #b00 } </style></head><body><h1>{{ title }}</h1>
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<style>
+body { font: 15px/1.6 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; padding: 0 1rem; color: #222 }
+article { border-top: 1px solid #ccc; padding: .8rem 0 }
+h2 { font: 13px monospace; color: #666; margin: 0 0 .4rem }
+img { vertical-align: middle; border: 1px solid #ddd; max-width: 100% }
+.part { display: inline-block; margin: .15rem }
+.text { background: #f2f2f2; border-radius: .2rem; padding: .05rem .3rem }
+.text { overflow-wrap: anywhere; white-space: pre-wrap }
+.target { outline: 2px solid #2a7 }
+.role { font: 11px monospace; color: #888 }
+.mark { color: #2a7 }
+.bad { color: #b00 }
+</style></head><body><h1>{{ title }}</h1>
 <p>Parts in reading order. Green: the model is trained to predict it.{% if has_tokenizer %} Shown after
 tokenisation, with the chat template.{% endif %}</p>
-{% for document in documents %}<article><h2>{{ document.source }} &middot; {{ document.key }} &middot; {{
-document.id }}</h2> {% for part in document.parts %}<span class="part"><span class="role">{{ part.role
-}}</span> {% if part.image %}<img class="{{ 'target' if part.is_target }}" alt="image {{ part.number }}"
-src="{{ part.image }}"> {% else %}<span class="text {{ 'target' if part.is_target }} {{ 'bad' if part.is_bad
-}}">{{ part.text }}</span>{% endif %} </span>{% endfor %}</article>{% endfor %}</body></html>
+{% for document in documents %}<article>
+<h2>{{ document.source }} &middot; {{ document.key }} &middot; {{ document.id }}</h2>
+{% for part in document.parts %}{% if part.begins_line %}<br>{% endif %}<span class="part">
+{%- if part.role != "plain" %}<span class="role">{{ part.role }}</span> {% endif %}
+{%- if part.image -%}
+<img class="{{ 'target' if part.is_target }}" alt="image {{ part.number }}" src="{{ part.image }}">
+{%- else -%}
+<span class="text {{ 'target' if part.is_target }} {{ 'bad' if part.is_bad }}">
+{%- if part.begins_line %}<span class="mark">{{ part.marks }}</span>{% endif %}{{ part.shown_text }}</span>
+{%- endif %}</span>
+{% endfor %}</article>
+{% endfor %}</body></html>
 """
 
 
@@ -53,6 +66,21 @@ class ShownPart:
     image: str = ""
     number: int = 0
     is_bad: bool = False
+
+    @property
+    def marks(self) -> str:
+        """The white space that the text begins with, its line breaks made visible."""
+        return self.text[: len(self.text) - len(self.text.lstrip(" \n"))].replace("\n", "\u21b5")
+
+    @property
+    def begins_line(self) -> bool:
+        """Whether the text begins with a line break: then the part begins a line on the page."""
+        return "\u21b5" in self.marks
+
+    @property
+    def shown_text(self) -> str:
+        """The text without what `marks` shows."""
+        return self.text[len(self.marks) :] if self.begins_line else self.text
 
 
 def write_report(

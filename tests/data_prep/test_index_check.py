@@ -13,6 +13,7 @@ from PIL import Image
 
 from data_prep import check, index
 from data_prep.build import main as build
+from data_prep.report import ShownPart
 from vlgpt.document import Document, ImagePart, TextPart
 from vlgpt.log import run_command
 from vlgpt.shards import FeatureSpec, ShardSet, ShardWriter, write_manifest
@@ -287,6 +288,7 @@ def test_no_caption_becomes_markup(hostile, tmp_path, word_tokenizer, with_token
         "h2",
         "span",
         "img",
+        "br",
     }
     assert page.tags.count("article") == 7 and page.tags.count("h1") == 1
     assert not [name for name, _ in page.attributes if name.startswith("on")]
@@ -302,3 +304,16 @@ def test_the_page_shows_order_roles_and_what_is_predicted(hostile, tmp_path):
     assert re.search(r'class="text {2,}">what picture', chat), "the user's words are no target"
     assert re.search(r'class="text target ">answer', chat), "the answer is one"
     assert chat.index("what picture") < chat.index("answer")
+
+
+def test_line_breaks_at_the_start_of_a_part_are_visible_and_begin_a_line():
+    found = [
+        (part.marks, part.begins_line, part.shown_text)
+        for part in map(text_part, ("a\n b", "\n\nc", " \n d"))
+    ]
+    assert found == [("", False, "a\n b"), ("↵↵", True, "c"), (" ↵ ", True, "d")]
+    assert text_part(" e").shown_text == " e"
+
+
+def text_part(text: str) -> ShownPart:
+    return ShownPart("plain", True, text=text)
