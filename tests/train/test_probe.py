@@ -83,6 +83,15 @@ def test_a_probe_gives_what_the_evaluation_of_the_export_gives(folder, tmp_path)
     assert len(found) >= 3
 
 
+def test_a_probe_works_on_a_stage_in_bf16_as_training_holds_it(folder):
+    from vlgpt.stages.build import build_stage
+
+    settings = settings_of(folder, questions(folder, "coco_caption"), questions(folder, "easy_vqa"))
+    stage, _ = build_stage(settings, num_sources=1)
+    found = make_probe(settings)(stage.to(torch.bfloat16).eval(), 10)
+    assert "easy_vqa/accuracy" in found
+
+
 @pytest.mark.parametrize(
     "probe, kind, reason",
     [

@@ -66,7 +66,7 @@ class ImageReader:
             for at in range(0, len(rows), CHUNK):
                 chunk = rows[at : at + CHUNK]
                 values = torch.stack([tagged[row][1] for row in chunk]).to(parameter)
-                result[chunk] = self._encode(kind, values)
+                result[chunk] = self._encode(kind, values).float()
         if unknown := {kind for kind, _ in tagged} - {"pixels", "patches", "visual"}:
             raise UserError(f"image tensors are tagged {sorted(unknown)}, wanted pixels, patches or visual")
         return result
