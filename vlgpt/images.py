@@ -125,18 +125,38 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _open(data: bytes, *, max_pixels: int) -> Image.Image:
+    _check_size(_webp_size(data), max_pixels)
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.UnidentifiedImageError as error:
         raise BadImage("not_an_image", f"none of {', '.join(FORMATS)}") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadImage("too_many_pixels", str(error)) from error
-    width, height = image.size
+    _check_size(image.size, max_pixels)
+    return image
+
+
+def _check_size(size: tuple[int, int], max_pixels: int) -> None:
+    width, height = size
     if width * height > max_pixels:
         raise BadImage("too_many_pixels", f"{width} x {height}, the limit is {max_pixels}")
     if max(width, height) > MAX_SIDE_PX:
         raise BadImage("too_wide", f"{width} x {height}, the limit is {MAX_SIDE_PX} a side")
-    return image
+
+
+def _webp_size(data: bytes) -> tuple[int, int]:
+    """The size that a WEBP claims, (0, 0) for other files. Pillow makes WEBP's decoder, with two pictures of that
+    size, when it opens the file: too late to refuse it.
+    """
+    if data[:4] != b"RIFF" or data[8:12] != b"WEBP" or len(data) < 30:
+        return 0, 0
+    if data[12:16] == b"VP8X":
+        return 1 + int.from_bytes(data[24:27], "little"), 1 + int.from_bytes(data[27:30], "little")
+    if data[12:16] == b"VP8L":
+        sides = int.from_bytes(data[21:25], "little")
+        return 1 + (sides & 0x3FFF), 1 + (sides >> 14 & 0x3FFF)
+    sides = int.from_bytes(data[26:30], "little")
+    return sides & 0x3FFF, sides >> 16 & 0x3FFF
 
 
 def _check_png_data(data: bytes) -> None:

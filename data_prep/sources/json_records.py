@@ -28,8 +28,8 @@ LINES = (".jsonl", ".ndjson")
 """Files with these names hold one value per line, whatever the first line begins with."""
 SUFFIXES = tuple(f"{kind}{packing}" for packing in ("", ".zip", ".gz") for kind in (*LINES, ".json"))
 FIRST_RECORDS = 100
-CHUNK_BYTES = 16 << 20
-MAX_RECORD_BYTES = 128 << 20
+CHUNK_BYTES = 4 << 20
+MAX_RECORD_BYTES = 64 << 20
 IN_MEMORY_BYTES = 64 << 20
 IS_SPACE = np.isin(np.arange(256), list(b" \t\n\r\v\f"))
 
@@ -185,7 +185,7 @@ def _lines(stream: IO[bytes]) -> tuple[np.ndarray, np.ndarray]:
     position = num_letters = 0
     while chunk := stream.read(CHUNK_BYTES):
         values = np.frombuffer(chunk, np.uint8)
-        running = np.cumsum(~IS_SPACE[values], dtype=np.int64)
+        running = np.cumsum(~IS_SPACE[values], dtype=np.int32)
         breaks = np.flatnonzero(values == ord("\n"))
         ends.append(breaks + position + 1)
         letters.append(running[breaks] + num_letters)

@@ -36,15 +36,66 @@ def picture(number: int, file_format: str = "JPEG", *, width: int = 64, height: 
     return encode(Image.fromarray(pixels(number, width=width, height=height)), file_format)
 
 
-def png_header(width: int, height: int) -> bytes:
-    """A PNG that claims a size and holds next to nothing."""
+def png_bytes(header: bytes, *rows: bytes) -> bytes:
+    """A PNG from its IHDR fields and its filtered rows."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    body = chunk(b"IDAT", zlib.compress(bytes(1000)))
+    body = chunk(b"IDAT", zlib.compress(b"".join(rows)))
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + body + chunk(b"IEND", b"")
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that claims a size and holds next to nothing."""
+    return png_bytes(struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0), bytes(1000))
+
+
+def deep_png(samples: np.ndarray) -> bytes:
+    """A PNG of 16 bits per sample. (height, width, 1 to 4) uint16: grey, grey and alpha, RGB, RGB and alpha."""
+    height, width, channels = samples.shape
+    colour_type = (0, 4, 2, 6)[channels - 1]
+    header = struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0)
+    return png_bytes(header, *(b"\0" + row.astype(">u2").tobytes() for row in samples))
+
+
+def claims(width: int, height: int) -> dict[str, bytes]:
+    """Files of every format that claim a size and hold next to nothing."""
+    short = struct.pack("<HH", min(width, 65_535), min(height, 65_535))
+    sides = struct.pack(">HH", min(height, 65_535), min(width, 65_535))
+    components = b"\3\1\x11\0\2\x11\0\3\x11\0"
+    bmp = struct.pack("<IIIIiiHH", 154, 0, 54, 40, width, height, 1, 24)
+    tags = (
+        (256, 4, width),
+        (257, 4, height),
+        (258, 3, 8),
+        (259, 3, 1),
+        (262, 3, 1),
+        (273, 4, 8),
+        (277, 3, 1),
+    )
+    tags += ((278, 4, height), (279, 4, 100))
+    entries = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags)
+    frames = [Image.fromarray(pixels(number, width=8, height=8)) for number in range(2)]
+    webp = bytearray(encode(frames[0], "WEBP", save_all=True, append_images=frames[1:]))
+    assert webp[12:16] == b"VP8X"
+    webp[24:30] = (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
+    return {
+        "PNG": png_header(width, height),
+        "JPEG": b"\xff\xd8\xff\xc0\0\x11\x08" + sides + components + b"\xff\xda" + bytes(100) + b"\xff\xd9",
+        "BMP": b"BM" + bmp + struct.pack("<IIiiII", 0, 100, 0, 0, 0, 0) + bytes(100),
+        "GIF": b"GIF89a" + short + b"\x80\0\0" + bytes(6) + b"," + bytes(4) + short + b"\0\2\2\x4c\1\0;",
+        "TIFF": b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(104),
+        "WEBP": bytes(webp),
+    }
+
+
+def long_animation(num_frames: int) -> bytes:
+    """A GIF of many frames of 8 x 8 that take 20 bytes each."""
+    image = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8))
+    first, second = (encode(frame, "GIF") for frame in (image, image.rotate(180)))
+    start = second.index(b",")
+    return first[:-1] + second[start:-1] * (num_frames - 1) + b";"
 
 
 def damaged_pictures(number: int) -> dict[str, tuple[bytes, str]]:
