@@ -132,6 +132,27 @@ def test_a_batch_without_images_touches_the_same_parameters(stage, tokenizer):
     assert stage.model.lm.regression_head.layers.weight.grad.abs().max() == 0
 
 
+@pytest.mark.parametrize("trained", ["all", "lora"])
+@pytest.mark.parametrize("visual_width", [48, 64])
+def test_every_trained_parameter_gets_a_gradient_whatever_the_batch_holds(tokenizer, trained, visual_width):
+    """Else ranks with other batches would wait for each other."""
+    model = new_model(tokenizer, visual_width=visual_width)  # 64 is the width of the LM: no projection
+    if trained == "lora":
+        model.lm.add_lora(LoraSettings(rank=4), [tokenizer.begin_image_id, tokenizer.end_image_id])
+    stage = LanguageStage(model=model, num_sources=2).train()
+    both = pack([[random_document(1, num_images=2)]], tokenizer)
+    words = pack([[random_document(2, num_images=0)]], tokenizer)
+    nothing = torch.zeros_like(both.is_target)
+    batches = [both, words, dataclasses.replace(words, is_target=torch.zeros_like(words.is_target))]
+    batches += [dataclasses.replace(both, is_target=t) for t in (nothing, both.is_visual, ~both.is_visual)]
+    wanted = {name for name, parameter in stage.named_parameters() if parameter.requires_grad}
+    for batch in batches:
+        stage.zero_grad()
+        terms = stage(batch)
+        sum(term.total for term in terms.values()).backward()
+        assert {name for name, p in stage.named_parameters() if p.grad is not None} == wanted
+
+
 def test_visual_inputs_need_no_patches_when_embeddings_are_given(stage, tokenizer):
     batch = pack([[random_document(11, num_images=1)]], tokenizer)
     visual = ImageInput("visual", stage.visual_of(batch.images))

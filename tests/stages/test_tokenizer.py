@@ -1,5 +1,7 @@
 """Laws of stage 1: causal embeddings, both losses, image-only data, statistics."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -81,6 +83,16 @@ def test_images_without_text_and_masked_slots_count_for_nothing_they_lack():
     broken = batch.__class__(**{**vars(batch), "is_valid": torch.tensor([True] * 5 + [False])})
     assert stage.count_targets(broken)["image"] == 5.0
     assert stage(broken)["image"].total < stage(batch)["image"].total
+
+
+@pytest.mark.parametrize("image_weight, text_weight", [(1.0, 1.0), (0.0, 1.0), (1.0, 0.0)])
+def test_every_parameter_gets_a_gradient_whatever_the_batch_holds(image_weight, text_weight):
+    stage = new_stage(image_weight=image_weight, text_weight=text_weight)
+    empty = dataclasses.replace(new_batch(), is_valid=torch.zeros(6, dtype=torch.bool))
+    for batch in (new_batch(), new_batch(has_text=False), empty):
+        stage.zero_grad()
+        sum(term.weight * term.total for term in stage(batch).values()).backward()
+        assert all(parameter.grad is not None for parameter in stage.parameters())
 
 
 def test_statistics_standardise_and_invert_and_add_up_over_batches():

@@ -28,7 +28,8 @@ def to_text(plan: dict[str, Any]) -> str:
     lines += ["", _advice(plan), ""]
     lines.append(
         f"{flops['per_step']:.3g} FLOPs a step ({flops['per_sample']:.3g} a sample, {flops['recomputed_per_step']:.3g} "
-        f"more for recomputation); {schedule['steps']:,} steps, {schedule['samples']:,} samples"
+        f"more for recomputation); {schedule['steps']:,} steps, {schedule['samples']:,} samples, "
+        f"{schedule['positions']:,} positions (tokens and visual embeddings)"
     )
     lines.append(f"{schedule['seconds_per_step']:.1f} s a step, {schedule['hours']:,.1f} hours in all")
     lines += [f"{name.replace('_', ' ')}: {n / 1e9:,.1f} GB" for name, n in plan["disk"].items()]
@@ -44,7 +45,7 @@ def _advice(plan: dict[str, Any]) -> str:
             f"Nothing fits: even a micro-batch of 1 needs {smallest:.1f} GiB, or the global batch cannot be divided by "
             "the number of GPUs. Take larger or more GPUs, or a smaller model."
         )
-    how = "with" if best["has_checkpointing"] else "without"
+    how, room = "with" if best["has_checkpointing"] else "without", plan["hardware"]["gpu_memory_bytes"] / GIB
     plain = best["ds_config"].endswith(("zero1.json", "zero2.json"))
     why = (
         "the frozen weights fit whole on every GPU, so nothing has to be gathered"
@@ -53,5 +54,20 @@ def _advice(plan: dict[str, Any]) -> str:
     )
     return (
         f"Take {best['ds_config']} {how} checkpointing, micro_batch={best['micro_batch']} "
-        f"(accumulation {best['accumulation']}): {why}."
+        f"(accumulation {best['accumulation']}), {best['needed_bytes'] / GIB:.1f} of {room:g} GiB: {why}."
+        f"{_alternatives(plan, best)}"
     )
+
+
+def _alternatives(plan: dict[str, Any], best: dict[str, Any]) -> str:
+    """Why neither the other checkpointing nor ZeRO-3."""
+    words = ""
+    for found in plan["layouts"]:
+        micro, is_same = found["micro_batch"], found["ds_config"] == best["ds_config"]
+        if is_same and best["has_checkpointing"] and not found["has_checkpointing"]:
+            most = f"no more than micro_batch={micro} fits" if micro else "not even one row fits"
+            words += f" Without checkpointing {most}: the activations of all layers stay in memory."
+        is_larger = micro > best["micro_batch"] and found["has_checkpointing"] == best["has_checkpointing"]
+        if is_larger and found["ds_config"].endswith("zero3.json"):
+            words += f" ZeRO-3 would fit micro_batch={micro}, but gathers all weights in every pass."
+    return words

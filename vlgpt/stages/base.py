@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from vlgpt.batch import LossTerm
@@ -76,12 +75,3 @@ def parameter_groups(stage: nn.Module, weight_decay: float) -> list[dict[str, An
     if not groups:
         raise ValueError("the stage has no trainable parameter")
     return groups
-
-
-def empty_like_loss(stage: nn.Module) -> Tensor:
-    """A zero that depends on every trainable parameter: a rank without targets takes part in each reduction."""
-    # under ZeRO-3 (ds_id) parameters are in pieces outside their modules' calls, and every module is called anyway
-    whole = [p for p in stage.parameters() if p.requires_grad and not hasattr(p, "ds_id")]
-    if not whole:
-        return torch.zeros((), device=next(stage.parameters()).device)
-    return torch.stack([(parameter.sum() * 0.0).float() for parameter in whole]).sum()

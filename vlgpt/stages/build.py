@@ -217,7 +217,11 @@ def build_demo_decoder(stage: s.DemoDecoderStage) -> Stage:
         from vlgpt.models.tiny_diffusion import TinyDiffusionDecoder
 
         coarse = ConvDecoder.from_folder(stage.coarse)
-        options = {"image_drop": stage.image_drop, "text_drop": stage.text_drop, "noise_scale": stage.noise_scale}
+        options = {
+            "image_drop": stage.image_drop,
+            "text_drop": stage.text_drop,
+            "noise_scale": stage.noise_scale,
+        }
         return DemoDiffusionStage(decoder=TinyDiffusionDecoder.on(coarse, **options))
     decoder = ConvDecoder(
         image_tokens=shapes.image_tokens,

@@ -16,7 +16,7 @@ from vlgpt.models.encoders import ClipEncoder
 from vlgpt.models.heads import Objective, regression_errors
 from vlgpt.models.losses import count_targets, cross_entropies, sums_by_source, targets_of
 from vlgpt.models.unified import UnifiedModel
-from vlgpt.stages.base import Stage, empty_like_loss
+from vlgpt.stages.base import Stage
 
 
 class LanguageStage(Stage):
@@ -105,9 +105,8 @@ class LanguageStage(Stage):
             errors = regression_errors(predicted, visual.flatten(0, 1)[targets.visual_rows], self.objective)
             weights = self.slot_weights[targets.visual_rows % batch.num_visual]  # type: ignore[index]
         by_visual = sums_by_source(errors, targets.visual_sources, self.num_sources)
-        zero = 0.0 * empty_like_loss(self)
-        return {
-            "text": LossTerm(text.sum() + zero, self.text_weight, by_text),
+        return {  # sums over no targets still hang on every parameter: a rank without targets reduces like the others
+            "text": LossTerm(text.sum(), self.text_weight, by_text),
             "visual": LossTerm(
                 (errors * weights).sum() + predicted.sum() * 0.0, self.visual_weight, by_visual
             ),

@@ -15,7 +15,7 @@ from vlgpt.models.image_detokenizer import ImageDetokenizer
 from vlgpt.models.image_tokenizer import ImageTokenizer
 from vlgpt.models.losses import squared_errors, sums_by_source
 from vlgpt.models.standardise import accumulate
-from vlgpt.stages.base import AllSum, Stage, empty_like_loss
+from vlgpt.stages.base import AllSum, Stage
 
 
 class ImageTokenizerStage(Stage):
@@ -79,18 +79,17 @@ class ImageTokenizerStage(Stage):
         predicted_image, predicted_text = self.detokenizer(self.tokenizer(self.patches_of(batch)))
         image = squared_errors(predicted_image, self.detokenizer.image_targets(image_target)).mean(1)
         text = squared_errors(predicted_text, self.detokenizer.text_targets(text_target)).mean(1)
-        zero = 0.0 * empty_like_loss(self)
         return {
-            "image": self._term(image, batch.is_valid, batch, self.image_weight, zero),
-            "text": self._term(text, batch.is_valid & batch.has_text, batch, self.text_weight, zero),
+            "image": self._term(image, batch.is_valid, batch, self.image_weight),
+            "text": self._term(text, batch.is_valid & batch.has_text, batch, self.text_weight),
         }
 
-    def _term(
-        self, errors: Tensor, mask: Tensor, batch: ConditionBatch, weight: float, zero: Tensor
-    ) -> LossTerm:
+    def _term(self, errors: Tensor, mask: Tensor, batch: ConditionBatch, weight: float) -> LossTerm:
         chosen = errors[mask]
         by_source = sums_by_source(chosen, batch.source_ids[mask].long(), self.num_sources)
-        return LossTerm(chosen.sum() + zero, weight, by_source)
+        return LossTerm(
+            chosen.sum(), weight, by_source
+        )  # depends on all parameters, also when none is chosen
 
     @torch.no_grad()
     def prepare(self, batches: Iterable[ConditionBatch], all_sum: AllSum) -> None:
