@@ -1,4 +1,11 @@
 #!/usr/bin/env bash
 # What srun starts once per device: SLURM's numbers under torch's names, then the command given as arguments.
 export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID
-exec "$@"
+trap '' USR1 TERM  # the command answers them; this shell stays to see how it ends
+"$@"
+CODE=$?
+# How training ended, as it said itself: srun would report the signal that it sends to the tasks that end last.
+if [ "$CODE" -gt 0 ] && [ "$CODE" -lt 128 ] && [ -n "${EXIT_FILE:-}" ]; then echo "$CODE" > "$EXIT_FILE"; fi
+# 75 (committed, wants to go on) is no failure: with another code srun would kill the tasks that end a moment later.
+if [ "$CODE" -eq 75 ]; then exit 0; fi
+exit "$CODE"
