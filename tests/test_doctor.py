@@ -95,6 +95,23 @@ FAULTS = [
     (image, "stage.tokenizer", {"width": 1000, "num_heads": 16}, "not divisible", "num_heads"),
     (image, "data.features", ["patches", "image_condition"], "no text_condition", "add text_condition"),
     (image, "stage.encoder", {"path": "ViT-B-16"}, "197 of 768", "num_patches=197"),
+    (
+        image,
+        "stage.tokenizer_from",
+        "/no/such/result",
+        "holds no image_tokenizer",
+        "result folder of stage 1",
+    ),
+    (image, "stage.frozen", ["tokenizer", "detokenizer"], "nothing would be trained", "correct this key"),
+    (language, "stage.frozen", ["embeddings"], "trained=all", "correct this key"),
+    (language, "stage.encoder", {"path": "x.json", "library": "ip_adapter"}, "no patches", "transformers"),
+    (
+        image,
+        "stage.conditioner",
+        {"path": "/no/parts.json", "library": "ip_adapter"},
+        "is no file",
+        "docs/decoders.md",
+    ),
 ]
 
 

@@ -138,7 +138,8 @@ def _folders(run: s.RunSettings, _: int) -> Iterator[Finding]:
         else:
             for name in run.data.features:
                 if not any(folder.rglob(f"*{name}*")):
-                    command = f"python -m data_prep.features {folder} --features {name}"
+                    encoder = "diffusion.json --library ip_adapter" if name.endswith("condition") else "CLIP"
+                    command = f"python -m data_prep.features {folder} --features {name} --encoder {encoder}"
                     yield _error(
                         f"source {source.name!r}: feature {name!r} is not computed", f"run {command}"
                     )
@@ -155,6 +156,12 @@ def _inputs(run: s.RunSettings, _: int) -> Iterator[Finding]:
     if "patches" in features and run.data.pixels:
         yield _warning("data.pixels decodes images whose patches are read from disk", "set data.pixels=false")
     if not isinstance(stage, (s.LanguageStage, s.ImageTokenizerStage)):
+        return
+    if stage.encoder is not None and stage.encoder.library == "ip_adapter":
+        yield _error(
+            "stage.encoder.library is ip_adapter, which makes targets and no patches",
+            "set library: transformers or open_clip (ip_adapter is for stage.conditioner)",
+        )
         return
     if not {"patches", "visual"} & set(features) and not run.data.pixels:
         yield _error(
@@ -225,6 +232,7 @@ def _image_stage(run: s.RunSettings, _: int) -> Iterator[Finding]:
                 f"stage.{name}: width {part.width} is not divisible by num_heads {part.num_heads}",
                 f"set stage.{name}.num_heads to a divisor, such as {max(1, part.width // 64)}",
             )
+    yield from _conditioner(run, stage)
     for name, weight in (("image_condition", stage.image_weight), ("text_condition", stage.text_weight)):
         if weight > 0 and name not in run.data.features and stage.conditioner is None:
             yield _error(
@@ -244,6 +252,24 @@ def _image_stage(run: s.RunSettings, _: int) -> Iterator[Finding]:
                 f"{stage.encoder.path} gives {tokens} of {tower.width}",
                 f"set stage.shapes.num_patches={tokens} and stage.shapes.patch_width={tower.width}",
             )
+
+
+def _conditioner(run: s.RunSettings, stage: s.ImageTokenizerStage) -> Iterator[Finding]:
+    parts = {"tokenizer": stage.tokenizer_from, "detokenizer": stage.detokenizer_from}
+    for name, folder in parts.items():
+        if folder and not (Path(folder) / f"image_{name}" / "model.safetensors").is_file():
+            yield _error(
+                f"stage.{name}_from: {folder} holds no image_{name}", "name a result folder of stage 1"
+            )
+    if stage.conditioner is None:
+        return
+    if "image_condition" not in run.data.features and not run.data.pixels:
+        yield _error("stage.conditioner needs pixels, data.pixels is off", "set data.pixels=true")
+    if stage.conditioner.library == "ip_adapter" and not Path(stage.conditioner.path).is_file():
+        yield _error(
+            f"stage.conditioner.path {stage.conditioner.path} is no file",
+            "write the JSON that names the decoder's parts: see docs/decoders.md",
+        )
 
 
 def _faults(run: s.RunSettings, _: int) -> Iterator[Finding]:
