@@ -68,7 +68,11 @@ def _train(arguments: argparse.Namespace, make_probe: MakeProbe | None) -> int:
         hint = "; `make demo` prepares everything the demo configurations read" if is_demo else ""
         names = ", ".join(f"{key} = {path}" for key, path in missing)
         raise FileNotFoundError(f"{names} does not exist{hint}")
-    probe = make_probe(settings) if make_probe is not None and settings.validation.probes else None
+    probe = None
+    if settings.validation.probes:
+        if make_probe is None:
+            raise UserError("validation.probes ask a language model: remove them, this launcher trains none")
+        probe = make_probe(settings)
     return run_training(settings, ds_config, ds_source=arguments.deepspeed, probe=probe)
 
 

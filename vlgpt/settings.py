@@ -279,6 +279,12 @@ class ValidationSettings(Settings):
     pictures: PictureCheckSettings | None = None
     probes: tuple[ProbeSettings, ...] = ()
 
+    @model_validator(mode="after")
+    def _pictures_come_from_sources(self) -> ValidationSettings:
+        if self.pictures is not None and not self.sources:
+            raise ValueError("pictures shows held-out pictures: name validation.sources, or remove it")
+        return self
+
 
 class FaultSettings(Settings):
     """What is watched while a run goes on."""
