@@ -165,9 +165,12 @@ class MultimodalLM(KeepsBuffers):
         return logits
 
     def predict(self, hidden: Tensor, targets: TargetPositions) -> tuple[Tensor, Tensor]:
-        """Predictions at the target positions only: (B, L, D) -> logits (T, vocabulary), embeddings (V, d)."""
+        """Predictions at the target positions only: (B, L, D) -> logits (T, num_tokens), embeddings (V, d)."""
         flat = hidden.flatten(0, 1)
-        return self.logits(flat[targets.text_from]), self.regression_head(flat[targets.visual_from])
+        logits = self.lm_head(flat[targets.text_from])[
+            ..., : self.num_tokens
+        ]  # a view: nothing has to be masked
+        return logits, self.regression_head(flat[targets.visual_from])
 
     def add_lora(self, settings: LoraSettings, trainable_tokens: list[int]) -> None:
         """Freeze the LM, add LoRA to all its linear layers, and train only these rows of the two embeddings.

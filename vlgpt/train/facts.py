@@ -88,16 +88,26 @@ def data_facts(settings: RunSettings) -> dict[str, str]:
 
 
 def describe(stage: torch.nn.Module) -> None:
-    """Log what is trained and what is frozen, by top-level part."""
+    """Log a table of what is trained and what is frozen."""
     rows: dict[str, list[int]] = {}
     for name, parameter in stage.named_parameters():
-        part = ".".join(name.split(".")[:2])
-        row = rows.setdefault(part, [0, 0])
+        row = rows.setdefault(part_of(name), [0, 0])
         row[0] += parameter.numel()
         row[1] += parameter.numel() if parameter.requires_grad else 0
+    rows["together"] = [sum(column) for column in zip(*rows.values())]
     logger = log.get_logger()
-    for part, (total, trained) in rows.items():
-        logger.info("  %-36s %13s parameters, %13s trained", part, f"{total:,}", f"{trained:,}")
+    logger.info("  %-20s %15s %15s %15s", "part", "parameters", "trained", "frozen")
+    for part, (count, trained) in rows.items():
+        logger.info("  %-20s %15s %15s %15s", part, f"{count:,}", f"{trained:,}", f"{count - trained:,}")
+
+
+def part_of(name: str) -> str:
+    """The part of the model that a parameter of a stage belongs to, in the words of `vlgpt plan`."""
+    if "lora_" in name:
+        return "lora_adapters"
+    if "trainable_tokens" in name:
+        return "token_rows"
+    return name.removeprefix("model.").removeprefix("lm.").split(".")[0]
 
 
 def record_run(settings: RunSettings, merged: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
