@@ -86,10 +86,10 @@ def test_weights_after_three_steps_depend_on_neither_ranks_nor_accumulation(layo
 
 @pytest.fixture(scope="module")
 def resumed(tmp_path_factory):
-    root = tmp_path_factory.mktemp("resume")
-    straight = run_workers("train", root / "straight", steps=6, drop=0.3)[0]
-    run_workers("train", root / "broken", steps=6, stop_after=3, drop=0.3)
-    broken = run_workers("train", root / "broken", steps=6, drop=0.3)[0]
+    root, options = tmp_path_factory.mktemp("resume"), {"steps": 6, "drop": 0.3}
+    runs = {"straight": options, "broken": {**options, "stop_after": 3}}
+    straight = run_workers("several", root, runs=runs)[0]["straight"]
+    broken = run_workers("train", root / "broken", **options)[0]
     return root, straight, broken
 
 
@@ -187,9 +187,10 @@ def test_the_moving_average_is_exact_and_survives_a_commit(pair, zero):
 
 def test_another_number_of_ranks_goes_on_by_itself_with_the_same_samples(tmp_path):
     """2 -> 1 ranks, and against a run of one rank all along: losses within 1e-5, the same documents."""
-    straight = run_workers("train", tmp_path / "straight", steps=4, kind="lora")[0]
-    run_workers("train", tmp_path / "elastic", world_size=2, steps=4, stop_after=2, kind="lora")
-    elastic = run_workers("train", tmp_path / "elastic", steps=4, kind="lora")[0]
+    options = {"steps": 4, "kind": "lora"}
+    run_workers("train", tmp_path / "elastic", world_size=2, stop_after=2, **options)
+    results = run_workers("several", tmp_path, runs={"straight": options, "elastic": options})[0]
+    straight, elastic = results["straight"], results["elastic"]
     assert elastic["is_elastic"] and elastic["resumed_at"] == 2
     assert elastic["documents"] == straight["documents"][2:]
     assert elastic["losses"] == [pytest.approx(wanted, rel=1e-5) for wanted in straight["losses"][2:]]
@@ -201,14 +202,20 @@ def test_another_number_of_ranks_goes_on_by_itself_with_the_same_samples(tmp_pat
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "full", "tokenizer"])
 def test_two_one_two_ranks_equal_one_rank(tmp_path, kind):
+    """Losses within 1e-5, and every step sees the same documents, whoever reads them."""
     straight = run_workers("train", tmp_path / "straight", steps=6, kind=kind)[0]
-    found = []
+    losses, documents = [], []
     for world_size, stop_after in ((2, 2), (1, 4), (2, 6)):
         options = {"steps": 6, "stop_after": stop_after, "kind": kind}
         results = run_workers("train", tmp_path / "elastic", world_size=world_size, **options)
-        found += results[0]["losses"]
+        losses += results[0]["losses"]
+        documents += [
+            sorted(name for part in parts for name in part)
+            for parts in zip(*(r["documents"] for r in results))
+        ]
         assert results[0]["resumed_at"] == stop_after - 2
-    assert found == [pytest.approx(wanted, rel=1e-5) for wanted in straight["losses"]]
+    assert losses == [pytest.approx(wanted, rel=1e-5) for wanted in straight["losses"]]
+    assert documents == straight["documents"]
 
 
 def test_ranks_with_text_only_and_pictures_only_do_not_hang_under_any_zero_stage(pair):

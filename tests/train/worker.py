@@ -291,7 +291,16 @@ def poisoned_for_good(folder, rank, world_size, options):
     return {"exit_code": 0, "step": state.step}
 
 
-TASKS = (layouts, train, modalities, poison, poisoned_for_good)
+def several(folder, rank, world_size, options):
+    """Runs of `train` one after the other in one process: {folder: its options} -> {folder: its result}."""
+    results = {}
+    for name, own in options["runs"].items():
+        (folder / name).mkdir(exist_ok=True)
+        results[name] = train(folder / name, rank, world_size, own)
+    return results
+
+
+TASKS = (layouts, train, several, modalities, poison, poisoned_for_good)
 
 
 def main():
