@@ -102,16 +102,24 @@ def open_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> OpenedImage:
     except BadImage:
         raise
     except DECODER_ERRORS as error:
-        reason = "truncated" if _is_cut_webp(data) else "not_an_image"
+        reason = "truncated" if _is_cut(data) else "not_an_image"
         raise BadImage(reason, f"{type(error).__name__}: {error}") from error
 
 
-def _is_cut_webp(data: bytes) -> bool:
-    """Pillow cannot tell a WEBP file that was cut from one that never was a picture; its first 12 bytes
-    can.
+def _is_cut(data: bytes) -> bool:
+    """Pillow cannot tell a picture that was cut in its header from a file that never was one; the header's own
+    lengths can.
     """
-    is_webp = data[:4] == b"RIFF" and data[8:12] == b"WEBP"
-    return is_webp and len(data) < 8 + int.from_bytes(data[4:8], "little")
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return len(data) < 8 + int.from_bytes(data[4:8], "little")
+    if data[:8] == b"\x89PNG\r\n\x1a\n":
+        return len(data) < 33
+    if data[:2] != b"\xff\xd8":
+        return False
+    position = 2  # of the next JPEG segment
+    while position + 4 <= len(data) and data[position] == 0xFF and data[position + 1] != 0xDA:
+        position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+    return position + 4 > len(data)
 
 
 def _orientation(image: Image.Image) -> int:
@@ -129,7 +137,8 @@ def _open(data: bytes, *, max_pixels: int) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.UnidentifiedImageError as error:
-        raise BadImage("not_an_image", f"none of {', '.join(FORMATS)}") from error
+        reason = "truncated" if _is_cut(data) else "not_an_image"
+        raise BadImage(reason, f"none of {', '.join(FORMATS)}") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadImage("too_many_pixels", str(error)) from error
     _check_size(image.size, max_pixels)

@@ -31,7 +31,7 @@ from vlgpt.shards import ShardSet
 
 def test_every_malformed_record_is_counted_and_no_good_one_is_lost(tmp_path):
     captions, expected = write_corpus(tmp_path / "in", num_good=120)
-    assert sum(expected.values()) == 264 and len(damaged_pictures(0)) == 18, "33 kinds, 8 of each"
+    assert sum(expected.values()) == 288 and len(damaged_pictures(0)) == 21, "36 kinds, 8 of each"
     arguments = ["folder", "--input", str(tmp_path / "in"), "--output", str(tmp_path / "out")]
     assert main([*arguments, "--shard-size", "64", "--max-bad-fraction", "0.9"]) == 0
     shards = ShardSet.open(tmp_path / "out")

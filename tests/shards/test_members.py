@@ -42,6 +42,7 @@ def test_a_tar_cut_anywhere_gives_the_members_before_the_cut(tmp_path):
         members = list_tar_members(tmp_path / "cut.tar")
         assert members.names == whole.names[: len(members.names)]
         assert len(members.names) == sum(end <= cut for end in ends), cut
+        assert not members.is_complete, cut
 
 
 def test_what_is_no_plain_tar_is_incomplete_and_empty(tmp_path):

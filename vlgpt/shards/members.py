@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+END_MARK = bytes(1024)
+
 
 @dataclass(frozen=True)
 class TarMembers:
@@ -20,7 +22,9 @@ class TarMembers:
     offsets: np.ndarray  # (n,) int64
     sizes: np.ndarray  # (n,) int64
     is_complete: bool
-    """False for a tar that is cut or damaged: the members before the damage are listed."""
+    """False for a tar that is cut or damaged: the members before the damage are listed. A tar without its end mark
+    (two empty blocks) counts as cut: it may have been cut between two members.
+    """
 
 
 def list_tar_members(tar: Path) -> TarMembers:
@@ -42,7 +46,13 @@ def list_tar_members(tar: Path) -> TarMembers:
     except (tarfile.TarError, EOFError):
         is_complete = False
     offsets, sizes = np.array(places, np.int64).reshape(-1, 2).T
-    return TarMembers(tuple(names), offsets, sizes, is_complete and size > 0)
+    return TarMembers(tuple(names), offsets, sizes, is_complete and _has_end_mark(tar, size))
+
+
+def _has_end_mark(tar: Path, size: int) -> bool:
+    with tar.open("rb") as file:
+        file.seek(max(0, size - len(END_MARK)))
+        return file.read() == END_MARK
 
 
 def read_tar_member(tar: Path, offset: int, size: int) -> bytes:
