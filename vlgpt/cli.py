@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,8 @@ from vlgpt.document import IMAGE_MARK, Document, ImagePart, Part, Role, TextPart
 from vlgpt.log import UserError
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from vlgpt.decoding.api import DecodeSettings
     from vlgpt.settings import RunSettings
     from vlgpt.train.validation import Probe
@@ -138,9 +140,16 @@ def generate(arguments: argparse.Namespace) -> int:
 
 
 def _read_file(path: Path) -> bytes:
+    from vlgpt.images import BadImage, decode_image
+
     if not path.is_file():
         raise FileNotFoundError(f"image {path} does not exist")
-    return path.read_bytes()
+    content = path.read_bytes()
+    try:
+        decode_image(content)
+    except BadImage as error:
+        raise UserError(f"image {path} cannot be read: {error}") from error
+    return content
 
 
 def _decode_settings(arguments: argparse.Namespace) -> DecodeSettings:
@@ -213,24 +222,44 @@ def serve(arguments: argparse.Namespace) -> int:
 
 def reconstruct(arguments: argparse.Namespace) -> int:
     """Pictures through the image tokenizer and back: a contact sheet of original, both, z_v only, z_t only."""
-    from PIL import Image
+    from vlgpt.decoding.prompts import square_pixels
+    from vlgpt.generate import Generator, to_pictures
 
-    from vlgpt.generate import Generator
-    from vlgpt.images import decode_image
-
-    generator = Generator.load(arguments.model, device=arguments.device)
     data = [_read_file(path) for path in arguments.image]
-    columns = [generator.reconstruct(data, use=use) for use in ("both", "image", "text")]
-    size = columns[0][0].width
-    sheet = Image.new("RGB", (4 * size, len(data) * size), "white")
-    for row, content in enumerate(data):
-        original = decode_image(content).convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
-        for column, picture in enumerate([original, *(pictures[row] for pictures in columns)]):
-            sheet.paste(picture, (column * size, row * size))
+    generator = Generator.load(arguments.model, device=arguments.device)
+    options = {
+        "guidance": arguments.decoder_guidance,
+        "image_scale": arguments.image_scale,
+        "seed": arguments.seed,
+    }
+    columns = {
+        name: generator.reconstruct(data, use=use, **options)
+        for name, use in (("both", "both"), ("z_v only", "image"), ("z_t only", "text"))
+    }
+    size = columns["both"][0].width
+    originals = [
+        to_pictures(square_pixels(content, size)[None])[0] for content in data
+    ]  # as the encoder sees them
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(arguments.output)
+    contact_sheet({"original": originals, **columns}).save(arguments.output)
     console.print(f"{arguments.output}: original, reconstruction, z_v only, z_t only")
     return 0
+
+
+def contact_sheet(columns: Mapping[str, Sequence[Image]], *, min_cell_px: int = 128) -> Image:
+    """Pictures of one size under the names of their columns; small ones are enlarged by a whole factor."""
+    from PIL import Image as images
+    from PIL import ImageDraw
+
+    size, count = next(iter(columns.values()))[0].width, len(next(iter(columns.values())))
+    cell, header = size * -(-min_cell_px // size), 16
+    sheet = images.new("RGB", (cell * len(columns), header + cell * count), "white")
+    for column, (name, pictures) in enumerate(columns.items()):
+        ImageDraw.Draw(sheet).text((column * cell + 4, 2), name, fill="black")
+        for row, picture in enumerate(pictures):
+            enlarged = picture.resize((cell, cell), images.Resampling.NEAREST)
+            sheet.paste(enlarged, (column * cell, header + row * cell))
+    return sheet
 
 
 def export(arguments: argparse.Namespace) -> int:
@@ -374,6 +403,18 @@ def _reply_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
 
 
+def _reconstruct_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("image", type=Path, nargs="+")
+    parser.add_argument("--output", type=Path, default=Path("reconstruction.png"))
+    parser.add_argument(
+        "--decoder-guidance", type=float, default=1.0, help="classifier-free guidance of a diffusion decoder"
+    )
+    parser.add_argument(
+        "--image-scale", type=float, default=1.0, help="weight of z_v beside z_t in a diffusion decoder"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+
+
 def _serve_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="there is no login: mind who can reach it")
     parser.add_argument("--port", type=int, default=8000)
@@ -409,9 +450,7 @@ def _parser() -> argparse.ArgumentParser:
     _reply_arguments(command)
     _reply_arguments(add("chat", chat))
     _serve_arguments(add("serve", serve))
-    command = add("reconstruct", reconstruct)
-    command.add_argument("image", type=Path, nargs="+")
-    command.add_argument("--output", type=Path, default=Path("reconstruction.png"))
+    _reconstruct_arguments(add("reconstruct", reconstruct))
     command = add("inspect", inspect, has_model=False)
     command.add_argument("--config", default="launchers/configs/demo/pretrain.yaml", metavar="YAML")
     command.add_argument("--batches", type=int, default=1)

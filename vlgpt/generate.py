@@ -210,11 +210,19 @@ class Generator:
         )
         return to_pictures(pixels)
 
-    def reconstruct(self, images: Sequence[ImageLike], *, use: Conditions = "both") -> list[Image.Image]:
+    def reconstruct(
+        self,
+        images: Sequence[ImageLike],
+        *,
+        use: Conditions = "both",
+        guidance: float = 1.0,
+        image_scale: float = 1.0,
+        seed: int = 0,
+    ) -> list[Image.Image]:
         """Pictures through the image tokenizer and back."""
-        return self.draw(
-            self.tokenize(images), seeds=[("reconstruct", i) for i in range(len(images))], use=use
-        )
+        addresses: list[tuple[int | str, ...]] = [(seed, "reconstruct", i) for i in range(len(images))]
+        visual = self.tokenize(images)
+        return self.draw(visual, seeds=addresses, use=use, guidance=guidance, image_scale=image_scale)
 
 
 def _noise(address: tuple[int | str, ...]) -> torch.Generator:
