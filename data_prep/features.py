@@ -200,7 +200,7 @@ def _trade_off(feature: str, bytes_per_row: int, flops: int, picture_bytes: floa
     ratio = f" ({bytes_per_row / picture_bytes:.1f} x its picture)" if what == "image" else ""
     return (
         f"{feature}: {bytes_per_row / 1e3:.1f} kB{ratio} and {flops / 1e9:.2f} GFLOPs each; 1000 {what}s/s cost "
-        f"{bytes_per_row / 1e6:.1f} MB/s of reading when stored, {flops / 1e9:.2f} TFLOP/s when computed online"
+        f"{bytes_per_row / 1e3:.1f} MB/s of reading when stored, {flops / 1e9:.2f} TFLOP/s when computed online"
     )
 
 
