@@ -91,6 +91,16 @@ def test_stored_rows_are_the_encoder_s_within_the_precision_of_their_type(folder
     assert check.main([str(folder)]) == 0
 
 
+def test_one_view_of_int8_rows_is_read_with_its_own_scales(folder, clip):
+    assert run(folder, clip, "--features", "patches", "--views", "3", "--dtype", "int8") == 0
+    reader = ShardSet.open(folder).feature("patches")
+    whole = reader.rows(1, 0, 3)
+    assert whole.shape == (3, 3, 5, 32) and np.abs(whole[:, 1] - whole[:, 0]).max() > 0.01
+    for view in range(3):
+        np.testing.assert_array_equal(reader.rows(1, 0, 3, view=view), whole[:, view])
+    np.testing.assert_allclose(whole[:, 0], direct(folder, clip)[3:6, 0], atol=0.05)
+
+
 def test_int8_takes_half_of_float16_and_a_scale_per_vector(folder, clip):
     sizes = {}
     for dtype in ("float16", "int8"):
