@@ -103,6 +103,41 @@ def test_the_varlen_function_gets_exact_bounds_and_gives_what_sdpa_gives(varlen,
         torch.testing.assert_close(flash_gradients[name], gradient, atol=1e-5 * float(scale), rtol=1e-3)
 
 
+@pytest.mark.parametrize("window", [None, 16])
+def test_documents_one_by_one_give_what_a_mask_of_whole_rows_gives(window, monkeypatch):
+    """Grouped heads; a sliding window shorter than the row keeps the mask."""
+    from vlgpt.models import packed_attention
+    from vlgpt.models.multimodal_lm import MultimodalLM
+    from vlgpt.models.unified import build_language_model
+
+    calls = []
+    right = packed_attention.attend_by_document
+    monkeypatch.setattr(
+        packed_attention, "attend_by_document", lambda *a, **o: (calls.append(a[3]), right(*a, **o))[1]
+    )
+    tokenizer = new_document_tokenizer()
+    config = {
+        "model_type": "mistral", "vocab_size": tokenizer.vocabulary_size, "hidden_size": 48, "head_dim": 16,
+        "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "sliding_window": window,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    lm = MultimodalLM(
+        build_language_model(config, "sdpa"), num_tokens=tokenizer.num_tokens, num_visual=4, visual_width=48
+    ).eval()
+    rows = [[random_document(3 * row + n, num_images=1) for n in range(3)] for row in range(3)]
+    batch = pack(rows, tokenizer, length=96)
+    visual = torch.randn(len(batch.images), 4, 48)
+    found = {}
+    for attention in ("sdpa", "eager"):
+        lm.backbone.config._attn_implementation = attention
+        found[attention] = lm.hidden_states(batch, visual)
+    is_real = batch.segment_ids > 0
+    torch.testing.assert_close(found["sdpa"][is_real], found["eager"][is_real], atol=1e-5, rtol=1e-5)
+    assert len(calls) == (2 if window is None else 0), "once per layer"
+    assert all(sum(row) == 96 and len(row) == 4 for lengths in calls for row in lengths)
+
+
 def test_image_parts_through_flash_equal_sdpa(monkeypatch):
     calls = []
 

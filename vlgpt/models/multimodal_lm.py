@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from vlgpt.batch import Batch
 from vlgpt.log import UserError, get_logger
+from vlgpt.models import packed_attention
 from vlgpt.models.heads import HeadKind, RegressionHead
 from vlgpt.models.layers import has_flash
 from vlgpt.models.losses import TargetPositions
+from vlgpt.models.packed_attention import packed_lengths
 from vlgpt.models.standardise import KeepsBuffers
 from vlgpt.models.weights import load_whole
 from vlgpt.tokens import DocumentTokenizer
@@ -88,6 +90,7 @@ class MultimodalLM(KeepsBuffers):
         head: HeadKind = "linear",
     ):
         super().__init__()
+        packed_attention.register()
         self.language_model = language_model
         self.num_tokens, self.num_visual, self.visual_width = num_tokens, num_visual, visual_width
         hidden = language_model.config.hidden_size
@@ -153,7 +156,11 @@ class MultimodalLM(KeepsBuffers):
                 **arguments,
             )
             return output.last_hidden_state.reshape(rows, length, width)
-        output = self.backbone(inputs_embeds=embeddings, position_ids=batch.position_ids, use_cache=False)
+        if self.backbone.config._attn_implementation == "sdpa" and embeddings.device.type == "cpu":
+            arguments = {"packed_lengths": packed_lengths(batch.segment_ids)}
+        output = self.backbone(
+            inputs_embeds=embeddings, position_ids=batch.position_ids, use_cache=False, **arguments
+        )
         return output.last_hidden_state
 
     def logits(self, hidden: Tensor) -> Tensor:
