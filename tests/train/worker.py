@@ -315,7 +315,9 @@ def main():
     for name in names:
         place = folder / name if len(names) > 1 else folder
         place.mkdir(exist_ok=True)
+        started_s = time.monotonic()
         results[name] = tasks[name](place, rank, world_size, options)
+        print(f"{name}: {time.monotonic() - started_s:.1f} s", flush=True)
     result = results if len(names) > 1 else results[names[0]]
     (folder / f"result_{rank}.json").write_text(json.dumps(result))
     stop_process_group()

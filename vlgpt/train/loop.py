@@ -91,6 +91,7 @@ def train(run: Run, state: RunState) -> None:
     state.spikes = faults.SpikeDetector(settings.faults.spike_sigma)
     batches = iter(run.loader)
     engine.train()
+    run.is_alive(state.step)  # a resume or statistics may have taken long
     while state.step < settings.steps:
         step = state.step + 1
         if run.profile is not None:
