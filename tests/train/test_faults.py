@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -158,3 +159,48 @@ def test_the_supervisor_restarts_lost_processes_only_and_gives_up(tmp_path, code
     ports = (tmp_path / "r" / "ports").read_text().split()
     assert len(ports) == num_runs and all(port.isdigit() for port in ports)
     assert time.monotonic() - started_s < 60
+
+
+def test_an_exit_code_survives_a_launcher_that_turns_it_into_one(tmp_path):
+    code = f"import pathlib, sys; pathlib.Path({str(tmp_path)!r}, 'exit_code').write_text('70'); sys.exit(1)"
+    assert supervise([sys.executable, "-c", code], run_dir=tmp_path, max_restarts=2, pause_s=0.0) == 70
+
+
+PATIENT = """
+import pathlib, sys, time
+run = pathlib.Path(sys.argv[1]); (run / "started").touch()
+while not (run / "STOP_REQUEST").exists():
+    time.sleep(0.02)
+sys.exit(75)
+"""
+
+
+def signalled(folder, number):
+    """Exit code of a supervisor that got a signal while its command ran."""
+    launcher = [
+        sys.executable,
+        ROOT / "launchers" / "supervise.py",
+        "--run-dir",
+        folder,
+        "--pause-s",
+        "0",
+        "--",
+    ]
+    command = [*launcher, sys.executable, "-c", PATIENT, folder]
+    process = subprocess.Popen(
+        [*map(str, command)], env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL
+    )
+    deadline_s = time.monotonic() + 60
+    while not (folder / "started").exists() and time.monotonic() < deadline_s:
+        time.sleep(0.02)
+    process.send_signal(number)
+    return process.wait(timeout=60)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_the_supervisor_reaches_the_run_as_a_request(tmp_path, number):
+    assert signalled(tmp_path, number) == 75
+
+
+def test_after_an_interrupt_nothing_starts_again(tmp_path):
+    assert signalled(tmp_path, signal.SIGINT) not in (0, 75)
