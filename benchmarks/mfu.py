@@ -66,10 +66,13 @@ def gemm_peak(dtype: torch.dtype, *, tokens: int, width: int, repeats: int = 6) 
     return best
 
 
-def needed_flops(setting: Setting, work: Work, segments: torch.Tensor, *, trained: str) -> float:
+def needed_flops(
+    setting: Setting, work: Work, segments: torch.Tensor, *, trained: str, has_token_rows: bool = True
+) -> float:
     """What a step needs; `count` has attention over whole rows, here it is inside documents and causal."""
     parts, _ = plan_of(setting)
-    parts = replace(parts, lora_rank=RANK if trained == "lora" else None)
+    frozen = () if has_token_rows or trained == "all" else ("token_rows",)
+    parts = replace(parts, lora_rank=RANK if trained == "lora" else None, frozen=frozen)
     assert parts.lm is not None
     width = parts.lm.num_heads * parts.lm.head_width
     whole = 3 * parts.lm.depth * 4 * work.rows * work.length**2 * width
@@ -103,7 +106,7 @@ def hand_written(setting: Setting, dtype: torch.dtype, trained: str) -> Loop:
         return float(loss.detach())
 
     work = Work(setting.rows, setting.length, 0, setting.rows * (setting.length - 1), 0, has_tokenizing=False)
-    flops = needed_flops(setting, work, torch.ones_like(ids), trained=trained)
+    flops = needed_flops(setting, work, torch.ones_like(ids), trained=trained, has_token_rows=False)
     return Loop("hand-written LlamaForCausalLM loop", flops, ids.numel(), step)
 
 
