@@ -110,6 +110,7 @@ def commit(folder: Path, *, world_size: int, facts: dict[str, Any]) -> None:
             raise ValueError(f"{folder.name}: manifest of rank {rank} is missing, {world_size} expected")
         manifests.append(hash_file(path))
     marker = {"world_size": world_size, "manifests": manifests, **facts}
+    sync_folder(folder.parent)  # the folder's own name
     write_atomically(folder / MARKER, json.dumps(marker, indent=1))
 
 

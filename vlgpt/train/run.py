@@ -169,6 +169,7 @@ def begin(run: Run, open_loader: Callable[..., Loader]) -> RunState:
         resumed = checkpoint.resume(engine, root, facts=run.facts, average=run.average)
     if resumed is not None:
         state.step = resumed.step
+        state.num_skipped = resumed.facts.get("num_skipped", 0)
         run.loader.load_state_dict(resumed.data)
     else:
         fresh = open_loader(settings.data, workers=0)
