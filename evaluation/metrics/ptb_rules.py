@@ -33,6 +33,15 @@ _LETTER_LIKE = (
     "\u0a3e-\u0a4f\u0a81-\u0a83\u0abc-\u0acf\u0b82\u0bbe-\u0bc2\u0bc6-\u0bc8\u0bca-\u0bcd\u0c01-\u0c03"
     "\u0c3e-\u0c56\u0d3e-\u0d44\u0d46-\u0d48\u0e30-\u0e3a\u0e47-\u0e4e\u0eb1-\u0ebc\u0ec8-\u0ecd"
 )
+# ... and letters that came into Unicode after the version it knows (6.3), whatever Python knows.
+_NEWER_LETTERS = re.compile(
+    "[\u037f\u0528-\u052f\u0560\u0588\u05ef\u0860-\u086a\u0870-\u088f\u08a1\u08ad-\u08c9\u0978\u0980\u09fc\u0af9"
+    "\u0c34\u0c5a-\u0c5d\u0c80\u0cdc\u0cdd\u0d04\u0d54-\u0d56\u0d5f\u0de6-\u0def\u0e86\u0e89\u0e8c\u0e8e-\u0e93\u0e98"
+    "\u0ea0\u0ea8\u0ea9\u0eac\u13f5\u13f8-\u13fd\u16f1-\u16f8\u170d\u171f\u1878\u191d\u191e\u19b0-\u19c0\u19c8\u19c9"
+    "\u1b4c\u1c80-\u1c8a\u1c90-\u1cbf\u1cf2\u1cf3\u1cfa\u2c2f\u2c5f\u312e\u312f\u31bb-\u31bf\u4db6-\u4dbf\u9fcd-\u9fff"
+    "\ua698-\ua69d\ua78f\ua794-\ua79f\ua7ab-\ua7f7\ua8fd\ua8fe\ua9e0-\ua9e4\ua9e6-\ua9fe\uaa7e\uaa7f\uab30-\uab5a"
+    "\uab5c-\uab69\uab70-\uabbf]"
+)
 # Symbols that stand alone; every other character that no rule knows (emoji, controls) is dropped.
 _SYMBOLS = (
     r"%&+|~\^\\=/\u00a1\u00a5-\u00a9\u00ac\u00ae-\u00b4\u00b6-\u00ba\u00bf\u00d7\u00f7\u037e\u0387"
@@ -50,10 +59,11 @@ def _words(text: str) -> list[str]:
 
 
 def _ranges(categories: str) -> str:
-    """Regular-expression ranges of the basic plane's characters in a Unicode category: str -> str."""
+    """Regular-expression ranges of the basic plane's characters in a category of Unicode 6.3: str -> str."""
     ranges: list[list[int]] = []
     for code in range(0x10000):
-        if unicodedata.category(chr(code)).startswith(categories):
+        letter = chr(code)
+        if unicodedata.category(letter).startswith(categories) and not _NEWER_LETTERS.match(letter):
             if ranges and ranges[-1][1] == code - 1:
                 ranges[-1][1] = code
             else:
@@ -61,13 +71,13 @@ def _ranges(categories: str) -> str:
     return "".join(f"{chr(first)}-{chr(last)}" for first, last in ranges)
 
 
-_L = _ranges("L")
+_L = _ranges("L") + "\u1885\u1886"  # marks since Unicode 9
 _D = _ranges("Nd")
-_LETTER = rf"(?:[{_L}{_LETTER_LIKE}]|&[aeiouAEIOU](?:acute|grave|uml);)"
+_LETTER = rf"(?:[{_L}{_LETTER_LIKE}]|&[aeiouAEIOU](?i:acute|grave|uml);)"
 _WORD = rf"{_LETTER}(?:{_LETTER}|[{_D}])*(?:[.!?]{_LETTER}(?:{_LETTER}|[{_D}])*)*"
 _AN = rf"[{_L}{_D}]"
-_APOS = "(?:['\u0092\u2019]|&apos;)"
-_APOS_ANY = "(?:['`\u0092\u2019\u0091\u2018\u201b]|&apos;)"
+_APOS = "(?:['\u0092\u2019]|(?i:&apos;))"
+_APOS_ANY = "(?:['`\u0092\u2019\u0091\u2018\u201b]|(?i:&apos;))"
 _HYPHEN = "[-_\u058a\u2010\u2011]"
 _NUM = rf"(?:[{_D}]*(?:[.:,\u00ad\u066b\u066c][{_D}]+)+|[{_D}]+)"
 _ACRONYM = (
@@ -77,7 +87,7 @@ _ACRONYM = (
 _THING_PART = rf"(?:[dDoOlL]{_APOS_ANY}{_AN})?{_AN}+"
 _THING = rf"{_THING_PART}(?:{_HYPHEN}{_THING_PART})*"
 _HYPHENATED = rf"[A-Za-z0-9][A-Za-z0-9.,\u00ad]*(?:-(?:{_ACRONYM}\.|[A-Za-z0-9\u00ad]+))+"
-_COMPOUND = r"[A-Z]+(?:(?:&amp;|[+&])[A-Z]+)+"
+_COMPOUND = r"[A-Z]+(?:(?:(?i:&amp;)|[+&])[A-Z]+)+"
 _AUX = rf"{_APOS}(?:re|ve|ll|RE|VE|LL|Re|Ve|Ll|rE|vE|lL|[msdMSD])"
 _NT = rf"[nN]{_APOS_ANY}[tT]"
 _IN_SENTENCE = "[,;:\u3001]"
@@ -110,14 +120,22 @@ _FILE_ENDINGS = _words("""
     bat bmp c class cgi cpp dll doc docx exe gif gz h htm html jar java jpeg jpg mov mp3 pdf php pl png ppt
     ps py sql tar txt wav x xml zip
 """)
-_BEFORE_NUMBER = _words("ca figs fig prop nos no art arts pp op")
+_BEFORE_NUMBER = _words("ca figs fig prop nos no art pp op")
 
 
 def _any_of(words: list[str]) -> str:
     return "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
 
 
-_CAPITALISED = "|".join(f"{word[0].upper()}(?i:{word[1:]})" for word in _CAPITALISED_ABBREVIATIONS)
+def _capitalised(words: list[str]) -> str:
+    """Words whose first letter is a capital and whose others are of any case."""
+    return "|".join(
+        f"{word[0].upper()}(?i:{re.escape(word[1:])})" for word in sorted(words, key=len, reverse=True)
+    )
+
+
+_CAPITALISED = _capitalised(_CAPITALISED_ABBREVIATIONS)
+_STARTS = _capitalised(_SENTENCE_STARTS)
 
 
 def _plain(text: str) -> str:
@@ -159,7 +177,8 @@ _BRACKETS = {
 
 
 def _straight_apostrophe(text: str) -> str:
-    return re.sub("(?i)&apos;", "'", text).translate(_QUOTES)
+    # UPSTREAM: names of quotation marks are found in any case but replaced in lower case only.
+    return text.replace("&apos;", "'").translate(_QUOTES)
 
 
 def _dashes(text: str) -> str:
@@ -175,14 +194,14 @@ def _rule(
     flags: int = 0,
 ) -> Rule:
     look = f"(?=({follow}))" if follow else "()"
-    return Rule(re.compile(f"({token}){look}", flags), write, num_given_back)
+    return Rule(re.compile(f"({token}){look}", flags | re.ASCII), write, num_given_back)  # cases of A-Z only
 
 
 _I = re.IGNORECASE
 _SGML_NAME = r"[A-Za-z][A-Za-z0-9_:.\-]*"
 _SGML = (
     rf"<(?:[!?][A-Za-z\-][^>\r\n]*|/{_SGML_NAME}"
-    rf"|{_SGML_NAME}(?: +(?:{_SGML_NAME}(?: *= *['\"][^\r\n'\"]*['\"])?|['\"][^\r\n'\"]*['\"]))* */?) *>"
+    rf"|{_SGML_NAME}(?: +(?:{_SGML_NAME}(?: *= *(?:\"[^\r\n\"]*\"|'[^\r\n']*'))?|['\"][^\r\n'\"]*['\"]))* */?) *>"
 )
 _PHONE = (
     r"(?:\([0-9]{2,3}\)[ \u00a0]?|(?:\+\+?)?(?:[0-9]{2,4}[- \u00a0])?[0-9]{2,4}[- \u00a0])"
@@ -241,7 +260,7 @@ RULES: tuple[Rule, ...] = (
     _rule("[\u00a2\u00a3\u00a4\u0080\u20a0\u20ac]", write=lambda text: text.translate(_CURRENCY)),
     # abbreviations
     _rule(rf"(?:{_any_of(_BEFORE_NUMBER)})\.", rf"[{SPACES}\n]?[{_D}]", flags=_I),
-    _rule(r"[A-Za-z]\.", rf"[{SPACES}\n]+(?:{_any_of(_SENTENCE_STARTS)})[{SPACES}\n]", num_given_back=1),
+    _rule(r"[A-Za-z]\.", rf"[{SPACES}\n]+(?:{_STARTS}|{_SGML})[{SPACES}\n]", num_given_back=1),
     _rule(rf"(?:(?i:{_any_of(_ABBREVIATIONS)})|{_CAPITALISED})\.", r"(?s:..)"),
     _rule(rf"(?:(?i:{_any_of(_ABBREVIATIONS)})|{_CAPITALISED})\."),
     _rule(rf"(?i:{_any_of(_TITLES)}|[a-z])\."),
@@ -274,6 +293,6 @@ RULES: tuple[Rule, ...] = (
     _rule(_AUX, write=_straight_apostrophe),
     _rule(f"''|{_APOS}", write=_straight_apostrophe),
     _rule("[`\u2018-\u201f\u0091-\u0094\u2039\u203a\u00ab\u00bb]{1,2}", write=_straight_apostrophe),
-    _rule('"|&quot;', write=lambda text: "''", flags=_I),
+    _rule('"|&quot;', write=lambda text: "''" if text in ('"', "&quot;") else text, flags=_I),
     _rule(f"[{_SYMBOLS}]"),
 )

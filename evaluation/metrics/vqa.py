@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache, lru_cache
 from typing import Literal, get_args
 
 from evaluation.metrics.vqa_text import Stem, clean, normaliser, punctuation_step
@@ -61,35 +62,47 @@ def vqa_accuracy(
         raise ValueError(f"{len(predictions)} predictions for {len(answers)} questions; give one for each")
     if not predictions:
         raise ValueError("no questions to score")
-    score = _scorer(mode, stem)
-    shares = [score(prediction, given) for prediction, given in zip(predictions, answers)]
+    scorer = question_scorer(mode=mode, stem=stem)
+    shares = [scorer(given)(prediction) for prediction, given in zip(predictions, answers)]
     return VqaResult(mode, stem, 100 * sum(shares) / len(shares), [100 * share for share in shares])
 
 
-def _scorer(mode: Mode, stem: Stem) -> Callable[[str, Sequence[str]], float]:
-    full = normaliser(stem=stem, has_backticks=mode == "vizwiz_backtick")
-    only_punctuation = punctuation_step(stem=stem)
+def question_scorer(*, mode: Mode, stem: Stem = "none") -> Callable[[Sequence[str]], Callable[[str], float]]:
+    """A function: annotators' answers of a question -> (prediction -> accuracy as a fraction).
 
-    def score(prediction: str, given: Sequence[str]) -> float:
+    Answers are normalised once and counted, so that many predictions for one question cost a look-up each.
+    The function raises TypeError where the answers are one string, ValueError where there are none.
+    """
+    full = normaliser(stem=stem, has_backticks=mode == "vizwiz_backtick")
+    only_punctuation, plain = punctuation_step(stem=stem), lru_cache(maxsize=1 << 18)(clean)
+
+    def prepared(given: Sequence[str]) -> Callable[[str], float]:
         if isinstance(given, str):
             raise TypeError(f"answers of a question are the string {given!r}; wanted a list of strings")
         if not given:
-            raise ValueError(f"the question with prediction {prediction!r} has no annotators' answers")
+            raise ValueError("a question has no annotators' answers")
+        is_unanimous = given.count(given[0]) == len(given)
+        key, compared = full, map(full, given)
         if mode in ("vizwiz", "vizwiz_backtick"):
-            return leave_one_out(given.count(full(prediction)), len(given))
-        is_unanimous = len(set(given)) == 1
-        if mode == "official_2016":
-            compare = given if is_unanimous else [only_punctuation(answer) for answer in given]
-            return leave_one_out(list(compare).count(full(prediction)), len(given))
-        if mode == "official_2021":
+            compared = iter(given)
+        elif mode == "official_2016":
+            compared = iter(given) if is_unanimous else map(only_punctuation, given)
+        elif mode == "official_2021" and (is_unanimous or len(set(map(plain, given))) == 1):
             # UPSTREAM: where all agree nothing is normalised, so "Yes" against ten times "yes" is wrong.
-            is_unanimous = is_unanimous or len({clean(answer) for answer in given}) == 1
-            if is_unanimous:
-                return leave_one_out(len(given) * (clean(prediction) == clean(given[0])), len(given))
-        wanted = full(prediction)
-        return leave_one_out(sum(full(answer) == wanted for answer in given), len(given))
+            key, compared = plain, map(plain, given)
+        num_matches: dict[str, int] = {}
+        for answer in compared:
+            num_matches[answer] = num_matches.get(answer, 0) + 1
+        shares = _shares(len(given))
+        return lambda prediction: shares[num_matches.get(key(prediction), 0)]
 
-    return score
+    return prepared
+
+
+@cache
+def _shares(num_annotators: int) -> tuple[float, ...]:
+    """`leave_one_out` of 0 .. num_annotators matches."""
+    return tuple(leave_one_out(num, num_annotators) for num in range(num_annotators + 1))
 
 
 def leave_one_out(num_matches: int, num_annotators: int) -> float:
