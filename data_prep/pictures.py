@@ -19,7 +19,8 @@ from vlgpt.images import MAX_PIXELS, BadImage, open_image
 
 CACHE_BYTES = 32 << 20
 CACHED_BYTES = 16 << 10
-LINEAR_BELOW = 1.6  # what is left to reduce after scaled JPEG decoding
+LINEAR_BELOW, AREA_FROM = 1.4, 2.0  # factors to reduce by; scaled JPEG decoding leaves less than 2
+HASHED_PX = 32
 PNG_LEVEL = 3  # 40 % faster than zlib's 6, 1 % larger on drawings
 
 
@@ -126,7 +127,8 @@ def _resize(image: Image.Image, size_px: int) -> Image.Image:
 
 
 def _resize_array(pixels: np.ndarray, size_px: int) -> np.ndarray:
-    """Area averaging; below LINEAR_BELOW bilinear, as near to Pillow's bicubic there and six times as fast.
+    """Within 1.5 of 255 of Pillow's bicubic on average, four times as fast as OpenCV's area averaging, which only
+    large reductions need: bilinear, from LINEAR_BELOW after a slight blur against aliasing.
 
     (H, W, 3) uint8 -> (H', W', 3) uint8
     """
@@ -136,8 +138,12 @@ def _resize_array(pixels: np.ndarray, size_px: int) -> np.ndarray:
     size = _new_size(old, size_px)
     if size == old:
         return pixels
-    is_slight = min(old) < LINEAR_BELOW * size_px
-    return cv2.resize(pixels, size, interpolation=cv2.INTER_LINEAR if is_slight else cv2.INTER_AREA)
+    factor = min(old) / size_px
+    if factor >= AREA_FROM:
+        return cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
+    if factor >= LINEAR_BELOW:
+        pixels = cv2.GaussianBlur(pixels, (3, 3), 0.45 + (factor - LINEAR_BELOW) / 2)
+    return cv2.resize(pixels, size, interpolation=cv2.INTER_LINEAR)
 
 
 def _encode(image: Image.Image, settings: PictureSettings) -> bytes:
@@ -161,18 +167,22 @@ def perceptual_hash(image: Image.Image) -> int:
     """The 64-bit DCT hash of Zauner (2010): sign of the 8x8 lowest frequencies of a 32x32 grey copy, against
     their median.
     """
-    grey = image.convert("L").resize((32, 32), Image.Resampling.LANCZOS)
+    grey = image.convert("L").resize((HASHED_PX, HASHED_PX), Image.Resampling.LANCZOS)
     return _sign_bits(np.asarray(grey, dtype=np.float64))
 
 
 def _perceptual_hash_array(pixels: np.ndarray) -> int:
-    """The same hash from OpenCV's resizing: at most a few bits away, in a fifth of the time. (H, W, 3) uint8
+    """The same hash from OpenCV's resizing: at most a few bits away, in a tenth of the time. (H, W, 3) uint8
     -> hash
     """
     import cv2
 
-    grey = cv2.resize(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), (32, 32), interpolation=cv2.INTER_AREA)
-    return _sign_bits(grey.astype(np.float64))
+    grey = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
+    while min(grey.shape) >= 4 * HASHED_PX:  # halving averages 2 x 2, five times as fast as any other area
+        grey = cv2.resize(grey, (grey.shape[1] // 2, grey.shape[0] // 2), interpolation=cv2.INTER_LINEAR)
+    return _sign_bits(
+        cv2.resize(grey, (HASHED_PX, HASHED_PX), interpolation=cv2.INTER_AREA).astype(np.float64)
+    )
 
 
 def _sign_bits(grey: np.ndarray) -> int:

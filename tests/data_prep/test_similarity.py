@@ -155,3 +155,11 @@ def test_a_copy_with_another_limit_is_refused(folder, clip, tmp_path, capsys):
     assert run("apply", folder, "--min-similarity", 0.5, "--output", tmp_path / "o") == 2
     assert "holds another data set" in capsys.readouterr().err
     assert run("apply", folder, "--min-similarity", 0.5, "--output", folder) == 2
+
+
+def test_a_document_at_the_limit_stays(folder, tmp_path):
+    for record in ShardSet.open(folder).shards:
+        values = np.array([0.25, 0.2499], np.float32)
+        similarity.Scores(values, "by hand", record.sha256).store(folder, record.name)
+    assert run("apply", folder, "--min-similarity", 0.25, "--output", tmp_path / "o") == 0
+    assert ids(tmp_path / "o") == ["d0", "d2", "d4"]
