@@ -132,3 +132,20 @@ def test_split_range_covers_every_number_once():
                 starts[p] + n for p, first, end in split_range(starts, start, stop) for n in range(first, end)
             ]
             assert numbers == list(range(start, stop))
+
+
+def test_suffixes_match_in_any_case_and_hidden_places_are_left_out(tmp_path):
+    for name in (
+        "b/a.JSONL",
+        ".hidden/x.jsonl",
+        "b/.y.jsonl",
+        "a.jsonl.gz",
+        "b/.vlgpt-index/z.jsonl",
+        "c.json.txt",
+    ):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(gzip.compress(b"{}\n") if path.suffix == ".gz" else b"{}\n")
+    found = find_files([tmp_path], (".jsonl", ".jsonl.gz"), source="test")
+    assert [(file.name, file.path.name) for file in found] == [("a", "a.jsonl.gz"), ("b/a", "a.JSONL")]
+    assert len(JsonRecords([tmp_path], source="test")) == 2

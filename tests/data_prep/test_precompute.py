@@ -91,6 +91,16 @@ def test_stored_rows_are_the_encoder_s_within_the_precision_of_their_type(folder
     assert check.main([str(folder)]) == 0
 
 
+def test_lower_precision_changes_the_rows_a_little_and_their_fingerprint_not(folder, clip):
+    assert run(folder, clip, "--features", "patches") == 0
+    exact = all_rows(folder, "patches").astype(np.float32)
+    for path in (folder / "features/patches").glob("0*"):
+        path.unlink()
+    assert run(folder, clip, "--features", "patches", "--precision", "bfloat16") == 0
+    rounded = all_rows(folder, "patches").astype(np.float32)
+    assert 0 < np.abs(rounded - exact).mean() < 0.01 * np.abs(exact).max()
+
+
 def test_one_view_of_int8_rows_is_read_with_its_own_scales(folder, clip):
     assert run(folder, clip, "--features", "patches", "--views", "3", "--dtype", "int8") == 0
     reader = ShardSet.open(folder).feature("patches")
