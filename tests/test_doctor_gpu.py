@@ -36,6 +36,15 @@ def test_equal_attention_passes_and_another_one_fails(monkeypatch):
     assert found.level == "error" and "sdpa" in found.fix
 
 
+def test_without_flash_attn_the_checks_run_with_sdpa_against_eager(monkeypatch):
+    monkeypatch.setattr(gpu, "find_spec", lambda name: None)
+    assert gpu.default_setting().attention == "sdpa" and gpu.default_setting().device == "cuda"
+    found = gpu.check_attention(replace(SMALL, attention="sdpa"))
+    assert found.level == "ok" and "sdpa against eager" in found.text
+    monkeypatch.setattr(gpu, "find_spec", lambda name: object())
+    assert gpu.default_setting().attention == "flash_attention_2"
+
+
 def test_a_batch_equals_singles():
     assert gpu.check_decoder(SMALL).level == "ok"
 

@@ -13,6 +13,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -31,11 +33,15 @@ def check_gpu(setting: Setting | None = None) -> list[Finding]:
         return [
             Finding("error", "torch sees no CUDA GPU", "install a CUDA wheel of torch and look at nvidia-smi")
         ]
-    setting = setting or Setting()
+    findings = []
+    if setting is None:
+        setting = default_setting()
+        if setting.attention == "sdpa":
+            words = "flash-attn is not installed: the checks below run with SDPA, slower"
+            findings.append(Finding("warning", words, "pip install 'vlgpt[gpu]'"))
     checks: list[Callable[[Setting], Finding]] = [
         check_attention, check_training, check_memory, check_speed, check_decoder
     ]  # fmt: skip
-    findings = []
     for check in checks:
         try:
             findings.append(check(setting))
@@ -46,10 +52,16 @@ def check_gpu(setting: Setting | None = None) -> list[Finding]:
     return findings
 
 
-def check_attention(setting: Setting, *, reference: str = "sdpa", tolerance: float = 0.05) -> Finding:
-    """The attention of training equals the reference on a packed batch of three rows, and documents stay apart."""
-    from dataclasses import replace
+def default_setting() -> Setting:
+    """A GPU's, with the attention that `auto` would choose there."""
+    return Setting(attention="sdpa" if find_spec("flash_attn") is None else "flash_attention_2")
 
+
+def check_attention(setting: Setting, *, reference: str | None = None, tolerance: float = 0.05) -> Finding:
+    """The attention of training equals a reference (flash-attn: SDPA, SDPA: eager) on a packed batch of three rows, and
+    documents stay apart.
+    """
+    reference = reference or ("eager" if setting.attention == "sdpa" else "sdpa")
     setting = replace(setting, rows=3, depth=min(setting.depth, 2))
     lm = new_stage(setting).model.lm.eval()
     batch = new_batch(setting)
