@@ -242,6 +242,13 @@ def test_a_truncated_shard_is_refused(tmp_path):
     one_line(lambda: load_language_model(tmp_path), "no language model could be loaded")
 
 
+def test_a_language_model_of_another_family_is_refused(tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path)
+    one_line(lambda: load_language_model(tmp_path), "GPT2LMHeadModel", "model.embed_tokens")
+
+
 def test_the_tokenizer_of_another_model_is_refused(shelf, tmp_path):
     train_image_parts(shelf, "clip", "sd15 bin", tmp_path / "stage1")
     from tiny_unified import train_text_tokenizer

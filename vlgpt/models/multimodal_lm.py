@@ -62,6 +62,11 @@ def load_language_model(
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"no language model could be loaded from {str(path)!r}: {reason}") from error
+    if not hasattr(getattr(model, "model", None), "embed_tokens") or not hasattr(model, "lm_head"):
+        raise UserError(
+            f"{path} is a {type(model).__name__}, whose parts are not named model.embed_tokens and lm_head: "
+            "wanted LLaMA, Mistral, Qwen or another model of that family"
+        )
     model.config.use_cache = False
     return model
 
