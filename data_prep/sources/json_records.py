@@ -188,7 +188,7 @@ def _lines(stream: IO[bytes]) -> tuple[np.ndarray, np.ndarray]:
         running = np.cumsum(~IS_SPACE[values], dtype=np.int32)
         breaks = np.flatnonzero(values == ord("\n"))
         ends.append(breaks + position + 1)
-        letters.append(running[breaks] + num_letters)
+        letters.append(running[breaks].astype(np.int64) + num_letters)
         position, num_letters = position + len(chunk), num_letters + int(running[-1])
     stops = np.concatenate([*ends, [position]])
     up_to = np.concatenate([*letters, [num_letters]])
