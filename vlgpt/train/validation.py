@@ -26,14 +26,21 @@ def validator(
     log: MetricsLog | None = None,
     probe: Probe | None = None,
 ) -> Callable[[int], dict[str, float]] | None:
-    """`validate(step) -> numbers`, collective; None when the settings name nothing to measure."""
+    """`validate(step) -> numbers`, collective; None when the settings name nothing to measure.
+
+    Everything is opened once here: what is missing is told before step 1. Raises UserError or FileNotFoundError.
+    """
     validation = settings.validation
     if not validation.sources and probe is None:
         return None
     data = settings.data.model_copy(update={"sources": validation.sources})
+    with_pixels = data.model_copy(update={"pixels": True})
+    if validation.sources:
+        open_loader(data, workers=0).close()
     check = None
     if validation.pictures is not None:
         check = ReconstructionCheck(validation.pictures, engine=engine)
+        open_loader(with_pixels, workers=0).close()
 
     def validate(step: int) -> dict[str, float]:
         values: dict[str, float] = {}
@@ -46,7 +53,7 @@ def validator(
             finally:
                 loader.close()
         if check is not None:
-            pictures = open_loader(data.model_copy(update={"pixels": True}), workers=0)
+            pictures = open_loader(with_pixels, workers=0)
             try:
                 values.update(check(pictures.one_pass(), step=step, log=log))
             finally:
