@@ -1,6 +1,6 @@
 """Decoding, side by side with what it replaces, in one run on one machine.
 
-    python benchmarks/generation.py [--width 256] [--depth 6] [--repeats 3]
+    python benchmarks/generation.py [--width 256] [--depth 6] [--repeats 3] [--threads 1]
 
 Text: transformers' `generate` on the same language model. Images: Emu's way, the prefix run again for each embedding.
 Ranking: one forward pass per candidate. Every comparison also checks that both sides give the same result. Times are
@@ -186,7 +186,9 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--depth", type=int, default=6)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1, help="more than free cores disturb small models")
     arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
     generator = build(width=arguments.width, depth=arguments.depth)
     num_parameters = sum(p.numel() for p in generator.model.lm.parameters())
     print(f"language model {num_parameters / 1e6:.1f} M parameters, fp32, {torch.get_num_threads()} threads")
