@@ -288,6 +288,8 @@ def test_the_state_counts_what_was_consumed_not_what_was_fetched(data: Path) -> 
     assert loader.state_dict()["position"] == {"sample": 5 * 8 * 2}
     with pytest.raises(ValueError, match="advance"):
         loader.advance(100)
+    loader.advance(2)  # of the six that are open
+    assert loader.state_dict()["position"] == {"sample": 7 * 8 * 2}
     loader.close()
 
 

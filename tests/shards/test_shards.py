@@ -491,3 +491,24 @@ def test_a_folder_without_usable_images_is_refused(tmp_path):
     (tmp_path / ".vlgpt-index/a.tar.idx").unlink()
     with pytest.raises(UserError, match="not a data set"):
         ShardSet.open(tmp_path)
+
+
+def test_only_what_is_asked_for_is_read(tmp_path, monkeypatch):
+    far = os.urandom(50_000)
+    members = [("a.txt", b"first"), ("b.jpg", far), ("a.jpg", b"1"), ("c.txt", b"third"), ("c.jpg", b"3")]
+    foreign_tar(tmp_path / "p.tar", [*members, ("b.txt", b"second")])
+    shards = ShardSet.open(tmp_path)
+    shards.read(0, 0)
+    sizes: list[int] = []
+    monkeypatch.setattr(
+        os, "pread", lambda file, size, at, read=os.pread: sizes.append(size) or read(file, size, at)
+    )
+    requests = {}
+    for sample in range(3):
+        for with_images in (True, False):
+            sizes.clear()
+            key = shards.read(0, sample, with_images=with_images).key
+            requests[key, with_images] = len(sizes), sum(sizes)
+    assert requests["a", True] == (2, 6), "what lies between two far members is not read"
+    assert requests["c", True][0] == 1, "neighbours are one request"
+    assert {requests[key, False] for key in "abc"} == {(1, 5), (1, 6)}, "without images only the text is read"
