@@ -240,8 +240,12 @@ def forward_with_rows(
     rows, tokens = layer.trainable_tokens_delta[active_adapters[0]], layer.token_indices[active_adapters[0]]
     output = layer.base_layer(x)
     if isinstance(layer.base_layer, nn.Linear):
-        index = torch.tensor(tokens, device=x.device)
-        return output.index_copy_(-1, index, nn.functional.linear(x, rows.to(x.dtype)))
+        index, columns = torch.tensor(tokens, device=x.device), nn.functional.linear(x, rows.to(x.dtype))
+        if hasattr(
+            layer.base_layer.weight, "ds_id"
+        ):  # ZeRO-3 wraps outputs in a function that forbids writing
+            return output.index_copy(-1, index, columns)
+        return output.index_copy_(-1, index, columns)
     for row, token in zip(rows.to(output.dtype), tokens):
         output = torch.where((x == token)[..., None], row, output)
     return output
