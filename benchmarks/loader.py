@@ -182,9 +182,11 @@ def memory_growth(folder: Path, *, num_samples: int = 50_000) -> None:
 
 
 def resident_mb(pid: int) -> float:
-    """Private and shared pages that a process holds, shared ones divided among their users."""
+    """Memory that a process needs: anonymous and shared pages, those of several users divided among them. Pages of
+    files (libraries, tars) are left out: they come and go with other processes.
+    """
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    return sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
+    return sum(int(line.split()[1]) for line in lines if line.startswith(("Pss_Anon:", "Pss_Shmem:"))) / 1024
 
 
 def main() -> None:
