@@ -164,6 +164,7 @@ def energon(folder: Path, decode: Decode | None) -> Stream:
     class Cooked(library.Sample):
         content: Any
 
+    @library.stateless
     def cook(sample: dict[str, Any]) -> Cooked:
         pair = sample["jpg"], sample["txt"].encode() if isinstance(sample["txt"], str) else sample["txt"]
         return Cooked(**library.basic_sample_keys(sample), content=pair if decode is None else decode(*pair))
