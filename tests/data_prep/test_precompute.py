@@ -19,7 +19,7 @@ from data_prep import check, features
 from data_prep.build import main as build
 from data_prep.feature_jobs import compute_shard, make_job
 from vlgpt.data.pixels import read_square, to_pixels
-from vlgpt.log import run_command
+from vlgpt.log import UserError, run_command
 from vlgpt.models.encoders import load_clip
 from vlgpt.shards import ShardSet, write_spec
 
@@ -292,3 +292,22 @@ def test_the_writer_refuses_too_few_rows(folder, clip):
     with pytest.raises(ValueError, match="2 rows given, 3 announced"):
         writer.close(tar_sha256="x")
     writer.abort()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "int8"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -1e5])
+def test_values_that_cannot_be_stored_are_refused(folder, clip, dtype, value):
+    from vlgpt.shards import FeatureWriter
+
+    job = make_job("patches", load_clip(str(clip)), encoder_name="e", dtype=dtype)
+    write_spec(folder, job.spec)
+    writer = FeatureWriter(folder, job.spec, "00000", num_rows=3)
+    rows = np.zeros((3, 1, 5, 32), np.float32)
+    rows[1, 0, 2, 7] = value
+    if np.isfinite(value) and dtype != "float16":
+        writer.add(rows)
+    else:
+        with pytest.raises(UserError, match="cannot be stored as"):
+            writer.add(rows)
+    writer.abort()
+    assert not list((folder / "features/patches").glob(".*partial"))

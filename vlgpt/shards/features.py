@@ -23,6 +23,11 @@ from vlgpt.shards.atomic import fsync_folder, open_locked, write_atomic
 from vlgpt.shards.schema import FeatureSpec, ShardIndex
 
 MAX_OPEN_ARRAYS = 256
+LARGEST = {
+    "float16": 65504.0,
+    "float32": float(np.finfo(np.float32).max),
+    "int8": float(np.finfo(np.float32).max),
+}
 
 
 def feature_path(folder: Path, name: str, *parts: str) -> Path:
@@ -76,11 +81,19 @@ class FeatureWriter:
         return sum(file.num_bytes for file in self._files)
 
     def add(self, rows: np.ndarray) -> None:
-        """The next rows, `(r, views, *shape)` of any float type. Raises ValueError for another shape."""
+        """The next rows, `(r, views, *shape)` of any float type. Raises ValueError for another shape, and UserError
+        for values that are not finite or too large for the stored type.
+        """
         if rows.shape[1:] != (self._spec.views, *self._spec.shape):
             raise ValueError(
                 f"feature {self._spec.name}: rows of shape {rows.shape[1:]}, the spec says "
                 f"{(self._spec.views, *self._spec.shape)}"
+            )
+        largest = np.abs(rows).max(initial=0)
+        if not largest <= LARGEST[self._spec.dtype]:
+            raise UserError(
+                f"feature {self._spec.name}: a value of {largest} cannot be stored as {self._spec.dtype}; compute in "
+                "float32, or check the encoder's weights"
             )
         if self._scales is not None:
             rows, scales = quantise(rows)
