@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -130,6 +131,18 @@ class _NgramCounts:
         caption, ngram, count = entries
         return cls(len(answers), image_of, num_words, caption, ngram, count, order_of)
 
+    @cached_property
+    def in_references(self) -> tuple[Ints, Ints]:
+        """Each n-gram of each image's references once: sorted image * num_ngrams + n-gram, and its highest count."""
+        is_reference = self.caption >= self.num_images
+        width = max(len(self.order_of), 1)
+        keys = self.image_of[self.caption[is_reference]] * width + self.ngram[is_reference]
+        order = np.argsort(keys, kind="stable")  # nearly sorted already: five runs for each image
+        keys = keys[order]
+        first = np.flatnonzero(np.diff(keys, prepend=-1))
+        count = self.count[is_reference][order]
+        return keys[first], np.maximum.reduceat(count, first) if len(first) else count
+
 
 def _count_ngrams(
     words: Ints, caption: Ints, words_left: Ints, num_words: int
@@ -166,8 +179,7 @@ def _cider(counts: _NgramCounts) -> Floats:
     num_images, width = counts.num_images, max(len(counts.order_of), 1)
     image = counts.image_of[counts.caption]
     is_reference = counts.caption >= num_images
-    in_images = np.unique(image[is_reference] * width + counts.ngram[is_reference])
-    frequency = np.bincount(in_images % width, minlength=width)
+    frequency = np.bincount(counts.in_references[0] % width, minlength=width)
     weight = counts.count * (np.log(float(num_images)) - np.log(np.maximum(frequency, 1.0)))[counts.ngram]
     order = counts.order_of[counts.ngram] - 1
     slots = len(counts.image_of) * MAX_ORDER
@@ -195,10 +207,7 @@ def _bleu(counts: _NgramCounts) -> tuple[Floats, Floats]:
     """BLEU of orders 1 .. MAX_ORDER: (orders, images) and (orders,) for the corpus."""
     num_images, width = counts.num_images, max(len(counts.order_of), 1)
     is_reference = counts.caption >= num_images
-    keys = counts.image_of[counts.caption[is_reference]] * width + counts.ngram[is_reference]
-    by_key = np.argsort(keys, kind="stable")
-    unique, first = np.unique(keys[by_key], return_index=True)
-    largest = np.maximum.reduceat(counts.count[is_reference][by_key], first) if len(first) else unique
+    unique, largest = counts.in_references
     answer, ngram, count = (values[~is_reference] for values in (counts.caption, counts.ngram, counts.count))
     is_shared, place = _find(unique, answer * width + ngram)
     matched = np.minimum(count[is_shared], largest[place[is_shared]])

@@ -67,9 +67,12 @@ def sparse_scores(scores: ArrayLike, gt_index: ArrayLike) -> SparseScores:
         raise ValueError(
             f"gt_index goes from {truth.min()} to {truth.max()}; options are 0..{values.shape[1] - 1}"
         )
-    own = np.take_along_axis(values, truth[:, None], axis=1)
-    is_earlier = np.arange(values.shape[1])[None] < truth[:, None]
-    rank = 1 + (values > own).sum(axis=1) + ((values == own) & is_earlier).sum(axis=1)
+    own = values[np.arange(len(values)), truth][:, None]
+    rank = 1 + np.count_nonzero(values > own, axis=1)
+    ties = np.flatnonzero(np.count_nonzero(values == own, axis=1) > 1)
+    if len(ties):
+        is_earlier = np.arange(values.shape[1])[None] < truth[ties, None]
+        rank[ties] += np.count_nonzero((values[ties] == own[ties]) & is_earlier, axis=1)
     return SparseScores(
         recall_at_1=float((rank <= 1).mean()),
         recall_at_5=float((rank <= 5).mean()),
@@ -118,8 +121,10 @@ def submission_record(image_id: int, round_id: int, scores: Sequence[float]) -> 
     return {"image_id": image_id, "round_id": round_id, "ranks": ranks_of([scores])[0].tolist()}
 
 
-def _score_matrix(scores: ArrayLike) -> NDArray[np.float64]:
-    values = np.asarray(scores, dtype=np.float64)
+def _score_matrix(scores: ArrayLike) -> NDArray[np.floating]:
+    values = np.asarray(scores)
+    if values.dtype != np.float32:  # float32 keeps its order; everything else becomes float64
+        values = values.astype(np.float64, copy=False)
     if values.ndim != 2 or 0 in values.shape:
         raise ValueError(f"scores have shape {values.shape}; wanted (rounds, options), neither of them 0")
     if np.isnan(values).any():

@@ -20,7 +20,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 from evaluation.metrics.vqa_text import Stem, clean, normaliser, punctuation_step
 
@@ -67,16 +67,27 @@ def vqa_accuracy(
     return VqaResult(mode, stem, 100 * sum(shares) / len(shares), [100 * share for share in shares])
 
 
-def question_scorer(*, mode: Mode, stem: Stem = "none") -> Callable[[Sequence[str]], Callable[[str], float]]:
-    """A function: annotators' answers of a question -> (prediction -> accuracy as a fraction).
+class ScoredQuestion(NamedTuple):
+    """A question whose annotators' answers are normalised and counted; call it with a prediction."""
 
-    Answers are normalised once and counted, so that many predictions for one question cost a look-up each.
-    The function raises TypeError where the answers are one string, ValueError where there are none.
+    num_matches: Mapping[str, int]
+    key: Normalise  # what a prediction goes through before it is looked up
+    shares: tuple[float, ...]  # accuracy by number of matches
+
+    def __call__(self, prediction: str) -> float:
+        """The accuracy as a fraction."""
+        return self.shares[self.num_matches.get(self.key(prediction), 0)]
+
+
+def question_scorer(*, mode: Mode, stem: Stem = "none") -> Callable[[Sequence[str]], ScoredQuestion]:
+    """A function: annotators' answers of a question -> `ScoredQuestion`.
+
+    It raises TypeError where the answers are one string, ValueError where there are none.
     """
     full = normaliser(stem=stem, has_backticks=mode == "vizwiz_backtick")
     only_punctuation, plain = punctuation_step(stem=stem), lru_cache(maxsize=1 << 18)(clean)
 
-    def prepared(given: Sequence[str]) -> Callable[[str], float]:
+    def prepared(given: Sequence[str]) -> ScoredQuestion:
         if isinstance(given, str):
             raise TypeError(f"answers of a question are the string {given!r}; wanted a list of strings")
         if not given:
@@ -93,8 +104,7 @@ def question_scorer(*, mode: Mode, stem: Stem = "none") -> Callable[[Sequence[st
         num_matches: dict[str, int] = {}
         for answer in compared:
             num_matches[answer] = num_matches.get(answer, 0) + 1
-        shares = _shares(len(given))
-        return lambda prediction: shares[num_matches.get(key(prediction), 0)]
+        return ScoredQuestion(num_matches, key, _shares(len(given)))
 
     return prepared
 
