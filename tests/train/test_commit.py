@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,17 @@ def test_a_commit_without_all_manifests_is_refused(tmp_path):
     commit.write_manifest(folder, 0, [])
     with pytest.raises(ValueError, match="manifest of rank 1 is missing"):
         commit.commit(folder, world_size=2, facts={})
+
+
+def test_a_manifest_that_a_network_file_system_shows_late_is_waited_for(tmp_path):
+    folder = tmp_path / commit.tag_of(5)
+    folder.mkdir()
+    commit.write_manifest(folder, 0, [])
+    late = threading.Timer(0.3, commit.write_manifest, (folder, 1, []))
+    late.start()
+    commit.commit(folder, world_size=2, facts={"step": 5}, patience_s=30.0)
+    late.join()
+    assert commit.verify(folder)["step"] == 5
 
 
 def test_a_small_file_is_either_old_or_new_whatever_fails_in_between(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ import math
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -101,11 +102,17 @@ def write_manifest(folder: Path, rank: int, files: Iterable[Path]) -> None:
     write_atomically(folder / f"rank_{rank}.json", json.dumps({"rank": rank, "files": records}, indent=1))
 
 
-def commit(folder: Path, *, world_size: int, facts: dict[str, Any]) -> None:
-    """Write the marker; call on rank 0 after a barrier. Raises ValueError when a rank's manifest is missing."""
+def commit(folder: Path, *, world_size: int, facts: dict[str, Any], patience_s: float = 0.0) -> None:
+    """Write the marker; call on rank 0 after a barrier. Raises ValueError when a rank's manifest is missing.
+
+    `patience_s`: a network file system may show the files of other nodes a little later.
+    """
+    deadline_s = time.monotonic() + patience_s
     manifests = []
     for rank in range(world_size):
         path = folder / f"rank_{rank}.json"
+        while not path.is_file() and time.monotonic() < deadline_s:
+            time.sleep(0.1)
         if not path.is_file():
             raise ValueError(f"{folder.name}: manifest of rank {rank} is missing, {world_size} expected")
         manifests.append(hash_file(path))

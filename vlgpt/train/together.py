@@ -17,6 +17,7 @@ from vlgpt.log import UserError, get_logger
 from vlgpt.train import commit
 
 T = TypeVar("T")
+PATIENCE_S = 60.0  # for manifests of other nodes on a network file system
 
 
 class Group(Protocol):
@@ -86,7 +87,7 @@ def save(
 
 def _seal(group: Group, folder: Path, marker: dict[str, Any]) -> None:
     if group.rank == 0:
-        commit.commit(folder, world_size=group.world_size, facts=marker)
+        commit.commit(folder, world_size=group.world_size, facts=marker, patience_s=PATIENCE_S)
 
 
 def _prune(root: Path, keep: int) -> None:
@@ -113,7 +114,7 @@ def _all_or_none(group: Group, folder: Path, action: Callable[[], None]) -> None
     failure = ""
     try:
         action()
-    except OSError as error:
+    except (OSError, ValueError) as error:
         failure = f"rank {group.rank}: {error}"
     failures = [text for text in group.gather_objects(failure) if text]
     if failures:
