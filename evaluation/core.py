@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import io
 import json
 from abc import ABC, abstractmethod
@@ -26,6 +27,11 @@ from evaluation import prompts
 from vlgpt.document import Document, Part, join
 from vlgpt.images import BadImage, decode_image
 from vlgpt.log import UserError
+
+try:
+    import orjson
+except ImportError:  # the `eval` extra has it
+    orjson = None  # type: ignore[assignment]
 
 
 class DataNotFound(UserError):
@@ -58,16 +64,37 @@ def png_bytes(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
+@contextlib.contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """While millions of records are made, the collector walks through all of them again and again, for nothing."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
 def read_json(path: Path) -> Any:
     """A JSON file. Raises UserError that says what is missing or where it is broken."""
     if not path.is_file():
         raise DataNotFound(f"{path} not found; docs/evaluation.md says where to get it")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        with no_garbage_collection():
+            return _parse_json(path.read_bytes())
     except json.JSONDecodeError as error:
         raise UserError(
             f"{path} is not valid JSON (line {error.lineno}: {error.msg}); download it again"
         ) from error
+
+
+def _parse_json(content: bytes) -> Any:
+    """With orjson where it is installed (VQAv2's annotations have 190 MB); what that refuses, json decides."""
+    if orjson is not None:
+        with contextlib.suppress(ValueError):
+            return orjson.loads(content)
+    return json.loads(content)
 
 
 @dataclass(frozen=True)
@@ -83,6 +110,10 @@ class Prompt:
             raise ValueError(
                 f"prompt {self.id!r} has {self.document.num_images} places for {len(self.images)} pictures"
             )
+
+
+NO_PROMPT = Prompt(Document("", "", ()))
+"""Stands in `Benchmark.truths`, where nobody is asked anything."""
 
 
 @dataclass(frozen=True)
@@ -159,6 +190,15 @@ def mean_by(per_example: Mapping[str, float], group_of: Mapping[str, str]) -> di
     return {name: metric(float(np.mean(values)), len(values)) for name, values in sorted(groups.items())}
 
 
+@dataclass(frozen=True)
+class SecondQuestion:
+    """A choice between texts by likelihood; a prediction keeps the first text's share under `key`."""
+
+    prompt: Prompt
+    candidates: tuple[str, ...]
+    key: str
+
+
 class Responder(Protocol):
     """Who answers: a model, or a fake that tests a benchmark."""
 
@@ -208,6 +248,11 @@ class Benchmark(ABC):
         return rows[self.prompt]
 
     @property
+    def second_template(self) -> prompts.PromptTemplate | None:
+        """The template of the second question, where one is asked."""
+        return None
+
+    @property
     def decoding(self) -> Decoding:
         """Decode settings; whether [IMG] is forced follows from the prompt."""
         if self.kind != "image":
@@ -217,6 +262,10 @@ class Benchmark(ABC):
     @abstractmethod
     def examples(self, data: Path) -> Sequence[Example]:
         """All examples in a fixed order, from the official files below `data`. Pictures stay paths."""
+
+    def truths(self, data: Path) -> Sequence[Example]:
+        """`examples(data)` for scoring; a large benchmark leaves the prompts out."""
+        return self.examples(data)
 
     def loaded(self, data: Path) -> Sequence[Example]:
         """`examples(data)`, or the same list again while `remembering` it (large files are read once)."""
@@ -236,6 +285,10 @@ class Benchmark(ABC):
     def score(self, predictions: Mapping[str, Prediction], data: Path) -> Scores:
         """Score predictions by id; ids were checked before, so with `--partial` some may be missing."""
 
+    def ideal_choice(self, example: Example) -> np.ndarray:
+        """(num_candidates,) scores of a perfect responder for the second question."""
+        raise NotImplementedError(f"benchmark {self.name} asks no second question")
+
     @abstractmethod
     def ideal(self, example: Example) -> Any:
         """What a perfect responder gives: a text, (num_candidates,) scores, or a picture, by `kind`."""
@@ -247,6 +300,10 @@ class Benchmark(ABC):
     def demonstration(self, example: Example, *, has_image: bool = True) -> tuple[Part, ...]:
         """An example with its answer, as parts that stand before the question."""
         raise UserError(f"benchmark {self.name} has no few-shot form; leave --shots out")
+
+    def second_question(self, example: Example) -> SecondQuestion | None:
+        """A choice that is asked about every example besides its open question; None: nothing more is asked."""
+        return None
 
     def candidates(self, example: Example) -> Sequence[str]:
         """The texts to rank (`kind == "rank"` only)."""

@@ -48,7 +48,7 @@ class ClipFeatures:
         if not path.is_dir():
             raise UserError(f"CLIP folder {path} not found; give a folder saved by open_clip or transformers")
         library = "open_clip" if (path / "open_clip_config.json").is_file() else "transformers"
-        self.encoder = load_clip(path, library=library).to(device)  # type: ignore[arg-type]
+        self.encoder = load_clip(path, library=library, layer=-1).to(device)  # type: ignore[arg-type]
         self.device = device
         self.identity = {
             "extractor": "clip",

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.core import Benchmark, Decoding, Example, ImageSource, Responder
+from evaluation.prompts import PromptTemplate
 from vlgpt.log import UserError
 
 PACKAGES = (
@@ -32,6 +33,7 @@ PROTOCOL_KEYS = (
     "benchmark",
     "split",
     "prompt",
+    "second_prompt",
     "decoding",
     "answer_options",
     "shots",
@@ -91,13 +93,14 @@ def build(
     subset: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """The manifest of a run."""
-    template = benchmark.template
+    template, second = benchmark.template, benchmark.second_template
     return {
         "benchmark": benchmark.name,
         "split": benchmark.split,
         "options": benchmark.options(),
         "answer_options": {name: getattr(benchmark, name) for name in benchmark.answer_options},
-        "prompt": {"id": template.id, "hash": template.hash, "source": template.source, **template.text},
+        "prompt": _prompt_record(template),
+        **({} if second is None else {"second_prompt": _prompt_record(second)}),
         "decoding": dataclasses.asdict(decoding) | {"stop": list(decoding.stop)},
         "shots": shots,
         "responder": dict(responder.identity),
@@ -105,6 +108,10 @@ def build(
         "subset": subset,
         "versions": library_versions(),
     }
+
+
+def _prompt_record(template: PromptTemplate) -> dict[str, str]:
+    return {"id": template.id, "hash": template.hash, "source": template.source, **template.text}
 
 
 def differences(a: dict[str, Any], b: dict[str, Any], *, prefix: str = "") -> list[str]:

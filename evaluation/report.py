@@ -10,11 +10,10 @@ from __future__ import annotations
 import argparse
 import base64
 import hashlib
-import io
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,22 +21,17 @@ from typing import Any
 import jinja2
 import numpy as np
 import yaml
-from PIL import Image
 
 from evaluation import benchmarks
-from evaluation.core import Benchmark, Example, Prediction, read_image, read_json
+from evaluation.core import read_json
+from evaluation.pass_marks import PASS_MARKS
+from evaluation.report_examples import pick, view
 from evaluation.score import per_example_path, read_predictions
-from vlgpt import seeds
-from vlgpt.document import ImagePart
 from vlgpt.log import UserError, run_command
 from vlgpt.shards.atomic import write_atomic
 
 PAPER = Path(__file__).with_name("paper_values.yaml")
 TEMPLATES = Path(__file__).with_name("templates")
-NUM_EXAMPLES = {"best": 7, "worst": 7, "random": 6}
-THUMBNAIL_PX = 160
-MAX_TEXT = 600
-PICTURE_KINDS = ("image", "reconstruction")
 
 
 def write(output: Path, *, data: Path, names: Sequence[str], skipped: Mapping[str, str]) -> tuple[Path, Path]:
@@ -56,23 +50,59 @@ def write(output: Path, *, data: Path, names: Sequence[str], skipped: Mapping[st
     json_path, html_path = output / "results.json", output / "report.html"
     write_atomic(json_path, (json.dumps(summary, indent=1, ensure_ascii=False) + "\n").encode())
     sections = [_section(name, result, output / name, data) for name, result in results.items()]
-    page = render(tables=tables(results, paper), sections=sections, skipped=skipped)
+    page = render(
+        models=models(results),
+        overview=overview(results, paper),
+        tables=tables(results, paper),
+        sections=sections,
+        skipped=skipped,
+    )
     write_atomic(html_path, page.encode())
     return json_path, html_path
 
 
-def render(
-    *, tables: Sequence[Table], sections: Sequence[Mapping[str, Any]], skipped: Mapping[str, str]
-) -> str:
+def render(**content: Any) -> str:
     """The page, everything escaped."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined
     )
     style = (TEMPLATES / "report.css").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-    return environment.get_template("report.html").render(
-        style=style, style_hash=digest, tables=tables, sections=sections, skipped=skipped
-    )
+    return environment.get_template("report.html").render(style=style, style_hash=digest, **content)
+
+
+def models(results: Mapping[str, Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Every model (or fake) that answered, with what identifies it."""
+    found: dict[str, dict[str, str]] = {}
+    for result in results.values():
+        run = result.get("run") or {}
+        who = run.get("responder") or {"kind": "predictions of unknown origin"}
+        facts = {
+            key: str(who[key]) for key in ("export_hash", "dtype", "template", "tokenizer") if key in who
+        }
+        found.setdefault(
+            json.dumps(who, sort_keys=True), {"name": Path(who.get("export", who["kind"])).name, **facts}
+        )
+    return list(found.values())
+
+
+def overview(results: Mapping[str, Mapping[str, Any]], paper: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One line for each zero-shot result: ours, chance, and the paper's rows where it has that benchmark."""
+    columns = paper["table_2"]["columns"]
+    lines = []
+    for name, result in results.items():
+        entry = result["metrics"].get(result["primary"])
+        if result["shots"] != "0" or entry is None:
+            continue
+        at = columns.index(result["benchmark"]) if result["benchmark"] in columns else None
+        papers = {
+            row: None if at is None else paper["table_2"]["rows"][row][at]
+            for row in ("VL-GPT", "VL-GPT-I", "Emu")
+        }
+        lines.append(
+            {"name": name, "metric": result["primary"], "split": result["split"], **entry, "papers": papers}
+        )
+    return lines
 
 
 @dataclass(frozen=True)
@@ -84,7 +114,15 @@ class Table:
     rows: list[tuple[str, list[float | None]]]
     ours: list[tuple[float, str] | None]
 
+    @property
+    def best(self) -> list[float | None]:
+        """The paper's best value of each column; FID is the only one where lower is better."""
+        values = [[row[at] for _, row in self.rows if row[at] is not None] for at in range(len(self.columns))]
+        pick_of = [min if "generation" in column else max for column in self.columns]
+        return [choose(column) if column else None for choose, column in zip(pick_of, values)]  # type: ignore[type-var]
 
+
+PROTOCOL = ("prompt", "second_prompt", "decoding", "shots", "responder", "questions", "subset")
 TITLES = {
     "table_1": "Table 1: reconstruction, 100 x CLIP cosine",
     "table_2": "Table 2: understanding and generation",
@@ -160,11 +198,9 @@ def _section(name: str, result: Mapping[str, Any], folder: Path, data: Path) -> 
     per_example: dict[str, float] = read_json(per_example_path(folder / "results.json"))
     predictions = {r["id"]: r for r in read_predictions(folder, benchmark)}
     examples = {e.id: e for e in benchmark.examples(data) if e.id in predictions}
-    picked = pick(per_example, list(examples))
+    picked = pick(per_example, list(examples), higher_is_better=result["higher_is_better"])
     run = result.get("run") or {}
-    protocol = {
-        key: run.get(key) for key in ("prompt", "decoding", "shots", "responder", "questions", "subset")
-    }
+    protocol = {key: run.get(key) for key in PROTOCOL}
     protocol |= {
         "scoring": result["scoring"]["options"],
         "notes": result["notes"],
@@ -173,73 +209,33 @@ def _section(name: str, result: Mapping[str, Any], folder: Path, data: Path) -> 
     return {
         "name": name,
         "result": result,
-        "protocol": [
-            (key, json.dumps(value, ensure_ascii=False)) for key, value in protocol.items() if value
-        ],
-        "examples": [
-            {**view(benchmark, examples[id], predictions[id]), "why": why, "score": per_example.get(id)}
-            for why, id in picked
-        ],
+        "marks": {key: mark for key, mark in PASS_MARKS.items() if key in result["metrics"]},
+        "breakdown": {group: _bars(rows) for group, rows in result["breakdown"].items()},
+        "protocol": list(_leaves(protocol)),
+        "examples": {
+            why: [
+                {**view(benchmark, examples[id], predictions[id]), "score": per_example.get(id)} for id in ids
+            ]
+            for why, ids in picked.items()
+        },
     }
 
 
-def pick(per_example: Mapping[str, float], ids: Sequence[str]) -> list[tuple[str, str]]:
-    """Best, worst and random ids, each at most once; without scores only random ones."""
-    order = sorted((id for id in ids if id in per_example), key=lambda id: (-per_example[id], id))
-    ranked = {
-        "best": order,
-        "worst": order[::-1],
-        "random": sorted(ids, key=lambda id: seeds.address("report", id)),
-    }
-    taken: dict[str, str] = {}
-    for why, count in NUM_EXAMPLES.items():
-        fresh = [id for id in ranked[why] if id not in taken]
-        taken |= dict.fromkeys(fresh[:count], why)
-    return [(why, id) for id, why in taken.items()]
+def _bars(rows: Mapping[str, Mapping[str, float]]) -> list[dict[str, Any]]:
+    """A breakdown with the length of each bar in percent of the longest."""
+    longest = max((abs(entry["value"]) for entry in rows.values()), default=0.0) or 1.0
+    return [
+        {"name": name, **entry, "bar": 100 * abs(entry["value"]) / longest} for name, entry in rows.items()
+    ]
 
 
-def view(benchmark: Benchmark, example: Example, prediction: Prediction) -> dict[str, Any]:
-    """One example for people: the question with its pictures, the answer, the best possible answer."""
-    document = example.prompt.document
-    texts = ["[picture]" if isinstance(part, ImagePart) else part.text for part in document.parts]
-    shown: dict[str, Any] = {
-        "id": example.id,
-        "question": _shorten(" ".join(texts)),
-        "pictures": [thumbnail(read_image(image)) for image in example.prompt.images[-1:]],
-        "answer": "",
-        "truth": "",
-        "answer_picture": None,
-        "truth_picture": None,
-    }
-    ideal = None if example.truth is None else benchmark.ideal(example)
-    if benchmark.kind in PICTURE_KINDS:
-        if prediction.get("image"):
-            shown["answer_picture"] = thumbnail(read_image(Path(prediction["image"])))
-        shown["truth_picture"] = thumbnail(read_image(ideal)) if ideal is not None else None
-    elif benchmark.kind == "rank":
-        options = example.info["options"]
-        best = np.argsort(-np.asarray(prediction["scores"]), kind="stable")[:3]
-        shown["answer"] = " | ".join(options[i] for i in best)
-        shown["truth"] = "" if ideal is None else options[int(np.argmax(ideal))]
-    else:
-        shown["answer"], shown["truth"] = (
-            _shorten(prediction["text"]),
-            "" if ideal is None else _shorten(ideal),
-        )
-    return shown
-
-
-def _shorten(text: str) -> str:
-    return text if len(text) <= MAX_TEXT else text[:MAX_TEXT] + " ..."
-
-
-def thumbnail(image: Image.Image) -> str:
-    """A small JPEG as a data: address."""
-    image = image.copy()
-    image.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=80)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+def _leaves(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """ "decoding.num_beams", "5": every leaf of a nested record, without the empty ones."""
+    for key, value in record.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        elif value not in (None, "", []):
+            yield f"{prefix}{key}", value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -147,6 +147,8 @@ class OracleResponder:
         return [self._ideal(prompt) for prompt in prompts]
 
     def rank(self, prompt: Prompt, candidates: Sequence[str], *, normalise: str) -> np.ndarray:
+        if self.benchmark.kind == "text":  # the second question
+            return self.benchmark.ideal_choice(self.source[prompt.id])
         return np.asarray(self._ideal(prompt), np.float64)
 
     def draw(self, prompts: Sequence[Prompt], decoding: Decoding) -> list[Image.Image | None]:
@@ -169,5 +171,7 @@ class ShuffledResponder(OracleResponder):
         self.identity = {"kind": "shuffled", "seed": seed}
 
     def rank(self, prompt: Prompt, candidates: Sequence[str], *, normalise: str) -> np.ndarray:
+        if self.benchmark.kind == "text":
+            return super().rank(prompt, candidates, normalise=normalise)
         random = seeds.generator(self.seed, "shuffled-rank", prompt.id)
         return random.permutation(len(candidates)).astype(np.float64)

@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from evaluation import benchmarks, manifest
 from evaluation.core import Benchmark, Decoding, Example, Prediction, Prompt, Responder
 from evaluation.fewshot import Demonstrator, FewShot
@@ -94,7 +96,11 @@ def answer(
     """One prediction for every example, by the benchmark's kind."""
     ids = [example.id for example in examples]
     if benchmark.kind == "text":
-        return [{"id": id, "text": text} for id, text in zip(ids, responder.generate(prompts, decoding))]
+        texts = responder.generate(prompts, decoding)
+        return [
+            {"id": example.id, "text": text, **_second_answer(benchmark, responder, example)}
+            for example, text in zip(examples, texts)
+        ]
     if benchmark.kind == "rank":
         normalise = getattr(benchmark, "normalise", "sum")
         scores = [
@@ -105,6 +111,16 @@ def answer(
     draw = responder.reconstruct if benchmark.kind == "reconstruction" else responder.draw
     images = draw(prompts, decoding)
     return [{"id": id, "image": image and save_image(output, id, image)} for id, image in zip(ids, images)]
+
+
+def _second_answer(benchmark: Benchmark, responder: Responder, example: Example) -> dict[str, float]:
+    """The share of the first candidate of the second question, where the benchmark asks one."""
+    second = benchmark.second_question(example)
+    if second is None:
+        return {}
+    scores = responder.rank(second.prompt, second.candidates, normalise="sum")
+    weights = np.exp(scores - scores.max())
+    return {second.key: float(weights[0] / weights.sum())}
 
 
 def select(examples: Sequence[Example], *, limit: int | None, seed: int) -> Sequence[Example]:
@@ -178,7 +194,7 @@ def pairs(texts: Sequence[str], flag: str) -> dict[str, str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments and arguments[0] in benchmarks.SUITES:
-        return benchmarks.suite(arguments[0])(arguments[1:])
+        return benchmarks.suite(arguments[0]).main(arguments[1:])
     args = parser().parse_args(arguments)
     configure(rank=args.rank or 0)
     if args.num_processes > 1 and args.rank is None:

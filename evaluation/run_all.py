@@ -18,14 +18,13 @@ from typing import Any
 
 import yaml
 
-from evaluation import benchmarks, manifest, report
-from evaluation.core import DataNotFound, Responder, read_json
+from evaluation import benchmarks, report
+from evaluation.core import DataNotFound, Responder
 from evaluation.fewshot import Demonstrator, FewShot
 from evaluation.responders import ModelResponder, OracleResponder, ShuffledResponder
 from evaluation.run import run, select, write_submission
-from evaluation.score import read_predictions, score, write_results
+from evaluation.score import score_folder
 from vlgpt.log import UserError, configure, get_logger, run_command
-from vlgpt.shards.atomic import sha256_file
 
 JOBS = Path(__file__).with_name("jobs.yaml")
 
@@ -87,28 +86,16 @@ def run_job(job: Job, responder_of: Any, args: argparse.Namespace) -> str | None
         rank=args.rank or 0,
         subset=None if args.limit is None else {"limit": args.limit, "seed": 0},
     )
-    if predictions is None or _is_scored(output, benchmark.options()):
+    if predictions is None:
         return None
     if args.limit is None:
         write_submission(benchmark, predictions, args.data)
-    records = read_predictions(predictions, benchmark)
-    result, per_example = score(benchmark, records, args.data, run=manifest.read(output))
-    result["predictions"] = {"file": predictions.name, "sha256": sha256_file(predictions)}
-    write_results(result, per_example, output / "results.json")
+    result = score_folder(benchmark, output, args.data)
     primary = result["metrics"].get(result["primary"], {})
     get_logger("evaluation").info(
         "%s: %s %s", job.name, result["primary"], primary.get("value", "not measured")
     )
     return None
-
-
-def _is_scored(output: Path, options: Mapping[str, Any]) -> bool:
-    """Whether results.json belongs to these very predictions and scoring options."""
-    if not (output / "results.json").is_file():
-        return False
-    result = read_json(output / "results.json")
-    is_same_file = result.get("predictions", {}).get("sha256") == sha256_file(output / "predictions.jsonl")
-    return is_same_file and result["scoring"]["options"] == options
 
 
 def parser() -> argparse.ArgumentParser:
@@ -139,10 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     configure(rank=args.rank or 0)
     if args.num_processes > 1 and args.rank is None:
         return _start_processes(list(sys.argv[1:] if arguments is None else arguments), args.num_processes)
-    found = [] if args.rank else benchmarks.suites_of(args.data)
-    for name in found:
-        who = "--responder" if args.model in ("oracle", "shuffled") else "--model"
-        benchmarks.suite(name)([who, args.model, "--data", str(args.data), "--output", str(args.output)])
+    parts = _run_suites(args)
     given = {name: value for name in ("clip", "inception", "fd_clip") if (value := getattr(args, name))}
     responder_of = _responders(args)
     planned = list(jobs(args.jobs, prompts=args.prompts, given=given))
@@ -159,17 +143,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if reason:
             skipped[job.name] = reason
             get_logger("evaluation").warning("%s left out: %s", job.name, reason)
-    todo = [job.name for job in planned if job.name not in skipped]
+    todo = parts + [job.name for job in planned if job.name not in skipped]
     if open_jobs := [name for name in todo if not (args.output / name / "results.json").is_file()]:
         print(f"other processes are still at work on {', '.join(open_jobs)}")
-        return 0
-    if not todo and found:
         return 0
     if not todo:
         raise UserError(f"no benchmark has data below {args.data}; docs/evaluation.md lists the files")
     for path in report.write(args.output, data=args.data, names=todo, skipped=skipped):
         print(path)
     return 2 if failed else 0
+
+
+def _run_suites(args: argparse.Namespace) -> list[str]:
+    """Run the suites whose data is there; the folders below the output that their parts have."""
+    names = []
+    who = "--responder" if args.model in ("oracle", "shuffled") else "--model"
+    for name in benchmarks.suites_of(args.data):
+        flags = [who, args.model, "--data", str(args.data), "--output", str(args.output)]
+        flags += ["--num-processes", str(args.num_processes), "--rank", str(args.rank or 0)]
+        if args.limit is not None:
+            flags += ["--limit", str(args.limit)]
+        benchmarks.suite(name).main(flags)
+        names += benchmarks.suite(name).part_names(args.output)
+    return names
 
 
 def _responders(args: argparse.Namespace) -> Any:

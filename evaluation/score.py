@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluation import benchmarks, manifest
-from evaluation.core import Benchmark, Prediction, read_json
+from evaluation.core import Benchmark, Prediction, no_garbage_collection, read_json
 from evaluation.fewshot import label_of
 from evaluation.predictions import IdCheck, check_ids, read_jsonl
 from evaluation.run import pairs, select
@@ -40,7 +40,7 @@ def score(
     Raises UserError that lists missing, duplicate and foreign ids (with `is_partial` they are only
     recorded, and the first of duplicates counts).
     """
-    examples = benchmark.examples(data)
+    examples = benchmark.truths(data)
     subset = (run or {}).get("subset")
     wanted = select(examples, limit=subset["limit"], seed=subset["seed"]) if subset else examples
     ids = [example.id for example in wanted]
@@ -118,6 +118,23 @@ def _with_full_path(record: Prediction, folder: Path) -> Prediction:
     return {**record, "image": str(image)}
 
 
+def score_folder(benchmark: Benchmark, folder: Path, data: Path) -> dict[str, Any]:
+    """Score `folder`/predictions.jsonl into `folder`/results.json, unless that belongs to these very predictions
+    and options already; the result."""
+    results, predictions = folder / "results.json", folder / "predictions.jsonl"
+    sha256 = sha256_file(predictions)
+    if results.is_file():
+        result = read_json(results)
+        is_same_file = result.get("predictions", {}).get("sha256") == sha256
+        if is_same_file and result["scoring"]["options"] == benchmark.options():
+            return result
+    records = read_predictions(predictions, benchmark)
+    result, per_example = score(benchmark, records, data, run=manifest.read(folder))
+    result["predictions"] = {"file": predictions.name, "sha256": sha256}
+    write_results(result, per_example, results)
+    return result
+
+
 def write_results(result: dict[str, Any], per_example: Mapping[str, float], output: Path) -> None:
     """results.json, and beside it the score of every example (for paired comparisons and reports)."""
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -154,8 +171,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise UserError(f"{folder} holds predictions of {run['benchmark']}, not of {args.benchmark}")
     options = {**(run["options"] if run else {}), **pairs(args.option, "--option")}
     benchmark = benchmarks.make(args.benchmark, **options)
-    records = read_predictions(args.predictions, benchmark)
-    result, per_example = score(benchmark, records, args.data, is_partial=args.partial, run=run)
+    with no_garbage_collection():
+        records = read_predictions(args.predictions, benchmark)
+        result, per_example = score(benchmark, records, args.data, is_partial=args.partial, run=run)
     if args.predictions.is_file():
         result["predictions"] = {"file": args.predictions.name, "sha256": sha256_file(args.predictions)}
     write_results(result, per_example, args.output)

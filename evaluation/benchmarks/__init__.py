@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from evaluation.core import Benchmark
@@ -30,8 +31,8 @@ REGISTRY: Mapping[str, str] = {
     "emoji_edit": "emoji_edit:EmojiEdit",
     "emoji_label_pages": "emoji_text:EmojiLabelPages",
 }
-SUITES: Mapping[str, str] = {"emoji": "emoji:main"}
-"""Several benchmarks under one command line of their own."""
+SUITES: Mapping[str, str] = {"emoji": "emoji"}
+"""Several benchmarks under one command line of their own: a module with main, has_data and part_names."""
 
 
 def benchmark_class(name: str) -> type[Benchmark]:
@@ -42,19 +43,14 @@ def benchmark_class(name: str) -> type[Benchmark]:
     return getattr(importlib.import_module(f"evaluation.benchmarks.{module}"), class_name)
 
 
-def suite(name: str) -> Callable[[Sequence[str]], int]:
-    """The main function of a suite."""
-    module, function = SUITES[name].split(":")
-    return getattr(importlib.import_module(f"evaluation.benchmarks.{module}"), function)
+def suite(name: str) -> ModuleType:
+    """The module of a suite."""
+    return importlib.import_module(f"evaluation.benchmarks.{SUITES[name]}")
 
 
 def suites_of(data: Path) -> list[str]:
     """The suites whose data lies in a folder."""
-    modules = {
-        name: importlib.import_module(f"evaluation.benchmarks.{SUITES[name].split(':')[0]}")
-        for name in SUITES
-    }
-    return [name for name, module in modules.items() if module.has_data(data)]
+    return [name for name in SUITES if suite(name).has_data(data)]
 
 
 def make(name: str, **options: Any) -> Benchmark:

@@ -20,12 +20,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from evaluation import benchmarks, manifest
-from evaluation.core import Benchmark, Decoding, Prompt, Responder
+from evaluation import benchmarks
+from evaluation.core import Benchmark, Decoding, Prompt, Responder, read_json
 from evaluation.pass_marks import PASS_MARKS
 from evaluation.responders import ModelResponder, OracleResponder, ShuffledResponder
 from evaluation.run import run
-from evaluation.score import read_predictions, score, write_results
+from evaluation.score import score_folder
 from vlgpt.log import UserError, configure
 from vlgpt.shards.atomic import write_atomic
 
@@ -106,8 +106,10 @@ def run_part(
     output: Path,
     batch_size: int,
     seed: int,
-) -> dict[str, dict[str, float]]:
-    """Answer and score one part; its metrics."""
+    num_processes: int = 1,
+    rank: int = 0,
+) -> dict[str, dict[str, float]] | None:
+    """Answer this process's share of one part and, once it is complete, score it: its metrics, else None."""
     folder = output / part.name
     predictions = run(
         benchmark,
@@ -116,13 +118,10 @@ def run_part(
         output=folder,
         decoding=benchmark.decoding.replace(seed=seed),
         batch_size=batch_size,
+        num_processes=num_processes,
+        rank=rank,
     )
-    if predictions is None:
-        raise UserError(f"{folder} is incomplete; remove it and run again")
-    records = read_predictions(predictions, benchmark)
-    result, per_example = score(benchmark, records, data, run=manifest.read(folder))
-    write_results(result, per_example, folder / "results.json")
-    return result["metrics"]
+    return None if predictions is None else score_folder(benchmark, folder, data)["metrics"]
 
 
 def num_image_seeds(export: Path) -> int:
@@ -131,6 +130,11 @@ def num_image_seeds(export: Path) -> int:
     decoder = (config.get("picture_decoder") or {}).get("class", "")
     is_fixed = config.get("head", "linear") in DETERMINISTIC_HEADS and decoder in DETERMINISTIC_DECODERS
     return 1 if is_fixed else NUM_IMAGE_SEEDS
+
+
+def part_names(output: Path) -> list[str]:
+    """Folders of the parts that a run has begun below `output`, in the suite's order."""
+    return [part.name for part in PARTS if (output / part.name / "run.json").is_file()]
 
 
 def has_data(data: Path) -> bool:
@@ -155,6 +159,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--limit", type=int, help="examples of each kind and split at most (0: all there are)")
     p.add_argument("--batch-size", type=int, default=64)
     p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--num-processes", type=int, default=1, help="processes that share the work")
+    p.add_argument("--rank", type=int, default=0, help="which of them this is")
     p.add_argument("--threads", type=int, default=1, help="torch threads")
     return p
 
@@ -182,15 +188,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             limit=args.limit,
         )
     )
-    metrics = _run_parts(parts, args, pretrained)
+    _run_parts(parts, args, pretrained)
+    results = [args.output / part.name / "results.json" for part, _ in parts]
+    if not all(path.is_file() for path in results):
+        print(f"{args.output}: this share is done; other processes are still at work")
+        return 0
+    metrics = {name: entry for path in results for name, entry in read_json(path)["metrics"].items()}
     write_atomic(args.output / METRICS, (json.dumps(metrics, indent=1) + "\n").encode())
     print_table(metrics)
     return 0
 
 
-def _run_parts(
-    parts: Sequence[tuple[Part, Benchmark]], args: argparse.Namespace, pretrained: Path
-) -> dict[str, dict[str, float]]:
+def _run_parts(parts: Sequence[tuple[Part, Benchmark]], args: argparse.Namespace, pretrained: Path) -> None:
     loaded: dict[Path, Responder] = {}
 
     def responder_of(part: Part, benchmark: Benchmark) -> Responder:
@@ -202,7 +211,6 @@ def _run_parts(
             loaded[export] = ModelResponder.load(export, draw_batch_size=DRAW_BATCH_SIZE)
         return loaded[export]
 
-    metrics: dict[str, dict[str, float]] = {}
     columns = (TextColumn("{task.description:26}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         total = sum(len(benchmark.examples(args.data)) for _, benchmark in parts)
@@ -210,7 +218,7 @@ def _run_parts(
         for part, benchmark in parts:
             progress.update(everything, description=f"emoji {part.name}")
             responder = CountedResponder(responder_of(part, benchmark), progress, everything)
-            metrics |= run_part(
+            run_part(
                 part,
                 benchmark,
                 responder,
@@ -218,8 +226,9 @@ def _run_parts(
                 output=args.output,
                 batch_size=args.batch_size,
                 seed=args.seed,
+                num_processes=args.num_processes,
+                rank=args.rank,
             )
-    return metrics
 
 
 def print_table(metrics: Mapping[str, Mapping[str, float]]) -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from evaluation.core import Benchmark, Decoding, Example, Prediction, Scores, mean_by, metric
 from evaluation.metrics.postprocess import cut_answer
-from evaluation.metrics.vqa import vqa_accuracy
+from evaluation.metrics.vqa import ScoredQuestion, question_scorer
 from vlgpt.document import Part
 from vlgpt.log import UserError
 
@@ -61,21 +62,12 @@ class VqaBenchmark(ShortAnswers):
 
     def ideal(self, example: Example) -> str:
         """The human answer that scores best, the most frequent one in a draw."""
-        ((best, _),) = self._candidates([example])
-        return best
+        return _best_answer(example.truth, self.scorer(example.truth), self.clean)
 
-    def _candidates(self, examples: Sequence[Example]) -> list[tuple[str, dict[str, float]]]:
-        """For each example its best human answer, and what each different cleaned human answer scores."""
-        cleaned = {answer: self.clean(answer) for answer in {a for e in examples for a in e.truth}}
-        ordered = [[answer for answer, _ in Counter(example.truth).most_common()] for example in examples]
-        unique = [list(dict.fromkeys(cleaned[answer] for answer in answers)) for answers in ordered]
-        truths = [example.truth for example, answers in zip(examples, unique) for _ in answers]
-        scores = iter(self._accuracy([answer for answers in unique for answer in answers], truths))
-        found = []
-        for answers, different in zip(ordered, unique):
-            score_of = {answer: next(scores) for answer in different}
-            found.append((max(answers, key=lambda answer: score_of[cleaned[answer]]), score_of))
-        return found
+    @cached_property
+    def scorer(self) -> Callable[[Sequence[str]], ScoredQuestion]:
+        """Annotators' answers of a question -> (cleaned prediction -> accuracy as a fraction)."""
+        return question_scorer(mode=self.mode, stem=self.stem)  # type: ignore[arg-type]
 
     def score(self, predictions: Mapping[str, Prediction], data: Path) -> Scores:
         examples = [example for example in self.loaded(data) if example.id in predictions]
@@ -84,30 +76,36 @@ class VqaBenchmark(ShortAnswers):
                 f"{self.name} {self.split} has no public answers; upload submission.json to the server"
             )
         answers = self.answers(predictions)
-        per_example = dict(zip((e.id for e in examples), self._accuracy_of(examples, answers)))
+        scored = [self.scorer(example.truth) for example in examples]
+        per_example = {e.id: 100 * question(answers[e.id]) for e, question in zip(examples, scored)}
         value = sum(per_example.values()) / len(examples)
         groups = [key for key in ("answer_type", "question_type") if key in examples[0].info]
         return Scores(
-            metrics={"accuracy": metric(value, len(examples), chance=self.chance(examples))},
+            metrics={"accuracy": metric(value, len(examples), chance=self.chance(examples, scored))},
             per_example=per_example,
             breakdown={key: mean_by(per_example, {e.id: e.info[key] for e in examples}) for key in groups},
             notes={"mode": self.mode, "stem": self.stem, "cut": self.cut},
         )
 
-    def chance(self, examples: Sequence[Example]) -> float:
-        """Expected accuracy of the ideal answers of other questions, exactly: the sum over all pairs."""
-        candidates = self._candidates(examples)
-        ideals = [self.clean(best) for best, _ in candidates]
-        frequency, num = Counter(ideals), len(examples)
-        total = sum(
-            score * (frequency[answer] - (answer == own))
-            for own, (_, score_of) in zip(ideals, candidates)
-            for answer, score in score_of.items()
-        )
-        return total / (num * (num - 1)) if num > 1 else 0.0
+    def chance(self, examples: Sequence[Example], scored: Sequence[ScoredQuestion]) -> float:
+        """Expected accuracy in percent of the ideal answers of other questions, exactly: the sum over all pairs."""
+        cleaned = {answer: self.clean(answer) for answer in {a for e in examples for a in e.truth}}
+        clean = cleaned.__getitem__
+        ideals = [cleaned[_best_answer(e.truth, question, clean)] for e, question in zip(examples, scored)]
+        frequency = {key: Counter(map(key, ideals)) for key in {question.key for question in scored}}
+        total = 0.0
+        for own, question in zip(ideals, scored):
+            num_ideals = frequency[question.key]
+            total -= question(own)
+            for answer, num_matches in question.num_matches.items():
+                if answer in num_ideals:
+                    total += question.shares[num_matches] * num_ideals[answer]
+        num = len(examples)
+        return 100 * total / (num * (num - 1)) if num > 1 else 0.0
 
-    def _accuracy_of(self, examples: Sequence[Example], answers: Mapping[str, str]) -> list[float]:
-        return self._accuracy([answers[example.id] for example in examples], [e.truth for e in examples])
 
-    def _accuracy(self, answers: Sequence[str], truths: Sequence[Any]) -> list[float]:
-        return vqa_accuracy(answers, truths, mode=self.mode, stem=self.stem).per_question  # type: ignore[arg-type]
+def _best_answer(answers: Sequence[str], question: ScoredQuestion, clean: Callable[[str], str]) -> str:
+    """The human answer that scores best once cleaned, the most frequent one in a draw."""
+    if 2 * answers.count(answers[0]) > len(answers) and question(clean(answers[0])) == 1.0:
+        return answers[0]
+    return max(dict.fromkeys(answers), key=lambda answer: (question(clean(answer)), answers.count(answer)))

@@ -6,14 +6,14 @@ Official files `v2_OpenEnded_mscoco_{split}_questions.json` and `v2_mscoco_{spli
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 from evaluation.benchmarks.files import coco_folder, coco_image, find_file, has_file
 from evaluation.benchmarks.vqa import VqaBenchmark
-from evaluation.core import Example, Prediction, read_json
+from evaluation.core import NO_PROMPT, Example, Prediction, Prompt, read_json
 from evaluation.metrics.vqa import answers_of
 from vlgpt.log import UserError
 
@@ -30,28 +30,50 @@ class Vqav2(VqaBenchmark):
     split: str = "val2014"
 
     def examples(self, data: Path) -> Sequence[Example]:
-        questions = read_json(self._find(data, self.question_files))["questions"]
-        annotations: dict[int, dict[str, Any]] = {}
-        if has_file(data, *self._names(self.annotation_files)):
-            records = read_json(self._find(data, self.annotation_files))["annotations"]
-            annotations = {record["question_id"]: record for record in records}
-        elif not self.split.startswith("test"):
-            self._find(data, self.annotation_files)  # raises, naming the file
         subset = "test2015" if self.split.startswith("test") else self.split
         folder = coco_folder(data, subset)
-        return [self._example(q, annotations, coco_image(folder, subset, q["image_id"])) for q in questions]
 
-    def _example(self, question: Mapping[str, Any], annotations: Mapping[int, Any], image: Path) -> Example:
+        def prompt(id: str, question: Mapping[str, Any]) -> Prompt:
+            image = coco_image(folder, subset, question["image_id"])
+            return self.make_prompt(id, images=(image,), question=question["question"])
+
+        return self._examples(data, prompt)
+
+    def truths(self, data: Path) -> Sequence[Example]:
+        return self._examples(data, lambda id, question: NO_PROMPT)
+
+    def _examples(self, data: Path, prompt: Callable[[str, Mapping[str, Any]], Prompt]) -> Sequence[Example]:
+        annotations = self._annotations(data)
+        questions = read_json(self._find(data, self.question_files))["questions"]
+        return [self._example(question, annotations, prompt) for question in questions]
+
+    def _annotations(self, data: Path) -> dict[int, tuple[list[str], dict[str, str]]] | None:
+        """Human answers and types by question; None for a split whose answers are not public."""
+        if not has_file(data, *self._names(self.annotation_files)) and self.split.startswith("test"):
+            return None
+        records = read_json(self._find(data, self.annotation_files))["annotations"]
+        found = {}
+        while records:  # each is given up once it is read: the file has 190 MB, its objects more than 1 GB
+            record = records.pop()
+            types = {key: record[key] for key in ("answer_type", "question_type") if key in record}
+            found[record["question_id"]] = (answers_of(record), types)
+        return found
+
+    def _example(
+        self,
+        question: Mapping[str, Any],
+        annotations: Mapping[int, tuple[list[str], dict[str, str]]] | None,
+        prompt: Callable[[str, Mapping[str, Any]], Prompt],
+    ) -> Example:
         id = str(question["question_id"])
         info = {"question": question["question"], "image_id": question["image_id"]}
         truth = None
-        if annotations:
+        if annotations is not None:
             if question["question_id"] not in annotations:
                 raise UserError(f"{self.name}: question {id} has no annotation; the two files are not a pair")
-            annotation = annotations[question["question_id"]]
-            truth = answers_of(annotation)
-            info |= {key: annotation[key] for key in ("answer_type", "question_type") if key in annotation}
-        return Example(id, self.make_prompt(id, images=(image,), question=question["question"]), truth, info)
+            truth, types = annotations[question["question_id"]]
+            info |= types
+        return Example(id, prompt(id, question), truth, info)
 
     def _names(self, patterns: Sequence[str]) -> list[str]:
         return [f"{self.name}/{pattern.format(split=self.split)}" for pattern in patterns]

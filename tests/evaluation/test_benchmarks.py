@@ -216,6 +216,51 @@ def test_vizwiz_scores_given_confidences_before_texts(data, tmp_path):
     assert hard["metrics"]["unanswerable_ap"]["value"] == pytest.approx(100 / 3)
 
 
+def test_vizwiz_asks_whether_the_answer_is_known_and_no_makes_it_unanswerable(data, tmp_path):
+    """Emu's second question; its prompt is part of the protocol, its likelihoods are the answerability scores."""
+    benchmark = benchmarks.make("vizwiz", second_prompt="qa_answerable")
+    examples = benchmark.examples(data)
+    second = benchmark.second_question(examples[0])
+    assert second.candidates == ("yes.", "no.") and second.prompt.images == examples[0].prompt.images
+    assert (
+        second.prompt.document.text
+        == "Based on the image, What is this 0, is the answer known? Short answer:"
+    )
+
+    class Doubter(OracleResponder):
+        """Calls every picture red, and knows which ones it cannot answer."""
+
+        def generate(self, prompts, decoding):
+            return ["red" for _ in prompts]
+
+    path = run(benchmark, Doubter(benchmark, examples), examples=examples, output=tmp_path)
+    records = read_predictions(path, benchmark)
+    result, _ = score(benchmark, records, data)
+    assert (
+        result["metrics"]["unanswerable_ap"]["value"] == result["metrics"]["unanswerable_f1"]["value"] == 100
+    )
+    assert result["breakdown"]["answer_type"]["unanswerable"]["value"] == 100
+    assert result["notes"]["second_prompt"] == "qa_answerable"
+    answers = {r["image"]: r["answer"] for r in benchmark.submission({r["id"]: r for r in records}, data)}
+    assert {answers[e.id] for e in examples if not e.info["answerable"]} == {"unanswerable"}
+    assert {answers[e.id] for e in examples if e.info["answerable"]} == {"red"}
+    assert json.loads((tmp_path / "run.json").read_text())["second_prompt"]["id"] == "vlgpt/qa_answerable"
+    with pytest.raises(UserError, match=r"another protocol.*second_prompt"):
+        once = benchmarks.make("vizwiz")
+        run(once, OracleResponder(once, examples), examples=examples, output=tmp_path)
+    with pytest.raises(UserError, match="have no `answerable`"):
+        score(benchmark, [{"id": e.id, "text": "red"} for e in examples], data)
+
+
+@pytest.mark.parametrize("responder", [OracleResponder, ShuffledResponder])
+def test_fakes_answer_the_second_question_too(responder, data, tmp_path):
+    benchmark = benchmarks.make("vizwiz", second_prompt="qa_answerable")
+    result, _ = result_of(benchmark, responder, data, tmp_path)
+    plain, _ = result_of(benchmarks.make("vizwiz"), responder, data, tmp_path / "plain")
+    assert result["metrics"] == plain["metrics"]
+    assert result["notes"]["unanswerable_from"] == "scores"
+
+
 def test_a_split_without_public_answers_cannot_be_scored_but_submitted(data, tmp_path):
     folder = tmp_path / "data/vqav2"
     folder.mkdir(parents=True)
@@ -255,11 +300,15 @@ def test_an_unknown_benchmark_or_option_is_named():
         benchmarks.make("coco_generation", num_samples="many")
 
 
+def percent(benchmark, prediction, answers):
+    return 100 * benchmark.scorer(answers)(prediction)
+
+
 def test_okvqa_stems_the_prediction_and_reports_the_plain_formula_beside_it(data):
     benchmark = benchmarks.make("okvqa")
     answers = ["surf"] * 8 + ["cow", "dog"]
-    assert benchmark._accuracy(["surfing"], [answers]) == [100.0]
-    assert benchmarks.make("okvqa", stem="none")._accuracy(["surfing"], [answers]) == [0.0]
+    assert percent(benchmark, "surfing", answers) == 100.0
+    assert percent(benchmarks.make("okvqa", stem="none"), "surfing", answers) == 0.0
     examples = benchmark.examples(data)
     result, _ = score(benchmark, [{"id": e.id, "text": f"{e.truth[0]}s"} for e in examples], data)
     assert result["metrics"]["accuracy"]["value"] > result["metrics"]["accuracy_unstemmed"]["value"] == 0
@@ -268,13 +317,13 @@ def test_okvqa_stems_the_prediction_and_reports_the_plain_formula_beside_it(data
 
 def test_each_vqa_benchmark_uses_its_own_official_formula():
     unanimous, mixed = ["Yes"] * 10, ["yes."] * 9 + ["no"]
-    assert benchmarks.make("vqav2")._accuracy(["yes"], [unanimous]) == [0.0]
-    assert benchmarks.make("vqav2", mode="always")._accuracy(["yes"], [unanimous]) == [100.0]
-    assert benchmarks.make("vqav2")._accuracy(["yes"], [mixed]) == [100.0]
-    assert benchmarks.make("vizwiz")._accuracy(["yes"], [mixed]) == [0.0]
-    assert benchmarks.make("vqav2")._accuracy(["no"], [["no"] * 3 + ["a", "b", "c", "d", "e", "f", "g"]]) == [
-        90.0
-    ]
+    assert percent(benchmarks.make("vqav2"), "yes", unanimous) == 0.0
+    assert percent(benchmarks.make("vqav2", mode="always"), "yes", unanimous) == 100.0
+    assert percent(benchmarks.make("vqav2"), "yes", mixed) == 100.0
+    assert percent(benchmarks.make("vizwiz"), "yes", mixed) == 0.0
+    assert percent(
+        benchmarks.make("vqav2"), "no", ["no"] * 3 + ["a", "b", "c", "d", "e", "f", "g"]
+    ) == pytest.approx(90)
 
 
 def test_l1_is_the_mean_difference_on_a_scale_of_one_at_the_targets_size():
@@ -302,6 +351,11 @@ def test_magicbrush_names_the_text_behind_clip_t(data, clip_folder, tmp_path):
     second, _ = score(benchmark, records, tmp_path / "data")
     assert second["notes"]["clip_t_text"] == "global description"
     assert second["metrics"]["CLIP-T"]["value"] != first["metrics"]["CLIP-T"]["value"]
+
+
+def test_no_benchmark_is_left_out_of_the_laws_of_oracle_and_shuffled_answers():
+    emoji = {name for name in benchmarks.REGISTRY if name.startswith("emoji_")}  # test_emoji.py
+    assert set(ALL) | emoji == set(benchmarks.REGISTRY)
 
 
 def test_every_registered_benchmark_has_a_class_that_says_what_it_is():

@@ -14,6 +14,7 @@ from evaluation.core import read_image
 from evaluation.pass_marks import PASS_MARKS
 from evaluation.responders import OracleResponder
 from evaluation.run import main
+from evaluation.run_all import main as run_all
 from vlgpt.document import ImagePart
 from vlgpt.log import UserError
 
@@ -180,6 +181,32 @@ def test_a_real_model_runs_the_whole_suite_and_a_second_run_changes_nothing(
     assert (tmp_path / "metrics.json").read_bytes() == first
     assert all(path.read_bytes() == content for path, content in answers.items())
     assert np.isfinite([entry["value"] for entry in json.loads(first).values()]).all()
+
+
+def test_two_processes_give_what_one_gives(emoji_data, clip_folder, export, tmp_path):  # noqa: F811
+    arguments = ["emoji", "--model", str(export), "--pretrained", str(export), "--judge", str(clip_folder)]
+    arguments += ["--data", str(emoji_data), "--limit", "2", "--batch-size", "4"]
+    assert main([*arguments, "--output", str(tmp_path / "one")]) == 0
+    for rank in (1, 0):
+        flags = ["--output", str(tmp_path / "two"), "--num-processes", "2", "--rank", str(rank)]
+        assert main([*arguments, *flags]) == 0
+        assert (tmp_path / "two/metrics.json").is_file() == (rank == 0)
+    for path in tmp_path.glob("one/*/predictions.jsonl"):
+        assert (tmp_path / "two" / path.parent.name / path.name).read_bytes() == path.read_bytes()
+    assert (tmp_path / "two/metrics.json").read_bytes() == (tmp_path / "one/metrics.json").read_bytes()
+
+
+def test_run_all_shows_the_suite_in_its_report(emoji_data, clip_folder, tmp_path):
+    data = tmp_path / "data"
+    data.symlink_to(emoji_data)
+    judge = tmp_path / "judge"
+    judge.mkdir()
+    (judge / "result").symlink_to(clip_folder)
+    assert run_all(["oracle", str(data), str(tmp_path / "out"), "--limit", "2"]) == 0
+    summary = json.loads((tmp_path / "out/results.json").read_text())
+    assert {"caption", "vqa", "draw", "edit", "reconstruction"} <= set(summary["results"])
+    page = (tmp_path / "out/report.html").read_text()
+    assert "pass mark" in page and page.count("<img") > 20
 
 
 def test_models_that_sample_draw_three_pictures_of_each_caption(emoji_data, tmp_path):

@@ -159,3 +159,20 @@ def test_meteor_runs_where_java_and_pycocoevalcap_are_installed():
     references = {id: [text, text] for id, text in same.items()}
     assert java_metrics.java_scores(same, references)["METEOR"] > 0.9
     assert java_metrics.java_scores(same, {"1": ["x y"], "2": ["z"]})["METEOR"] < 0.1
+
+
+@pytest.mark.slow
+def test_meteor_of_real_captions_equals_the_official_run():
+    import metric_golden
+
+    from evaluation import java_metrics
+
+    pytest.importorskip("pycocoevalcap")
+    if java_metrics.shutil.which("java") is None:
+        pytest.skip("needs java")
+    golden = metric_golden.load("captions_coco80")
+    ids = [str(id) for id in golden["inputs"]["image_ids"]]
+    captions = dict(zip(ids, golden["inputs"]["hypotheses"]))
+    references = dict(zip(ids, golden["inputs"]["references"]))
+    expected = golden["expected"]["scores"]["METEOR"]["corpus"]
+    assert java_metrics.java_scores(captions, references)["METEOR"] == pytest.approx(expected, abs=1e-9)

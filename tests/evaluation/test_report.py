@@ -11,6 +11,7 @@ import yaml
 from evaluation import benchmarks, report
 from evaluation.compare import compare
 from evaluation.compare import main as compare_main
+from evaluation.report_examples import pick
 from evaluation.responders import ShuffledResponder
 from evaluation.run import run
 from evaluation.run_all import JOBS, jobs
@@ -62,7 +63,7 @@ def test_run_all_again_asks_and_scores_nothing(finished, data, clip_folder, monk
     def forbidden(*args, **kwargs):
         raise AssertionError("computed again")
 
-    monkeypatch.setattr("evaluation.run_all.score", forbidden)
+    monkeypatch.setattr("evaluation.score.score", forbidden)
     monkeypatch.setattr("evaluation.run.answer", forbidden)
     before = (finished / "results.json").read_bytes()
     assert (
@@ -114,14 +115,16 @@ def test_the_report_shows_our_numbers_beside_the_papers(finished):
 
 def test_examples_are_best_worst_and_random_without_repetition():
     scores = {str(i): float(i % 50) for i in range(200)}
-    picked = report.pick(scores, list(scores))
-    assert [why for why, _ in picked] == ["best"] * 7 + ["worst"] * 7 + ["random"] * 6
-    assert len({id for _, id in picked}) == 20
-    assert {scores[id] for why, id in picked if why == "best"} == {49.0, 48.0}
-    assert {scores[id] for why, id in picked if why == "worst"} == {0.0, 1.0}
-    assert len(report.pick({}, ["a", "b"])) == 2
-    few = report.pick({str(i): float(i) for i in range(9)}, [str(i) for i in range(9)])
-    assert few == [("best", str(i)) for i in (8, 7, 6, 5, 4, 3, 2)] + [("worst", "0"), ("worst", "1")]
+    picked = pick(scores, list(scores))
+    assert {why: len(ids) for why, ids in picked.items()} == {"best": 7, "worst": 7, "random": 6}
+    assert len({id for ids in picked.values() for id in ids}) == 20
+    assert {scores[id] for id in picked["best"]} == {49.0, 48.0}
+    assert {scores[id] for id in picked["worst"]} == {0.0, 1.0}
+    turned = pick(scores, list(scores), higher_is_better=False)
+    assert {scores[id] for id in turned["best"]} == {0.0, 1.0}
+    assert pick({}, ["a", "b"]).keys() == {"random"}
+    few = pick({str(i): float(i) for i in range(9)}, [str(i) for i in range(9)])
+    assert few == {"best": [str(i) for i in (8, 7, 6, 5, 4, 3, 2)], "worst": ["0", "1"]}
 
 
 def hostile_page(tmp_path) -> str:
