@@ -19,6 +19,7 @@ from vlgpt.images import MAX_PIXELS, BadImage, open_image
 
 CACHE_BYTES = 32 << 20
 CACHED_BYTES = 16 << 10
+ENTRY_BYTES = 1500  # what a cached picture costs beside its bytes
 LINEAR_BELOW, AREA_FROM = 1.4, 2.0  # factors to reduce by; scaled JPEG decoding leaves less than 2
 HASHED_PX = 32
 PNG_LEVEL = 3  # 40 % faster than zlib's 6, 1 % larger on drawings
@@ -75,9 +76,9 @@ class PicturePreparer:
         stored = _prepare(data, digest.hexdigest(), self._settings)
         if len(stored.data) <= CACHED_BYTES:
             self._cache[digest.digest()] = stored
-            self._free_bytes -= len(stored.data)
+            self._free_bytes -= len(stored.data) + ENTRY_BYTES
             while self._free_bytes < 0:
-                self._free_bytes += len(self._cache.popitem(last=False)[1].data)
+                self._free_bytes += len(self._cache.popitem(last=False)[1].data) + ENTRY_BYTES
         return stored
 
 

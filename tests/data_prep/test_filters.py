@@ -8,7 +8,7 @@ from corpus import encode, picture
 from PIL import Image
 
 from data_prep.filters import FilterSettings, RecordFilter
-from data_prep.pictures import (
+from data_prep.pictures import ENTRY_BYTES, (
     PicturePreparer,
     PictureSettings,
     _perceptual_hash_array,
@@ -155,3 +155,18 @@ def test_the_fast_hash_is_at_most_a_few_bits_away():
     for number in range(100):
         image = blobs(number).resize((300 + number, 256))
         assert distance(perceptual_hash(image), _perceptual_hash_array(np.asarray(image))) <= 2
+
+
+def test_prepared_pictures_are_kept_within_a_budget_of_bytes():
+    budget = 20_000
+    preparer = PicturePreparer(PictureSettings(), cache_bytes=budget)
+    first = picture(0)
+    prepared = preparer.prepare(first)
+    assert preparer.prepare(first) is prepared, "the same file is not prepared twice"
+    for number in range(1, 60):
+        preparer.prepare(picture(number))
+        held = sum(len(stored.data) + ENTRY_BYTES for stored in preparer._cache.values())
+        assert held <= budget
+    assert len(preparer._cache) >= 3
+    again = preparer.prepare(first)
+    assert again is not prepared and again == prepared
