@@ -8,7 +8,8 @@ from corpus import encode, picture
 from PIL import Image
 
 from data_prep.filters import FilterSettings, RecordFilter
-from data_prep.pictures import ENTRY_BYTES, (
+from data_prep.pictures import (
+    ENTRY_BYTES,
     PicturePreparer,
     PictureSettings,
     _perceptual_hash_array,
