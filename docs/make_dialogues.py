@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import html
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -18,10 +18,10 @@ from PIL import Image
 
 from data_prep.sources.emoji_catalogue import Picture as Emoji
 from data_prep.sources.emoji_catalogue import load_catalogue
-from vlgpt.chat.dialogue import Content, Dialogue, Picture, Turn, png_bytes
-from vlgpt.chat.reply import Failed, Finished, ReplySettings, Request, answer
-from vlgpt.decoding.api import DecodeSettings
-from vlgpt.generate import Generator
+from vlgpt.chat.dialogue import Content, Dialogue, Picture, png_bytes
+from vlgpt.chat.reply import Event, Finished, ReplySettings, Request, answer
+from vlgpt.document import Document, ImagePart, Part, TextPart
+from vlgpt.generate import DecodeSettings, Generator, Prompt
 
 BEGIN, END = "<!-- dialogues: written by docs/make_dialogues.py -->", "<!-- end of dialogues -->"
 SIZE_PX = 96
@@ -45,10 +45,6 @@ class Album:
     def picture(self, caption: str, style: str = "noto") -> Picture:
         return Picture.read(self.emoji(caption, style).path.read_bytes())
 
-    def was_trained(self, caption: str, style: str = "noto") -> str:
-        """Whether the model has seen this very picture."""
-        return "trained on" if self.emoji(caption, style).split == "train" else "never trained on"
-
     def write(self, picture: Picture) -> str:
         """Store a picture of the page; -> its file name."""
         self._num_written += 1
@@ -59,36 +55,51 @@ class Album:
 
 
 class Scene:
-    """One dialogue and how it is shown."""
+    """One section of the page: a dialogue, or several that know nothing of each other."""
 
-    def __init__(self, generator: Generator, album: Album, title: str, about: str):
-        self.generator, self.album, self.title, self.about = generator, album, title, about
+    def __init__(self, generator: Generator, album: Album):
+        self.generator, self.album = generator, album
         self.dialogue = Dialogue()
-
-    def given(self, *content: Content, reply: tuple[Content, ...]) -> None:
-        """An exchange that is an example: the reply is ours, not the model's."""
-        self.dialogue = self.dialogue.asking(*content).answered(Turn("assistant", reply))
+        self._tables: list[str] = []
 
     def ask(self, *content: Content, settings: ReplySettings = FREE) -> None:
+        """Say something and keep the model's reply, whatever it is."""
         asked = self.dialogue.asking(*content)
-        events: list = []
+        events: list[Event] = []
         answer(self.generator, [Request(asked, settings, events.append)])
         last = events[-1]
-        if isinstance(last, Failed):
-            raise SystemExit(f"{self.title}: {last.message}")
-        assert isinstance(last, Finished)
+        if not isinstance(last, Finished):
+            raise SystemExit(f"no reply: {last}")
         self.dialogue = asked.answered(last.turn)
 
-    def table(self, *, num_examples: int = 0) -> str:
-        """The dialogue as an HTML table, which GitHub and plain Markdown viewers show alike."""
-        rows = []
-        for number, turn in enumerate(self.dialogue.turns):
-            name = "user" if turn.speaker == "user" else "VL-GPT"
-            if number < 2 * num_examples:
-                name += " (example)" if turn.speaker == "user" else " (given)"
-            cells = " ".join(self._cell(item) for item in turn.content)
-            rows.append(f"<tr><td><b>{name}</b></td><td>{cells}</td></tr>")
-        return "\n".join(["<table>", *rows, "</table>"])
+    def draw_next(self, captions: Sequence[str], last: str) -> None:
+        """A page of a picture dictionary: the model draws the picture of its last name."""
+        parts: list[Part] = []
+        shown: list[Content] = []
+        pictures = [self.album.picture(caption) for caption in captions]
+        for number, (caption, picture) in enumerate(zip(captions, pictures)):
+            parts += [TextPart(f"{caption}:"), ImagePart(number)]
+            shown += [f"{caption}:", picture]
+        parts.append(TextPart(f"{last}:"))
+        prompt = Prompt(Document("page", "docs", tuple(parts)), tuple(p.data for p in pictures))
+        (reply,) = self.generator.generate([prompt], PICTURE.decode)
+        (image,) = self.generator.draw(reply.visual[0][None], seeds=[(0, "draw", 0)])
+        drawn = Picture.drawn(image, reply.visual[0])
+        self._add_table([("the page so far", [*shown, f"{last}:"]), ("VL-GPT goes on", [drawn])])
+
+    def finish_dialogue(self) -> None:
+        """Show the dialogue; the next one begins empty."""
+        names = {"user": "user", "assistant": "VL-GPT"}
+        self._add_table([(names[turn.speaker], turn.content) for turn in self.dialogue.turns])
+        self.dialogue = Dialogue()
+
+    def _add_table(self, rows: Sequence[tuple[str, Sequence[Content]]]) -> None:
+        """An HTML table, which GitHub and plain Markdown viewers show alike."""
+        lines = [
+            f"<tr><td><b>{name}</b></td><td>{' '.join(map(self._cell, content))}</td></tr>"
+            for name, content in rows
+        ]
+        self._tables.append("\n".join(["<table>", *lines, "</table>"]))
 
     def _cell(self, item: Content) -> str:
         if isinstance(item, str):
@@ -96,19 +107,28 @@ class Scene:
         name = self.album.write(item)
         return f'<img src="images/chat/{name}" width="{SIZE_PX}" alt="picture">'
 
+    def text(self) -> str:
+        if self.dialogue.turns:
+            self.finish_dialogue()
+        return "\n\n".join(self._tables)
+
 
 def caption(scene: Scene) -> None:
     for name in ("farmer, dark skin tone", "rocket"):
         scene.ask(DESCRIBE, scene.album.picture(name), settings=WORDS)
+        scene.finish_dialogue()
 
 
 def question(scene: Scene) -> None:
-    scene.ask(scene.album.picture("farmer, dark skin tone"), "What skin tone is this?", settings=WORDS)
-    scene.ask("Is this a flag?", settings=WORDS)
+    for text in ("What skin tone is this?", "Is this a flag?", "What category is this?"):
+        scene.ask(scene.album.picture("farmer, dark skin tone"), text, settings=WORDS)
+        scene.finish_dialogue()
 
 
 def draw(scene: Scene) -> None:
-    scene.ask(DRAW.format("red heart"))
+    for name in ("red heart", "waving hand, dark skin tone"):
+        scene.ask(DRAW.format(name))
+        scene.finish_dialogue()
 
 
 def edit(scene: Scene) -> None:
@@ -116,31 +136,35 @@ def edit(scene: Scene) -> None:
 
 
 def edit_twice(scene: Scene) -> None:
-    edit(scene)
+    scene.ask(scene.album.picture("person, light skin tone"), "Change the skin tone to dark.")
     scene.ask("Change the skin tone to medium-light.")
 
 
 def in_context(scene: Scene) -> None:
-    for name in ("red heart", "orange heart", "yellow heart"):
-        scene.given(DRAW.format(name), reply=("Here's the image:", scene.album.picture(name)))
-    scene.ask(DRAW.format("blue heart"), settings=PICTURE)
-
-
-def long_prompt(scene: Scene) -> None:
-    scene.ask(
-        DRAW.format("woman farmer, medium-dark skin tone, with a red heart and a rocket"), settings=PICTURE
+    scene.draw_next(("red heart", "orange heart", "yellow heart"), "blue heart")
+    scene.draw_next(
+        ("waving hand, light skin tone", "waving hand, medium skin tone"), "waving hand, dark skin tone"
     )
 
 
-SCENES: list[tuple[str, str, Callable[[Scene], None], int]] = [
-    ("Caption", "", caption, 0),
-    ("Question", "", question, 0),
-    ("Draw", "", draw, 0),
-    ("Edit", "", edit, 0),
-    ("Edit in two turns", "", edit_twice, 0),
-    ("In-context generation", "", in_context, 3),
-    ("A long prompt with several concepts", "", long_prompt, 0),
-]
+def long_prompt(scene: Scene) -> None:
+    for text in (
+        "women holding hands, medium and dark skin tone",
+        "a woman farmer with medium-dark skin tone beside a red heart, a rocket and a yellow star, under the sun",
+    ):
+        scene.ask(DRAW.format(text), settings=PICTURE)
+        scene.finish_dialogue()
+
+
+SCENES: dict[str, Callable[[Scene], None]] = {
+    "Caption": caption,
+    "Question": question,
+    "Draw": draw,
+    "Edit": edit,
+    "Edit in two turns": edit_twice,
+    "In-context generation": in_context,
+    "A long prompt with several concepts": long_prompt,
+}
 
 
 def main() -> int:
@@ -154,10 +178,10 @@ def main() -> int:
     album = Album(folder)
     generator = Generator.load(arguments.model)
     sections = []
-    for number, (title, about, play, num_examples) in enumerate(SCENES, 1):
-        scene = Scene(generator, album, title, about)
+    for number, (title, play) in enumerate(SCENES.items(), 1):
+        scene = Scene(generator, album)
         play(scene)
-        sections.append(f"### {number}. {title}\n\n{about}\n\n{scene.table(num_examples=num_examples)}\n")
+        sections.append(f"### {number}. {title}\n\n{scene.text()}\n")
     page = arguments.page.read_text(encoding="utf-8")
     before, _, rest = page.partition(BEGIN)
     _, _, after = rest.partition(END)

@@ -249,6 +249,8 @@ class Page:
                 export = gr.DownloadButton(
                     "Export", interactive=False, size="sm", min_width=80, elem_id="export"
                 )
+            for component in (box, load):
+                refuse_addresses(component)
             controls = [images, *self._controls()]
             if examples:
                 gr.Examples([{"text": text, "files": []} for text in examples], box, label="Try")
@@ -313,6 +315,18 @@ def _settled(dialogue: Dialogue) -> Dialogue:
 def _turn_number(index: int | tuple[int, int] | list[int]) -> int:
     """Chatbots tell the message, and for some of its parts the place inside."""
     return int(index if isinstance(index, (int, float)) else cast(Any, index)[0])
+
+
+def refuse_addresses(component: Any) -> None:
+    """Gradio downloads http addresses that a client names instead of an uploaded file; this page does not."""
+    move = component.async_move_resource_to_block_cache
+
+    async def move_local(path: str | Path | None) -> str | None:
+        if str(path).lower().startswith(("http:", "https:")):
+            raise gr.Error("Only uploaded files are read, no addresses.")
+        return await move(path)
+
+    component.async_move_resource_to_block_cache = move_local
 
 
 def escaped(text: str) -> str:

@@ -115,6 +115,8 @@ def test_speakers_alternate_and_only_user_turns_are_edited(generator):
     dialogue = Dialogue().asking(picture(1), "one").answered(Turn("assistant", ("yes",))).asking("two")
     edited = dialogue.edited(0, "other words")
     assert edited.turns == (Turn("user", (dialogue.turns[0].content[0], "other words")),)
+    pieces = Dialogue().asking("a", picture(1), "b")
+    assert pieces.edited(0, "c", instead_of="b").turns[0].content == ("a", picture(1), "c")
     for wrong in (
         lambda: dialogue.asking("three"),
         lambda: dialogue.up_to(1).answered(Turn("user", ("x",))),

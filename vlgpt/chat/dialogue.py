@@ -110,10 +110,17 @@ class Dialogue:
         """The first turns: `up_to(len(d.turns) - 1)` takes back the last one, for another reply."""
         return replace(self, turns=self.turns[:num_turns])
 
-    def edited(self, number: int, text: str) -> Dialogue:
-        """Ends with user turn `number` (from 0) saying something else, its pictures kept. Raises UserError."""
+    def edited(self, number: int, text: str, *, instead_of: str | None = None) -> Dialogue:
+        """Ends with user turn `number` (from 0) saying something else, its pictures kept.
+
+        `instead_of` names one piece of text of the turn; without it all its text is replaced. Raises UserError.
+        """
         if not (0 <= number < len(self.turns)) or self.turns[number].speaker != "user":
             raise UserError(f"turn {number + 1} of the dialogue is no user turn: only those can be edited")
+        content = list(self.turns[number].content)
+        if instead_of in content:
+            content[content.index(instead_of)] = text
+            return self.up_to(number).asking(*content)
         return self.up_to(number).asking(*interleave(text, self.turns[number].pictures))
 
     @property
