@@ -17,7 +17,7 @@ Normalising and stemming are in vqa_text.py. Which form the VQAv2 test server ru
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from typing import Literal, NamedTuple, get_args
@@ -93,11 +93,12 @@ def question_scorer(*, mode: Mode, stem: Stem = "none") -> Callable[[Sequence[st
         if not given:
             raise ValueError("a question has no annotators' answers")
         is_unanimous = given.count(given[0]) == len(given)
-        key, compared = full, map(full, given)
+        key = full
+        compared: Iterable[str] = map(full, given)
         if mode in ("vizwiz", "vizwiz_backtick"):
-            compared = iter(given)
+            compared = given
         elif mode == "official_2016":
-            compared = iter(given) if is_unanimous else map(only_punctuation, given)
+            compared = given if is_unanimous else map(only_punctuation, given)
         elif mode == "official_2021" and (is_unanimous or len(set(map(plain, given))) == 1):
             # UPSTREAM: where all agree nothing is normalised, so "Yes" against ten times "yes" is wrong.
             key, compared = plain, map(plain, given)
