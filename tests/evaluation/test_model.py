@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from official_files import ALL
 from tiny_unified import new_document_tokenizer, new_model
 
 from evaluation import benchmarks
@@ -17,9 +18,13 @@ from vlgpt.log import UserError
 JOBS = """
 - {benchmark: easy_vqa, shots: 2}
 - {benchmark: coco_caption}
-- {benchmark: vizwiz, shots: dagger}
+- {benchmark: vizwiz, shots: dagger, options: {second_prompt: qa_answerable}}
+- {benchmark: vqav2, shots: 2}
+- {benchmark: okvqa}
+- {benchmark: gqa}
 - {benchmark: visdial}
 - {benchmark: coco_reconstruction, needs: [clip]}
+- {benchmark: flickr30k_reconstruction, needs: [clip]}
 - {benchmark: magicbrush, needs: [clip]}
 - {benchmark: coco_generation, needs_any: [inception, fd_clip], optional: [clip]}
 """
@@ -69,7 +74,10 @@ def test_an_export_runs_through_every_kind_of_benchmark(export, data, clip_folde
     arguments += ["--num-beams", "2", "--clip", str(clip_folder), "--fd-clip", str(clip_folder)]
     assert run_all(arguments) == 0
     summary = json.loads((tmp_path / "out/results.json").read_text())
-    assert len(summary["results"]) == 7 and not summary["skipped"]
+    assert {result["benchmark"] for result in summary["results"].values()} == set(ALL)
+    assert not summary["skipped"]
+    answerable = [r["answerable"] for r in read_jsonl(tmp_path / "out/vizwiz-dagger-seed0/predictions.jsonl")]
+    assert len(answerable) == 3 and all(0 < share < 1 for share in answerable)
     for result in summary["results"].values():
         responder = result["run"]["responder"]
         assert len(responder["export_hash"]) == 32 and responder["template"] == "short"
