@@ -13,7 +13,7 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ from evaluation.predictions import (
 from evaluation.responders import ModelResponder, OracleResponder, ShuffledResponder
 from vlgpt import seeds
 from vlgpt.log import UserError, configure, get_logger, run_command
+
+PICTURE_KINDS = ("image", "reconstruction")
 
 
 def run(
@@ -65,24 +67,49 @@ def run(
     for name, content in benchmark.extra_files(examples).items():
         (output / name).write_text(content, encoding="utf-8")
     done = read_shards(output)
-    todo = [e for e in examples if process_of(e.id, num_processes=num_processes) == rank and e.id not in done]
+    group_size = getattr(responder, "draw_batch_size", 1) if benchmark.kind in PICTURE_KINDS else 1
+    batches = _batches(
+        examples, done, group_size=group_size, batch_size=batch_size, num_processes=num_processes, rank=rank
+    )
     logger = get_logger("evaluation")
-    logger.info("%s: %d of %d examples to answer here", benchmark.name, len(todo), len(examples))
+    logger.info("%s: %d of %d examples to answer here", benchmark.name, sum(map(len, batches)), len(examples))
     log = PredictionLog(output, rank=rank, num_processes=num_processes)
     try:
-        for start in range(0, len(todo), batch_size):
-            batch = todo[start : start + batch_size]
+        for number, batch in enumerate(batches, 1):
             asked = [demonstrator.prompt(example) for example in batch]
             answers = answer(benchmark, responder, batch, [prompt for prompt, _ in asked], decoding, output)
             for record, (_, shot_ids) in zip(answers, asked):
                 if shot_ids:
                     record["shots"] = shot_ids
-            log.write(answers)
-            if start // batch_size % 100 == 99:
-                logger.info("%s: %d of %d", benchmark.name, start + len(batch), len(todo))
+            log.write(record for record in answers if record["id"] not in done)
+            if number % 100 == 0:
+                logger.info("%s: %d of %d batches", benchmark.name, number, len(batches))
     finally:
         log.close()
     return merge(output, [example.id for example in examples])
+
+
+def _batches(
+    examples: Sequence[Example],
+    done: Container[str],
+    *,
+    group_size: int,
+    batch_size: int,
+    num_processes: int,
+    rank: int,
+) -> list[Sequence[Example]]:
+    """What this process still has to ask, in batches.
+
+    Pictures that are made several at a time round differently beside other prompts. So their batches are fixed
+    groups of the benchmark's order: one group is answered by one process, and whole again when a kill cut it.
+    """
+    groups = [examples[start : start + group_size] for start in range(0, len(examples), group_size)]
+    mine = [group for group in groups if process_of(group[0].id, num_processes=num_processes) == rank]
+    todo = [group for group in mine if any(example.id not in done for example in group)]
+    if group_size > 1:
+        return todo
+    single = [group[0] for group in todo]
+    return [single[start : start + batch_size] for start in range(0, len(single), batch_size)]
 
 
 def answer(

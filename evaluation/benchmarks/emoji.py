@@ -64,6 +64,7 @@ class CountedResponder:
     def __init__(self, responder: Responder, progress: Progress, task: Any):
         self._responder, self._progress, self._task = responder, progress, task
         self.identity = responder.identity
+        self.draw_batch_size: int = getattr(responder, "draw_batch_size", 1)
 
     def generate(self, prompts: Sequence[Prompt], decoding: Decoding) -> list[str]:
         return self._counted(self._responder.generate(prompts, decoding))

@@ -88,6 +88,46 @@ def test_predictions_do_not_depend_on_batch_size_or_processes(name, num_processe
         }
 
 
+class GroupResponder(WordResponder):
+    """Draws three pictures at a time, each of which shows what was asked beside it, as rounding does."""
+
+    draw_batch_size = 3
+
+    def draw(self, prompts, decoding):
+        assert len(prompts) <= self.draw_batch_size
+        self.num_asked += len(prompts)
+        beside = sum(int(prompt.id) for prompt in prompts)
+        return [picture(1000 * beside + int(prompt.id)) for prompt in prompts]
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_pictures_made_together_are_always_made_beside_the_same_others(num_processes, data, tmp_path):
+    benchmark, examples = examples_of("coco_generation", data)
+    run(benchmark, GroupResponder(), examples=examples, output=tmp_path / "one", batch_size=1)
+    wanted = {p.name: p.read_bytes() for p in (tmp_path / "one/images").glob("*")}
+    assert len(wanted) == len(examples) > 3
+    output = tmp_path / "two"
+    for rank in range(num_processes):
+        run(
+            benchmark,
+            GroupResponder(),
+            examples=examples,
+            output=output,
+            batch_size=8,
+            num_processes=num_processes,
+            rank=rank,
+        )
+    assert {p.name: p.read_bytes() for p in (output / "images").glob("*")} == wanted
+    (shard, *_) = sorted((output / "shards").iterdir(), key=lambda path: -path.stat().st_size)
+    shard.write_bytes(shard.read_bytes()[:-9])  # a kill in the middle of the last group
+    for path in (output / "images").glob("*"):
+        path.unlink()
+    again = GroupResponder()
+    assert run(benchmark, again, examples=examples, output=output).is_file()
+    assert again.num_asked == 3
+    assert all(path.read_bytes() == wanted[path.name] for path in (output / "images").glob("*"))
+
+
 def test_every_example_belongs_to_exactly_one_process(data):
     _, examples = examples_of("vqav2", data)
     shares = [{e.id for e in examples if process_of(e.id, num_processes=3) == rank} for rank in range(3)]
