@@ -151,6 +151,11 @@ def test_a_miniature_lives_from_loading_to_drawing(shelf, tmp_path, encoder, dec
     moved = {name for name, tensor in stage.state_dict().items() if not torch.equal(tensor, before[name])}
     named = stage.named_parameters(remove_duplicate=False)
     assert moved and moved == {name for name, p in named if p.requires_grad}
+    words = {"token_rows": "trainable_tokens", "embeddings": "embed_tokens.weight"}
+    for part in words:
+        is_moved = any(words[part] in name for name in moved)
+        is_meant = part == ("token_rows" if policy["trained"] == "lora" else "embeddings")
+        assert is_moved == (is_meant and part not in policy.get("frozen", ()))
 
     export_model(
         stage.model, tmp_path / "export", tokenizer=tokenizer, merge_lora=False,
@@ -281,7 +286,10 @@ def test_an_encoder_that_lacks_a_tensor_is_refused(tmp_path, name, file, how):
     one_line(lambda: load_clip(tmp_path / "clip", library=ENCODERS[name][0]), "could not load", changed)
 
 
-def test_an_open_clip_model_is_never_left_random():
+def test_an_open_clip_model_is_never_left_random(tmp_path):
+    mini.write_open_clip(tmp_path / "clip", mini.OPEN_CLIP)
+    (tmp_path / "clip" / "open_clip_model.safetensors").unlink()
+    one_line(lambda: OpenClipEncoder(tmp_path / "clip"), "could not load")
     one_line(lambda: OpenClipEncoder("ViT-B-32"), "ViT-B-32", "`pretrained`")
     one_line(lambda: OpenClipEncoder("ViT-B-32", pretrained="no_such_tag"), "no_such_tag")
     one_line(lambda: OpenClipEncoder("ViT-Z-99", pretrained="x"), "ViT-Z-99")
