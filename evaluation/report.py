@@ -80,9 +80,8 @@ def models(results: Mapping[str, Mapping[str, Any]]) -> list[dict[str, str]]:
         facts = {
             key: str(who[key]) for key in ("export_hash", "dtype", "template", "tokenizer") if key in who
         }
-        found.setdefault(
-            json.dumps(who, sort_keys=True), {"name": Path(who.get("export", who["kind"])).name, **facts}
-        )
+        name = "/".join(Path(who["export"]).parts[-2:]) if "export" in who else who["kind"]
+        found.setdefault(json.dumps(who, sort_keys=True), {"name": name, **facts})
     return list(found.values())
 
 
