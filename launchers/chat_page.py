@@ -33,7 +33,7 @@ MAX_PICTURES = 16  # of one message
 MAX_SHOWN_PX = 640
 TIMEOUT_S = 180.0
 CSS = """
-.gradio-container {max-width: 1000px !important; margin: 0 auto !important}
+.gradio-container {max-width: 1120px !important; margin: 0 auto !important}
 #head h1 {font-size: 1.35rem; font-weight: 650; letter-spacing: -0.01em; margin: 0}
 #head p {color: var(--body-text-color-subdued); margin: 0.1rem 0 0; font-size: 0.9rem}
 #dialogue {height: calc(100vh - 330px) !important; min-height: 340px; border-radius: 14px}
@@ -43,7 +43,8 @@ CSS = """
   border: 1px solid var(--border-color-primary)}
 #dialogue button[aria-label="Share"], #dialogue button[title="Share"] {display: none}
 #dialogue .message-buttons {opacity: 0.55} #dialogue .message-buttons:hover {opacity: 1}
-#images {border: none; padding: 0; background: none; box-shadow: none} #images .wrap {gap: 6px}
+#images, #images fieldset {border: 0 !important; padding: 0; background: none; box-shadow: none}
+#images .wrap {gap: 6px}
 footer {display: none !important}
 """
 BUSY: dict[str, Any] = {"submit_btn": False, "stop_btn": True}
@@ -125,15 +126,19 @@ class Page:
         for shown, state in self._reply(dialogue.up_to(number + 1), (controls[0], seed, *controls[2:])):
             yield shown, state, gr.update(**BUSY), seed
 
-    def edit(self, dialogue: Dialogue, event: gr.EditData, *controls: Any) -> Iterator[tuple[Any, Dialogue]]:
-        """A user turn said differently; what came after it is gone: -> (Chatbot, dialogue)."""
+    def edit(
+        self, dialogue: Dialogue, event: gr.EditData, *controls: Any
+    ) -> Iterator[tuple[Any, Dialogue, Any]]:
+        """A user turn said differently; what came after it is gone: -> (Chatbot, dialogue, text box)."""
+        text, before = (html.unescape(str(value)) for value in (event.value, event.previous_value))
         try:
-            asked = dialogue.edited(_turn_number(event.index), str(event.value))
+            asked = dialogue.edited(_turn_number(event.index), text, instead_of=before)
         except UserError as error:
             gr.Warning(str(error))
-            yield self.shown(dialogue), dialogue
+            yield self.shown(dialogue), dialogue, gr.skip()
             return
-        yield from self._reply(asked, controls)
+        for shown, state in self._reply(asked, controls):
+            yield shown, state, gr.update(**BUSY)
 
     def undo(self, dialogue: Dialogue, event: gr.UndoData) -> tuple[Any, Dialogue, Any]:
         """Take back a user turn and all after it; its text returns to the box."""
@@ -240,7 +245,7 @@ class Page:
                 **IDLE,
             )
             kinds = list(IMAGES) if self.has_pictures else ["words only"]
-            with gr.Row(equal_height=True):
+            with gr.Row(equal_height=False):
                 images = gr.Radio(
                     kinds, value=kinds[0], show_label=False, container=False, elem_id="images", scale=5
                 )
