@@ -39,7 +39,7 @@ CSS = """
 #dialogue {height: calc(100vh - 330px) !important; min-height: 340px; border-radius: 14px}
 #dialogue .message {white-space: pre-wrap; overflow-wrap: anywhere}
 #dialogue .message.component {background: transparent !important; border: none; box-shadow: none; padding: 0}
-#dialogue img {min-width: 150px; max-width: 300px; border-radius: 12px; background: #fff;
+#dialogue img {min-width: 150px; max-width: 300px; border-radius: 12px; background: #fff; object-fit: contain;
   border: 1px solid var(--border-color-primary)}
 #dialogue button[aria-label="Share"], #dialogue button[title="Share"] {display: none}
 #dialogue .message-buttons {opacity: 0.55} #dialogue .message-buttons:hover {opacity: 1}
