@@ -223,7 +223,7 @@ def serve(arguments: argparse.Namespace) -> int:
 def reconstruct(arguments: argparse.Namespace) -> int:
     """Pictures through the image tokenizer and back: a contact sheet of original, both, z_v only, z_t only."""
     from vlgpt.decoding.prompts import square_pixels
-    from vlgpt.generate import Generator, to_pictures
+    from vlgpt.generate import Conditions, Generator, to_pictures
 
     data = [_read_file(path) for path in arguments.image]
     generator = Generator.load(arguments.model, device=arguments.device)
@@ -232,10 +232,8 @@ def reconstruct(arguments: argparse.Namespace) -> int:
         "image_scale": arguments.image_scale,
         "seed": arguments.seed,
     }
-    columns = {
-        name: generator.reconstruct(data, use=use, **options)
-        for name, use in (("both", "both"), ("z_v only", "image"), ("z_t only", "text"))
-    }
+    uses: dict[str, Conditions] = {"both": "both", "z_v only": "image", "z_t only": "text"}
+    columns = {name: generator.reconstruct(data, use=use, **options) for name, use in uses.items()}
     size = columns["both"][0].width
     originals = [
         to_pictures(square_pixels(content, size)[None])[0] for content in data

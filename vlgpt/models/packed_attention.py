@@ -64,16 +64,11 @@ def attend_by_document(
     """Causal attention inside every document: three of (B, H, L, D) -> (B, L, H, D)."""
     rows = []
     for number, row in enumerate(lengths):
-        documents = zip(*(x[number : number + 1].split(row, dim=2) for x in (query, key, value)))
-        rows.append(
-            torch.cat(
-                [
-                    F.scaled_dot_product_attention(
-                        *one, dropout_p=dropout, is_causal=True, scale=scale
-                    ).transpose(1, 2)
-                    for one in documents
-                ],
-                dim=1,
+        pieces = [
+            F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scale).transpose(
+                1, 2
             )
-        )
+            for q, k, v in zip(*(x[number : number + 1].split(row, dim=2) for x in (query, key, value)))
+        ]
+        rows.append(torch.cat(pieces, dim=1))
     return torch.cat(rows)
