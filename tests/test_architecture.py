@@ -2,6 +2,7 @@
 
 import ast
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -140,3 +141,13 @@ def test_no_module_of_the_library_but_the_command_line_uses_argparse():
 def test_launchers_are_thin():
     for name in ("train_tokenizer", "pretrain", "finetune", "train_demo_parts"):
         assert len((ROOT / "launchers" / f"{name}.py").read_text().splitlines()) <= 20
+
+
+def test_modules_of_the_tests_have_names_of_their_own():
+    """pytest puts every test folder on the path: of two modules with one name, the second would never be imported."""
+    names = Counter(
+        path.name
+        for path in (ROOT / "tests").rglob("*.py")
+        if path.name not in ("conftest.py", "__init__.py")
+    )
+    assert [name for name, count in names.items() if count > 1] == []

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from batches import pack
-from tiny_clip import CLIP
+from probe_clip import CLIP
 from worker import (
     LENGTH,
     TOKENIZER,

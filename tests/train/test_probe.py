@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_clip import CLIP
+from probe_clip import CLIP
 from tiny_unified import new_document_tokenizer, new_model
 
 sys.path.append(str(Path(__file__).parents[1] / "evaluation"))
