@@ -32,7 +32,9 @@ console = Console(highlight=False, soft_wrap=True)
 
 @dataclass
 class Step:
-    """One command. `output` is what it makes (deleted when it must be made anew); `after` names earlier steps."""
+    """One command. `output` is what it makes, several paths with spaces between (deleted when it must be made anew);
+    `after` names earlier steps.
+    """
 
     name: str
     command: str
@@ -44,6 +46,10 @@ class Step:
     ] = ()  # steps whose cores it leaves alone: it waits for them, but does not build on them
     process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
     started: float = 0.0
+
+    @property
+    def outputs(self) -> list[Path]:
+        return [Path(path) for path in self.output.split()]
 
 
 def build(kind: str, split: str, *, spare: tuple[str, ...] = ()) -> Step:
@@ -132,7 +138,7 @@ def steps(decoder: str) -> list[Step]:
             "features-2",
             features.format(f"{ROOT}/data/documents-train {ROOT}/data/instructions-train")
             + "patches --views 2",
-            "",
+            f"{ROOT}/data/documents-train/features {ROOT}/data/instructions-train/features",
             ("features",),
         ),
         training("tokenizer", "train_tokenizer", after=("features",), port=29513),
@@ -185,9 +191,11 @@ def start(step: Step, done: dict[str, dict]) -> None:
     """Start a step; what an older version of it left behind is deleted, what an interrupted one left is used."""
     stamp = stamp_of(step, done)
     before = read_stamp(step, "started")
-    if before is not None and before["stamp"] != stamp and step.output and Path(step.output).exists():
-        target = Path(step.output)
-        shutil.rmtree(target) if target.is_dir() else target.unlink()
+    for target in step.outputs if before is not None and before["stamp"] != stamp else ():
+        if target.is_dir():
+            shutil.rmtree(target)
+        else:
+            target.unlink(missing_ok=True)
     write_stamp(step, "started", {"stamp": stamp})
     console.print(f"[bold]\\[{step.name}][/bold] {step.command}")
     log = ROOT / "logs" / f"{step.name}.log"
@@ -256,7 +264,7 @@ def run(pending: list[Step], *, jobs: int) -> dict[str, float]:
                         continue
                     pending.remove(step)
                     old = read_stamp(step, "done")
-                    is_made = not step.output or Path(step.output).exists()
+                    is_made = all(path.exists() for path in step.outputs)
                     if old is not None and is_made and old["stamp"] == stamp_of(step, done):
                         done[step.name] = old
                         timings[step.name] = old["seconds"]

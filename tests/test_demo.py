@@ -98,3 +98,16 @@ def test_a_step_waits_for_those_whose_cores_it_spares_but_does_not_build_on_them
     assert log.read_text().split() == ["first", "idle"]
     demo.run(steps("two"), jobs=2)
     assert log.read_text().split() == ["first", "idle", "first"]
+
+
+def test_everything_that_a_step_made_goes_when_it_must_be_made_anew(demo, tmp_path):
+    def steps(marker):
+        made = [tmp_path / "a", tmp_path / "b"]
+        command = (
+            f"sh -c 'mkdir {made[0]} {made[1]} && touch {made[1]}/{marker}'"  # fails when one is still there
+        )
+        return [demo.Step("both", command, " ".join(map(str, made)))]
+
+    demo.run(steps("one"), jobs=1)
+    demo.run(steps("two"), jobs=1)
+    assert [path.name for path in (tmp_path / "b").iterdir()] == ["two"]
