@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shutil
@@ -30,7 +31,10 @@ def address(tmp_path_factory):
     export = save_export(tmp_path_factory.mktemp("page"))
     command = [sys.executable, "launchers/chat.py", "--model", str(export), "--max-upload-mib", "1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path_factory.mktemp("served"))}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    # shells start background jobs with SIGINT ignored, which children inherit
+    listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    options = {"stdout": subprocess.PIPE, "text": True, "preexec_fn": listen}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, **options)
     try:
         line = process.stdout.readline().strip()
         assert re.fullmatch(r"http://127\.0\.0\.1:\d+", line), line
