@@ -199,7 +199,8 @@ def test_the_export_replies_with_text_and_pictures_that_carry_the_prompt(pipelin
     sheet = pipeline / "sheet.png"
     arguments = ["--model", pipeline / "finetune/result", picture, "--output", sheet]
     run(sys.executable, "-m", "vlgpt", "reconstruct", *arguments, folder=pipeline)
-    assert Image.open(sheet).size == (4 * 24, 24)
+    width, height = Image.open(sheet).size  # four enlarged cells below their names
+    assert width % 4 == 0 and width // 4 >= 24 and width // 4 < height < 2 * (width // 4)
 
 
 @pytest.mark.launcher

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -188,7 +189,10 @@ def signalled(folder, number):
     ]
     command = [*launcher, sys.executable, "-c", PATIENT, folder]
     process = subprocess.Popen(
-        [*map(str, command)], env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL
+        [*map(str, command)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.DEVNULL,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # shells' background jobs ignore it
     )
     deadline_s = time.monotonic() + 60
     while not (folder / "started").exists() and time.monotonic() < deadline_s:
