@@ -198,7 +198,11 @@ def signalled(folder, number):
     while not (folder / "started").exists() and time.monotonic() < deadline_s:
         time.sleep(0.02)
     process.send_signal(number)
-    return process.wait(timeout=60)
+    try:
+        return process.wait(timeout=60)
+    finally:
+        (folder / "STOP_REQUEST").touch()  # ends the command, should the supervisor have left it running
+        process.kill()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
