@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from chat_parts import save_parts
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_unified import NUM_VISUAL, TEXTS, VISUAL_WIDTH, new_document_tokenizer, new_model
@@ -19,7 +20,7 @@ from vlgpt.export import export_model, export_run, load_generator
 from vlgpt.generate import DecodeSettings, Generator, Prompt
 from vlgpt.log import UserError
 from vlgpt.models.decoders import ConvDecoder
-from vlgpt.models.encoders import load_clip, new_open_clip, save_open_clip
+from vlgpt.models.encoders import load_clip
 from vlgpt.models.image_tokenizer import ImageTokenizer
 from vlgpt.models.multimodal_lm import LoraSettings
 from vlgpt.models.tiny import save_language_model, train_text_tokenizer
@@ -35,18 +36,6 @@ CHAT = Document("c", "test", (ImagePart(0, "user"), TextPart("what is in the pic
 PLAIN = Document("d", "test", (TextPart("an image of three elephants."),))
 
 
-def save_clip(folder: Path) -> None:
-    tokenizer = new_document_tokenizer()
-    config = {
-        "embed_dim": 16,
-        "vision_cfg": {"image_size": 24, "patch_size": 12, "width": 24, "layers": 2, "head_width": 12},
-        "text_cfg": {"context_length": 8, "vocab_size": 448, "width": 16, "heads": 2, "layers": 1},
-    }
-    torch.manual_seed(1)
-    save_open_clip(new_open_clip(config=config), config=config, folder=folder)
-    tokenizer.save(folder)
-
-
 def picture(seed: int, size: tuple[int, int] = (40, 30)) -> Image.Image:
     values = torch.randint(0, 255, (size[1], size[0], 3), generator=torch.Generator().manual_seed(seed))
     return Image.fromarray(values.to(torch.uint8).numpy())
@@ -54,20 +43,9 @@ def picture(seed: int, size: tuple[int, int] = (40, 30)) -> Image.Image:
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
-    """A CLIP of 5 tokens (CLS and 4 patches), a picture decoder, and a model that fits both."""
+    """A CLIP of 5 tokens (CLS and 4 patches) and a picture decoder that fit `trained`."""
     folder = tmp_path_factory.mktemp("parts")
-    save_clip(folder / "clip")
-    decoder = ConvDecoder(
-        image_tokens=3,
-        image_width=16,
-        text_tokens=5,
-        text_width=12,
-        size_px=24,
-        width=24,
-        num_heads=2,
-        channels=32,
-    )
-    decoder.save(folder / "decoder")
+    save_parts(folder)
     return folder
 
 

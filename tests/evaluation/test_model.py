@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
+from chat_parts import save_parts
 from official_files import ALL
 from tiny_unified import new_document_tokenizer, new_model
 
@@ -34,29 +34,10 @@ JOBS = """
 def export(tmp_path_factory) -> Path:
     """CLIP, tokenizer, language model, detokenizer and picture decoder in one folder."""
     from vlgpt.export import export_model
-    from vlgpt.models.decoders import ConvDecoder
-    from vlgpt.models.encoders import new_open_clip, save_open_clip
 
     folder = tmp_path_factory.mktemp("export")
+    save_parts(folder)
     tokenizer = new_document_tokenizer()
-    config = {
-        "embed_dim": 16,
-        "vision_cfg": {"image_size": 24, "patch_size": 12, "width": 24, "layers": 2, "head_width": 12},
-        "text_cfg": {"context_length": 8, "vocab_size": 448, "width": 16, "heads": 2, "layers": 1},
-    }
-    torch.manual_seed(1)
-    save_open_clip(new_open_clip(config=config), config=config, folder=folder / "clip")
-    tokenizer.save(folder / "clip")
-    ConvDecoder(
-        image_tokens=3,
-        image_width=16,
-        text_tokens=5,
-        text_width=12,
-        size_px=24,
-        width=24,
-        num_heads=2,
-        channels=32,
-    ).save(folder / "decoder")
     export_model(
         new_model(tokenizer, num_patches=5, image_wish=3.0).eval(),
         folder / "export",

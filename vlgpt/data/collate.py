@@ -82,8 +82,10 @@ def _stack(
     slots: Sequence[LoadedCondition | None], name: str, shape: tuple[int, ...], dtype: np.dtype
 ) -> Tensor:
     """One array of every slot: -> (B, ...); zeros where a slot has none."""
-    values = np.zeros((len(slots), *shape), dtype)
-    for value, slot in zip(values, slots):
-        if slot is not None and name in slot.arrays:
-            value[...] = slot.arrays[name]
-    return to_pixels(values) if name == "pixels" else torch.from_numpy(values)
+    empty = np.zeros(shape, dtype)
+    values = [empty if slot is None else slot.arrays.get(name, empty) for slot in slots]
+    return (
+        to_pixels(values)
+        if name == "pixels"
+        else torch.from_numpy(np.stack(values).astype(dtype, copy=False))
+    )

@@ -4,6 +4,7 @@ crop).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, Literal
 
@@ -69,7 +70,14 @@ def _opencv() -> Any:
     return cv2
 
 
-def to_pixels(squares: np.ndarray) -> Tensor:
-    """(M, H, W, 3) uint8 -> (M, 3, H, W) float32 in [-1, 1]."""
-    pixels = torch.from_numpy(squares).permute(0, 3, 1, 2)
-    return pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1.0)
+def to_pixels(squares: Sequence[np.ndarray] | np.ndarray) -> Tensor:
+    """M pictures of (H, W, 3) uint8, in a list or an array -> (M, 3, H, W) float32 in [-1, 1].
+
+    One picture after the other, while it lies in the processor's cache.
+    """
+    height, width, channels = squares[0].shape
+    pixels = torch.empty(len(squares), channels, height, width)
+    for target, square in zip(pixels, squares):
+        np.copyto(target.numpy(), square.transpose(2, 0, 1))
+        target.div_(127.5).sub_(1.0)
+    return pixels
