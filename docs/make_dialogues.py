@@ -144,10 +144,9 @@ def edit_twice(scene: Scene) -> None:
 
 
 def in_context(scene: Scene) -> None:
+    scene.draw_next(("woman, light skin tone", "woman, medium skin tone"), "woman, dark skin tone")
+    scene.draw_next(("one o’clock", "two o’clock", "three o’clock"), "four o’clock")
     scene.draw_next(("red heart", "orange heart", "yellow heart"), "blue heart")
-    scene.draw_next(
-        ("waving hand, light skin tone", "waving hand, medium skin tone"), "waving hand, dark skin tone"
-    )
 
 
 def long_prompt(scene: Scene) -> None:
@@ -181,6 +180,7 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     album = Album(folder)
     tuned, pretrained = Generator.load(arguments.model), Generator.load(arguments.pages_model)
+    pretrained.decoder = tuned.decoder  # the image tokenizer of both is the same; stage 2 needs no decoder
     sections = []
     for number, (title, play) in enumerate(SCENES.items(), 1):
         scene = Scene(pretrained if play is in_context else tuned, album)
