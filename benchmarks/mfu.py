@@ -9,11 +9,12 @@ Counted are operations that the model needs: products of linear layers (two for 
 through, three for a trained one), the LM head at its targets only, attention inside documents and causally (half).
 Whatever else a loop computes is waste and lowers its number. Last comes where the rest of the time goes.
 
-Seen on 2 cores of an AMD EPYC (AVX-512, bf16), torch 2.15, one row of 512, LoRA (the paper's stage 2):
-fp32  peak 186 GFLOP/s, loop 70.2 % of it, bare stage 70.4 % (1.00 x), through DeepSpeed 67.7 % (0.97 x)
-bf16  peak 441 GFLOP/s, loop 51.6 % of it, bare stage 52.7 % (1.02 x), through DeepSpeed 52.5 % (1.02 x)
-With all 168 M parameters trained, two rows: bare 1.07 x in both; through DeepSpeed 0.74 x (fp32) and 0.49 x (bf16): its
-gradient buckets, norms and fp32 masters cost a fixed time, and here a step has 1,024 tokens only.
+Seen on 2 cores of an AMD EPYC (AVX-512, bf16), torch 2.15, `--rows 1`, LoRA (the paper's stage 2):
+fp32  peak 199 GFLOP/s, loop 64.6 % of it, bare stage 67.7 % (1.05 x), through DeepSpeed 63.1 % (0.98 x)
+bf16  peak 435 GFLOP/s, loop 57.0 % of it, bare stage 58.5 % (1.03 x), through DeepSpeed 55.0 % (0.96 x)
+With all 168 M parameters trained, two rows, in two runs: bare 1.00 to 1.36 x; through DeepSpeed 0.60 and 0.74 x (fp32),
+0.76 and 0.49 x (bf16): its gradient buckets, norms and fp32 masters cost a fixed time, and here a step has 1,024 tokens
+only.
 """
 
 from __future__ import annotations
