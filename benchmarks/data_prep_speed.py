@@ -25,7 +25,6 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-import webdataset
 from PIL import Image
 
 from data_prep.build import build
@@ -80,6 +79,8 @@ def ours(files: list[Path], output: Path, **pictures: bool) -> None:
 
 def write_webdataset(files: list[Path], output: Path, operation: Callable[[bytes], bytes]) -> None:
     output.mkdir(parents=True)
+    import webdataset  # a peer, no dependency of ours
+
     with webdataset.ShardWriter(f"file:{output}/%05d.tar", maxcount=1000, verbose=0) as writer:
         for number, path in enumerate(files):
             data = operation(path.read_bytes())
