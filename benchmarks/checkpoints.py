@@ -117,7 +117,7 @@ def commit_once(engine: Engine, facts: dict[str, Any], root: Path) -> tuple[floa
         timed(engine, "trainable_state", "gather", spent),
         timed(engine, "save", "deepspeed's files", spent),
         timed(checkpoint, "save_file", "fp32 weights", spent),
-        timed(commit, "hash_file", "sha256", spent),
+        timed(commit, "sha256_file", "sha256", spent),
         timed(commit.os, "fsync", "fsync", spent),
     ]
     folder: list[Path] = []

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 
 from data_prep.hashes import PICTURE, Hashes, first_equal, load_hashes, near_pairs
+from vlgpt.files import write_atomic
 from vlgpt.log import UserError
 from vlgpt.shards import ShardSet
-from vlgpt.shards.atomic import write_atomic
 
 REASONS = ("", "filtered:duplicate", "filtered:near_duplicate", "filtered:contaminated")
 DUPLICATE, NEAR_DUPLICATE, CONTAMINATED = 1, 2, 3

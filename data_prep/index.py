@@ -19,9 +19,9 @@ from rich.console import Console
 from rich.progress import track
 
 from data_prep.job import SETTINGS
+from vlgpt.files import write_atomic
 from vlgpt.log import UserError, configure, run_command
 from vlgpt.shards import ShardIndex, ShardSet
-from vlgpt.shards.atomic import write_atomic
 from vlgpt.shards.manifest import MANIFEST, read_manifest
 from vlgpt.shards.reindex import rebuild_index, retokenise
 from vlgpt.shards.schema import TextTokenizer

@@ -19,10 +19,10 @@ from data_prep.filters import FilterSettings, RecordFilter
 from data_prep.pictures import PicturePreparer, PictureSettings, StoredPicture
 from data_prep.sources import Dropped, ImageOpener, Record, Source
 from vlgpt.document import Document, ImagePart, Part
+from vlgpt.files import fsync_folder
 from vlgpt.images import BadImage
 from vlgpt.log import UserError
 from vlgpt.shards import ShardReport, ShardWriter
-from vlgpt.shards.atomic import fsync_folder
 from vlgpt.shards.manifest import read_report
 from vlgpt.shards.schema import TextTokenizer, UnstorableDocument
 from vlgpt.shards.stored import read_stored_samples

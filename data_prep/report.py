@@ -16,10 +16,10 @@ from typing import Any
 import jinja2
 
 from vlgpt.document import Document, ImagePart
+from vlgpt.files import write_atomic
 from vlgpt.images import BadImage, decode_image
 from vlgpt.seeds import generator
 from vlgpt.shards import BadSample, Sample, ShardSet
-from vlgpt.shards.atomic import write_atomic
 
 THUMBNAIL_PX = 160
 MAX_TEXT_CHARS = 2000

@@ -17,9 +17,9 @@ from rich.progress import track
 
 from data_prep.job import SETTINGS
 from vlgpt.document import Document, TextPart
+from vlgpt.files import write_atomic
 from vlgpt.log import UserError
 from vlgpt.shards import Manifest, ShardIndex, ShardSet, ShardWriter, write_manifest
-from vlgpt.shards.atomic import write_atomic
 from vlgpt.shards.manifest import read_report
 from vlgpt.shards.stored import read_stored_samples
 

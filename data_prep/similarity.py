@@ -24,9 +24,9 @@ import numpy as np
 
 from data_prep.feature_jobs import in_batches, read_images, read_texts
 from data_prep.rewrite import copy_without
+from vlgpt.files import write_atomic
 from vlgpt.log import UserError, configure, get_logger, run_command
 from vlgpt.shards import ShardIndex, ShardSet
-from vlgpt.shards.atomic import write_atomic
 
 BELOW, UNKNOWN = "filtered:similarity", "filtered:no_similarity"
 

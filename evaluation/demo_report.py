@@ -26,8 +26,8 @@ from evaluation.core import read_json
 from evaluation.demo_curves import Chart, loss_chart
 from evaluation.demo_samples import Answered
 from evaluation.pass_marks import PASS_MARKS
+from vlgpt.files import write_atomic
 from vlgpt.log import UserError, run_command
-from vlgpt.shards.atomic import write_atomic
 
 TEMPLATES = Path(__file__).with_name("templates")
 RUNS = {

@@ -26,8 +26,8 @@ from evaluation.pass_marks import PASS_MARKS
 from evaluation.responders import ModelResponder, OracleResponder, ShuffledResponder
 from evaluation.run import run
 from evaluation.score import score_folder
+from vlgpt.files import write_atomic
 from vlgpt.log import UserError, configure
-from vlgpt.shards.atomic import write_atomic
 
 METRICS = "metrics.json"
 LOG_WIDTH = 110

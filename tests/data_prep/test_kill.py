@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from corpus import picture
 
+from vlgpt.files import sha256_file
 from vlgpt.shards import ShardReport
-from vlgpt.shards.atomic import sha256_file
 
 ROOT = Path(__file__).parents[2]
 

@@ -7,8 +7,8 @@ import pytest
 from corpus import picture
 
 from data_prep.build import main
+from vlgpt.files import sha256_file
 from vlgpt.shards import ShardReport
-from vlgpt.shards.atomic import sha256_file
 from vlgpt.shards.manifest import MANIFEST, SUCCESS, read_manifest
 
 # Death before a change leaves the disk as death after the change before it, so one of the two is enough by default.

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from vlgpt import files
 from vlgpt.log import UserError
 from vlgpt.train import commit, together
 
@@ -92,14 +93,14 @@ def test_a_manifest_that_a_network_file_system_shows_late_is_waited_for(tmp_path
 
 def test_a_small_file_is_either_old_or_new_whatever_fails_in_between(tmp_path, monkeypatch):
     target = tmp_path / "marker.json"
-    commit.write_atomically(target, "old")
+    files.write_atomic(target, b"old")
 
     def fail(source, destination):
         raise OSError("killed here")
 
-    monkeypatch.setattr(commit.os, "replace", fail)
+    monkeypatch.setattr(files.os, "replace", fail)
     with pytest.raises(OSError, match="killed here"):
-        commit.write_atomically(target, "new")
+        files.write_atomic(target, b"new")
     assert target.read_text() == "old"
 
 

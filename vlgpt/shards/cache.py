@@ -14,8 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from vlgpt.files import CHUNK_BYTES
 from vlgpt.log import UserError, get_logger
-from vlgpt.shards.atomic import CHUNK_BYTES
 
 DEFAULT_CACHE_BYTES = 64 << 30
 

@@ -15,8 +15,8 @@ from collections import Counter
 from pathlib import Path
 
 from vlgpt.document import Document, ImagePart, Part, TextPart
+from vlgpt.files import sha256_file, write_atomic
 from vlgpt.log import UserError, get_logger
-from vlgpt.shards.atomic import sha256_file, write_atomic
 from vlgpt.shards.index import IndexBuilder, Member, crc32
 from vlgpt.shards.schema import IMAGE_SUFFIXES, ShardIndex, ShardRecord
 

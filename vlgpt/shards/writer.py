@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vlgpt.document import Document
-from vlgpt.shards.atomic import fsync_folder, open_locked, write_atomic
+from vlgpt.files import fsync_folder, open_locked, write_atomic
 from vlgpt.shards.index import IndexBuilder, Member, crc32
 from vlgpt.shards.schema import (
     IMAGE_SUFFIXES,

@@ -5,7 +5,6 @@ Here are its files; `together.py` tells the order in which several processes wri
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -15,6 +14,8 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from vlgpt.files import fsync_folder, sha256_file, write_atomic
 
 MARKER = "COMMITTED.json"
 SPACE_FACTOR = 1.2
@@ -32,35 +33,6 @@ def step_of(tag: str) -> int:
     if match is None:
         raise ValueError(f"{tag!r} is no checkpoint tag (step_NNNNNNNN)")
     return int(match.group(1))
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a small file so that it is either whole or absent after a kill."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames inside a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def hash_file(path: Path) -> str:
-    """sha256 of a file, read in pieces."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 class NotEnoughSpace(RuntimeError):
@@ -96,10 +68,11 @@ def write_manifest(folder: Path, rank: int, files: Iterable[Path]) -> None:
             {
                 "name": str(path.relative_to(folder)),
                 "num_bytes": path.stat().st_size,
-                "sha256": hash_file(path),
+                "sha256": sha256_file(path),
             }
         )
-    write_atomically(folder / f"rank_{rank}.json", json.dumps({"rank": rank, "files": records}, indent=1))
+    manifest = {"rank": rank, "files": records}
+    write_atomic(folder / f"rank_{rank}.json", json.dumps(manifest, indent=1).encode())
 
 
 def commit(folder: Path, *, world_size: int, facts: dict[str, Any], patience_s: float = 0.0) -> None:
@@ -115,10 +88,10 @@ def commit(folder: Path, *, world_size: int, facts: dict[str, Any], patience_s: 
             time.sleep(0.1)
         if not path.is_file():
             raise ValueError(f"{folder.name}: manifest of rank {rank} is missing, {world_size} expected")
-        manifests.append(hash_file(path))
+        manifests.append(sha256_file(path))
     marker = {"world_size": world_size, "manifests": manifests, **facts}
-    sync_folder(folder.parent)  # the folder's own name
-    write_atomically(folder / MARKER, json.dumps(marker, indent=1))
+    fsync_folder(folder.parent)  # the folder's own name
+    write_atomic(folder / MARKER, json.dumps(marker, indent=1).encode())
 
 
 def verify(folder: Path, *, share: tuple[int, int] = (0, 1)) -> dict[str, Any]:
@@ -136,7 +109,7 @@ def verify(folder: Path, *, share: tuple[int, int] = (0, 1)) -> dict[str, Any]:
             if rank % num_shares != first:
                 continue
             manifest_path = folder / f"rank_{rank}.json"
-            if not manifest_path.is_file() or hash_file(manifest_path) != expected:
+            if not manifest_path.is_file() or sha256_file(manifest_path) != expected:
                 raise ValueError(f"manifest of rank {rank} is missing or damaged")
             for record in json.loads(manifest_path.read_text(encoding="utf-8"))["files"]:
                 _verify_file(folder, record)
@@ -153,7 +126,7 @@ def _verify_file(folder: Path, record: dict[str, Any]) -> None:
         raise ValueError(
             f"{record['name']} has {path.stat().st_size} bytes, {record['num_bytes']} were written"
         )
-    if hash_file(path) != record["sha256"]:
+    if sha256_file(path) != record["sha256"]:
         raise ValueError(f"{record['name']} is damaged (sha256 differs)")
 
 

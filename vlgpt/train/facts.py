@@ -17,8 +17,8 @@ from pydantic import ValidationError
 
 from vlgpt import log
 from vlgpt.config import dump
+from vlgpt.files import write_atomic
 from vlgpt.settings import RunSettings
-from vlgpt.train import commit
 
 RESULT = "result"
 LIBRARIES = ("torch", "deepspeed", "transformers", "peft", "numpy", "safetensors")
@@ -122,10 +122,10 @@ def record_run(settings: RunSettings, merged: Mapping[str, Any], facts: Mapping[
         log.get_logger().warning("the configuration changed since this run began: %s", "; ".join(changed[:8]))
     facts = {**facts, "git": git_commit()}
     _note_changes(folder / "facts.json", facts)
-    commit.write_atomically(path, text)
+    write_atomic(path, text.encode())
     log.get_logger().info("DeepSpeed gets %s", json.dumps(merged))
-    commit.write_atomically(folder / "deepspeed.json", json.dumps(merged, indent=1))
-    commit.write_atomically(folder / "facts.json", json.dumps(facts, indent=1))
+    write_atomic(folder / "deepspeed.json", json.dumps(merged, indent=1).encode())
+    write_atomic(folder / "facts.json", json.dumps(facts, indent=1).encode())
 
 
 def _note_changes(path: Path, facts: Mapping[str, Any]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from vlgpt import log
 from vlgpt.data.loader import Loader
+from vlgpt.files import write_atomic
 from vlgpt.models.unified import UnifiedModel
 from vlgpt.settings import LanguageStage, RunSettings
 from vlgpt.tokens import DocumentTokenizer
@@ -56,9 +57,8 @@ def write_result(settings: RunSettings, engine: Engine) -> None:
     partial, result = settings.run_dir / f".{RESULT}.partial", settings.run_dir / RESULT
     shutil.rmtree(partial, ignore_errors=True)
     engine.stage.save(partial)
-    commit.write_atomically(
-        partial / "done.json", json.dumps({"settings": settings.model_dump(mode="json")}, indent=1)
-    )
+    done = {"settings": settings.model_dump(mode="json")}
+    write_atomic(partial / "done.json", json.dumps(done, indent=1).encode())
     replace_folder(partial, result)
     log.get_logger().info("result written to %s", result)
 
