@@ -1,8 +1,11 @@
 """A real SLURM on one node for the tests that need one: the machine's own, or one started here."""
 
+import contextlib
 import os
 import shutil
+import signal
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 
@@ -46,8 +49,8 @@ def is_idle():
 
 
 @pytest.fixture(scope="session")
-def slurm(tmp_path_factory):
-    """A running controller: the machine's own, or one started here, as root, without systemd."""
+def slurm():
+    """A running controller: the machine's own, or one started here (as root, no systemd) and stopped at the end."""
     missing = [
         name for name in PROGRAMS if shutil.which(name, path=os.environ["PATH"] + ":/usr/sbin") is None
     ]
@@ -55,8 +58,19 @@ def slurm(tmp_path_factory):
         why = f"missing: {', '.join(missing)}" if missing else "not root"
         pytest.skip(f"no SLURM here ({why}): apt-get install slurmctld slurmd slurm-client munge")
     if is_idle():
+        yield
         return
-    folder = tmp_path_factory.mktemp("slurm")
+    # not pytest's own folders: it prunes them while the daemons live
+    with tempfile.TemporaryDirectory(prefix="vlgpt-slurm-") as folder:
+        try:
+            start(Path(folder))
+            yield
+        finally:
+            stop(Path(folder))
+
+
+def start(folder):
+    """Configure and start the three daemons; skips when the node does not become idle."""
     host = call("hostname", "-s").stdout.strip()
     (folder / "state").mkdir()
     (folder / "spool").mkdir()
@@ -75,3 +89,14 @@ def slurm(tmp_path_factory):
         if time.monotonic() > deadline_s:
             pytest.skip(f"SLURM does not start here: see {folder}/slurmctld.log")
         time.sleep(0.5)
+
+
+def stop(folder):
+    """End the controller and the node; munged stays, it keeps nothing."""
+    for name in ("slurmd.pid", "slurmctld.pid"):
+        with contextlib.suppress(OSError, ValueError):
+            pid = int((folder / name).read_text())
+            os.kill(pid, signal.SIGTERM)
+            deadline_s = time.monotonic() + 20
+            while Path(f"/proc/{pid}/cmdline").read_bytes() and time.monotonic() < deadline_s:
+                time.sleep(0.2)
