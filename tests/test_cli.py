@@ -20,6 +20,9 @@ CONFIG = "launchers/configs/demo/pretrain.yaml"
             ["data.sources.0.path=runs/demo/nowhere/at/all"],
             ["data.sources.0.path", "does not exist", "make demo"],
         ),
+        (["data.sources.0.path=/nowhere"], ["data.sources.0.path", "/nowhere", "does not exist"]),
+        (["data.sources.0.path=nowhere"], ["data.sources.0.path", "nowhere", "does not exist"]),
+        (["stage.encoder.path=/nowhere"], ["stage.encoder.path", "/nowhere", "does not exist"]),
         (
             ["stage.encoder.path=/no/such/encoder"],
             ["stage.encoder.path", "/no/such/encoder", "does not exist"],

@@ -40,7 +40,7 @@ def is_finished(settings: RunSettings) -> bool:
 def missing_inputs(settings: RunSettings) -> list[tuple[str, str]]:
     """Keys of local folders that a run reads and that are not there, before anything slow starts.
 
-    A name without a slash or with a hub's `owner/name` form may live elsewhere and is not judged here.
+    A model's name without a slash or in a hub's `owner/name` form may live elsewhere and is not judged here.
     """
     validation = settings.validation
     paths = [(f"data.sources.{n}.path", source.path) for n, source in enumerate(settings.data.sources)]
@@ -62,8 +62,13 @@ def missing_inputs(settings: RunSettings) -> list[tuple[str, str]]:
         paths.append((f"stage.{key}", stage.get(key) or ""))
     for key in ("encoder", "conditioner"):
         paths.append((f"stage.{key}.path", (stage.get(key) or {}).get("path", "")))
-    is_local = [(key, path) for key, path in paths if path.count("/") > 1 and "://" not in path]
-    return [(key, path) for key, path in is_local if not Path(path).exists()]
+    return [(key, path) for key, path in paths if _must_be_here(key, path) and not Path(path).exists()]
+
+
+def _must_be_here(key: str, path: str) -> bool:
+    is_model = key.startswith("stage.")
+    may_be_hub_name = is_model and path.count("/") < 2 and not path.startswith(("/", "."))
+    return path != "" and "://" not in path and not may_be_hub_name
 
 
 def data_facts(settings: RunSettings) -> dict[str, str]:
