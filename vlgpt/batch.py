@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -150,12 +150,14 @@ class ConditionBatch:
         return value
 
 
-@dataclass(frozen=True)
-class LossTerm:
+class LossTerm(NamedTuple):
     """A sum over targets, never a mean: the loop divides by the count over all ranks and micro-batches.
 
     `count` must equal what the stage's `count_targets` gives for the same batch. `by_source` holds per-source
     (sum, count) pairs for the log, `(2, num_sources)`, detached.
+
+    A named tuple, since DeepSpeed looks for tensors in tuples, lists and dictionaries only: on the losses that it finds
+    hangs what it has to do before every backward pass (without it, ZeRO-1 in bf16 and offloading accumulate wrongly).
     """
 
     total: Tensor

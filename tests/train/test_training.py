@@ -85,6 +85,24 @@ def test_weights_after_three_steps_depend_on_neither_ranks_nor_accumulation(layo
 
 
 @pytest.fixture(scope="module")
+def updates(tmp_path_factory):
+    """What one step changes, with accumulation and without, in bf16."""
+    root = tmp_path_factory.mktemp("accumulated")
+    run_workers("accumulated", root, world_size=2)
+    return {path.stem: load_file(path) for path in root.glob("*.safetensors")}
+
+
+@pytest.mark.parametrize("layer", ["bf16 zero 1", "bf16 zero 2", "bf16 zero 3", "bf16 offload"])
+def test_accumulated_micro_batches_count_alike_under_every_optimizer_of_deepspeed(updates, layer):
+    """In the training precision: each of deepspeed's optimizers accumulates in code of its own."""
+    one, many = (
+        torch.cat([v.flatten() for v in updates[f"{layer}, {how}"].values()]) for how in ("one", "many")
+    )
+    assert float(one.norm()) > 0
+    assert float((one - many).norm() / one.norm()) < 0.03
+
+
+@pytest.fixture(scope="module")
 def resumed(tmp_path_factory):
     root, options = tmp_path_factory.mktemp("resume"), {"steps": 6, "drop": 0.3}
     runs = {"straight": options, "broken": {**options, "stop_after": 3}}

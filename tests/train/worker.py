@@ -68,12 +68,12 @@ def new_stage(kind, *, drop=0.0):
     return LanguageStage(model=model, num_sources=2, visual_input_drop=drop)
 
 
-def engine_of(settings, world_size, *, drop=0.0, zero=2, kind="full"):
+def engine_of(settings, world_size, *, drop=0.0, zero=2, kind="full", **more):
     stage = new_stage(kind, drop=drop)
     buckets = {"reduce_bucket_size": 1_000_000}
     if zero == 3:
         buckets |= {"stage3_prefetch_bucket_size": 100_000, "stage3_param_persistence_threshold": 100}
-    config = {"zero_optimization": {"stage": zero, **buckets}}
+    config = {"zero_optimization": {"stage": zero, **buckets, **more}, "zero_force_ds_cpu_optimizer": False}
     return Engine(stage, settings, merge_config(settings, config, world_size=world_size, source="test"))
 
 
@@ -125,6 +125,37 @@ def layouts(folder, rank, world_size, options):
             train_step(engine, batches, 1.0)
         write(gradients, folder / f"gradient_{name}.safetensors", rank)
         write(engine.trainable_state(), folder / f"weights_{name}.safetensors", rank)
+    return {}
+
+
+LAYERS_OF_DEEPSPEED = {
+    "bf16 zero 1": ("bf16", {"zero": 1}),
+    "bf16 zero 2": ("bf16", {"zero": 2}),
+    "bf16 zero 3": ("bf16", {"zero": 3}),
+    "bf16 offload": (
+        "bf16",
+        {"zero": 2, "offload_optimizer": {"device": "cpu"}, "reduce_bucket_size": 1000},
+    ),
+}
+
+
+def accumulated(folder, rank, world_size, options):
+    """One step on the same eight rows, in 8 / world_size micro-batches and in one, under deepspeed's optimizers."""
+    for name, (precision, zero) in LAYERS_OF_DEEPSPEED.items():
+        for micro in (1, 8 // world_size):
+            settings = settings_of(
+                folder, steps=1, global_batch=8, micro_batch=micro, eps=1.0, clipping=1e9, precision=precision
+            )
+            engine = engine_of(settings, world_size, **zero)
+            before = engine.trainable_state()
+            rows = rows_of(1, 8)[rank::world_size]
+            batches = [
+                pack(rows[k : k + micro], TOKENIZER, length=LENGTH) for k in range(0, len(rows), micro)
+            ]
+            train_step(engine, batches, 1.0)
+            after = engine.trainable_state()
+            updates = {key: after[key] - before[key] for key in after}
+            write(updates, folder / f"{name}, {'one' if micro > 1 else 'many'}.safetensors", rank)
     return {}
 
 
@@ -300,7 +331,7 @@ def several(folder, rank, world_size, options):
     return results
 
 
-TASKS = (layouts, train, several, modalities, poison, poisoned_for_good)
+TASKS = (layouts, accumulated, train, several, modalities, poison, poisoned_for_good)
 
 
 def main():
