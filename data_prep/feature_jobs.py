@@ -121,12 +121,11 @@ def make_job(
             size = encoder.image_size_px
             patches = encoder.patches(torch.zeros(1, 3, size, size, device=encoder.mean.device))
             shape = tuple((used.encode(patches) if used is not None else patches).shape[1:])
-    layer = f"{encoder.layer}{'' if encoder.has_cls else ' without CLS'}"
     spec = FeatureSpec(
         name=name,  # type: ignore[arg-type]
         encoder=encoder_name,
         weights_hash=hash_weights(encoder) + (f"+{hash_weights(used)}" if used is not None else ""),
-        layer=layer if PER[name] == "image" else "final",
+        layer=encoder.layer_name if PER[name] == "image" else "final",
         preprocessing=encoder.preprocessing,
         shape=shape,
         dtype=dtype,  # type: ignore[arg-type]

@@ -99,6 +99,18 @@ def test_a_bad_request_spoils_no_other(generator):
     assert [event.kind for event in heard[3]] == ["cancelled"]
 
 
+def test_a_fault_while_pictures_are_encoded_ends_its_request_only(generator, monkeypatch):
+    def fail(images):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(generator, "tokenize", fail)
+    heard: list[list] = [[], []]
+    dialogues = Dialogue().asking(picture(1), "what?"), Dialogue().asking("hello there")
+    answer(generator, [Request(d, SETTINGS, h.append) for d, h in zip(dialogues, heard)])
+    assert heard[0][-1].kind == "internal" and "out of memory" not in heard[0][-1].message
+    assert isinstance(heard[1][-1], Finished)
+
+
 def test_a_full_context_is_trimmed_at_turn_borders_and_the_user_is_told(generator):
     turns = []
     for number in range(12):

@@ -493,3 +493,11 @@ def test_bad_requests_say_what_is_wrong(drawing):
         drawing.draw(torch.zeros(1, NUM_VISUAL, VISUAL_WIDTH), seeds=[(0,)])
     assert drawing.generate([], DecodeSettings()) == []
     assert drawing.rank(Prompt(Document("d", "t", (TextPart("x"),))), []).shape == (0,)
+
+
+def test_the_coldest_temperatures_are_greedy(drawing):
+    greedy = DecodeSettings(max_new_tokens=6, images="never")
+    cold = dataclasses.replace(greedy, temperature=1e-40)
+    prompts = make_prompts(3)
+    replies = [drawing.generate(prompts, settings) for settings in (greedy, cold)]
+    assert [r.token_ids for r in replies[0]] == [r.token_ids for r in replies[1]]

@@ -132,6 +132,8 @@ def test_equal_requests_give_equal_replies_and_seeds_change_them(address):
         ({"messages": [user("x")], "modalities": ["audio"]}, ["modalities"]),
         ({"messages": [user("x")], "num_beams": 2, "temperature": 1}, ["num_beams"]),
         ({"messages": [user("x")], "stop": ["a"] * 5}, ["stop"]),
+        ({"messages": [user("x")], "stop": "a" * 129}, ["stop", "128"]),
+        ({"messages": [user("x"), {"role": "assistant", "content": "y"}] * 513}, ["messages", "1024"]),
         ({"messages": [{"role": "system", "content": "x"}, user("x")]}, ["messages.0", "system"]),
         ({"messages": [{"role": "assistant", "content": "x"}]}, ["last message"]),
         ({"messages": [user()]}, ["turn 1", "empty"]),

@@ -175,9 +175,7 @@ def _image_size_px(folder: Path, config: UnifiedConfig) -> int:
     return 224
 
 
-def load_generator(
-    folder: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32
-) -> Generator:
+def load_generator(folder: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = None) -> Generator:
     """See `Generator.load`."""
     return Generator.load(folder, device=device, dtype=dtype)
 

@@ -62,14 +62,15 @@ class Generator:
         self._read_images = ImageReader(image_tokenizer=model.image_tokenizer, encoder=encoder)
 
     @classmethod
-    def load(
-        cls, export: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32
-    ) -> Generator:
+    def load(cls, export: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = None) -> Generator:
         """All that an export folder holds or names. Raises UserError when a part is missing or does not fit.
 
-        `dtype` is that of the language model and a diffusion decoder; the small image parts stay in fp32.
+        `dtype` is that of the language model and a diffusion decoder, bfloat16 on a GPU and float32 on a CPU unless
+        given; the small image parts stay in fp32.
         """
         folder = Path(export)
+        if dtype is None:
+            dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
         config = UnifiedConfig.from_folder(folder)
         model = UnifiedModel.from_folder(folder)
         cast_parameters(model.lm, dtype)
@@ -84,6 +85,7 @@ class Generator:
         for part in (model, encoder, decoder):
             if isinstance(part, nn.Module):
                 part.to(device)
+        model.lm.settle_attention(torch.device(device), dtype)
         return cls(model=model, tokenizer=tokenizer, encoder=encoder, decoder=decoder)
 
     @property

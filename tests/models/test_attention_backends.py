@@ -216,3 +216,15 @@ def test_token_rows_train_as_with_pefts_own_layer(tied):
     assert len(rows) == (1 if tied else 2) and all(gradients[name].abs().sum() > 0 for name in rows)
     for name, gradient in pefts_gradients.items():
         torch.testing.assert_close(gradients[name], gradient, atol=1e-4, rtol=1e-4)
+
+
+def test_flash_attention_gives_way_where_it_cannot_run():
+    lm = new_model(new_document_tokenizer()).lm
+    for device, dtype, wanted in (
+        ("cuda", torch.bfloat16, "flash_attention_2"),
+        ("cuda", torch.float32, "sdpa"),
+        ("cpu", torch.bfloat16, "sdpa"),
+    ):
+        lm.backbone.config._attn_implementation = "flash_attention_2"
+        lm.settle_attention(torch.device(device), dtype)
+        assert lm.backbone.config._attn_implementation == wanted

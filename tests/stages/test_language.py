@@ -189,3 +189,18 @@ def test_lora_trains_the_adapter_the_head_and_two_token_rows_only(tokenizer):
     )
     changed = (embedding != embedding_before).any(-1)[0].nonzero().squeeze(1).tolist()
     assert set(changed) <= set(rows) and changed
+
+
+def test_an_adapter_remembers_the_language_model_under_it(tokenizer):
+    lora = LoraSettings(rank=4, dropout=0.0)
+
+    def hashes(seed, dtype=torch.float32):
+        model = new_model(tokenizer, seed=seed)
+        model.lm.add_lora(lora, [tokenizer.begin_image_id, tokenizer.end_image_id])
+        model.lm.backbone.to(dtype)
+        return LanguageStage(model=model, num_sources=2).frozen_hashes()["language_model"]
+
+    assert hashes(0) == hashes(0) != hashes(1)
+    assert hashes(0) == hashes(0, torch.bfloat16)
+    whole = LanguageStage(model=new_model(tokenizer), num_sources=2)
+    assert "language_model" not in whole.frozen_hashes()

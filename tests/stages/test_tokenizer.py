@@ -133,3 +133,16 @@ def test_trained_parts_reload_bit_for_bit(tmp_path):
     assert torch.equal(tokenizer.encode(batch.patches), encoded)
     assert encoded.mean(0).abs().max() < 1e-3, "embeddings are standardised by their own statistics"
     assert torch.equal(detokenizer.decode(encoded)[0], stage.detokenizer.decode(encoded)[0])
+
+
+@pytest.mark.parametrize("frozen", ["tokenizer", "detokenizer"])
+def test_a_frozen_part_keeps_the_statistics_that_it_was_trained_with(frozen):
+    stage = new_stage()
+    getattr(stage, frozen).requires_grad_(False)
+    before = {name: value.clone() for name, value in stage.state_dict().items()}
+    stage.prepare([new_batch()], lambda values: values)
+    stage.finish([new_batch()], lambda values: values)
+    changed = {
+        name.split(".")[0] for name, value in stage.state_dict().items() if not value.equal(before[name])
+    }
+    assert changed == {"tokenizer", "detokenizer"} - {frozen}

@@ -8,13 +8,17 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+from vlgpt.log import UserError
+from vlgpt.shards import FeatureSpec
 from vlgpt.train import commit
 from vlgpt.train.agreement import disagreement, replica_digest
+from vlgpt.train.facts import check_features
 from vlgpt.train.faults import SpikeDetector
 from vlgpt.train.supervise import supervise, with_fresh_port
 from vlgpt.train.upload import Uploader
@@ -212,3 +216,36 @@ def test_a_signal_to_the_supervisor_reaches_the_run_as_a_request(tmp_path, numbe
 
 def test_after_an_interrupt_nothing_starts_again(tmp_path):
     assert signalled(tmp_path, signal.SIGINT) not in (0, 75)
+
+
+@pytest.mark.parametrize(
+    ("feature", "weights_hash", "layer", "reason"),
+    [
+        ("patches", "e", "-2", None),
+        ("visual", "e+t", "-2", None),
+        ("patches", "other", "-2", "another encoder"),
+        ("visual", "other+t", "-2", "another encoder"),
+        ("visual", "e+old", "-2", "another image tokenizer"),
+        ("patches", "e", "-1", "layer '-1'"),
+    ],
+)
+def test_cached_features_of_other_weights_than_the_runs_are_refused(feature, weights_hash, layer, reason):
+    spec = FeatureSpec(
+        name=feature,
+        encoder="open_clip:x",
+        weights_hash=weights_hash,
+        layer=layer,
+        preprocessing="",
+        shape=(5, 8),
+        dtype="float16",
+        views=1,
+        per="image",
+    )
+    stage = SimpleNamespace(encoder=SimpleNamespace(layer_name="-2"))
+    frozen = {"encoder": "e", "image_tokenizer": "t"}
+    if reason is None:
+        check_features({feature: spec}, stage, frozen)
+        check_features({feature: spec}, SimpleNamespace(encoder=None), {})  # nothing held, nothing compared
+    else:
+        with pytest.raises(UserError, match=reason):
+            check_features({feature: spec}, stage, frozen)

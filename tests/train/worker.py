@@ -153,6 +153,7 @@ def accumulated(folder, rank, world_size, options):
                 pack(rows[k : k + micro], TOKENIZER, length=LENGTH) for k in range(0, len(rows), micro)
             ]
             train_step(engine, batches, 1.0)
+            assert world_size * sum(part.numel() for part in engine.masters()) >= engine.num_trainable
             after = engine.trainable_state()
             updates = {key: after[key] - before[key] for key in after}
             write(updates, folder / f"{name}, {'one' if micro > 1 else 'many'}.safetensors", rank)

@@ -166,6 +166,10 @@ def _prepare(generator: Generator, request: Request) -> Prompt | None:
     except ValueError as error:  # UserError and BadImage
         request.emit(Failed("bad_request", str(error)))
         return None
+    except Exception:
+        logger.exception("a prompt could not be prepared")
+        request.emit(Failed("internal", "the reply failed; the server's log tells why"))
+        return None
     num_dropped = num_exchanges(whole.document) - num_exchanges(prompt.document)
     if num_dropped:
         request.emit(Notice(f"The context is full: the oldest {num_dropped} exchanges are no longer read."))

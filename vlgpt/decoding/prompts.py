@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -138,26 +139,35 @@ def trim_to_length(prompt: Prompt, *, tokenizer: DocumentTokenizer, max_length: 
     An exchange is what the user says and the replies to it. Raises UserError when the last one alone is too
     long, or a document that is no chat.
     """
-    length = prompt_length(prompt.document, tokenizer=tokenizer)
     exchanges = _exchanges(prompt.document.parts)
-    num_dropped = 0
-    document, images = prompt.document, prompt.images
-    while length > max_length and num_dropped + 1 < len(exchanges) and document.is_chat:
-        num_dropped += 1
+
+    def without(num_dropped: int) -> Prompt:
+        if num_dropped == 0:
+            return prompt
         kept = [part for exchange in exchanges[num_dropped:] for part in exchange]
-        images = tuple(prompt.images[part.index] for part in kept if isinstance(part, ImagePart))
         document = join(prompt.document.id, prompt.document.source, [kept], prompt.document.info)
-        length = prompt_length(document, tokenizer=tokenizer)
-    if length > max_length:
+        images = tuple(prompt.images[part.index] for part in kept if isinstance(part, ImagePart))
+        return replace(prompt, document=document, images=images)
+
+    def room_left(num_dropped: int) -> int:
+        return max_length - prompt_length(without(num_dropped).document, tokenizer=tokenizer)
+
+    num_dropped = 0
+    if room_left(0) < 0 and prompt.document.is_chat and len(exchanges) > 1:
+        choices = range(
+            1, len(exchanges) - 1
+        )  # bisected, as a long chat has many; the last exchange always stays
+        num_dropped = 1 + bisect_left(choices, 0, key=room_left)
+    if (room := room_left(num_dropped)) < 0:
         raise UserError(
-            f"prompt {prompt.address!r} takes {length} positions, there is room for {max_length}: "
+            f"prompt {prompt.address!r} takes {max_length - room} positions, there is room for {max_length}: "
             "shorten it or lower max_new_tokens"
         )
     if num_dropped:
         get_logger("decoding").warning(
             "%s: dropped the oldest %d exchanges, the context is full", prompt.address, num_dropped
         )
-    return replace(prompt, document=document, images=images)
+    return without(num_dropped)
 
 
 def _exchanges(parts: Sequence[Part]) -> list[list[Part]]:

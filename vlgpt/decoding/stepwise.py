@@ -17,6 +17,8 @@ from vlgpt.decoding.hypothesis import Hypothesis, ReplyRules
 from vlgpt.decoding.stream import RenderedPrompt, Stream
 from vlgpt.decoding.streaming import TextStreams
 
+COLDEST = 1e-3  # a temperature below is greedy: dividing by it would leave no finite score
+
 
 @dataclass(frozen=True)
 class Hooks:
@@ -40,7 +42,7 @@ class TokenChooser:
     """The most likely token, or a draw from the addressed generator of each prompt: one number per token."""
 
     def __init__(self, *, settings: DecodeSettings, addresses: Sequence[str]):
-        self.is_greedy = settings.temperature == 0
+        self.is_greedy = settings.temperature < COLDEST
         self.warpers = LogitsProcessorList()
         if self.is_greedy:
             return
@@ -61,7 +63,10 @@ class TokenChooser:
         cumulative = probabilities.cumsum(-1)
         draws = np.array([self.generators[prompt].random() for prompt in prompts])
         heights = torch.from_numpy(draws * (1 - 1e-12)).to(scores.device)[:, None] * cumulative[:, -1:]
-        return torch.searchsorted(cumulative, heights, right=True)[:, 0].tolist()
+        chosen = torch.searchsorted(cumulative, heights, right=True)[:, 0]
+        return chosen.clamp(
+            max=scores.shape[-1] - 1
+        ).tolist()  # scores that are not finite would give one more
 
 
 def decode_stepwise(

@@ -53,6 +53,8 @@ class TextStreams:
         length = len(text.rstrip(UNFINISHED))
         tails = [*self.rules.settings.stop, self.rules.tokenizer.template.end]
         for stop in tails:
-            held = next((n for n in range(len(stop) - 1, 0, -1) if text[:length].endswith(stop[:n])), 0)
+            held = next(
+                (n for n in range(min(len(stop) - 1, length), 0, -1) if text[:length].endswith(stop[:n])), 0
+            )
             length = min(length, len(text) - held) if held else length
         return len(text[:length].rstrip())

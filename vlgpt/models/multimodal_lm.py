@@ -209,6 +209,13 @@ class MultimodalLM(KeepsBuffers):
             if hasattr(layer, "trainable_tokens_delta"):
                 layer.forward_adapters = MethodType(forward_with_rows, layer)
 
+    def settle_attention(self, device: torch.device, dtype: torch.dtype) -> None:
+        """SDPA where flash-attn cannot run: it takes 16-bit tensors on a GPU only."""
+        is_flash = self.backbone.config._attn_implementation.startswith("flash_attention")
+        if is_flash and (device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16)):
+            get_logger().info("attention: sdpa, since flash-attn takes no %s on %s", dtype, device.type)
+            self.backbone.set_attn_implementation("sdpa")
+
     def freeze_parts(self, names: Sequence[str]) -> None:
         """Leave parts untrained: regression_head, input_projection, token_rows (LoRA's), embeddings (all tables)."""
         groups: dict[str, list[nn.Parameter]] = {

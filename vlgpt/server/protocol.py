@@ -24,6 +24,9 @@ DATA_URL = re.compile(r"data:image/(?:png|jpeg|jpg|webp|gif|bmp|tiff);base64,", 
 FINISH_REASONS = {"end": "stop", "stop": "stop", "length": "length"}
 
 
+StopText = Annotated[str, Field(max_length=128)]
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -84,7 +87,7 @@ class ChatRequest(_Strict):
     `top_k`, `num_beams`, `max_images`, `visual_guidance` and `decoder_guidance` are additions, see DecodeSettings.
     """
 
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, max_length=1024)
     model: str | None = None
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
@@ -93,7 +96,7 @@ class ChatRequest(_Strict):
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0)
     num_beams: int = Field(1, ge=1, le=8)
-    stop: str | list[str] | None = None
+    stop: StopText | list[StopText] | None = None
     seed: int = Field(0, ge=0, lt=2**63)
     max_images: int = Field(1, ge=1, le=8)
     visual_guidance: float = Field(1.0, ge=0, le=50, allow_inf_nan=False)

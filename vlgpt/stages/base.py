@@ -56,6 +56,11 @@ class Stage(nn.Module, ABC):
                 yield name, parameter
 
 
+def is_trained(module: nn.Module) -> bool:
+    """Whether any of its parameters is."""
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
 def parameter_groups(stage: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """AdamW groups: weight decay on matrices only; norms, biases, embeddings, queries and token rows get none.
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vlgpt.batch import Batch, ImageInput, LossTerm
-from vlgpt.models.encoders import ClipEncoder
+from vlgpt.models.encoders import ClipEncoder, fingerprint
 from vlgpt.models.heads import Objective, regression_errors
 from vlgpt.models.losses import count_targets, cross_entropies, sums_by_source, targets_of
 from vlgpt.models.unified import UnifiedModel
@@ -63,6 +63,14 @@ class LanguageStage(Stage):
             "encoder": self.encoder,
         }
         return {name: module for name, module in parts.items() if module is not None}
+
+    def frozen_hashes(self) -> dict[str, str]:
+        """Also a fingerprint of the language model under LoRA: an adapter on another base is worth nothing."""
+        hashes = super().frozen_hashes()
+        if self.model.lm.has_lora:
+            frozen = {n: p for n, p in self.model.lm.named_parameters() if not p.requires_grad}
+            hashes["language_model"] = fingerprint(frozen)
+        return hashes
 
     @torch.no_grad()
     def visual_of(self, images: ImageInput | None) -> Tensor | None:

@@ -15,7 +15,7 @@ from vlgpt.models.image_detokenizer import ImageDetokenizer
 from vlgpt.models.image_tokenizer import ImageTokenizer
 from vlgpt.models.losses import squared_errors, sums_by_source
 from vlgpt.models.standardise import accumulate
-from vlgpt.stages.base import AllSum, Stage
+from vlgpt.stages.base import AllSum, Stage, is_trained
 
 
 class ImageTokenizerStage(Stage):
@@ -93,7 +93,12 @@ class ImageTokenizerStage(Stage):
 
     @torch.no_grad()
     def prepare(self, batches: Iterable[ConditionBatch], all_sum: AllSum) -> None:
-        """Statistics of e_v and e_t over about `statistics_samples` samples of the training stream."""
+        """Statistics of e_v and e_t over about `statistics_samples` samples of the training stream.
+
+        A frozen detokenizer keeps those that it was trained with.
+        """
+        if not is_trained(self.detokenizer):
+            return
         image_sum: Any = 0.0
         text_sum: Any = 0.0
         num_seen = 0
@@ -109,7 +114,12 @@ class ImageTokenizerStage(Stage):
 
     @torch.no_grad()
     def finish(self, batches: Iterable[ConditionBatch], all_sum: AllSum) -> None:
-        """Statistics of the trained visual embeddings, by which the language model sees them standardised."""
+        """Statistics of the trained visual embeddings, by which the language model sees them standardised.
+
+        A frozen tokenizer keeps its own: language models were trained on them.
+        """
+        if not is_trained(self.tokenizer):
+            return
         moments: Any = 0.0
         num_seen = 0
         for batch in batches:

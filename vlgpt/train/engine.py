@@ -226,8 +226,13 @@ class Engine:
 
     def masters(self) -> list[Tensor]:
         """This rank's partitions of the fp32 masters, flat."""
-        kind = "fp32_partitioned_groups_flat" if self.zero_stage == 3 else "single_partition_of_fp32_groups"
-        return list(getattr(self._engine.optimizer, kind))
+        kinds = (
+            "fp32_partitioned_groups_flat",  # ZeRO-3
+            "single_partition_of_fp32_groups",  # ZeRO-1 and 2
+            "fp32_groups_flat_partition",  # ZeRO-1 in bf16 is an optimizer of its own
+        )
+        optimizer = self._engine.optimizer
+        return list(next(getattr(optimizer, kind) for kind in kinds if hasattr(optimizer, kind)))
 
     @property
     def zero_stage(self) -> int:

@@ -18,7 +18,10 @@ from pydantic import ValidationError
 from vlgpt import log
 from vlgpt.config import dump
 from vlgpt.files import write_atomic
+from vlgpt.log import UserError
 from vlgpt.settings import RunSettings
+from vlgpt.shards import FeatureSpec
+from vlgpt.stages.base import Stage
 
 RESULT = "result"
 LIBRARIES = ("torch", "deepspeed", "transformers", "peft", "numpy", "safetensors")
@@ -90,6 +93,30 @@ def data_facts(settings: RunSettings) -> dict[str, str]:
             ).encode()
         found[source.path] = hashlib.sha256(content).hexdigest()[:16]
     return found
+
+
+def check_features(specs: Mapping[str, FeatureSpec], stage: Stage, frozen: Mapping[str, str]) -> None:
+    """Raises UserError for cached features that other weights made than those which this run holds and exports.
+
+    `frozen`: hashes of the frozen parts before any cast. What the run does not hold cannot be compared.
+    """
+    for name in ("patches", "visual"):
+        if (spec := specs.get(name)) is None:
+            continue
+        encoder, _, tokenizer = spec.weights_hash.partition("+")
+        own = frozen.get("encoder"), frozen.get("image_tokenizer") if name == "visual" else None
+        for part, found, expected in zip(("encoder", "image tokenizer"), (encoder, tokenizer), own):
+            if expected is not None and found != expected:
+                raise UserError(
+                    f"the cached features {name!r} come from another {part} ({spec.encoder}, weights {found}) than "
+                    f"this run has (weights {expected}): compute them again with python -m data_prep.features"
+                )
+        layer = getattr(getattr(stage, "encoder", None), "layer_name", spec.layer)
+        if layer != spec.layer:
+            raise UserError(
+                f"the cached features {name!r} are layer {spec.layer!r} of the encoder, stage.encoder means {layer!r}: "
+                "change one of them"
+            )
 
 
 def describe(stage: torch.nn.Module) -> None:

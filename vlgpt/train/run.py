@@ -23,7 +23,7 @@ from vlgpt.train.agreement import disagreement
 from vlgpt.train.average import MovingAverage
 from vlgpt.train.ds_config import lint, merge_config
 from vlgpt.train.engine import Engine, start_process_group, stop_process_group
-from vlgpt.train.facts import data_facts, describe, record_run, versions
+from vlgpt.train.facts import check_features, data_facts, describe, record_run, versions
 from vlgpt.train.loop import Run, RunState, TrainingStopped, train
 from vlgpt.train.profile import ProfileWindow
 from vlgpt.train.result import exporter, finish, placed
@@ -108,6 +108,8 @@ def build_run(
         stage.exporter = exporter(settings, tokenizer)
     facts = {"frozen": stage.frozen_hashes(), "versions": versions()}  # before ZeRO-3 takes parameters apart
     engine = Engine(stage, settings, merged)
+    if isinstance(stage, language.LanguageStage):
+        stage.model.lm.settle_attention(engine.device, engine.dtype)
     metrics = None
     is_first = engine.rank == 0
     if is_first:
@@ -117,6 +119,7 @@ def build_run(
         metrics = log.MetricsLog(settings.run_dir, mirrors=mirrors)
     open_loader = loader_opener(settings, engine, stage, tokenizer)
     loader = open_loader(settings.data)
+    check_features(loader.feature_specs, stage, facts["frozen"])
     if odd := disagreement(engine.gather_objects(loader.state_dict())):
         raise UserError(
             f"processes read different data: {odd}; do all nodes see the same shards and indexes?"
