@@ -306,6 +306,23 @@ def test_closing_fails_what_waits_and_late_requests_time_out(generator, monkeypa
     assert [event.kind for event in late_again] == ["timeout"]
 
 
+def test_a_lost_device_ends_the_queue_so_that_health_says_down(generator, monkeypatch):
+    gate = Gate(generator, monkeypatch)
+    batcher = Batcher(generator, max_batch=1)
+    (first, waiting), heard = requests(2)
+    batcher.submit(first)
+    wait_for(lambda: batcher.num_running == 1)
+    batcher.submit(waiting)
+    monkeypatch.setattr(type(generator), "is_device_alive", False)
+    gate.open()
+    wait_for(lambda: bool(heard[1]))
+    assert heard[1][-1].kind == "unavailable" and isinstance(heard[0][-1], Finished)
+    wait_for(lambda: not batcher.is_alive)
+    with pytest.raises(ShuttingDown):
+        batcher.submit(first)
+    batcher.close()
+
+
 def test_a_fault_of_the_model_is_a_500_and_the_server_lives_on(generator, monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("secret detail")

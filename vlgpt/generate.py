@@ -93,6 +93,14 @@ class Generator:
         return self.model.lm.visual_scale.device
 
     @property
+    def is_device_alive(self) -> bool:
+        """Whether the device still computes."""
+        try:
+            return bool(torch.ones(1, device=self.device).item() == 1)
+        except RuntimeError:
+            return False
+
+    @property
     def max_length(self) -> int:
         """Positions that the language model was built for."""
         return self.model.lm.backbone.config.max_position_embeddings

@@ -9,6 +9,9 @@ from collections.abc import Callable
 
 from vlgpt.chat.reply import Failed, Request, answer
 from vlgpt.generate import Generator
+from vlgpt.log import get_logger
+
+logger = get_logger("chat")
 
 
 class QueueFull(Exception):
@@ -78,6 +81,11 @@ class Batcher:
 
     def close(self) -> None:
         """Fail what waits, cancel what runs, end the thread."""
+        self._refuse(Failed("unavailable", "the server is shutting down"))
+        self._thread.join(timeout=60)
+
+    def _refuse(self, failed: Failed) -> None:
+        """Take nothing more; what waits fails, what runs is cancelled."""
         with self._changed:
             self._is_closed = True
             waiting = list(self._waiting)
@@ -86,8 +94,7 @@ class Batcher:
                 request.cancel()
             self._changed.notify()
         for request in waiting:
-            request.emit(Failed("unavailable", "the server is shutting down"))
-        self._thread.join(timeout=60)
+            request.emit(failed)
 
     def _drop_dead(self) -> None:
         """Cancelled and late requests make room for new ones."""
@@ -117,7 +124,7 @@ class Batcher:
             pass
 
     def _answer_next(self) -> bool:
-        """Wait for a batch and answer it; nothing of it is held afterwards. False when the queue is closed."""
+        """Wait for a batch and answer it; nothing of it is held afterwards. False when that was the last one."""
         batch = self._take()
         if batch is None:
             return False
@@ -128,4 +135,10 @@ class Batcher:
         seconds = time.monotonic() - start
         self._batch_s += 0.2 * (seconds - self._batch_s)
         self._on_batch(len(batch), seconds)
+        if (
+            not self.generator.is_device_alive
+        ):  # after an assertion on a GPU every later call of this process fails
+            logger.error("the device is lost: no more requests are taken, restart the process")
+            self._refuse(Failed("unavailable", "the server has lost its device"))
+            return False
         return True
