@@ -79,6 +79,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--against", type=Path, nargs="+", default=[], help="find: evaluation sets (hashed folders)"
     )
+    parser.add_argument(
+        "--only-against",
+        action="store_true",
+        help="find: keep duplicates (several captions or dialogues of one picture), drop what --against holds",
+    )
     parser.add_argument("--work", type=Path, help="find, apply: folder for pairs, verdicts and report.json")
     parser.add_argument("--output", type=Path, help="apply: the new data set")
     parser.add_argument(
@@ -97,6 +102,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"--max-distance must be between 0 and 15, found {arguments.max_distance}")
     if arguments.step != "hash" and arguments.work is None:
         raise UserError(f"{arguments.step} needs --work, a folder for what find has found")
+    if arguments.only_against and not arguments.against:
+        raise UserError("--only-against compares with nothing: name the evaluation sets with --against")
     if arguments.step == "hash":
         for folder in arguments.folders:
             made = hash_folder(folder, **task)
@@ -106,6 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "against": arguments.against,
             "work": arguments.work,
             "max_distance": arguments.max_distance,
+            "is_only_against": arguments.only_against,
         }
         report = find(arguments.folders, **options, **task)
         console.print_json(json.dumps(report["folders"])) if report else console.print(

@@ -120,11 +120,15 @@ def find(
     against: Sequence[Path],
     work: Path,
     max_distance: int,
+    is_only_against: bool = False,
     task_index: int = 0,
     num_tasks: int = 1,
 ) -> dict[str, Any] | None:
     """This task's share of the comparisons; the task that sees all shares writes the verdicts and returns the
     report.
+
+    `is_only_against` keeps duplicates, as several captions or dialogues of one picture are, and drops what
+    evaluation sets hold.
     """
     corpus = load_corpus(folders, against=against)
     _require_different(corpus)
@@ -139,9 +143,12 @@ def find(
         return None
     together = np.unique(np.concatenate([share for share in shares if share is not None]), axis=0)
     verdict, cause = judge(corpus, together)
+    if is_only_against:
+        verdict[verdict != CONTAMINATED] = 0
     counted: dict[str, dict[str, int]] = {}
     report: dict[str, Any] = {
         "max_distance": max_distance,
+        "only_against": is_only_against,
         "against": [str(path) for path in against],
         "folders": counted,
         "evaluation_sets": _evaluation_counts(corpus, verdict, cause),

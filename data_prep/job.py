@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -102,7 +103,7 @@ def claim_folder(job: Job) -> None:
     job.folder.mkdir(parents=True, exist_ok=True)
     path = job.folder / SETTINGS
     wanted = json.dumps(job.settings(), indent=1, sort_keys=True)
-    temporary = job.folder / f".{SETTINGS}.{os.getpid()}"
+    temporary = job.folder / f".{SETTINGS}.{secrets.token_hex(6)}"
     temporary.write_text(wanted)
     try:
         os.link(temporary, path)  # the first task wins; the others compare

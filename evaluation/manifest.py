@@ -7,8 +7,8 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
-import os
 import platform
+import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -146,7 +146,7 @@ def write_or_check(folder: Path, manifest: dict[str, Any]) -> None:
             )
         return
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".run.{os.getpid()}.json"
+    temporary = folder / f".run.{secrets.token_hex(6)}.json"
     temporary.write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     temporary.replace(path)
 

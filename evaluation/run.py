@@ -224,6 +224,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return benchmarks.suite(arguments[0]).main(arguments[1:])
     args = parser().parse_args(arguments)
     configure(rank=args.rank or 0)
+    if not 0 <= (args.rank or 0) < args.num_processes:
+        raise UserError(
+            f"--rank must be between 0 and {args.num_processes - 1}, found {args.rank}; SLURM arrays start at 0, and "
+            "some tasks of N again are NUM_TASKS=N sbatch --array=3,5"
+        )
     if args.num_processes > 1 and args.rank is None:
         return _start_processes(arguments, args.num_processes)
     benchmark = benchmarks.make(args.benchmark, prompt_file=args.prompts, **pairs(args.option, "--option"))

@@ -124,6 +124,11 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parser().parse_args(arguments)
     configure(rank=args.rank or 0)
+    if not 0 <= (args.rank or 0) < args.num_processes:
+        raise UserError(
+            f"--rank must be between 0 and {args.num_processes - 1}, found {args.rank}; SLURM arrays start at 0, and "
+            "some tasks of N again are NUM_TASKS=N sbatch --array=3,5"
+        )
     if args.num_processes > 1 and args.rank is None:
         return _start_processes(list(sys.argv[1:] if arguments is None else arguments), args.num_processes)
     parts = _run_suites(args)

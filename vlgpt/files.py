@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import secrets
 from pathlib import Path
 from typing import BinaryIO
 
@@ -15,7 +16,7 @@ CHUNK_BYTES = 1 << 20
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Replace `path` by `data`; a reader (or a crash) sees the old file or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     with temporary.open("wb") as file:
         file.write(data)
         file.flush()

@@ -63,15 +63,18 @@ class Img2datasetSource:
         size = number(value, "original_width"), number(value, "original_height")
         if None not in size:
             info["original_size"] = list(size)
-        if "top_caption" in self._captions and isinstance(value.get("top_caption"), str):
-            info |= _similarity_of_top(value)
+        column = next((name for name in self._captions if isinstance(value.get(name), str)), None)
+        if column == "top_caption":
+            info.pop("similarity", None)  # that of the page's own text
+        if column is not None:
+            info |= _own_similarity(value, value[column])
         return info
 
 
-def _similarity_of_top(value: Mapping[str, Any]) -> dict[str, Any]:
-    """LAION-COCO's `similarity` judges the page's own text; its captions have theirs in a list."""
+def _own_similarity(value: Mapping[str, Any], caption: str) -> dict[str, Any]:
+    """That of LAION-COCO's captions, which stand in a list (img2dataset may have renamed the best one's column)."""
     captions, similarities = value.get("all_captions"), value.get("all_similarities")
     if not isinstance(captions, list) or not isinstance(similarities, list):
         return {}
     scores = dict(zip(captions, similarities))
-    return numbers({"similarity": scores.get(value["top_caption"])}, {"similarity": ("similarity",)})
+    return numbers({"similarity": scores.get(caption)}, {"similarity": ("similarity",)})

@@ -11,10 +11,13 @@ from typing import Annotated, Literal
 
 from data_prep.sources import Dropped, ImageOpener, Record
 from data_prep.sources.convert import BadRecord, convert, table_image, text
-from data_prep.sources.tables import RowCursor, TableRows
+from data_prep.sources.inputs import find_files
+from data_prep.sources.tables import SUFFIXES, RowCursor, TableRows
 from data_prep.sources.templates import edit_chat
 from vlgpt.document import Document
+from vlgpt.log import UserError, get_logger
 
+HELD_OUT = ("dev", "test", "validation")
 COLUMNS = {
     "img_id": ("img_id",),
     "turn_index": ("turn_index",),
@@ -45,8 +48,15 @@ class MagicBrushSource:
         inputs: Sequence[Path],
         *,
         turns: Annotated[Literal["multi", "single"], "a dialogue per picture, or a chat per row"] = "multi",
+        split: Annotated[Literal["train", "all"], "train passes over files named dev-* and test-*"] = "train",
     ):
-        self._rows = TableRows(inputs, COLUMNS, source="magicbrush", what="MagicBrush table")
+        files = [file.path for file in find_files(inputs, SUFFIXES, source="magicbrush")]
+        chosen = [path for path in files if split == "all" or not path.name.startswith(HELD_OUT)]
+        if not chosen:
+            raise UserError(f"{files[0]} and the like are splits for evaluation; --split all reads them")
+        for path in set(files) - set(chosen):
+            get_logger("magicbrush").warning("%s is left out: its split is for evaluation", path)
+        self._rows = TableRows(chosen, COLUMNS, source="magicbrush", what="MagicBrush table")
         numbers, turn_numbers = self._rows.column("img_id"), self._rows.column("turn_index")
         groups: dict[str, list[tuple[int, int]]] = defaultdict(list)
         for row, (number, turn) in enumerate(zip(numbers, turn_numbers)):

@@ -24,6 +24,7 @@ from evaluation.benchmarks.pictures import (
     drawn_picture,
     load_clip,
     percent_cosines,
+    scoring_device,
 )
 from evaluation.core import Benchmark, Decoding, Example, ImageSource, Prediction, Scores, metric, read_image
 from evaluation.metrics.fid import Moments, frechet_distance, frechet_distance_of_features, kernel_distance
@@ -109,7 +110,12 @@ class CocoGeneration(Benchmark):
         if self.inception:
             from evaluation.inception import InceptionFeatures
 
-            found.append(("FID", InceptionFeatures(Path(self.inception), resize_mode=self.resize)))  # type: ignore[arg-type]
+            extractor = InceptionFeatures(
+                Path(self.inception),
+                resize_mode=self.resize,  # type: ignore[arg-type]
+                device=scoring_device(),
+            )
+            found.append(("FID", extractor))
         if self.fd_clip:
             found.append(("FD_clip", load_clip(self.fd_clip, option="fd_clip")))
         return found

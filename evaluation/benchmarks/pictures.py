@@ -40,7 +40,14 @@ def load_clip(path: str, *, option: str = "clip") -> ClipFeatures:
         raise UserError(f"CLIP similarity needs a CLIP folder: give --option {option}=FOLDER")
     from evaluation.features import ClipFeatures
 
-    return ClipFeatures(Path(path))
+    return ClipFeatures(Path(path), device=scoring_device())
+
+
+def scoring_device() -> str:
+    """Where pictures are scored: the first visible GPU, if there is one."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def percent_cosines(first: np.ndarray, second: np.ndarray) -> np.ndarray:

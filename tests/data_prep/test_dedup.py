@@ -180,9 +180,20 @@ def test_a_document_leaves_only_when_all_its_pictures_are_duplicates(tmp_path):
     assert shards.manifest.dropped == {"filtered:contaminated": 1, "filtered:duplicate": 2}
 
 
+def test_captions_of_one_picture_stay_when_only_evaluation_pictures_are_to_leave(folders, tmp_path):
+    first, _, evaluation = folders
+    work, output = tmp_path / "w", tmp_path / "kept"
+    assert run("hash", first, evaluation) == 0
+    assert run("find", first, "--against", evaluation, "--only-against", "--work", work) == 0
+    assert run("apply", first, "--work", work, "--output", output) == 0
+    assert captions(output) == [*(f"a{n}" for n in range(8)), "a again", "a nearly"]
+    assert ShardSet.open(output).manifest.dropped == {"filtered:contaminated": 1, "not_an_image": 1}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("find", "A", "--work", "W", "--only-against"), "--only-against compares with nothing"),
         (("find", "A", "--work", "W"), "has no hashes; run python -m data_prep.dedup hash"),
         (("find", "A"), "find needs --work"),
         (("apply", "A", "--work", "W", "--output", "O"), "holds no verdicts"),

@@ -98,6 +98,19 @@ def test_laion_coco_takes_the_top_caption_and_its_own_similarity(tmp_path):
         open_source("img2dataset", tmp_path, caption_column="title")
 
 
+def test_laion_coco_s_similarity_is_that_of_the_caption_whatever_img2dataset_called_it(tmp_path):
+    row = asset("img2dataset.json") | asset("laion_coco.json") | {"jpg": picture(0)}
+    renamed = {key: value for key, value in row.items() if key != "top_caption"}
+    renamed["caption"] = row["top_caption"]  # --caption_col top_caption
+    alone = {key: value for key, value in row.items() if not key.startswith("all_")}
+    write_table(tmp_path / "a" / "00000.parquet", [renamed])
+    write_table(tmp_path / "b" / "00000.parquet", [alone])
+    (item,) = read_all(open_source("img2dataset", tmp_path / "a"))
+    assert item.document.text == "a dog on a bed" and item.document.info["similarity"] == 0.35
+    (item,) = read_all(open_source("img2dataset", tmp_path / "b"))
+    assert item.document.text == "a dog on a bed" and "similarity" not in item.document.info
+
+
 def test_pictures_without_caption_can_serve_stage_1(tmp_path):
     rows = [
         asset("img2dataset.json") | {"jpg": picture(n), "caption": text} for n, text in enumerate(["", None])
@@ -261,6 +274,17 @@ def test_magicbrush_turns_become_one_dialogue_in_which_each_edits_the_last_pictu
     assert cat.document.info == {"image_id": "242679", "turns": [1, 2]}
     single = read_all(open_source("magicbrush", tmp_path, turns="single"))
     assert sorted(shown(item)[0][1] for item in single) == [0, 2, 4]
+
+
+def test_magicbrush_leaves_the_splits_for_evaluation_out_unless_told(tmp_path):
+    rows = magicbrush_rows()
+    write_table(tmp_path / "data" / "train-00000.parquet", rows[:2])
+    write_table(tmp_path / "data" / "dev-00000.parquet", rows[2:])
+    assert len(read_all(open_source("magicbrush", tmp_path / "data"))) == 1
+    assert len(read_all(open_source("magicbrush", tmp_path / "data", split="all"))) == 2
+    (tmp_path / "data" / "train-00000.parquet").unlink()
+    with pytest.raises(UserError, match="--split all"):
+        open_source("magicbrush", tmp_path / "data")
 
 
 def test_magicbrush_shows_the_source_again_after_a_missing_turn_and_drops_what_is_ambiguous(tmp_path):

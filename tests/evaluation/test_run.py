@@ -17,6 +17,7 @@ from evaluation.core import Decoding
 from evaluation.predictions import PredictionLog, check_ids, merge, process_of, read_jsonl, read_shards
 from evaluation.run import main as run_main
 from evaluation.run import run, select
+from evaluation.run_all import main as run_all_main
 from evaluation.score import main as score_main
 from evaluation.score import read_predictions, score
 from vlgpt import seeds
@@ -381,3 +382,11 @@ def test_scores_that_are_not_numbers_are_never_published(data):
         score(benchmark, records, data)
     with pytest.raises(UserError, match="has 99 scores for 100 options"):
         score(benchmark, [{"id": e.id, "scores": list(np.zeros(99))} for e in examples], data)
+
+
+@pytest.mark.parametrize("main", [run_main, run_all_main])
+def test_a_rank_outside_the_processes_is_refused(main, tmp_path):
+    """`--array=3,5` counts two tasks: without a word their shares would never be answered."""
+    place = ["vqav2", "--model", "m", "--data", "d", "--output", "o"] if main is run_main else ["m", "d", "o"]
+    with pytest.raises(UserError, match="NUM_TASKS"):
+        main([*place, "--num-processes", "2", "--rank", "3"])
