@@ -224,11 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return benchmarks.suite(arguments[0]).main(arguments[1:])
     args = parser().parse_args(arguments)
     configure(rank=args.rank or 0)
-    if not 0 <= (args.rank or 0) < args.num_processes:
-        raise UserError(
-            f"--rank must be between 0 and {args.num_processes - 1}, found {args.rank}; SLURM arrays start at 0, and "
-            "some tasks of N again are NUM_TASKS=N sbatch --array=3,5"
-        )
+    require_rank(args.rank, args.num_processes)
     if args.num_processes > 1 and args.rank is None:
         return _start_processes(arguments, args.num_processes)
     benchmark = benchmarks.make(args.benchmark, prompt_file=args.prompts, **pairs(args.option, "--option"))
@@ -280,6 +276,15 @@ def _features(args: argparse.Namespace) -> Any:
     from evaluation.features import ClipFeatures
 
     return ClipFeatures(args.clip, device=args.device).images
+
+
+def require_rank(rank: int | None, num_processes: int) -> None:
+    """Raises UserError for a rank whose share nobody counts: it would be left out without a word."""
+    if not 0 <= (rank or 0) < num_processes:
+        raise UserError(
+            f"--rank must be between 0 and {num_processes - 1}, found {rank}; SLURM arrays start at 0, and "
+            "some tasks of N again are NUM_TASKS=N sbatch --array=3,5"
+        )
 
 
 def _start_processes(arguments: list[str], num_processes: int) -> int:

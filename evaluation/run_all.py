@@ -22,7 +22,7 @@ from evaluation import benchmarks, report
 from evaluation.core import DataNotFound, Responder
 from evaluation.fewshot import Demonstrator, FewShot
 from evaluation.responders import ModelResponder, OracleResponder, ShuffledResponder
-from evaluation.run import run, select, write_submission
+from evaluation.run import require_rank, run, select, write_submission
 from evaluation.score import score_folder
 from vlgpt.log import UserError, configure, get_logger, run_command
 
@@ -124,11 +124,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parser().parse_args(arguments)
     configure(rank=args.rank or 0)
-    if not 0 <= (args.rank or 0) < args.num_processes:
-        raise UserError(
-            f"--rank must be between 0 and {args.num_processes - 1}, found {args.rank}; SLURM arrays start at 0, and "
-            "some tasks of N again are NUM_TASKS=N sbatch --array=3,5"
-        )
+    require_rank(args.rank, args.num_processes)
     if args.num_processes > 1 and args.rank is None:
         return _start_processes(list(sys.argv[1:] if arguments is None else arguments), args.num_processes)
     parts = _run_suites(args)

@@ -54,7 +54,7 @@ class MagicBrushSource:
         chosen = [path for path in files if split == "all" or not path.name.startswith(HELD_OUT)]
         if not chosen:
             raise UserError(f"{files[0]} and the like are splits for evaluation; --split all reads them")
-        for path in set(files) - set(chosen):
+        for path in sorted(set(files) - set(chosen)):
             get_logger("magicbrush").warning("%s is left out: its split is for evaluation", path)
         self._rows = TableRows(chosen, COLUMNS, source="magicbrush", what="MagicBrush table")
         numbers, turn_numbers = self._rows.column("img_id"), self._rows.column("turn_index")

@@ -135,9 +135,7 @@ class Batcher:
         seconds = time.monotonic() - start
         self._batch_s += 0.2 * (seconds - self._batch_s)
         self._on_batch(len(batch), seconds)
-        if (
-            not self.generator.is_device_alive
-        ):  # after an assertion on a GPU every later call of this process fails
+        if not self.generator.is_device_alive:  # as after an assertion on a GPU
             logger.error("the device is lost: no more requests are taken, restart the process")
             self._refuse(Failed("unavailable", "the server has lost its device"))
             return False

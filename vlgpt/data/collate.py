@@ -84,8 +84,6 @@ def _stack(
     """One array of every slot: -> (B, ...); zeros where a slot has none."""
     empty = np.zeros(shape, dtype)
     values = [empty if slot is None else slot.arrays.get(name, empty) for slot in slots]
-    return (
-        to_pixels(values)
-        if name == "pixels"
-        else torch.from_numpy(np.stack(values).astype(dtype, copy=False))
-    )
+    if name == "pixels":
+        return to_pixels(values)
+    return torch.from_numpy(np.stack(values).astype(dtype, copy=False))
