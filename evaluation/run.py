@@ -226,7 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     configure(rank=args.rank or 0)
     require_rank(args.rank, args.num_processes)
     if args.num_processes > 1 and args.rank is None:
-        return _start_processes(arguments, args.num_processes)
+        return start_processes("evaluation.run", arguments, args.num_processes)
     benchmark = benchmarks.make(args.benchmark, prompt_file=args.prompts, **pairs(args.option, "--option"))
     examples = select(benchmark.examples(args.data), limit=args.limit, seed=args.seed)
     few_shot = FewShot(args.shots, args.seed, args.selection)
@@ -287,11 +287,10 @@ def require_rank(rank: int | None, num_processes: int) -> None:
         )
 
 
-def _start_processes(arguments: list[str], num_processes: int) -> int:
-    """Run one process per rank on this machine; the worst exit code."""
+def start_processes(module: str, arguments: Sequence[str], num_processes: int) -> int:
+    """Run the module once per rank on this machine; the worst exit code."""
     commands = [
-        [sys.executable, "-m", "evaluation.run", *arguments, "--rank", str(rank)]
-        for rank in range(num_processes)
+        [sys.executable, "-m", module, *arguments, "--rank", str(rank)] for rank in range(num_processes)
     ]
     children = [subprocess.Popen(command) for command in commands]
     try:

@@ -8,8 +8,6 @@ results.json.
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +20,7 @@ from evaluation import benchmarks, report
 from evaluation.core import DataNotFound, Responder
 from evaluation.fewshot import Demonstrator, FewShot
 from evaluation.responders import ModelResponder, OracleResponder, ShuffledResponder
-from evaluation.run import require_rank, run, select, write_submission
+from evaluation.run import require_rank, run, select, start_processes, write_submission
 from evaluation.score import score_folder
 from vlgpt.log import UserError, configure, get_logger, run_command
 
@@ -126,7 +124,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     configure(rank=args.rank or 0)
     require_rank(args.rank, args.num_processes)
     if args.num_processes > 1 and args.rank is None:
-        return _start_processes(list(sys.argv[1:] if arguments is None else arguments), args.num_processes)
+        own = sys.argv[1:] if arguments is None else arguments
+        return start_processes("evaluation.run_all", own, args.num_processes)
     parts = _run_suites(args)
     given = {name: value for name in ("clip", "inception", "fd_clip") if (value := getattr(args, name))}
     responder_of = _responders(args)
@@ -184,21 +183,6 @@ def _responders(args: argparse.Namespace) -> Any:
         Path(args.model), device=device, dtype=args.dtype, draw_batch_size=args.draw_batch_size
     )
     return lambda benchmark, examples: responder
-
-
-def _start_processes(arguments: list[str], num_processes: int) -> int:
-    """Run one process per rank on this machine; the worst exit code."""
-    base = [sys.executable, "-m", "evaluation.run_all", *arguments]
-    children = [
-        subprocess.Popen([*base, "--rank", str(rank)], env=os.environ) for rank in range(num_processes)
-    ]
-    try:
-        codes = [child.wait() for child in children]
-    finally:
-        for child in children:
-            if child.poll() is None:
-                child.terminate()
-    return max(codes, key=abs)
 
 
 if __name__ == "__main__":

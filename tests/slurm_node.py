@@ -87,7 +87,9 @@ def start(folder):
     deadline_s = time.monotonic() + 30
     while not is_idle():
         if time.monotonic() > deadline_s:
-            pytest.skip(f"SLURM does not start here: see {folder}/slurmctld.log")
+            log = folder / "slurmctld.log"
+            said = log.read_text(errors="replace")[-300:] if log.is_file() else "no log"
+            pytest.skip(f"SLURM does not start here: {said}")
         time.sleep(0.5)
 
 

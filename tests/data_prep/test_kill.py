@@ -86,7 +86,9 @@ def build_with_kills(folder: Path, output: Path, *, num_kills: int, num_tasks: i
     return hits
 
 
-def prove(tmp_path: Path, *, num_pictures: int, num_kills: int, num_tasks: int, seed: int) -> None:
+def assert_kills_lose_nothing(
+    tmp_path: Path, *, num_pictures: int, num_kills: int, num_tasks: int, seed: int
+) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
     for number in range(num_pictures):
@@ -101,14 +103,14 @@ def prove(tmp_path: Path, *, num_pictures: int, num_kills: int, num_tasks: int, 
 
 @pytest.mark.parametrize("num_tasks", [1, 2])
 def test_killed_builds_end_as_undisturbed_ones(tmp_path, num_tasks):
-    prove(tmp_path, num_pictures=63, num_kills=2, num_tasks=num_tasks, seed=num_tasks)
+    assert_kills_lose_nothing(tmp_path, num_pictures=63, num_kills=2, num_tasks=num_tasks, seed=num_tasks)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("num_tasks", [1, 3])
 def test_thirty_kills_lose_nothing(tmp_path, num_tasks):
-    prove(tmp_path, num_pictures=800, num_kills=30, num_tasks=num_tasks, seed=num_tasks)
+    assert_kills_lose_nothing(tmp_path, num_pictures=800, num_kills=30, num_tasks=num_tasks, seed=num_tasks)
 
 
 def test_sigterm_stops_cleanly_with_the_code_that_asks_for_a_restart(tmp_path):

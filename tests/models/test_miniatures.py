@@ -224,7 +224,7 @@ def test_constants_are_made_once_and_read_by_the_decoder(shelf):
 # ----------------------------------------------------------------------------------------------------- wrong layouts
 
 
-def one_line(action, *words):
+def assert_one_line(action, *words):
     """The action fails with a UserError of one line that holds the words."""
     with pytest.raises(UserError) as caught:
         action()
@@ -237,21 +237,21 @@ def one_line(action, *words):
 def test_a_language_model_that_lacks_a_tensor_is_refused(tmp_path, name, how):
     mini.write_language_model(tmp_path, name)
     changed = mini.change_tensor(sorted(tmp_path.glob("model-*"))[-1], **{how: "layers.1.mlp"})
-    one_line(lambda: load_language_model(tmp_path), "no language model could be loaded", changed)
+    assert_one_line(lambda: load_language_model(tmp_path), "no language model could be loaded", changed)
 
 
 def test_a_truncated_shard_is_refused(tmp_path):
     mini.write_language_model(tmp_path, "mistral")
     shard = sorted(tmp_path.glob("model-*"))[0]
     shard.write_bytes(shard.read_bytes()[:-1000])
-    one_line(lambda: load_language_model(tmp_path), "no language model could be loaded")
+    assert_one_line(lambda: load_language_model(tmp_path), "no language model could be loaded")
 
 
 def test_a_language_model_of_another_family_is_refused(tmp_path):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path)
-    one_line(lambda: load_language_model(tmp_path), "GPT2LMHeadModel", "model.embed_tokens")
+    assert_one_line(lambda: load_language_model(tmp_path), "GPT2LMHeadModel", "model.embed_tokens")
 
 
 def test_the_tokenizer_of_another_model_is_refused(shelf, tmp_path):
@@ -269,11 +269,11 @@ def test_the_tokenizer_of_another_model_is_refused(shelf, tmp_path):
         kind="language", language_model=str(shelf("language", "mistral")), template="short",
         image_tokenizer=str(tmp_path / "stage1"), text_tokenizer=str(tmp_path / "many"),
     )  # fmt: skip
-    one_line(
+    assert_one_line(
         lambda: build_language_stage(settings, num_sources=1), "400 token rows", "do not belong together"
     )
     settings = settings.model_copy(update={"image_tokenizer": str(tmp_path / "nowhere")})
-    one_line(lambda: build_language_stage(settings, num_sources=1), "nowhere", "config.json")
+    assert_one_line(lambda: build_language_stage(settings, num_sources=1), "nowhere", "config.json")
 
 
 @pytest.mark.parametrize(
@@ -283,16 +283,18 @@ def test_the_tokenizer_of_another_model_is_refused(shelf, tmp_path):
 def test_an_encoder_that_lacks_a_tensor_is_refused(tmp_path, name, file, how):
     ENCODERS[name][1](tmp_path / "clip")
     changed = mini.change_tensor(tmp_path / "clip" / f"{file}.safetensors", **{how: "mlp"})
-    one_line(lambda: load_clip(tmp_path / "clip", library=ENCODERS[name][0]), "could not load", changed)
+    assert_one_line(
+        lambda: load_clip(tmp_path / "clip", library=ENCODERS[name][0]), "could not load", changed
+    )
 
 
 def test_an_open_clip_model_is_never_left_random(tmp_path):
     mini.write_open_clip(tmp_path / "clip", mini.OPEN_CLIP)
     (tmp_path / "clip" / "open_clip_model.safetensors").unlink()
-    one_line(lambda: OpenClipEncoder(tmp_path / "clip"), "could not load")
-    one_line(lambda: OpenClipEncoder("ViT-B-32"), "ViT-B-32", "`pretrained`")
-    one_line(lambda: OpenClipEncoder("ViT-B-32", pretrained="no_such_tag"), "no_such_tag")
-    one_line(lambda: OpenClipEncoder("ViT-Z-99", pretrained="x"), "ViT-Z-99")
+    assert_one_line(lambda: OpenClipEncoder(tmp_path / "clip"), "could not load")
+    assert_one_line(lambda: OpenClipEncoder("ViT-B-32"), "ViT-B-32", "`pretrained`")
+    assert_one_line(lambda: OpenClipEncoder("ViT-B-32", pretrained="no_such_tag"), "no_such_tag")
+    assert_one_line(lambda: OpenClipEncoder("ViT-Z-99", pretrained="x"), "ViT-Z-99")
 
 
 @pytest.mark.parametrize("part", ["unet", "vae"])
@@ -303,14 +305,16 @@ def test_a_decoder_that_lacks_a_tensor_is_refused(tmp_path, part, how):
     changed = mini.change_tensor(file, **{how: "conv1.weight"})
     load_clip(tmp_path / "diffusion.json", library="ip_adapter")
     parts = {"adapter": tmp_path / "adapter.bin", "unconditional": tmp_path / "unconditional.safetensors"}
-    one_line(lambda: DiffusionDecoder.load(tmp_path / "pipeline", **parts), f"pipeline/{part}", changed)
+    assert_one_line(
+        lambda: DiffusionDecoder.load(tmp_path / "pipeline", **parts), f"pipeline/{part}", changed
+    )
 
 
 @pytest.mark.parametrize("part", ["pipeline/text_encoder", "image_encoder"])
 def test_a_conditioner_that_lacks_a_tensor_is_refused(tmp_path, part):
     mini.write_diffusion(tmp_path)
     changed = mini.change_tensor(tmp_path / part / "model.safetensors", drop="mlp")
-    one_line(lambda: load_clip(tmp_path / "diffusion.json", library="ip_adapter"), part, changed)
+    assert_one_line(lambda: load_clip(tmp_path / "diffusion.json", library="ip_adapter"), part, changed)
 
 
 def test_a_bad_description_of_a_decoder_is_refused(tmp_path):
@@ -321,18 +325,18 @@ def test_a_bad_description_of_a_decoder_is_refused(tmp_path):
         description.write_text(json.dumps({k: v for k, v in {**parts, **changes}.items() if v is not None}))
         load_clip(description, library="ip_adapter")
 
-    one_line(lambda: load(adapter=None), "lacks 'adapter'")
-    one_line(lambda: load(image_encoder=None), "lacks 'image_encoder'")
-    one_line(lambda: load(vea="x"), "unknown key 'vea'")
-    one_line(lambda: load(adapter="nowhere.bin"), "nowhere.bin")
+    assert_one_line(lambda: load(adapter=None), "lacks 'adapter'")
+    assert_one_line(lambda: load(image_encoder=None), "lacks 'image_encoder'")
+    assert_one_line(lambda: load(vea="x"), "unknown key 'vea'")
+    assert_one_line(lambda: load(adapter="nowhere.bin"), "nowhere.bin")
     description.write_text("{")
-    one_line(lambda: load_clip(description, library="ip_adapter"), "not valid JSON")
+    assert_one_line(lambda: load_clip(description, library="ip_adapter"), "not valid JSON")
 
 
 def test_a_start_of_another_size_is_refused_and_a_frozen_start_stays(shelf, tmp_path):
     train_image_parts(shelf, "clip", "sd15 bin", tmp_path / "a")
     start = {"tokenizer_from": str(tmp_path / "a")}
-    one_line(
+    assert_one_line(
         lambda: train_image_parts(shelf, "open_clip siglip", "sd15 bin", tmp_path / "b", **start),
         "does not fit ImageTokenizer", "context_positions",
     )  # fmt: skip

@@ -166,7 +166,7 @@ def _prepare(generator: Generator, request: Request) -> Prompt | None:
     except ValueError as error:  # UserError and BadImage
         request.emit(Failed("bad_request", str(error)))
         return None
-    except Exception:
+    except Exception:  # the decoding thread lives on here too
         logger.exception("a prompt could not be prepared")
         request.emit(Failed("internal", "the reply failed; the server's log tells why"))
         return None

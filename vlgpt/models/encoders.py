@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -27,20 +27,6 @@ def hash_weights(module: nn.Module) -> str:
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def fingerprint(tensors: Mapping[str, Tensor], *, num_samples: int = 1024) -> str:
-    """A hash of names, shapes and evenly spread numbers (in bf16, so it is the same for a model held in fp32 or bf16).
-
-    For weights too large to read whole at every start; another model differs in nearly every number.
-    """
-    digest = hashlib.blake2b(digest_size=12)
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name}:{tuple(tensor.shape)}".encode())
-        step = max(1, tensor.numel() // num_samples)
-        values = tensor.detach().flatten()[::step].to("cpu", torch.bfloat16).contiguous()
-        digest.update(values.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -136,3 +137,17 @@ def load_whole(kind: Any, path: str, **options: Any) -> Any:
     if wrong:
         raise ValueError(f"{len(wrong)} tensors do not fit {type(model).__name__}: {'; '.join(wrong[:4])}")
     return model
+
+
+def fingerprint(tensors: Mapping[str, Tensor], *, num_samples: int = 1024) -> str:
+    """A hash of names, shapes and evenly spread numbers (in bf16, so it is the same for a model held in fp32 or bf16).
+
+    For weights too large to read whole at every start; another model differs in nearly every number.
+    """
+    digest = hashlib.blake2b(digest_size=12)
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}:{tuple(tensor.shape)}".encode())
+        step = max(1, tensor.numel() // num_samples)
+        values = tensor.detach().flatten()[::step].to("cpu", torch.bfloat16).contiguous()
+        digest.update(values.view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from vlgpt.batch import Batch, ImageInput, LossTerm
-from vlgpt.models.encoders import ClipEncoder, fingerprint
+from vlgpt.models.encoders import ClipEncoder
 from vlgpt.models.heads import Objective, regression_errors
 from vlgpt.models.losses import count_targets, cross_entropies, sums_by_source, targets_of
 from vlgpt.models.unified import UnifiedModel
+from vlgpt.models.weights import fingerprint
 from vlgpt.stages.base import Stage
 
 
