@@ -228,7 +228,8 @@ def test_replies_are_regenerated_edited_undone_and_the_dialogue_exported(page, t
     before = replies(page)[0]
     page.click("#dialogue button[aria-label*='Retry' i], #dialogue button[title*='Retry' i]")
     page.wait_for_function(
-        "t => document.querySelector('#dialogue [data-testid=bot]').innerText !== t", arg=before
+        "t => ![t, undefined].includes(document.querySelector('#dialogue [data-testid=bot]')?.innerText)",
+        arg=before,
     )
     assert page.input_value("#seed input") == "1"
     page.wait_for_selector("#box button.submit-button", state="visible")
