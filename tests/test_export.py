@@ -28,7 +28,7 @@ from vlgpt.models.unified import UnifiedModel, is_export
 from vlgpt.models.weights import tensors_of, write_weights
 from vlgpt.settings import LanguageStage as LanguageSettings
 from vlgpt.settings import RunSettings
-from vlgpt.stages.build import build_language_stage
+from vlgpt.stages.build import build_language_stage, dtype_of
 from vlgpt.stages.language import LanguageStage
 from vlgpt.train import commit
 
@@ -382,7 +382,7 @@ def write_run(folder: Path, parts: Path, *, trained_parts: str = "lora") -> Lang
     (run / "config.yaml").write_text(dump(settings))
     assert isinstance(settings.stage, LanguageSettings)
     torch.manual_seed(0)
-    stage, _ = build_language_stage(settings.stage, num_sources=1)
+    stage, _ = build_language_stage(settings.stage, num_sources=1, dtype=dtype_of(settings))
     for step in (10, 20):
         checkpoint = run / "checkpoints" / commit.tag_of(step)
         checkpoint.mkdir(parents=True)

@@ -13,7 +13,8 @@ from transformers import modeling_flash_attention_utils as flash_utils
 from vlgpt.models import layers
 from vlgpt.models.image_detokenizer import ImageDetokenizer
 from vlgpt.models.image_tokenizer import ImageTokenizer
-from vlgpt.models.multimodal_lm import LoraSettings, choose_attention
+from vlgpt.models.language_models import build_language_model
+from vlgpt.models.multimodal_lm import LoraSettings
 from vlgpt.stages.language import LanguageStage
 
 SHAPE = {"num_visual": 4, "visual_width": 20, "width": 32, "depth": 2, "num_heads": 4}
@@ -108,7 +109,6 @@ def test_documents_one_by_one_give_what_a_mask_of_whole_rows_gives(window, monke
     """Grouped heads; a sliding window shorter than the row keeps the mask."""
     from vlgpt.models import packed_attention
     from vlgpt.models.multimodal_lm import MultimodalLM
-    from vlgpt.models.unified import build_language_model
 
     calls = []
     right = packed_attention.attend_by_document
@@ -162,7 +162,8 @@ def test_image_parts_through_flash_equal_sdpa(monkeypatch):
 def test_auto_is_sdpa_without_a_gpu_for_the_language_model_and_the_image_parts_alike():
     if layers.has_flash():
         pytest.skip("this machine has flash-attn")
-    assert choose_attention("auto") == "sdpa"
+    language_model = build_language_model({"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 1})
+    assert language_model.config._attn_implementation == "sdpa"
     tokenizer, _ = parts()
     assert {m.backend for m in tokenizer.modules() if isinstance(m, layers.Attention)} == {"auto"}
     patches = torch.randn(2, 6, 12)

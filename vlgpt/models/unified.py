@@ -18,7 +18,8 @@ from vlgpt.log import UserError
 from vlgpt.models.component import load_weights
 from vlgpt.models.image_detokenizer import ImageDetokenizer
 from vlgpt.models.image_tokenizer import ImageTokenizer
-from vlgpt.models.multimodal_lm import Attention, LoraSettings, MultimodalLM, choose_attention
+from vlgpt.models.language_models import Attention, build_language_model
+from vlgpt.models.multimodal_lm import LoraSettings, MultimodalLM
 from vlgpt.tokens import MODEL_TYPE
 
 
@@ -65,16 +66,6 @@ def is_export(folder: str | Path) -> bool:
     return path.is_file() and json.loads(path.read_text()).get("model_type") == MODEL_TYPE
 
 
-def build_language_model(text_config: dict[str, Any], attention: Attention) -> Any:
-    """A transformers causal LM without weights from its configuration."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    values = dict(text_config)
-    config = AutoConfig.for_model(values.pop("model_type"), **values)
-    config.use_cache = False
-    return AutoModelForCausalLM.from_config(config, attn_implementation=choose_attention(attention))
-
-
 class UnifiedModel(nn.Module):
     """The parts of VL-GPT together; see `MultimodalLM`, `ImageTokenizer`, `ImageDetokenizer`."""
 
@@ -105,10 +96,17 @@ class UnifiedModel(nn.Module):
         )
 
     @classmethod
-    def from_folder(cls, folder: str | Path, *, attention: Attention = "auto") -> UnifiedModel:
-        """Load an export, mapped from its files. Raises UserError when files or tensors are missing or differ."""
+    def from_folder(
+        cls, folder: str | Path, *, attention: Attention = "auto", dtype: torch.dtype | None = None
+    ) -> UnifiedModel:
+        """Load an export, mapped from its files; the language model in `dtype`, None: in that of the files.
+
+        Raises UserError when files or tensors are missing or differ.
+        """
         folder = Path(folder)
         config = UnifiedConfig.from_folder(folder)
+        if dtype is not None:
+            config.text_config["dtype"] = str(dtype).removeprefix("torch.")
         with torch.device("meta"):
             model = cls.from_config(config, attention=attention)
         load_weights(model, folder / "model.safetensors")
