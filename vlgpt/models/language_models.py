@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
@@ -20,7 +21,7 @@ from vlgpt.models.layers import has_flash
 from vlgpt.models.weights import load_whole
 from vlgpt.tokens import NUM_IMAGE_TOKENS, DocumentTokenizer
 
-Attention = Literal["auto", "flash_attention_2", "sdpa", "eager"]
+Attention = Literal["auto", "flash_attention_2", "sdpa", "eager", "sdpa_or_eager"]
 Trained = Literal["lora", "all"]
 LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError)
 
@@ -62,15 +63,18 @@ def from_configuration(config: Any, attention: Attention) -> Any:
 
     Args:
         config: a transformers configuration.
-        attention: `auto` takes flash-attn on a GPU, else SDPA, else eager: the first that the class supports.
+        attention: `auto` takes flash-attn on a GPU, else SDPA, else eager: the first that the class supports;
+            `sdpa_or_eager` is the same without flash-attn.
     Raises UserError when transformers has no causal LM of this kind, or when it lacks the attention that was asked for.
     """
     from transformers import AutoModelForCausalLM
 
     config.use_cache = False
-    wanted = [attention]
-    if attention == "auto":
-        wanted = ["flash_attention_2", "sdpa", "eager"] if has_flash() else ["sdpa", "eager"]
+    wanted: list[str] = [attention]
+    if attention in ("auto", "sdpa_or_eager"):
+        wanted = ["sdpa", "eager"]
+        if attention == "auto" and has_flash():
+            wanted.insert(0, "flash_attention_2")
     reasons = []
     for implementation in wanted:
         try:
@@ -167,16 +171,30 @@ def check_parts(model: Any, *, name: str, trained: Trained | None = None) -> Non
 
 
 class _FixedStates(nn.Module):
-    """Stands in for a transformer and gives the same hidden states whatever it is asked."""
+    """Stands in for a transformer, and for its decoder: gives the same hidden states whatever it is asked."""
 
     def __init__(self, hidden: Tensor):
         super().__init__()
         self.hidden = hidden
 
     def forward(self, *args: Any, **options: Any) -> Any:
-        from transformers.modeling_outputs import BaseModelOutputWithPast
+        return _States(self.hidden)
 
-        return BaseModelOutputWithPast(last_hidden_state=self.hidden)
+    def __getattr__(self, name: str) -> Any:
+        return self if name == "decoder" else super().__getattr__(name)
+
+
+class _States(SimpleNamespace):
+    """What a transformer gives: hidden states, and None under every other name (caches, attentions, router logits)."""
+
+    def __init__(self, hidden: Tensor):
+        super().__init__(last_hidden_state=hidden)
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+    def __getitem__(self, place: int | slice) -> Any:
+        return (self.last_hidden_state,)[place]
 
 
 @torch.no_grad()
@@ -191,6 +209,10 @@ def check_logits(model: Any, *, name: str) -> None:
     model._modules[place] = _FixedStates(hidden)
     try:
         own = model(input_ids=torch.zeros(1, 3, dtype=torch.long), use_cache=False).logits.float()
+    except (AttributeError, TypeError, ValueError, KeyError, RuntimeError) as error:
+        raise UserError(
+            f"{name} is a {type(model).__name__}, whose head cannot be run without its transformer ({error})"
+        ) from error
     finally:
         model._modules[place] = body
     found = LogitRule.of(model.config)(head(hidden)).float()

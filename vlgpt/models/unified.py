@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vlgpt.log import UserError
-from vlgpt.models.component import load_weights
+from vlgpt.models.component import empty_parameters, load_weights
 from vlgpt.models.image_detokenizer import ImageDetokenizer
 from vlgpt.models.image_tokenizer import ImageTokenizer
 from vlgpt.models.language_models import Attention, build_language_model
@@ -43,7 +43,8 @@ class UnifiedConfig:
 
     def to_record(self) -> dict[str, Any]:
         record = {k: v for k, v in vars(self).items() if v is not None}
-        return {"model_type": MODEL_TYPE, "architectures": ["VLGPTForConditionalGeneration"], **record}
+        kind = {"model_type": MODEL_TYPE, "architectures": ["VLGPTForConditionalGeneration"]}
+        return {**kind, "dtype": self.text_config.get("dtype", "float32"), **record}
 
     @staticmethod
     def from_folder(folder: Path) -> UnifiedConfig:
@@ -107,10 +108,10 @@ class UnifiedModel(nn.Module):
         config = UnifiedConfig.from_folder(folder)
         if dtype is not None:
             config.text_config["dtype"] = str(dtype).removeprefix("torch.")
-        with torch.device("meta"):
+        with empty_parameters():
             model = cls.from_config(config, attention=attention)
         load_weights(model, folder / "model.safetensors")
-        reset_computed_buffers(model)
+        restore_original_rows(model)
         return model.eval()
 
     @torch.no_grad()
@@ -124,15 +125,9 @@ class UnifiedModel(nn.Module):
         return self.image_detokenizer.decode(self.image_tokenizer.standardiser.inverse(visual))
 
 
-def reset_computed_buffers(model: nn.Module) -> None:
-    """Recompute buffers that no checkpoint stores after a meta-device construction: rotary frequencies, and the copies
-    of token rows by which peft undoes a merge.
-    """
+def restore_original_rows(model: nn.Module) -> None:
+    """Fill the copies of token rows by which peft undoes a merge: they were made before the weights were there."""
     for module in model.modules():
-        if "inv_freq" in dict(module.named_buffers(recurse=False)):
-            rebuilt = type(module)(module.config)  # type: ignore[call-arg]
-            for name, buffer in rebuilt.named_buffers(recurse=False):
-                setattr(module, name, buffer)
         originals: Any = getattr(module, "trainable_tokens_original", None)
         if originals is not None:
             layer: Any = module

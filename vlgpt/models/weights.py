@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,7 +133,10 @@ def load_whole(kind: Any, path: str, **options: Any) -> Any:
     transformers names tensors of another shape only with `ignore_mismatched_sizes=True`; diffusers does without.
     """
     options = {**stored_form(Path(path) / (options.get("subfolder") or "")), **options}
-    model, report = kind.from_pretrained(path, output_loading_info=True, **options)
+    try:
+        model, report = kind.from_pretrained(path, output_loading_info=True, **options)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"a .bin file holds more than weights: {str(error).splitlines()[0]}") from error
     wrong = [f"missing {name}" for name in sorted(report["missing_keys"])]
     wrong += [f"another shape: {found}" for found in report.get("mismatched_keys", ())]
     if wrong:

@@ -182,6 +182,18 @@ def load_unified(
     ), tokenizer
 
 
+def stored_image_parts(stage: s.LanguageStage) -> tuple[ImageTokenizer, ImageDetokenizer]:
+    """The frozen image parts of a run as its files hold them; training holds them in its own precision."""
+    if stage.image_tokenizer is not None:
+        return load_image_parts(Path(stage.image_tokenizer))
+    folder = Path(stage.language_model)
+    config = UnifiedConfig.from_folder(folder)
+    parts = ImageTokenizer(**config.image_tokenizer), ImageDetokenizer(**config.image_detokenizer)
+    for name, part in zip(("image_tokenizer", "image_detokenizer"), parts):
+        load_weights(part, folder / WEIGHTS_FILE, prefix=f"{name}.")
+    return parts
+
+
 def load_image_parts(folder: Path) -> tuple[ImageTokenizer, ImageDetokenizer]:
     """What stage 1 wrote: folder/image_tokenizer and folder/image_detokenizer."""
     tokenizer = ImageTokenizer.from_folder(folder / "image_tokenizer")
