@@ -8,7 +8,8 @@ come out at exactly the planned length. What happens to a document, in this orde
    text that crosses the end of the window is cut there. A chat is cut after the last reply that fits;
 3. of the images of a window `max_images` are sampled, the others are left out and their text stays. An image
    left out costs nothing, so the window reaches as far as its text and `max_images` images do, whichever they
-   are. (In a chat the turns from the first image too many on are left out.)
+   are. PAPER: §4.1 samples up to five images with their captions; on a page, captions are sentences of its
+   text. (In a chat the turns from the first image too many on are left out.)
 4. a window with one image is kept with probability `keep_single_image`; a document with images whose window
    has none is rejected (paper appendix; Flamingo's procedure for M3W).
 
