@@ -14,6 +14,7 @@ from vlgpt import hf
 from vlgpt.document import Document, ImagePart, TextPart
 from vlgpt.export import export_run
 from vlgpt.generate import DecodeSettings, Generator, Prompt
+from vlgpt.tokens import DocumentTokenizer
 
 sys.path.append(str(Path(__file__).parents[1] / "data"))
 from small_data import chat, page, write_dataset, write_feature
@@ -68,19 +69,27 @@ REFUSED = {  # by design, before the first step, with these words
     ("bloom", "lora"): "max_position_embeddings",
     ("bloom", "all"): "max_position_embeddings",
 }
+STRAIGHT = (
+    "llama",
+    "llama-tied",
+    "mistral",
+    "gemma2",
+    "gpt2",
+    "moe",
+)  # also run without a stop, and compared
 MATRIX = [(name, trained) for name in CLASSES for trained in ("lora", "all")]
 STEPS = 3
 
 
-def write_parts(root):
+def write_parts(root, *, tokenizer=TOKENIZER, classes=CLASSES):
     """Data with cached patches, stage-1 parts, and a folder of every language model."""
     documents = [page(n) if n % 2 else chat(n) for n in range(24)]
-    write_dataset(root / "data", documents, shard_sizes=(12, 12), tokenizer=TOKENIZER)
+    write_dataset(root / "data", documents, shard_sizes=(12, 12), tokenizer=tokenizer)
     write_feature(root / "data", "patches", shape=(NUM_PATCHES, PATCH_WIDTH))
     image_parts = new_model(TOKENIZER)
     image_parts.image_tokenizer.save(root / "stage1" / "image_tokenizer")
     image_parts.image_detokenizer.save(root / "stage1" / "image_detokenizer")
-    for name, (kind, more) in CLASSES.items():
+    for name, (kind, more) in dict(classes).items():
         torch.manual_seed(0)
         config = AutoConfig.for_model(kind, **{**BASE, **more})
         AutoModelForCausalLM.from_config(config).save_pretrained(root / "models" / name)
@@ -129,7 +138,8 @@ def lives(tmp_path_factory):
     write_parts(root)
     found = {}
     for kind, phases in (("straight", ((1, STEPS),)), ("broken", ((1, 1), (2, 2), (1, STEPS)))):
-        runs = {f"{n}-{t}": run_of(root, n, t, kind=kind) for n, t in MATRIX}
+        chosen = [(n, t) for n, t in MATRIX if kind == "broken" or n in STRAIGHT]
+        runs = {f"{n}-{t}": run_of(root, n, t, kind=kind) for n, t in chosen}
         if kind == "broken":
             runs["tuned"] = tuned_run(root)
         (root / kind).mkdir()
@@ -146,7 +156,7 @@ def test_it_trains_resumes_at_any_number_of_ranks_exports_and_replies(lives, nam
     root, found = lives
     run = f"{name}-{trained}"
     phases = [found["broken", stop][run] for stop in (1, 2, STEPS)]
-    crashes = [phase["crashed"] for phase in [*phases, found["straight", STEPS][run]] if "crashed" in phase]
+    crashes = [phase["crashed"] for phase in phases if "crashed" in phase]
     assert not crashes, crashes[0]
     if (name, trained) in REFUSED:
         assert all(REFUSED[name, trained] in phase["refused"] for phase in phases)
@@ -154,8 +164,9 @@ def test_it_trains_resumes_at_any_number_of_ranks_exports_and_replies(lives, nam
         return
     assert not [phase["refused"] for phase in phases if "refused" in phase]
     assert [(phase["resumed_at"], phase["step"]) for phase in phases] == [(0, 1), (1, 2), (2, STEPS)]
-    same_losses(found["straight", STEPS][run]["losses"], phases[-1]["losses"])
-    same_weights(root, run)
+    if name in STRAIGHT:
+        same_losses(found["straight", STEPS][run]["losses"], phases[-1]["losses"])
+        same_weights(root, run)
     folder = root / "broken" / run
     from_commit = root / "exports" / run
     export_run(folder, from_commit)
@@ -176,7 +187,7 @@ def same_weights(root, run):
         )
 
 
-def a_reply_is_the_same(result, from_commit):
+def a_reply_is_the_same(result, from_commit, *, atol=1e-5):
     """The run's result, the export of its last commit, and transformers' own loader hold the same model."""
     document = Document("q", "test", (ImagePart(0, "user"), TextPart("what is this?", "user")))
     patches = torch.randn(NUM_PATCHES, PATCH_WIDTH, generator=torch.Generator().manual_seed(1))
@@ -192,7 +203,7 @@ def a_reply_is_the_same(result, from_commit):
         logits.append(AutoModel.from_pretrained(folder)(input_ids=ids).logits)
     assert hf and replies[0].token_ids == replies[1].token_ids
     for other in logits[1:]:
-        torch.testing.assert_close(other, logits[0], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(other.float(), logits[0].float(), atol=atol, rtol=1e-4)
 
 
 def test_stage_3_starts_from_the_fp32_masters_of_stage_2_also_in_bf16(lives):
@@ -212,3 +223,28 @@ def test_stage_3_starts_from_the_fp32_masters_of_stage_2_also_in_bf16(lives):
         stored = load_file(root / "stage1" / name / "model.safetensors")
         kept = load_file(root / "broken" / "tuned" / "result" / "model.safetensors")
         assert all(torch.equal(kept[f"{name}.{key}"], value) for key, value in stored.items())
+
+
+def test_smollm2_lives_as_its_miniatures_do(smollm2_folder, tmp_path):
+    """A pre-trained model, whose logits start near those of text that it knows, trained as the paper trains LLaMA."""
+    values = run_of(tmp_path, "llama", "lora", kind="broken")
+    tokenizer = DocumentTokenizer.load(smollm2_folder, num_visual=4, template="short")
+    write_parts(tmp_path, tokenizer=tokenizer, classes=())
+    stage = {
+        "language_model": str(smollm2_folder),
+        "text_tokenizer": None,
+        "lora": {"rank": 32, "dropout": 0.0},
+    }
+    run = {**values, "stage": {**values["stage"], **stage}, "precision": "bf16", "steps": 2}
+    (tmp_path / "runs.json").write_text(json.dumps({"smollm2": run}))
+    results = []
+    for world_size in (1, 2):
+        run_script([WORKER, tmp_path, world_size], world_size=world_size, timeout_s=280)
+        results.append(
+            json.loads((tmp_path / f"result_{world_size}_{world_size}_0.json").read_text())["smollm2"]
+        )
+    assert [(r.get("resumed_at"), r.get("step")) for r in results] == [(0, 1), (1, 2)], results
+    assert all(loss < 8 for loss in results[-1]["losses"]), "a random model of 49,152 tokens starts at 10.8"
+    folder = Path(run["output_dir"])
+    export_run(folder, tmp_path / "export")
+    a_reply_is_the_same(folder / "result", tmp_path / "export", atol=0.3)
