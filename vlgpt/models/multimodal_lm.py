@@ -16,7 +16,7 @@ from vlgpt.batch import Batch
 from vlgpt.log import UserError, get_logger
 from vlgpt.models import packed_attention
 from vlgpt.models.heads import HeadKind, RegressionHead
-from vlgpt.models.layers import has_flash
+from vlgpt.models.layers import has_flash, require_backend
 from vlgpt.models.losses import TargetPositions
 from vlgpt.models.packed_attention import packed_lengths
 from vlgpt.models.standardise import KeepsBuffers
@@ -36,13 +36,11 @@ class LoraSettings:
 
 
 def choose_attention(wanted: Attention) -> str:
-    """`auto`: flash-attn when a GPU and the package are there, SDPA otherwise; says which in one log line."""
+    """`auto`: flash-attn where it can run, SDPA otherwise. Raises UserError for flash-attn where it cannot run."""
+    require_backend(wanted)
     if wanted != "auto":
         return wanted
-    chosen = "flash_attention_2" if has_flash() else "sdpa"
-    reason = "" if has_flash() else " (flash-attn needs a CUDA GPU and `pip install vlgpt[gpu]`)"
-    get_logger().info("attention: %s%s", chosen, reason)
-    return chosen
+    return "flash_attention_2" if has_flash() else "sdpa"
 
 
 def load_language_model(
