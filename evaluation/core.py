@@ -142,8 +142,10 @@ class Decoding:
     max_images: int = 1
     visual_guidance: float = 1.0
     seed: int = 0
-    guidance: float = 1.0
-    """Classifier-free guidance of the picture decoder; 1 = none."""
+    guidance: float | None = None
+    """Classifier-free guidance of the picture decoder; 1 = none, None = the decoder's own."""
+    image_scale: float | None = None
+    """Weight of z_v beside z_t in the picture decoder; None = the decoder's own."""
     use: Literal["both", "image", "text"] = "both"
     """Which predicted conditions the picture decoder reads (paper, Table 4)."""
 

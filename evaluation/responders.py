@@ -40,6 +40,11 @@ class ModelResponder:
         self.generator = generator
         self.draw_batch_size = draw_batch_size
         self.identity: Mapping[str, Any] = {**identity, "draw_batch_size": draw_batch_size}
+        decoder = generator.decoder
+        self.drawing: Mapping[str, float] = (
+            {} if decoder is None else {"guidance": decoder.guidance, "image_scale": decoder.image_scale}
+        )
+        """What `Decoding` leaves to the picture decoder; the manifest records it."""
 
     @classmethod
     def load(
@@ -114,6 +119,7 @@ class ModelResponder:
                 seeds=[("evaluation", decoding.seed, prompt.id) for prompt in filled],
                 use=decoding.use,
                 guidance=decoding.guidance,
+                image_scale=decoding.image_scale,
             )
             pictures += [None if found[i] is None else drawn[i] for i in range(len(batch))]
         return pictures

@@ -56,6 +56,9 @@ def run(
     Raises UserError when `output` holds predictions of another protocol.
     """
     decoding = decoding or benchmark.decoding
+    if benchmark.kind in PICTURE_KINDS:  # recorded as it is drawn
+        own = getattr(responder, "drawing", {})
+        decoding = decoding.replace(**{key: own[key] for key in own if getattr(decoding, key) is None})
     demonstrator = demonstrator or Demonstrator(benchmark, (), FewShot())
     shots = demonstrator.manifest()
     manifest.write_or_check(

@@ -6,7 +6,7 @@ The launchers take `make_probe` from here and pass it to the training loop, whic
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from torch import nn
@@ -21,9 +21,10 @@ from vlgpt.settings import LanguageStage, ProbeSettings, RunSettings
 TEXT_KINDS = ("text", "rank")
 
 
-def make_probe(settings: RunSettings) -> Callable[[nn.Module, int], Mapping[str, float]]:
-    """`probe(stage, step) -> {"benchmark/metric": value}` over the benchmarks that the settings name.
+def make_probe(settings: RunSettings) -> Callable[[nn.Module, int], Iterator[Mapping[str, float]]]:
+    """`probe(stage, step)` yields {"benchmark/metric": value} for every benchmark that the settings name.
 
+    Before that it yields an empty mapping after every batch, so that a long probe can be told from a hang.
     Examples are chosen once, so that values of different steps can be compared. Raises UserError for a stage that
     has no language model, an unknown benchmark, one that draws, or missing data.
     """
@@ -34,14 +35,15 @@ def make_probe(settings: RunSettings) -> Callable[[nn.Module, int], Mapping[str,
         )
     asked = [_Questions(probe, seed=settings.seed) for probe in settings.validation.probes]
 
-    def probe(module: nn.Module, step: int) -> Mapping[str, float]:
+    def probe(module: nn.Module, step: int) -> Iterator[Mapping[str, float]]:
         responder = _responder(module, stage)
         found: dict[str, float] = {}
         for questions in asked:
-            found.update(questions.ask(responder))
+            for part in questions.ask(responder):
+                found.update(part)
+                yield part
         shown = "  ".join(f"{name} {value:.3f}" for name, value in found.items())
         get_logger("evaluation").info("step %d probe: %s", step, shown)
-        return found
 
     return probe
 
@@ -60,8 +62,8 @@ class _Questions:
         every = self.benchmark.examples(self.data)
         self.examples = select(every, limit=settings.num_examples, seed=seed)
 
-    def ask(self, responder: ModelResponder) -> dict[str, float]:
-        """Metrics of the benchmark by name; all lies in memory, nothing is kept."""
+    def ask(self, responder: ModelResponder) -> Iterator[dict[str, float]]:
+        """Nothing after each batch, metrics by name at the end; all lies in memory, nothing is kept."""
         predictions: dict[str, Prediction] = {}
         size = self.settings.batch_size
         with tempfile.TemporaryDirectory() as folder:
@@ -72,8 +74,9 @@ class _Questions:
                     self.benchmark, responder, batch, prompts, self.benchmark.decoding, Path(folder)
                 ):
                     predictions[record["id"]] = record
+                yield {}
         metrics = self.benchmark.score(predictions, self.data).metrics
-        return {f"{self.benchmark.name}/{name}": metric["value"] for name, metric in metrics.items()}
+        yield {f"{self.benchmark.name}/{name}": metric["value"] for name, metric in metrics.items()}
 
 
 def _responder(module: nn.Module, stage: LanguageStage) -> ModelResponder:

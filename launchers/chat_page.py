@@ -276,7 +276,8 @@ class Page:
             with gr.Row():
                 max_images = gr.Slider(1, 4, 1, step=1, label="Most pictures")
                 visual = gr.Slider(0, 10, 1, step=0.25, label="Guidance of the embeddings (1: off)")
-                decoder = gr.Slider(0, 15, 1, step=0.25, label="Guidance of the drawing (1: off)")
+                own = getattr(self.batcher.generator.decoder, "guidance", 1)
+                decoder = gr.Slider(0, max(15, own), own, step=0.25, label="Guidance of the drawing (1: off)")
         return [seed, temperature, top_p, length, max_images, visual, decoder]
 
     def _connect(

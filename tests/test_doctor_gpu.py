@@ -37,11 +37,11 @@ def test_equal_attention_passes_and_another_one_fails(monkeypatch):
 
 
 def test_without_flash_attn_the_checks_run_with_sdpa_against_eager(monkeypatch):
-    monkeypatch.setattr(gpu, "find_spec", lambda name: None)
+    monkeypatch.setattr(gpu, "flash_fault", lambda: "flash-attn is not installed")
     assert gpu.default_setting().attention == "sdpa" and gpu.default_setting().device == "cuda"
     found = gpu.check_attention(replace(SMALL, attention="sdpa"))
     assert found.level == "ok" and "sdpa against eager" in found.text
-    monkeypatch.setattr(gpu, "find_spec", lambda name: object())
+    monkeypatch.setattr(gpu, "flash_fault", lambda: "")
     assert gpu.default_setting().attention == "flash_attention_2"
 
 

@@ -10,9 +10,11 @@ import torch
 from tiny_unified import NUM_PATCHES, NUM_VISUAL, PATCH_WIDTH, VISUAL_WIDTH, new_document_tokenizer, new_model
 
 from vlgpt import generate as generate_module
+from vlgpt.decoding.hypothesis import Hypothesis
 from vlgpt.decoding.prompts import render_all
 from vlgpt.decoding.ranking import log_likelihoods
-from vlgpt.decoding.stream import Stream
+from vlgpt.decoding.stepwise import Hooks, ids_of
+from vlgpt.decoding.stream import RenderedPrompt, Stream
 from vlgpt.document import Document, ImagePart, TextPart
 from vlgpt.generate import DecodeSettings, Generator, Prompt, Reply
 from vlgpt.log import UserError
@@ -334,6 +336,18 @@ def test_images_follow_the_settings(drawing):
         assert not {tokenizer.bos_id, *range(tokenizer.num_tokens, tokenizer.vocabulary_size)} & {
             t for t in ids if t != PLACEHOLDER_ID
         }
+
+
+def test_logits_processors_get_ids_where_the_scores_are():
+    """transformers' repetition penalty looks up scores at ids: on a GPU both must be there."""
+    prompt = RenderedPrompt("p", torch.tensor([1, 5]), torch.zeros(2, dtype=torch.bool), None)
+    writer = Hypothesis(0, 2)
+    writer.token_ids.append(7)
+    seen = []
+    scores = torch.zeros(1, 20, device="meta")
+    Hooks(process=lambda ids, scores: (seen.append(ids), scores)[1]).processed(scores, [prompt], [writer])
+    assert seen[0].device == scores.device and seen[0].shape == (1, 3) and seen[0].dtype == torch.int64
+    assert ids_of(prompt, writer, torch.device("cpu")).tolist() == [[1, 5, 7]]
 
 
 def test_guidance_of_one_is_no_guidance_and_more_moves_away_from_the_empty_prompt(drawing):

@@ -396,7 +396,7 @@ def _reply_arguments(parser: argparse.ArgumentParser) -> None:
         "--visual-guidance", type=float, default=1.0, help="against the empty prompt; 1 is off"
     )
     parser.add_argument(
-        "--decoder-guidance", type=float, default=1.0, help="classifier-free guidance of the decoder"
+        "--decoder-guidance", type=float, help="guidance of a diffusion decoder (default: its own); 1 is off"
     )
     parser.add_argument("--seed", type=int, default=0)
 
@@ -405,10 +405,10 @@ def _reconstruct_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("image", type=Path, nargs="+")
     parser.add_argument("--output", type=Path, default=Path("reconstruction.png"))
     parser.add_argument(
-        "--decoder-guidance", type=float, default=1.0, help="classifier-free guidance of a diffusion decoder"
+        "--decoder-guidance", type=float, help="guidance of a diffusion decoder (default: its own); 1 is off"
     )
     parser.add_argument(
-        "--image-scale", type=float, default=1.0, help="weight of z_v beside z_t in a diffusion decoder"
+        "--image-scale", type=float, help="weight of z_v beside z_t in a diffusion decoder (default: its own)"
     )
     parser.add_argument("--seed", type=int, default=0)
 

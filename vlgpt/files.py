@@ -16,13 +16,32 @@ CHUNK_BYTES = 1 << 20
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Replace `path` by `data`; a reader (or a crash) sees the old file or the new one, never a part."""
+    os.replace(_written_beside(path, data), path)
+    fsync_folder(path.parent)
+
+
+def write_once(path: Path, data: bytes) -> bool:
+    """Write `path` unless it exists, whole; of several processes the first wins. -> whether it was this one."""
+    temporary = _written_beside(path, data)
+    try:
+        os.link(temporary, path)  # a rename would take the place of a file that came meanwhile
+    except OSError:  # it exists, or this file system has no hard links
+        if path.exists():
+            return False
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    fsync_folder(path.parent)
+    return True
+
+
+def _written_beside(path: Path, data: bytes) -> Path:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     with temporary.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
-    fsync_folder(path.parent)
+    return temporary
 
 
 def fsync_folder(folder: Path) -> None:

@@ -195,13 +195,13 @@ class Generator:
         *,
         seeds: Sequence[tuple[int | str, ...]],
         use: Conditions = "both",
-        guidance: float = 1.0,
-        image_scale: float = 1.0,
+        guidance: float | None = None,
+        image_scale: float | None = None,
     ) -> list[Image.Image]:
         """Pictures of visual embeddings (M, N, d) -> M pictures; `seeds[m]` addresses the noise of picture m.
 
-        `use` chooses the conditions that the decoder gets (paper, Table 4). Raises UserError without a
-        decoder.
+        `use` chooses the conditions that the decoder gets (paper, Table 4); guidance and scale are the decoder's own
+        unless given. Raises UserError without a decoder.
         """
         if self.decoder is None:
             raise UserError("drawing needs a picture decoder, and this model was loaded without one")
@@ -225,8 +225,8 @@ class Generator:
         images: Sequence[ImageLike],
         *,
         use: Conditions = "both",
-        guidance: float = 1.0,
-        image_scale: float = 1.0,
+        guidance: float | None = None,
+        image_scale: float | None = None,
         seed: int = 0,
     ) -> list[Image.Image]:
         """Pictures through the image tokenizer and back."""

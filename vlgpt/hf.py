@@ -283,17 +283,22 @@ def interleaved_generate(
     )
     if token_streamer is not None:
         token_streamer.end()
-    return _output(prompts, hypotheses, model.tokenizer.eos_id, generation_config)
+    pad_id, device = model.tokenizer.eos_id, input_ids.device
+    return _output(prompts, hypotheses, pad_id, generation_config, device)
 
 
 def _output(
-    prompts: Sequence[RenderedPrompt], hypotheses: Sequence[Hypothesis], pad_id: int, config: GenerationConfig
+    prompts: Sequence[RenderedPrompt],
+    hypotheses: Sequence[Hypothesis],
+    pad_id: int,
+    config: GenerationConfig,
+    device: torch.device,
 ) -> Tensor | InterleavedOutput:
     rows = [
         [*prompt.token_ids.tolist(), *hypothesis.token_ids] for prompt, hypothesis in zip(prompts, hypotheses)
     ]
     width = max(len(row) for row in rows)
-    sequences = torch.tensor([row + [pad_id] * (width - len(row)) for row in rows])
+    sequences = torch.tensor([row + [pad_id] * (width - len(row)) for row in rows], device=device)
     if not config.return_dict_in_generate:
         return sequences
     return InterleavedOutput(

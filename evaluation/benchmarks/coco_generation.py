@@ -26,7 +26,7 @@ from evaluation.benchmarks.pictures import (
     percent_cosines,
     scoring_device,
 )
-from evaluation.core import Benchmark, Decoding, Example, ImageSource, Prediction, Scores, metric, read_image
+from evaluation.core import Benchmark, Example, ImageSource, Prediction, Scores, metric, read_image
 from evaluation.metrics.fid import Moments, frechet_distance, frechet_distance_of_features, kernel_distance
 from vlgpt import seeds
 from vlgpt.log import UserError
@@ -46,7 +46,6 @@ class CocoGeneration(Benchmark):
     kind: ClassVar = "image"
     primary: ClassVar[str] = "FID"
     higher_is_better: ClassVar[bool] = False
-    default_decoding: ClassVar[Decoding] = Decoding(guidance=7.5)  # PAPER: not stated; Emu's pipeline default
 
     split: str = "val2014"
     prompt: str = "generation"

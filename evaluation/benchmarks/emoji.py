@@ -65,6 +65,7 @@ class CountedResponder:
         self._responder, self._progress, self._task = responder, progress, task
         self.identity = responder.identity
         self.draw_batch_size: int = getattr(responder, "draw_batch_size", 1)
+        self.drawing: Mapping[str, float] = getattr(responder, "drawing", {})
 
     def generate(self, prompts: Sequence[Prompt], decoding: Decoding) -> list[str]:
         return self._counted(self._responder.generate(prompts, decoding))

@@ -22,7 +22,6 @@ from evaluation.benchmarks.pictures import chance_cosine, count_without, drawn_p
 from evaluation.core import (
     Benchmark,
     DataNotFound,
-    Decoding,
     Example,
     ImageSource,
     Prediction,
@@ -45,7 +44,6 @@ class MagicBrush(Benchmark):
     name: ClassVar[str] = "magicbrush"
     kind: ClassVar = "image"
     primary: ClassVar[str] = "CLIP-I"
-    default_decoding: ClassVar[Decoding] = Decoding(guidance=7.5)  # PAPER: not stated
 
     split: str = "dev"
     prompt: str = "edit"

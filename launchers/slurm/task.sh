@@ -1,6 +1,9 @@
 #!/usr/bin/env bash
 # What srun starts once per device: SLURM's numbers under torch's names, then the command given as arguments.
 export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID
+# LOCAL_RANK is the number of a device among those that the task sees: under --gpus-per-task=1 it sees one, number 0.
+IFS=, read -ra VISIBLE <<< "${CUDA_VISIBLE_DEVICES:-}"
+if [ ${#VISIBLE[@]} -gt 0 ]; then LOCAL_RANK=$((SLURM_LOCALID % ${#VISIBLE[@]})); fi
 trap '' USR1 TERM  # the command answers them; this shell stays to see how it ends
 "$@"
 CODE=$?

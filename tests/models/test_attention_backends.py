@@ -1,5 +1,7 @@
 """One rule chooses the attention of all parts; a reference in the place of flash-attn checks its call contract."""
 
+import logging
+import re
 import sys
 import types
 
@@ -10,10 +12,11 @@ from batches import pack, random_document
 from tiny_unified import new_document_tokenizer, new_model
 from transformers import modeling_flash_attention_utils as flash_utils
 
+from vlgpt.log import UserError
 from vlgpt.models import layers
 from vlgpt.models.image_detokenizer import ImageDetokenizer
 from vlgpt.models.image_tokenizer import ImageTokenizer
-from vlgpt.models.language_models import build_language_model
+from vlgpt.models.language_models import build_language_model, implementations
 from vlgpt.models.multimodal_lm import LoraSettings
 from vlgpt.stages.language import LanguageStage
 
@@ -146,6 +149,7 @@ def test_image_parts_through_flash_equal_sdpa(monkeypatch):
         return flash_attn_func(*args, **options)
 
     monkeypatch.setitem(sys.modules, "flash_attn", types.SimpleNamespace(flash_attn_func=counted))
+    monkeypatch.setattr(layers, "flash_fault", lambda: "")
     tokenizer, detokenizer = parts()
     patches = torch.randn(2, 6, 12)
     results = []
@@ -170,6 +174,54 @@ def test_auto_is_sdpa_without_a_gpu_for_the_language_model_and_the_image_parts_a
     found = tokenizer(patches)
     layers.set_backend(tokenizer, "sdpa")
     assert torch.equal(found, tokenizer(patches))
+
+
+PACKAGES = {
+    "missing": (None, (8, 0), "not installed"),
+    "on Turing": ("flash_attn_func = print", (7, 5), "compute capability 8.0 .* has 7.5"),
+    "built for another torch": (
+        "raise ImportError('flash_attn_2_cuda.so: undefined symbol: _ZN3c105Error')", (8, 0), "undefined symbol"
+    ),
+    "without its library": ("raise OSError('libcudart.so.12: cannot open')", (9, 0), "OSError: libcudart"),
+    "of version 1": ("flash_attn_unpadded_func = print", (8, 6), "cannot import name 'flash_attn_func'"),
+    "whole": ("flash_attn_func = print", (8, 0), ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_a_flash_attn_that_cannot_run_gives_way_to_sdpa_with_its_reason_in_one_line(
+    name, tmp_path, monkeypatch, caplog
+):
+    source, capability, reason = PACKAGES[name]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
+    if source is not None:
+        (tmp_path / "flash_attn").mkdir()
+        (tmp_path / "flash_attn" / "__init__.py").write_text(source)
+        monkeypatch.syspath_prepend(tmp_path)
+    else:
+        monkeypatch.setattr(layers, "find_spec", lambda package: None)
+    for cached in (layers.flash_fault, layers.has_flash):
+        cached.cache_clear()
+        monkeypatch.setattr(layers, cached.__name__, cached)
+    monkeypatch.setattr(logging.getLogger("vlgpt"), "propagate", True)
+    try:
+        with caplog.at_level("INFO", logger="vlgpt"):
+            chosen = [implementations("auto")[0] for _ in range(2)]
+            query = torch.randn(1, 2, 3, 4)
+            assert layers.attend(query, query, query, is_causal=True, backend="auto").shape == query.shape
+        (line,) = [record.getMessage() for record in caplog.records if "attention: " in record.getMessage()]
+        assert "\n" not in line and re.search(reason, line)
+        assert set(chosen) == {"sdpa" if reason else "flash_attention_2"}
+        if reason:  # asked for by name, it is an error of one line
+            with pytest.raises(UserError, match=reason):
+                implementations("flash_attention_2")
+            with pytest.raises(UserError, match=reason):
+                layers.set_backend(parts()[0], "flash_attention_2")
+    finally:
+        layers.flash_fault.cache_clear()
+        layers.has_flash.cache_clear()
 
 
 def test_frequencies_statistics_and_scales_stay_fp32_when_weights_are_cast():

@@ -1,7 +1,10 @@
 """The frozen encoders of the decoder make what IP-Adapter's and Stable Diffusion's own code would make."""
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
+import miniatures as mini
 import pytest
 import tiny_diffusion_parts as tiny
 import torch
@@ -15,14 +18,16 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
+from vlgpt.files import write_once
 from vlgpt.log import UserError
-from vlgpt.models import conditioners
+from vlgpt.models import conditioners, decoder_parts
 from vlgpt.models.conditioners import (
     IpAdapterImageConditioner,
     SdxlTextConditioner,
     TextConditioner,
     Unconditional,
 )
+from vlgpt.models.encoders import load_clip
 from vlgpt.models.ip_adapter import load_resampler
 
 LENGTH = 9
@@ -166,6 +171,35 @@ def test_constants_survive_a_round_trip(folder, tmp_path):
     made.save(tmp_path / "constants.safetensors")
     read = Unconditional.from_file(tmp_path / "constants.safetensors")
     assert torch.equal(made.image, read.image) and torch.equal(made.text, read.text)
+
+
+def test_the_first_task_writes_the_constants_and_all_others_read_them(folder, tmp_path, monkeypatch):
+    description = mini.write_diffusion(tmp_path)
+    file = tmp_path / "unconditional.safetensors"
+    first = tiny.constants()
+
+    def slower(image, text):  # another task of the array was quicker
+        first.save(file)
+        return conditioners.unconditional(image, text)
+
+    monkeypatch.setattr(decoder_parts, "unconditional", slower)
+    load_clip(description, library="ip_adapter")
+    assert torch.equal(Unconditional.from_file(file).image, first.image)
+    assert not list(tmp_path.glob(".unconditional*"))
+
+
+def test_of_many_writers_of_one_file_the_first_wins_and_readers_see_it_whole(tmp_path):
+    barrier = threading.Barrier(8)
+
+    def write(number: int) -> bool:
+        barrier.wait()
+        return write_once(tmp_path / "file", bytes([number]) * 100_000)
+
+    with ThreadPoolExecutor(8) as pool:
+        wrote = list(pool.map(write, range(8)))
+    assert sum(wrote) == 1
+    assert (tmp_path / "file").read_bytes() == bytes([wrote.index(True)]) * 100_000
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_an_encoder_that_does_not_fit_the_adapter_is_named(folder, tmp_path):

@@ -4,6 +4,7 @@ import json
 import resource
 import signal
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -241,20 +242,34 @@ def measured(folder, rank, world_size, options):
     """Validation: packed rows against one document a row, and a probe that generates, under ZeRO-2 and ZeRO-3."""
     from vlgpt.data.loader import Loader
     from vlgpt.generate import DecodeSettings, Generator, Prompt
-    from vlgpt.train.validation import probed, validation_losses
+    from vlgpt.settings import ValidationSettings
+    from vlgpt.train.validation import validation_losses, validator
 
     def probe(stage, step):
         generator = Generator(model=stage.model, tokenizer=TOKENIZER, encoder=None, decoder=None)
         prompt = Prompt(Document("p", "test", (TextPart("What is in the picture?", "user"),)), ())
         (reply,) = generator.generate([prompt], DecodeSettings(max_new_tokens=8, images="never"))
-        return {"length": len(reply.text), "sum": sum(reply.text.encode())}
+        yield {}
+        yield {"length": len(reply.text)}
+        yield {"sum": sum(reply.text.encode())}
 
     found = {}
     for zero in (2, 3):
         settings = settings_of(folder, steps=6, global_batch=world_size, micro_batch=1)
         engine = engine_of(settings, world_size, zero=zero, kind="lora")
         with engine.evaluation():
-            found[zero] = {"probe": probed(engine, probe, 1)}
+            data, beats = data_settings(options["data"]), []
+            chosen = ValidationSettings(sources=data.sources, max_batches=3)
+            validating = settings.model_copy(update={"data": data, "validation": chosen})
+            measure = validator(
+                validating,
+                engine,
+                lambda data, workers: Loader(
+                    data, kind="packed", micro_batch=1, rank=rank, world_size=world_size, tokenizer=TOKENIZER
+                ),
+                probe=probe,
+            )
+            found[zero] = {"whole": measure(1, partial(beats.append, 1)), "beats": len(beats)}
             for packing in ("best_fit", "none"):
                 data = data_settings(options["data"], packing=packing)
                 loader = Loader(

@@ -1,5 +1,6 @@
 """What ends, refuses or repairs a run: hangs, wrong ranks, drifted replicas, spikes, full disks, lost processes."""
 
+import contextlib
 import json
 import os
 import signal
@@ -20,8 +21,10 @@ from vlgpt.train import commit
 from vlgpt.train.agreement import disagreement, replica_digest
 from vlgpt.train.facts import check_features
 from vlgpt.train.faults import SpikeDetector
+from vlgpt.train.loop import Run, write_validation
 from vlgpt.train.supervise import supervise, with_fresh_port
 from vlgpt.train.upload import Uploader
+from vlgpt.train.watchdog import Watchdog
 
 ROOT = Path(__file__).parents[2]
 HANG = """
@@ -60,6 +63,27 @@ def test_a_hang_ends_the_process_with_stacks_of_all_threads(tmp_path):
     assert "stuck_in_a_collective" in (tmp_path / "stacks_rank_3.txt").read_text()
     assert "stuck_in_a_collective" in errors and "after step 17" in errors
     assert json.loads((tmp_path / "heartbeat_rank_3.json").read_text())["step"] == 17
+
+
+def test_a_validation_feeds_the_watchdog_at_every_batch(tmp_path):
+    seen = []
+
+    class Noting(Watchdog):
+        def beat(self, step):
+            super().beat(step)
+            seen.append(step)
+
+    def validate(step, on_batch):
+        for _ in range(3):
+            on_batch()
+        return {"validation/text": 1.0}
+
+    dog = Noting(tmp_path, rank=0, timeout_s=600.0)
+    engine = SimpleNamespace(evaluation=contextlib.nullcontext)
+    run = Run(settings=None, engine=engine, loader=None, log=None, facts={}, validate=validate, watchdog=dog)
+    write_validation(run, 7)
+    dog.close()
+    assert seen == [7, 7, 7]
 
 
 def join(processes):

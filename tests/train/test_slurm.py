@@ -70,6 +70,34 @@ def wait_for(path, *, timeout_s, log):
         time.sleep(0.5)
 
 
+@pytest.mark.parametrize(
+    "visible, local_rank",
+    [(None, 3), ("", 3), ("0,1,2,3", 3), ("4,5,6,7", 3), ("0", 0), ("GPU-8f2a", 0), ("0,1", 1)],
+)
+def test_local_rank_is_a_device_that_the_task_sees(visible, local_rank):
+    """Under --gres=gpu:4 every task sees four devices, under --gpus-per-task=1 one, whatever its number."""
+    environment = {**os.environ, "SLURM_PROCID": "7", "SLURM_NTASKS": "8", "SLURM_LOCALID": "3"}
+    environment.pop("CUDA_VISIBLE_DEVICES", None)
+    if visible is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = visible
+    done = call("bash", "launchers/slurm/task.sh", "env", cwd=ROOT, env=environment)
+    assert {"RANK=7", "WORLD_SIZE=8", f"LOCAL_RANK={local_rank}"} <= set(done.stdout.splitlines())
+
+
+def test_srun_is_told_the_cores_of_a_task(tmp_path):
+    """With an srun and a scontrol that tell what they were asked: SLURM 22.05 and later hand nothing down."""
+    for name, body in {"srun": 'echo "cores: ${SRUN_CPUS_PER_TASK:-none}"', "scontrol": "echo host"}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "42"}
+    environment |= {"SLURM_JOB_NODELIST": "host", "SLURM_NTASKS": "1", "SLURM_JOB_NUM_NODES": "1"}
+    environment |= {"SLURM_SUBMIT_DIR": str(ROOT)}
+    for cores in ("12", "none"):
+        asked = {} if cores == "none" else {"SLURM_CPUS_PER_TASK": cores}
+        done = call("bash", "launchers/slurm/train.sbatch", "x", cwd=ROOT, env=environment | asked)
+        assert f"cores: {cores}" in done.stdout, done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_two_tasks_meet_without_ssh(slurm, tmp_path):

@@ -274,8 +274,27 @@ def test_packed_and_unpacked_validation_agree_and_so_do_all_ranks(pair, zero):
 
 
 def test_a_probe_gives_the_same_under_zero_2_and_zero_3_and_hangs_nowhere(pair):
-    found = [pair[0]["measured"][zero]["probe"] for zero in ("2", "3")]
-    assert found[0] == found[1] and found[0]["probe/length"] > 0
+    found = [
+        {
+            name: value
+            for name, value in pair[0]["measured"][zero]["whole"].items()
+            if name.startswith("probe")
+        }
+        for zero in ("2", "3")
+    ]
+    assert found[0] == found[1] and found[0]["probe/length"] > 0 and len(found[0]) == 2
+
+
+@pytest.mark.parametrize("zero", ["2", "3"])
+def test_every_rank_gives_a_sign_of_life_at_each_batch_of_a_validation_and_of_the_probe(pair, zero):
+    first, second = (rank["measured"][zero] for rank in pair)
+    held_out = [
+        {name: v for name, v in rank["whole"].items() if "probe" not in name} for rank in (first, second)
+    ]
+    assert held_out[0] == held_out[1] and "validation/text" in held_out[0]
+    assert min(first["beats"], second["beats"]) >= 3 + 3, (
+        "of three batches, and of the three parts of the probe"
+    )
 
 
 def test_reconstructions_are_measured_over_all_ranks_and_the_sheet_shows_the_same_pictures(pair):

@@ -21,10 +21,13 @@ logger = get_logger("chat")
 
 @dataclass(frozen=True)
 class ReplySettings:
-    """How a reply is decoded and its pictures are drawn. `decode.seed` addresses both kinds of noise."""
+    """How a reply is decoded and its pictures are drawn. `decode.seed` addresses both kinds of noise.
+
+    `decoder_guidance` None is the picture decoder's own.
+    """
 
     decode: DecodeSettings = field(default_factory=DecodeSettings)
-    decoder_guidance: float = 1.0
+    decoder_guidance: float | None = None
 
     @property
     def batch_key(self) -> DecodeSettings:

@@ -22,7 +22,10 @@ COLDEST = 1e-3  # a temperature below is greedy: dividing by it would leave no f
 
 @dataclass(frozen=True)
 class Hooks:
-    """transformers' logits processors and stopping criteria; they see one row: ids (1, L), scores (1, V)."""
+    """transformers' logits processors and stopping criteria; they see one row: ids (1, L), scores (1, V).
+
+    Both are on the device of the scores: processors index one with the other.
+    """
 
     process: Callable[[Tensor, Tensor], Tensor] | None = None
     should_stop: Callable[[Tensor], bool] | None = None
@@ -34,7 +37,7 @@ class Hooks:
         """Scores after transformers' processors: (T, vocabulary), T writers -> (T, vocabulary)."""
         if self.process is None:
             return scores
-        seen = [ids_of(prompts[writer.prompt], writer) for writer in writers]
+        seen = [ids_of(prompts[writer.prompt], writer, scores.device) for writer in writers]
         return torch.cat([self.process(ids, scores[row : row + 1]) for row, ids in enumerate(seen)])
 
 
@@ -128,10 +131,11 @@ def _extend_texts(
         rules.choose(writer, token_id, value)
         if hooks.on_token is not None:
             hooks.on_token(token_id)
-        if hooks.should_stop is not None and hooks.should_stop(ids_of(prompts[writer.prompt], writer)):
-            writer.finish = writer.finish or "stop"
+        if hooks.should_stop is not None:
+            is_done = hooks.should_stop(ids_of(prompts[writer.prompt], writer, scores.device))
+            writer.finish = writer.finish or ("stop" if is_done else None)
 
 
-def ids_of(prompt: RenderedPrompt, hypothesis: Hypothesis) -> Tensor:
-    """Prompt and reply as transformers sees them: (1, L)."""
-    return torch.cat([prompt.token_ids, prompt.token_ids.new_tensor(hypothesis.token_ids)])[None]
+def ids_of(prompt: RenderedPrompt, hypothesis: Hypothesis, device: torch.device) -> Tensor:
+    """Prompt and reply as transformers sees them: (1, L) int64."""
+    return torch.tensor([[*prompt.token_ids.tolist(), *hypothesis.token_ids]], device=device)

@@ -7,7 +7,6 @@ import platform
 import shutil
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 
 from vlgpt import settings as s
@@ -57,6 +56,8 @@ def _packages() -> Iterator[Finding]:
 def _accelerator() -> Iterator[Finding]:
     import torch
 
+    from vlgpt.models.layers import flash_fault
+
     communication = torch.distributed
     if not communication.is_available():
         yield Finding("error", "torch was built without distributed", "install an official torch wheel")
@@ -72,10 +73,8 @@ def _accelerator() -> Iterator[Finding]:
             yield Finding(
                 "error", "this GPU has no bf16", "use an Ampere GPU or newer, or set precision=fp32"
             )
-        if find_spec("flash_attn") is None:
-            yield Finding(
-                "warning", "flash-attn is not installed: SDPA is used, slower", "pip install 'vlgpt[gpu]'"
-            )
+        if fault := flash_fault():
+            yield Finding("warning", f"{fault}; SDPA is used, slower", "pip install 'vlgpt[gpu]'")
     else:
         yield Finding("ok", "no CUDA GPU: processes talk through gloo, attention is SDPA")
         if not communication.is_gloo_available():

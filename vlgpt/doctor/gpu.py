@@ -14,13 +14,13 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
 from vlgpt.doctor.lint import Finding
 from vlgpt.doctor.sample import Setting, new_batch, new_stage, plan_of
+from vlgpt.models.layers import flash_fault
 from vlgpt.planning.flops import count
 from vlgpt.planning.memory import Precision, activation_bytes
 
@@ -37,7 +37,7 @@ def check_gpu(setting: Setting | None = None) -> list[Finding]:
     if setting is None:
         setting = default_setting()
         if setting.attention == "sdpa":
-            words = "flash-attn is not installed: the checks below run with SDPA, slower"
+            words = f"{flash_fault()}: the checks below run with SDPA, slower"
             findings.append(Finding("warning", words, "pip install 'vlgpt[gpu]'"))
     checks: list[Callable[[Setting], Finding]] = [
         check_attention, check_training, check_memory, check_speed, check_decoder
@@ -54,7 +54,7 @@ def check_gpu(setting: Setting | None = None) -> list[Finding]:
 
 def default_setting() -> Setting:
     """A GPU's, with the attention that `auto` would choose there."""
-    return Setting(attention="sdpa" if find_spec("flash_attn") is None else "flash_attention_2")
+    return Setting(attention="sdpa" if flash_fault() else "flash_attention_2")
 
 
 def check_attention(setting: Setting, *, reference: str | None = None, tolerance: float = 0.05) -> Finding:

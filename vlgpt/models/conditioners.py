@@ -15,9 +15,10 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from vlgpt.files import write_atomic, write_once
 from vlgpt.log import UserError
 from vlgpt.models.component import freeze
 from vlgpt.models.encoders import PixelEncoder, hash_weights
@@ -36,13 +37,19 @@ class Unconditional:
     image: Tensor
     text: Tensor
 
-    def save(self, path: Path) -> None:
-        """Write both as one safetensors file."""
+    def save(self, path: Path, *, is_replaced: bool = True) -> bool:
+        """Write both as one safetensors file, or leave the one that is there. -> whether it was written.
+
+        The tasks of a job array each make these constants, and their last bits differ between devices: with
+        `is_replaced=False` all tasks read the first one's.
+        """
         path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {"image": self.image, "text": self.text}
-        save_file(
-            {name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items()}, path
-        )
+        data = save({name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items()})
+        if not is_replaced:
+            return write_once(path, data)
+        write_atomic(path, data)
+        return True
 
     @classmethod
     def from_file(cls, path: str | Path) -> Unconditional:

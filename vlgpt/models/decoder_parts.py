@@ -4,12 +4,14 @@
      "image_encoder": "ip-adapter/models/image_encoder", "unconditional": "unconditional.safetensors"}
 
 Paths are relative to the file, or hub names. More keys are arguments of `DiffusionDecoder.load` (vae, scheduler,
-reading, num_steps). `DecoderConditioner` reads the file wherever a CLIP is expected (`library: ip_adapter`).
+reading, num_steps, guidance, image_scale). `DecoderConditioner` reads the file wherever a CLIP is expected
+(`library: ip_adapter`).
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,11 +32,17 @@ from vlgpt.models.encoders import ClipEncoder
 PATHS = ("pipeline", "adapter", "unconditional", "vae", "image_encoder")
 NEEDED = ("pipeline", "adapter", "unconditional")
 FOR_TARGETS = ("image_encoder", "image_subfolder")  # not needed for drawing
-FOR_DRAWING = ("vae", "scheduler", "reading", "num_steps")
+FOR_DRAWING = ("vae", "scheduler", "reading", "num_steps", "guidance", "image_scale")
+# PAPER: guidance, scale and steps are not stated (§3.1). 7.5 and 50 steps are those of IP-Adapter's demos and of
+# Emu; IP-Adapter's authors advise scale 1.0 for an image alone and about 0.5 where the text should weigh more.
+GUIDANCE, IMAGE_SCALE = 7.5, 1.0
 
 
 def read_parts(path: str | Path) -> dict[str, Any]:
-    """The description with its relative paths resolved. Raises UserError for a missing file, bad JSON or keys."""
+    """The description, its relative paths resolved, guidance and scale filled in.
+
+    Raises UserError for a missing file, bad JSON, unknown keys, and a guidance or scale that is no number from 0 on.
+    """
     path = Path(path)
     if not path.is_file():
         raise UserError(
@@ -49,6 +57,13 @@ def read_parts(path: str | Path) -> dict[str, Any]:
     wrong += [f"has the unknown key {name!r}" for name in parts if name not in known]
     if wrong:
         raise UserError(f"{path} {', '.join(wrong)}; known keys: {', '.join(sorted(known))}")
+    parts = {"guidance": GUIDANCE, "image_scale": IMAGE_SCALE, **parts}
+    for name in ("guidance", "image_scale"):
+        value = parts[name]
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+            raise UserError(
+                f"{path}: {name} is {value!r}, wanted a number from 0 on (1: no guidance, full scale)"
+            )
     for name in PATHS:
         near = path.parent / parts.get(name, "")
         if parts.get(name) and near.exists():
@@ -100,8 +115,7 @@ class DecoderConditioner(ClipEncoder):
         kind = SdxlTextConditioner if is_sdxl_pipeline(parts["pipeline"]) else TextConditioner
         text = kind.load(parts["pipeline"])
         constants = Path(path).parent / parts["unconditional"]  # as it stands where it is absolute
-        if not constants.exists():
-            unconditional(image, text).save(constants)
+        if not constants.exists() and unconditional(image, text).save(constants, is_replaced=False):
             get_logger("decoder").info("wrote the unconditional constants %s", constants)
         return cls(image, text)
 

@@ -20,6 +20,10 @@ class PictureDecoder(Protocol):
     """What generation, evaluation and `vlgpt reconstruct` need of a decoder."""
 
     size_px: int
+    guidance: (
+        float  # of classifier-free guidance, in every picture that is not asked for otherwise; 1 is none
+    )
+    image_scale: float  # weight of z_v beside z_t, likewise
 
     def decode(
         self,
@@ -27,13 +31,13 @@ class PictureDecoder(Protocol):
         text_condition: Tensor | None,
         *,
         generators: Sequence[torch.Generator] | None = None,
-        guidance: float = 1.0,
-        image_scale: float = 1.0,
+        guidance: float | None = None,
+        image_scale: float | None = None,
     ) -> Tensor:
         """(B, Kv, Dv) | None, (B, Kt, Dt) | None -> (B, 3, H, W) in [-1, 1]; None leaves that condition out.
 
-        One CPU generator per picture gives the start noise, so results depend on neither batch nor device. Decoders
-        without noise ignore generators and guidance.
+        One CPU generator per picture gives the start noise, so results depend on neither batch nor device. Guidance
+        and scale are the decoder's own unless given; decoders without noise ignore them and the generators.
         """
         ...
 
@@ -62,6 +66,8 @@ class ConvDecoder(Component):
 
     Both conditions are optional: each has a learned stand-in for "absent", trained by dropping conditions.
     """
+
+    guidance = image_scale = 1.0
 
     def __init__(
         self,
@@ -143,8 +149,8 @@ class ConvDecoder(Component):
         text_condition: Tensor | None,
         *,
         generators: Sequence[torch.Generator] | None = None,
-        guidance: float = 1.0,
-        image_scale: float = 1.0,
+        guidance: float | None = None,
+        image_scale: float | None = None,
     ) -> Tensor:
         """See `PictureDecoder.decode`; deterministic."""
         known = image_condition if image_condition is not None else text_condition

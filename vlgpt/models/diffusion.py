@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from vlgpt.log import UserError, get_logger
 from vlgpt.models.component import freeze
 from vlgpt.models.conditioners import Unconditional
+from vlgpt.models.decoder_parts import GUIDANCE, IMAGE_SCALE
 from vlgpt.models.denoise import Conditions, check_generators, count_pictures, denoise, or_absent
 from vlgpt.models.ip_adapter import IpAdapterWeights, check_attention, load_resampler, read_ip_adapter
 from vlgpt.models.weights import load_whole
@@ -165,6 +166,8 @@ class DiffusionDecoder(nn.Module):
         unconditional: Unconditional,
         reading: Reading = "tokens",
         num_steps: int = 50,
+        guidance: float = GUIDANCE,
+        image_scale: float = IMAGE_SCALE,
         dtype: torch.dtype = torch.float32,
     ):
         super().__init__()
@@ -177,6 +180,7 @@ class DiffusionDecoder(nn.Module):
         resampler = load_resampler(adapter)
         install_image_attention(unet, adapter, num_tokens=resampler.num_tokens)
         self.unet, self.scheduler, self.num_steps = cast_to(unet, dtype), copy.deepcopy(scheduler), num_steps
+        self.guidance, self.image_scale = guidance, image_scale
         self.codec = VaeCodec(vae, dtype=dtype)
         self.pooled_width = 0
         if is_sdxl(unet):  # its added embedding reads the pooled text and six sizes
@@ -202,6 +206,8 @@ class DiffusionDecoder(nn.Module):
         scheduler: str | None = None,
         reading: Reading = "tokens",
         num_steps: int = 50,
+        guidance: float = GUIDANCE,
+        image_scale: float = IMAGE_SCALE,
         dtype: torch.dtype = torch.float32,
     ) -> DiffusionDecoder:
         """From a pipeline (folder or hub name; unet, vae, scheduler), an IP-Adapter file and the constants.
@@ -223,6 +229,8 @@ class DiffusionDecoder(nn.Module):
             unconditional=constants,
             reading=reading,
             num_steps=num_steps,
+            guidance=guidance,
+            image_scale=image_scale,
             dtype=dtype,
         )
 
@@ -233,21 +241,21 @@ class DiffusionDecoder(nn.Module):
         text_condition: Tensor | None,
         *,
         generators: Sequence[torch.Generator] | None = None,
-        guidance: float = 1.0,
-        image_scale: float = 1.0,
+        guidance: float | None = None,
+        image_scale: float | None = None,
     ) -> Tensor:
         """See `PictureDecoder.decode`. Without generators every picture starts from the same noise.
 
-        PAPER: steps, guidance and scale are not stated. IP-Adapter's authors advise `image_scale` 1.0 for an
-        image alone and about 0.5 with text; an absent image condition means scale 0.
+        An absent image condition means scale 0.
         """
+        image_scale = self.image_scale if image_scale is None else image_scale
         num_pictures = count_pictures(image_condition, text_condition)
         latents = denoise(
             self.unet,
             self.scheduler,
             positive=self.conditions(image_condition, text_condition, num_pictures=num_pictures),
             negative=self.conditions(None, None, num_pictures=num_pictures),
-            guidance=guidance,
+            guidance=self.guidance if guidance is None else guidance,
             image_scale=0.0 if image_condition is None else image_scale,
             num_steps=self.num_steps,
             generators=check_generators(generators, num_pictures=num_pictures),

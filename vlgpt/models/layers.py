@@ -12,13 +12,42 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from vlgpt.log import UserError, get_logger
+
 Backend = Literal["auto", "flash_attention_2", "sdpa"]
 
 
 @cache
+def flash_fault() -> str:
+    """Why flash-attn cannot run here, "" where it can: the one rule for all attention of the project.
+
+    The package is imported: one that was built for another torch is there, but raises (undefined symbols).
+    """
+    if not torch.cuda.is_available():
+        return "flash-attn needs a CUDA GPU"
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        return (
+            f"flash-attn needs a GPU of compute capability 8.0 (Ampere) or more, this one has {major}.{minor}"
+        )
+    if find_spec("flash_attn") is None:
+        return "flash-attn is not installed: pip install 'vlgpt[gpu]'"
+    try:
+        from flash_attn import flash_attn_func  # noqa: F401
+    except Exception as error:  # whatever a package of another build raises
+        reason = " ".join(str(error).split())[:200]
+        return (
+            f"flash-attn is installed but broken, build it for this torch ({type(error).__name__}: {reason})"
+        )
+    return ""
+
+
+@cache
 def has_flash() -> bool:
-    """Whether flash-attn is installed and has a GPU to run on: the one rule for all attention of the project."""
-    return torch.cuda.is_available() and find_spec("flash_attn") is not None
+    """Whether `auto` is flash-attn; the first call says which, and why, in one log line."""
+    fault = flash_fault()
+    get_logger().info("attention: %s", f"sdpa ({fault})" if fault else "flash_attention_2")
+    return not fault
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool, backend: Backend) -> Tensor:
@@ -84,8 +113,18 @@ class DecoderBlock(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
+def require_backend(wanted: str) -> None:
+    """Raises UserError when flash-attn is asked for by name and cannot run here."""
+    if wanted == "flash_attention_2" and (fault := flash_fault()):
+        raise UserError(f"attention is flash_attention_2, but {fault}; set attention=auto or sdpa")
+
+
 def set_backend(module: nn.Module, backend: str) -> None:
-    """Give all attention inside `module` another backend, such as the language model's (`eager` counts as `sdpa`)."""
+    """Give all attention inside `module` another backend, such as the language model's (`eager` counts as `sdpa`).
+
+    Raises UserError for flash-attn where it cannot run.
+    """
+    require_backend(backend)
     for part in module.modules():
         if isinstance(part, Attention):
             part.backend = "sdpa" if backend == "eager" else backend  # type: ignore[assignment]

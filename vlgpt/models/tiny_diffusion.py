@@ -54,6 +54,10 @@ class TinyDiffusionDecoder(Component):
         image_drop, text_drop: probability that a sample lacks that condition, in training mode only.
     """
 
+    guidance = image_scale = (
+        1.0  # four steps on a coarse image that is already right: guidance only adds contrast
+    )
+
     def __init__(
         self,
         *,
@@ -181,8 +185,8 @@ class TinyDiffusionDecoder(Component):
         text_condition: Tensor | None,
         *,
         generators: Any = None,
-        guidance: float = 1.0,
-        image_scale: float = 1.0,
+        guidance: float | None = None,
+        image_scale: float | None = None,
     ) -> Tensor:
         """See `PictureDecoder.decode`. Without generators every picture starts from the same noise."""
         num_pictures = count_pictures(image_condition, text_condition)
@@ -195,8 +199,8 @@ class TinyDiffusionDecoder(Component):
             self.scheduler,
             positive=self.conditions(image, text, coarse),
             negative=self.conditions(*nothing, coarse),
-            guidance=guidance,
-            image_scale=image_scale,
+            guidance=self.guidance if guidance is None else guidance,
+            image_scale=self.image_scale if image_scale is None else image_scale,
             num_steps=self.num_steps,
             generators=check_generators(generators, num_pictures=num_pictures),
             noise_scale=self.noise_scale,

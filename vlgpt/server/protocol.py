@@ -100,7 +100,7 @@ class ChatRequest(_Strict):
     seed: int = Field(0, ge=0, lt=2**63)
     max_images: int = Field(1, ge=1, le=8)
     visual_guidance: float = Field(1.0, ge=0, le=50, allow_inf_nan=False)
-    decoder_guidance: float = Field(1.0, ge=0, le=50, allow_inf_nan=False)
+    decoder_guidance: float | None = Field(None, ge=0, le=50, allow_inf_nan=False)
     stream: bool = False
     stream_options: StreamOptions | None = None
     n: Literal[1] = 1

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -70,7 +71,7 @@ class Run:
     loader: TrainingLoader
     log: MetricsLog | None  # rank 0 only
     facts: dict[str, Any]
-    validate: Any = None  # callable(step) -> dict of numbers, collective
+    validate: Any = None  # callable(step, on_batch) -> dict of numbers, collective
     should_stop: Any = None  # callable() -> bool: preemption was asked for on this rank
     watchdog: Watchdog | None = None
     profile: ProfileWindow | None = None
@@ -276,7 +277,7 @@ def _ratio(total: float, count: float) -> float | None:
 def write_validation(run: Run, step: int) -> None:
     """Held-out losses; the loop knows nothing of what is measured."""
     with run.engine.evaluation():
-        values = run.validate(step)
+        values = run.validate(step, partial(run.is_alive, step))
     if run.log is not None:
         run.log.write(step, values)
         shown = "  ".join(f"{key} {value:.4f}" for key, value in values.items() if isinstance(value, float))

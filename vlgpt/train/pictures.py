@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,8 @@ from torch import Tensor, nn
 from vlgpt import seeds
 from vlgpt.batch import ConditionBatch
 from vlgpt.decoding.load import load_decoder
-from vlgpt.log import MetricsLog, UserError
+from vlgpt.log import MetricsLog, UserError, get_logger
+from vlgpt.models.decoder_parts import read_parts
 from vlgpt.models.decoders import PictureDecoder
 from vlgpt.models.encoders import load_clip
 from vlgpt.settings import PictureCheckSettings
@@ -35,6 +35,8 @@ class ReconstructionCheck:
             raise UserError("validation.pictures is for stage.kind=image_tokenizer: remove it from this run")
         self.settings, self.engine = settings, engine
         self.decoder = open_decoder(settings.picture_decoder, engine)
+        drawing = (settings.picture_decoder, self.decoder.guidance, self.decoder.image_scale)
+        get_logger().info("validation images: decoder %s, guidance %g, image scale %g", *drawing)
         self.judge = None
         if settings.judge is not None:
             judge = settings.judge
@@ -98,7 +100,7 @@ def open_decoder(path: str, engine: Engine) -> PictureDecoder:
     place = Path(path)
     description = place if place.is_file() else place / DIFFUSION_FILE
     if description.is_file():
-        record = {"kind": "diffusion", **json.loads(description.read_text())}
+        record = {"kind": "diffusion", **read_parts(description)}
     elif (place / "config.json").is_file():
         record = {"kind": "component", "path": str(place.resolve())}
     else:

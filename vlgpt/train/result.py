@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,9 @@ from vlgpt.train.facts import RESULT
 from vlgpt.train.loop import Run
 
 
-def placed(engine: Engine, loader: Loader) -> Iterator[Any]:
+def placed(engine: Engine, batches: Iterable[Any]) -> Iterator[Any]:
     """A loader's batches on the engine's device."""
-    for batch in loader:
+    for batch in batches:
         yield engine.place(batch)
 
 

@@ -30,7 +30,7 @@ from vlgpt.train.loop import Run, RunState, TrainingStopped, train
 from vlgpt.train.profile import ProfileWindow
 from vlgpt.train.result import exporter, finish, placed
 from vlgpt.train.upload import Uploader
-from vlgpt.train.validation import Probe, validator
+from vlgpt.train.validation import Probe, validator, watched
 from vlgpt.train.wandb_mirror import WandbMirror
 from vlgpt.train.watchdog import Watchdog
 
@@ -40,7 +40,7 @@ def run_training(
 ) -> int:
     """Train one stage; returns the process's exit code. Collective over the launcher's processes.
 
-    `probe(stage, step)` is called on rank 0 after every validation, with whole weights in eval mode; its numbers are
+    `probe(stage, step)` is asked on rank 0 after every validation, with whole weights in eval mode; its numbers are
     logged under `probe/`. Raises UserError for anything the user has to mend.
     """
     try:
@@ -182,7 +182,8 @@ def begin(run: Run, open_loader: Callable[..., Loader]) -> RunState:
         run.loader.load_state_dict(resumed.data)
     else:
         fresh = open_loader(settings.data, workers=0)
-        engine.stage.prepare(placed(engine, fresh), engine.all_sum)
+        batches = watched(fresh, lambda: run.is_alive(0))
+        engine.stage.prepare(placed(engine, batches), engine.all_sum)
         fresh.close()
         if source := getattr(
             settings.stage, "init_from", None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,8 @@ from vlgpt.settings import RunSettings
 from vlgpt.train.engine import Engine
 from vlgpt.train.pictures import ReconstructionCheck
 
-Probe = Callable[[nn.Module, int], Mapping[str, float]]
+Probe = Callable[[nn.Module, int], Iterator[Mapping[str, float]]]
+"""Asks the stage its questions at a step. Yields after every batch of them, numbers or an empty mapping."""
 
 
 def validator(
@@ -25,9 +26,10 @@ def validator(
     *,
     log: MetricsLog | None = None,
     probe: Probe | None = None,
-) -> Callable[[int], dict[str, float]] | None:
-    """`validate(step) -> numbers`, collective; None when the settings name nothing to measure.
+) -> Callable[[int, Callable[[], None]], dict[str, float]] | None:
+    """`validate(step, on_batch) -> numbers`, collective; None when the settings name nothing to measure.
 
+    `on_batch` is called on every rank at every batch: the sign of life of a validation longer than `step_timeout_s`.
     Everything is opened once here: what is missing is told before step 1. Raises UserError or FileNotFoundError.
     """
     validation = settings.validation
@@ -42,34 +44,51 @@ def validator(
         check = ReconstructionCheck(validation.pictures, engine=engine)
         open_loader(with_pixels, workers=0).close()
 
-    def validate(step: int) -> dict[str, float]:
+    def validate(step: int, on_batch: Callable[[], None]) -> dict[str, float]:
         values: dict[str, float] = {}
         if validation.sources:
             loader = open_loader(data, workers=0)
             try:
+                batches = watched(loader.one_pass(), on_batch)
                 values = validation_losses(
-                    engine, loader.one_pass(), validation.max_batches, source_names=loader.source_names
+                    engine, batches, validation.max_batches, source_names=loader.source_names
                 )
             finally:
                 loader.close()
         if check is not None:
             pictures = open_loader(with_pixels, workers=0)
             try:
-                values.update(check(pictures.one_pass(), step=step, log=log))
+                values.update(check(watched(pictures.one_pass(), on_batch), step=step, log=log))
             finally:
                 pictures.close()
         if probe is not None:
-            values.update(probed(engine, probe, step))
+            values.update(probed(engine, probe, step, on_batch))
         return values
 
     return validate
 
 
-def probed(engine: Engine, probe: Probe, step: int) -> dict[str, float]:
-    """The launcher's probe on rank 0; under ZeRO-3 on all ranks alike, since every forward pass is collective there."""
+def watched(batches: Iterable[Any], on_batch: Callable[[], None]) -> Iterator[Any]:
+    """The same batches, with a sign of life at each."""
+    for batch in batches:
+        on_batch()
+        yield batch
+
+
+def probed(engine: Engine, probe: Probe, step: int, on_batch: Callable[[], None]) -> dict[str, float]:
+    """The launcher's probe on rank 0; under ZeRO-3 on all ranks alike, since every forward pass is collective there.
+
+    All ranks meet after every batch: one that waited for the whole probe would run into the time limit of its wait.
+    """
     is_asked = engine.rank == 0 or engine.zero_stage == 3
-    found = probe(engine.stage, step) if is_asked else {}
-    engine.barrier()
+    parts = probe(engine.stage, step) if is_asked else iter(())
+    found: dict[str, float] = {}
+    is_over = False
+    while not is_over:
+        part = next(parts, None)
+        found.update(part or {})
+        on_batch()
+        is_over = bool(engine.all_max(torch.tensor([float(is_asked and part is None)])) > 0)
     return {f"probe/{name}": float(value) for name, value in found.items()}
 
 
