@@ -174,7 +174,7 @@ def memory_growth(folder: Path, *, num_samples: int = 50_000) -> None:
     for _ in range(11):
         for _ in islice(batches, num_samples // BATCH // 11):
             loader.advance(1)
-        pids = [os.getpid(), *[w.process.pid for w in loader._pool._workers]]  # type: ignore[union-attr]
+        pids = [os.getpid(), *[w.process.pid for w in loader._source._workers]]  # type: ignore[union-attr]
         sizes.append(sum(resident_mb(pid) for pid in pids if pid))
     loader.close()
     growth = sizes[-1] - sizes[0]

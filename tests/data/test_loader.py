@@ -144,7 +144,7 @@ def test_padding_is_its_own_segment_without_targets(data: Path) -> None:
     [
         (("patches",), False, "patches", (3, 2), torch.float16),
         (("patches", "visual"), False, "visual", (NUM_VISUAL, 5), torch.float32),
-        ((), True, "pixels", (3, 8, 8), torch.float32),
+        ((), True, "pixels", (3, 8, 8), torch.uint8),
     ],
 )
 def test_images_come_as_the_settings_say(
@@ -161,7 +161,7 @@ def test_pixels_are_the_pictures_of_the_documents(data: Path) -> None:
     for batch in take(conditions(chosen), 5):
         for document, pixels in zip(batch.documents, batch.pixels):
             number = int(document.rpartition("-")[2])
-            assert torch.allclose(pixels[:, 3, 3], torch.tensor([number, 0, 77]) / 127.5 - 1)
+            assert pixels[:, 3, 3].tolist() == [number, 0, 77]
 
 
 def test_inputs_are_random_views_and_targets_the_clean_one(data: Path) -> None:
@@ -205,7 +205,7 @@ def test_worker_processes_give_what_the_main_process_gives(data: Path, kind: str
 def test_large_tensors_survive_the_way_between_processes(data: Path) -> None:
     chosen = settings(data, "pairs", features=(), pixels=True, image_size_px=160)
     alone, together = (take(conditions(chosen.model_copy(update={"num_workers": n})), 6) for n in (0, 2))
-    assert alone[0].pixels.nbytes > 1 << 20
+    assert alone[0].pixels.nbytes > 500_000
     assert all(same(a, b) for a, b in zip(alone, together, strict=True))
 
 

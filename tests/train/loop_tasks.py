@@ -24,6 +24,7 @@ from vlgpt import seeds
 from vlgpt.config import parse_yaml, validate
 from vlgpt.document import Document, TextPart
 from vlgpt.log import MetricsLog, read_metrics
+from vlgpt.models.losses import count_targets
 from vlgpt.settings import DataSettings
 from vlgpt.train import checkpoint, commit, faults
 from vlgpt.train.average import MovingAverage
@@ -46,8 +47,14 @@ class Stream:
         while True:
             self.on_batch(position)
             self.read.append(position)
-            yield pack(rows_of(position, self.world_size)[self.rank :][:1], TOKENIZER, length=LENGTH)
+            yield self.batch(position)
             position += 1
+
+    def batch(self, position):
+        return pack(rows_of(position, self.world_size)[self.rank :][:1], TOKENIZER, length=LENGTH)
+
+    def targets(self, num_batches):
+        return [count_targets(self.batch(self.position + k)) for k in range(num_batches)]
 
     def advance(self, count):
         self.position += count

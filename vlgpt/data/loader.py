@@ -5,6 +5,9 @@
     for batch in loader:                       # endless
         ...; loader.advance(1)                 # the trainer consumed it: this is what state_dict() remembers
 
+A trainer that accumulates asks `loader.targets(num_micro_batches)` first: the targets of a whole step, before any of
+its images is decoded. Then it takes one micro-batch after the other, and nobody holds the images of a step.
+
 The order of samples is a pure function of (seed, data, position), see `mixture.py`; the state is a small
 JSON and resumes at any number of ranks, workers and rows per batch, in a time that does not depend on the
 position.
@@ -28,7 +31,17 @@ from vlgpt.data.packing import Packer
 from vlgpt.data.samples import ConditionLoader, Place, SequenceLoader
 from vlgpt.data.sources import PrefetchingPlan, feature_specs, open_sources
 from vlgpt.data.state import check_state, make_state, position_of
-from vlgpt.data.stream import BadRecord, ConditionMaker, Delivery, Maker, Position, RowMaker, deliveries
+from vlgpt.data.stream import (
+    BadRecord,
+    ConditionMaker,
+    CountTargets,
+    Maker,
+    Position,
+    Production,
+    RowMaker,
+    Targets,
+    batches_of_worker,
+)
 from vlgpt.data.tally import Tally
 from vlgpt.data.workers import Board, WorkerGuard, WorkerPool
 from vlgpt.log import UserError, get_logger
@@ -51,6 +64,8 @@ class Loader:
         a ramp.
         quarantine: JSONL file to which every bad sample is written once.
         is_one_pass: every sample once, then stop: see `one_pass`.
+        count_targets: a batch without images -> targets per term (`Stage.count_targets`); needed by `targets`.
+        pin_memory: worker processes deliver tensors from which CUDA can copy asynchronously.
     Raises FileNotFoundError or UserError: missing or unsuitable data, settings that do not fit it.
     """
 
@@ -66,6 +81,8 @@ class Loader:
         run_positions: int | None = None,
         quarantine: Path | None = None,
         is_one_pass: bool = False,
+        count_targets: CountTargets | None = None,
+        pin_memory: bool = False,
     ):
         if kind == "packed" and tokenizer is None:
             raise UserError("a loader of packed rows needs the tokenizer of the run")
@@ -73,7 +90,7 @@ class Loader:
         self.micro_batch, self.rank, self.world_size = micro_batch, rank, world_size
         self.sources = open_sources(settings)
         self.source_names = tuple(source.name for source in self.sources)
-        self._is_one_pass = is_one_pass
+        self._is_one_pass, self._count_targets, self._pin_memory = is_one_pass, count_targets, pin_memory
         self._assemblers = self._make_assemblers()
         self._total_windows = self._count_windows(run_positions)
         self.position = Position()
@@ -83,7 +100,7 @@ class Loader:
         )
         self._delivered: deque[Position] = deque()
         self._running: Iterator[Batch | ConditionBatch] | None = None
-        self._pool: WorkerPool | None = None
+        self._source: Production | WorkerPool | None = None
         self._wait_s, self._started_s = 0.0, 0.0
         self._warned_s, self._warned_wait_s = 0.0, 0.0
 
@@ -179,6 +196,8 @@ class Loader:
     def __iter__(self) -> Iterator[Batch | ConditionBatch]:
         """Batches from the position that the trainer has consumed. A new iteration ends the one before."""
         self.close()
+        self._started_s = self._warned_s = time.monotonic()
+        self._wait_s = self._warned_wait_s = 0.0
         self._running = self._iterate()
         return self._running
 
@@ -200,10 +219,25 @@ class Loader:
         """The next batch; starts an iteration when none runs."""
         return next(self._running if self._running is not None else iter(self))
 
+    def targets(self, num_batches: int) -> list[Targets]:
+        """Targets per term in each of the next batches after those that were asked for before; the first time before the
+        first batch is taken. A sample whose image turns out bad later is counted. Raises ValueError.
+        """
+        if self._count_targets is None:
+            raise ValueError("this loader was made without `count_targets`")
+        if self._running is None:
+            iter(self)
+        before_s = time.monotonic()
+        if self._source is None:
+            self._source = self._start(self.position, num_ahead=num_batches)
+        found = self._source.targets(num_batches)
+        self._wait_s += time.monotonic() - before_s
+        return found
+
     def _iterate(self) -> Iterator[Batch | ConditionBatch]:
-        source = iter(self._start(self.position))
-        self._started_s = self._warned_s = time.monotonic()
-        self._wait_s = self._warned_wait_s = 0.0
+        if self._source is None:
+            self._source = self._start(self.position)
+        source = iter(self._source)
         while True:
             before_s = time.monotonic()
             delivery = next(source, None)
@@ -215,32 +249,35 @@ class Loader:
             self._warn_when_slow()
             yield delivery.batch
 
-    def _start(self, start: Position) -> Iterator[Delivery] | WorkerPool:
+    def _start(self, start: Position, *, num_ahead: int = 0) -> Production | WorkerPool:
         num_workers = self.settings.num_workers
         if num_workers == 0:
-            return self._produce(start, 0, WorkerGuard(Board(1), 0), stride=1)
-        self._pool = WorkerPool(
-            lambda start, first, guard: self._produce(start, first, guard, stride=num_workers),
+            return self._produce(start, 0, WorkerGuard(Board(1), 0), num_ahead=num_ahead)
+        return WorkerPool(
+            lambda start, first, guard: self._produce(start, first, guard, num_ahead=num_ahead),
             start=start,
             num_workers=num_workers,
             prefetch_batches=self.settings.prefetch_batches,
             prefetch_bytes=self.settings.prefetch_bytes,
+            batch_bytes=self.maker.max_bytes(self.micro_batch),
             watchdog_s=self.settings.watchdog_s,
             on_death=self._on_death,
+            num_ahead=num_ahead,
+            pin_memory=self._pin_memory,
         )
-        return self._pool
 
-    def _produce(self, start: Position, first: int, guard: WorkerGuard, *, stride: int) -> Iterator[Delivery]:
-        return deliveries(
+    def _produce(self, start: Position, first: int, guard: WorkerGuard, *, num_ahead: int) -> Production:
+        batches = batches_of_worker(
             self.maker,
             start,
             micro_batch=self.micro_batch,
             rank=self.rank,
             world_size=self.world_size,
-            guard=guard,
             worker=first,
-            num_workers=stride,
+            num_workers=max(self.settings.num_workers, 1),
         )
+        count_targets = self._count_targets if num_ahead else None
+        return Production(self.maker, batches, guard, count_targets=count_targets)
 
     def _on_death(self, worker: int, place: Place | None) -> None:
         if place is not None:
@@ -265,9 +302,9 @@ class Loader:
 
     def close(self) -> None:
         """End the workers; the position stays."""
-        if self._pool is not None:
-            self._pool.close()
-        self._pool, self._running = None, None
+        if isinstance(self._source, WorkerPool):
+            self._source.close()
+        self._source, self._running = None, None
         self._delivered.clear()
 
     # --- the position

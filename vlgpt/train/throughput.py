@@ -42,7 +42,9 @@ class Progress:
         self.wait_s = 0.0
 
     def add(self, micro_batches: list[Any], seconds: float, wait_s: float) -> None:
-        """One optimizer step of this rank took `seconds`, of which `wait_s` were spent waiting for data."""
+        """One optimizer step of this rank, on these batches (they may be without images), took `seconds`, of which
+        `wait_s` were spent waiting for data.
+        """
         self.num_steps += 1
         self.seconds += seconds
         self.wait_s += wait_s
@@ -52,7 +54,7 @@ class Progress:
                 self.num_tokens += batch.token_ids.numel() - padding
                 self.num_padding += padding
                 self.num_positions += batch.token_ids.numel()
-                self.num_images += 0 if batch.images is None else len(batch.images)
+                self.num_images += int(batch.is_visual.sum()) // batch.num_visual
             else:
                 self.num_images += len(batch.documents)
         if self._bar is not None:
