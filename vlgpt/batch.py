@@ -30,11 +30,12 @@ def to_device(value: T, device: torch.device | str, dtype: torch.dtype | None = 
     and pixels, the only uint8 tensors of a batch, are normalised: after they have travelled, as a quarter of the bytes.
     """
     if isinstance(value, Tensor):
-        moved = value.to(device=device, non_blocking=True)  # in its own type: a cast before would not be asynchronous
-        if moved.dtype == torch.uint8:
-            return normalised(moved, dtype or torch.float32)  # type: ignore[return-value]
-        is_cast = dtype is not None and moved.is_floating_point()
-        return moved.to(dtype) if is_cast else moved  # type: ignore[return-value]
+        # in its own type: a tensor that is cast on the way would be copied synchronously
+        tensor = value.to(device=device, non_blocking=True)
+        if tensor.dtype == torch.uint8:
+            return normalised(tensor, dtype or torch.float32)  # type: ignore[return-value]
+        is_cast = dtype is not None and tensor.is_floating_point()
+        return tensor.to(dtype) if is_cast else tensor  # type: ignore[return-value]
     if hasattr(value, "__dataclass_fields__"):
         moved = {f.name: to_device(getattr(value, f.name), device, dtype) for f in fields(value)}  # type: ignore[arg-type]
         return replace(value, **moved)  # type: ignore[type-var]
@@ -136,10 +137,6 @@ class Batch:
         ):
             raise ValueError("an image crosses a segment border")
 
-    def without_images(self) -> Batch:
-        """What may be kept of a batch at little cost: 24 bytes per position, and the names of its documents."""
-        return replace(self, images=None)
-
     @property
     def num_rows(self) -> int:
         return self.token_ids.shape[0]
@@ -173,10 +170,6 @@ class ConditionBatch:
             value = getattr(self, f.name)
             if isinstance(value, Tensor) and value.shape[0] != len(self.documents):
                 raise ValueError(f"{f.name} has {value.shape[0]} rows for {len(self.documents)} documents")
-
-    def without_images(self) -> ConditionBatch:
-        """What may be kept of a batch at little cost: masks, captions and the names of its documents."""
-        return replace(self, pixels=None, patches=None, image_condition=None, text_condition=None)
 
     def require(self, name: str) -> Tensor:
         """The tensor `name`; raises ValueError that says how to provide it."""

@@ -1,9 +1,9 @@
 """Shared memory through which the batches of one worker reach the trainer.
 
-A tensor that is sent as such takes a file in /dev/shm and a descriptor for as long as somebody holds it. These buffers are
-one anonymous mapping instead, made before the worker is forked and used again and again: they need no descriptor, the size
-of /dev/shm does not matter to them, and pages that no batch has reached yet take no memory. What is taken out of a buffer
-is ordinary memory, so that the buffer is free at once.
+A tensor that is sent as such takes a file in /dev/shm and a descriptor for as long as somebody holds it. These buffers
+are one anonymous mapping instead, made before the worker is forked and used again and again: they need no descriptor,
+they do not count against the size of /dev/shm, and pages that no batch has reached yet take no memory. What is taken
+out of a buffer is ordinary memory, so that the buffer is free at once.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ MAX_BUFFERS = 256  # per worker: as many orders fit into a pipe unread
 
 
 def num_buffers(*, prefetch_batches: int, prefetch_bytes: int, num_workers: int, batch_bytes: int) -> int:
-    """How many batches a worker may have ready: its share of the batches, or as many as fit into its share of the bytes,
-    but at least one.
+    """How many batches a worker may have ready: its share of them, or what fits into its share of the bytes; at least
+    one.
     """
     share = -(-prefetch_batches // num_workers)
     return max(1, min(share, prefetch_bytes // num_workers // max(batch_bytes, 1), MAX_BUFFERS))

@@ -220,8 +220,8 @@ class Loader:
         return next(self._running if self._running is not None else iter(self))
 
     def targets(self, num_batches: int) -> list[Targets]:
-        """Targets per term in each of the next batches after those that were asked for before; the first time before the
-        first batch is taken. A sample whose image turns out bad later is counted. Raises ValueError.
+        """Targets per term in each of the next batches after those that were asked for before. Ask before the first
+        batch is taken. A sample whose image turns out bad later is counted. Raises ValueError.
         """
         if self._count_targets is None:
             raise ValueError("this loader was made without `count_targets`")

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import chain
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -29,10 +29,9 @@ from vlgpt.batch import Batch, ConditionBatch
 from vlgpt.data.collate import collate_conditions, collate_rows, collate_texts
 from vlgpt.data.mixture import SlotPlan, Slots
 from vlgpt.data.packing import Packer
-from vlgpt.data.samples import ConditionLoader, LoadedCondition, LoadedSequence, Place, SequenceLoader
+from vlgpt.data.samples import ConditionLoader, Place, SequenceLoader
 from vlgpt.data.sources import OpenSource, feature_dtype
 from vlgpt.shards import BadSample
-
 
 POSITION_BYTES = 24  # of a packed row: six arrays
 SAMPLE_BYTES = 4  # of an image stage beside its arrays: source, two masks
@@ -79,7 +78,7 @@ class Report:
 
 @dataclass
 class Draft:
-    """A batch before its images are read: the samples of every row, each with its place or with what is bad about it."""
+    """A batch before its images are read: the samples of every row, each with its place, or what is bad about it."""
 
     rows: list[list[tuple[Place, Any] | BadRecord]]
     report: Report
@@ -204,13 +203,8 @@ class Production:
             yield Delivery(batch, end, report)
 
 
-Loaded = TypeVar("Loaded", LoadedSequence, LoadedCondition)
-
-
-def _attempt(
-    place: Place, act: Callable[[], Loaded], guard: Guard, sources: Sequence[OpenSource]
-) -> Loaded | BadRecord:
-    """What an act on a sample gives, or why the sample is bad."""
+def _attempt(place: Place, act: Callable[[], Any], guard: Guard, sources: Sequence[OpenSource]) -> Any:
+    """What an act on a sample gives, or a BadRecord that says why it is bad."""
     guard.enter(place)
     try:
         if guard.is_poisoned(place):
@@ -222,7 +216,7 @@ def _attempt(
 
 def _read(
     place: Place, loader: SequenceLoader | ConditionLoader, guard: Guard
-) -> tuple[Place, LoadedSequence | LoadedCondition] | BadRecord:
+) -> tuple[Place, Any] | BadRecord:
     """A sample without its images."""
     found = _attempt(place, lambda: loader.read(place), guard, loader.sources)
     return found if isinstance(found, BadRecord) else (place, found)

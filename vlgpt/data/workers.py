@@ -1,7 +1,7 @@
 """Worker processes that make batches: in order, bounded, watched, and replaced once when one of them dies.
 
-A worker does what it is ordered to, one order after the other: count the targets of its next batches, or finish the next
-one into a buffer that is free (`buffers.py`). As many batches are ready as there are buffers, however many
+A worker does what it is ordered to, one order after the other: count the targets of its next batches, or finish the
+next one into a buffer that is free (`buffers.py`). As many batches are ready as there are buffers, however many
 micro-batches a step has; what a step needs of all of them beforehand is a few numbers each.
 
 Every worker has its own pipes, so that the death of one (a decoder's segmentation fault, the kernel's
@@ -99,7 +99,7 @@ Produce = Callable[[Position, int, WorkerGuard], Production]
 class _Worker:
     """A process, a pipe for orders and one for what it made, its buffers, and a file for its stacks.
 
-    `num_ahead` of its batches are counted before they are finished, of which `num_known` were counted by a worker before.
+    `num_ahead` of its batches are counted before they are finished; the first `num_known` were, by a worker before it.
     """
 
     def __init__(
@@ -192,7 +192,7 @@ class WorkerPool:
     """Deliveries of all workers in the order of the stream.
 
     Args:
-        batch_bytes: of the largest batch; with the limits on what is prepared ahead it decides how many buffers there are.
+        batch_bytes: of the largest batch; with the limits on what is prepared ahead it decides the number of buffers.
         num_ahead: how many batches' targets are asked for before the batches themselves; 0 = none.
         pin_memory: deliver tensors from which CUDA can copy asynchronously.
     Raises (while iterating) UserError from a worker, DataStalled, and RuntimeError when a worker dies twice.

@@ -26,7 +26,7 @@ from vlgpt.train.engine import Engine, StepResult
 from vlgpt.train.flops import FlopMeter, counting
 from vlgpt.train.profile import ProfileWindow
 from vlgpt.train.schedule import learning_rate
-from vlgpt.train.throughput import Progress
+from vlgpt.train.throughput import Content, Progress
 from vlgpt.train.upload import Uploader
 from vlgpt.train.watchdog import Watchdog
 
@@ -89,11 +89,11 @@ class Run:
 
 
 class Intake:
-    """The micro-batches of one step as they come from `Engine.feed`; keeps what they were, without images."""
+    """The micro-batches of one step as they come from `Engine.feed`; keeps what they held, but not them."""
 
     def __init__(self, feed: Iterator[tuple[Any, Any]], num_batches: int):
         self._feed, self._num_batches = feed, num_batches
-        self.seen: list[Any] = []
+        self.contents: list[Content] = []
         self.wait_s = 0.0
 
     def __iter__(self) -> Iterator[tuple[Any, Any]]:
@@ -101,7 +101,7 @@ class Intake:
             started = time.monotonic()
             batch, placed = next(self._feed)
             self.wait_s += time.monotonic() - started
-            self.seen.append(batch.without_images())
+            self.contents.append(Content.of(batch))
             yield batch, placed
 
 
@@ -129,12 +129,12 @@ def train(run: Run, state: RunState) -> None:
         if run.average is not None and not result.is_skipped:
             run.average.update(step)
         note_losses(state, losses)
-        progress.add(intake.seen, time.monotonic() - started, counting_s + intake.wait_s)
+        progress.add(intake.contents, time.monotonic() - started, counting_s + intake.wait_s)
         run.is_alive(step)
         if run.profile is not None:
             run.profile.after_step(step)
-        after_skip(run, state, result, intake.seen)
-        if roll_back_after_spike(run, state, losses, intake.seen):
+        after_skip(run, state, result, intake.contents)
+        if roll_back_after_spike(run, state, losses, intake.contents):
             feed = engine.feed(iter(run.loader))
             continue
         if step % settings.log_interval_steps == 0 or step == settings.steps:
@@ -160,7 +160,7 @@ def train_step(
 ) -> tuple[StepResult, dict[str, Tensor]]:
     """One optimizer step: sums of losses divided by the global number of targets.
 
-    `micro_batches` come as pairs from `Engine.feed`, with their `targets` known before; or as batches that are all there.
+    `micro_batches` come as pairs from `Engine.feed`, their `targets` known before; or as batches that are all there.
     The count runs over ranks and micro-batches, so the result depends on neither. `world_size * accumulation` undoes
     DeepSpeed's two means. Returns the outcome and, per term, (2, num_sources) sums and counts of this rank.
     """
@@ -199,14 +199,14 @@ def note_losses(state: RunState, losses: dict[str, Tensor]) -> None:
         state.sums[name] = state.sums[name] + value if name in state.sums else value
 
 
-def after_skip(run: Run, state: RunState, result: StepResult, micro_batches: list[Any]) -> None:
+def after_skip(run: Run, state: RunState, result: StepResult, contents: Iterable[Any]) -> None:
     """Count a non-finite step (skipped on all ranks alike), name its documents, stop after too many in a row."""
     if not result.is_skipped:
         state.num_skipped_in_row = 0
         return
     state.num_skipped += 1
     state.num_skipped_in_row += 1
-    documents = run.engine.gather_objects([list(_documents(batch)) for batch in micro_batches])
+    documents = run.engine.gather_objects([list(_documents(content)) for content in contents])
     get_logger().warning(
         "step %d skipped: gradient is not finite (%d in a row)", state.step, state.num_skipped_in_row
     )
@@ -221,7 +221,7 @@ def after_skip(run: Run, state: RunState, result: StepResult, micro_batches: lis
 
 
 def roll_back_after_spike(
-    run: Run, state: RunState, losses: dict[str, Tensor], micro_batches: list[Any]
+    run: Run, state: RunState, losses: dict[str, Tensor], contents: Iterable[Any]
 ) -> bool:
     """Note a loss far above its moving mean; if asked for, load the newest commit and leave out the data since then.
 
@@ -237,7 +237,7 @@ def roll_back_after_spike(
     if not state.spikes.is_spike(loss):
         return False
     step = state.step
-    documents = run.engine.gather_objects([list(_documents(batch)) for batch in micro_batches])
+    documents = run.engine.gather_objects([list(_documents(content)) for content in contents])
     event = {"event": "loss_spike", "loss": loss, "usual": state.spikes.mean, "documents": documents}
     if run.log is not None:
         run.log.write(step, event)
@@ -273,8 +273,8 @@ def check_replicas(run: Run, step: int) -> None:
         )
 
 
-def _documents(batch: Any) -> Iterator[str]:
-    for item in batch.documents:
+def _documents(content: Any) -> Iterator[str]:
+    for item in content.documents:
         yield from (item,) if isinstance(item, str) else item
 
 
