@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import io
 import json
+import mmap
 import os
 import signal
 import subprocess
@@ -19,11 +20,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from small_data import make_tokenizer, page, pair, picture, write_dataset
 
 import vlgpt.data.pixels
 from vlgpt.data import Loader
+from vlgpt.data.buffers import Buffers
 from vlgpt.data.tally import TooManyBadSamples
 from vlgpt.data.workers import DataStalled
 from vlgpt.document import Document
@@ -304,6 +307,64 @@ def test_a_worker_killed_from_outside_is_replaced_without_loss(killer: Path) -> 
     assert len(Counter(names) - Counter(kept)) <= 1  # the sample that was being read is under suspicion
     assert not Counter(kept) - Counter(names)
     loader.close()
+
+
+def test_nothing_is_lost_with_a_worker_that_is_killed_while_it_writes(
+    killer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The buffer is half full of something else; what was counted before stays counted, once."""
+    put, orders = Buffers.put, np.frombuffer(mmap.mmap(-1, 8), dtype=np.int64)  # shared with the workers
+
+    def killed_once(self: Buffers, number: int, value: Any) -> Any:
+        orders[0] += 1
+        if orders[0] == 9:
+            start = number * self._size
+            self._memory[start : start + self._size // 2] = b"\xff" * (self._size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return put(self, number, value)
+
+    def num_valid(batch: Any) -> dict[str, float]:
+        return {"valid": float(batch.is_valid.sum()), "brightness": float(len("".join(batch.captions)))}
+
+    wanted = list(islice(conditions(settings(killer), micro_batch=4), 40))
+    monkeypatch.setattr(Buffers, "put", killed_once)
+    loader = conditions(settings(killer, num_workers=2), micro_batch=4, count_targets=num_valid)
+    batches, found, counted = iter(loader), [], []
+    for _ in range(5):
+        counted += loader.targets(8)
+        found += [next(batches) for _ in range(8)]
+    assert orders[0] > 40
+    assert loader.statistics()["bad"] == {}
+    assert [batch.documents for batch in wanted] == [batch.documents for batch in found]
+    assert all(torch.equal(a.pixels, b.pixels) for a, b in zip(wanted, found, strict=True))
+    assert counted == [num_valid(batch) for batch in wanted]
+    loader.close()
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_bad_image_takes_its_loss_away_but_not_its_targets_from_the_count(
+    pairs: Path, tmp_path: Path, num_workers: int
+) -> None:
+    """So what the other samples of a step weigh does not depend on it."""
+    broken = copy_of(pairs, tmp_path / "pairs")
+    damage(broken)
+
+    def count(batch: Any) -> dict[str, float]:
+        return {"text": float(batch.is_target.sum())}
+
+    def counted(folder: Path) -> tuple[list[Any], float]:
+        chosen = settings(folder, max_bad_fraction=1.0, num_workers=num_workers)
+        loader = packed(chosen, count_targets=count)
+        batches = iter(loader)
+        found = loader.targets(12), sum(count(next(batches))["text"] for _ in range(12))
+        loader.close()
+        return found
+
+    whole, partial = counted(pairs), counted(broken)
+    assert sum(targets["text"] for targets in whole[0]) == whole[1]
+    assert sum(targets["text"] for targets in partial[0]) > partial[1]
+    # the images with a flipped bit are still counted; what could not even be read as text is not
+    assert sum(targets["text"] for targets in partial[0]) < whole[1]
 
 
 def test_a_worker_that_dies_twice_ends_the_run(killer: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -371,14 +371,14 @@ def _work(
                 if os.getppid() != parent:
                     return
             what, amount = orders.recv()
+            made: Any = production.targets(amount) if what == "count" else next(deliveries, None)
+            board.mark(number, None)  # whatever happens from here on is no sample's fault
             if what == "count":
-                message: Any = ("targets", production.targets(amount))
-            elif (delivery := next(deliveries, None)) is not None:
-                message = ("batch", (amount, buffers.put(amount, delivery)))
+                connection.send(("targets", made))
+            elif made is not None:
+                connection.send(("batch", (amount, buffers.put(amount, made))))
             else:
-                message = ("end", None)
-            board.mark(number, None)
-            connection.send(message)
+                connection.send(("end", None))
     except (UserError, FileNotFoundError) as error:
         connection.send(("user_error", str(error)))
     except (BrokenPipeError, EOFError):  # the trainer is gone
