@@ -294,6 +294,10 @@ def test_targets_are_not_counted_further_ahead_than_was_said(data: Path) -> None
     loader.close()
     with pytest.raises(ValueError, match="count_targets"):
         packed(settings(data)).targets(1)
+    late = packed(settings(data), count_targets=num_targets)
+    next(late)
+    with pytest.raises(ValueError, match="before the first batch"):
+        late.targets(1)
 
 
 def test_ranks_share_the_stream_without_overlap(data: Path) -> None:

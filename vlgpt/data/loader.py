@@ -15,7 +15,6 @@ position.
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,7 +41,7 @@ from vlgpt.data.stream import (
     Targets,
     batches_of_worker,
 )
-from vlgpt.data.tally import Tally
+from vlgpt.data.tally import Tally, Waits
 from vlgpt.data.workers import Board, WorkerGuard, WorkerPool
 from vlgpt.log import UserError, get_logger
 from vlgpt.settings import DataSettings
@@ -51,7 +50,6 @@ from vlgpt.tokens import DocumentTokenizer
 
 Kind = Literal["packed", "conditions"]
 MEASURED_DRAWS = 256  # samples per source from which the mean sequence length is estimated (ramps only)
-WAIT_WARNING_SHARE, WAIT_WARNING_PERIOD_S = 0.05, 300.0
 
 
 class Loader:
@@ -101,8 +99,7 @@ class Loader:
         self._delivered: deque[Position] = deque()
         self._running: Iterator[Batch | ConditionBatch] | None = None
         self._source: Production | WorkerPool | None = None
-        self._wait_s, self._started_s = 0.0, 0.0
-        self._warned_s, self._warned_wait_s = 0.0, 0.0
+        self._waits = Waits()
 
     @property
     def feature_specs(self) -> dict[str, FeatureSpec]:
@@ -196,8 +193,7 @@ class Loader:
     def __iter__(self) -> Iterator[Batch | ConditionBatch]:
         """Batches from the position that the trainer has consumed. A new iteration ends the one before."""
         self.close()
-        self._started_s = self._warned_s = time.monotonic()
-        self._wait_s = self._warned_wait_s = 0.0
+        self._waits.restart()
         self._running = self._iterate()
         return self._running
 
@@ -227,26 +223,23 @@ class Loader:
             raise ValueError("this loader was made without `count_targets`")
         if self._running is None:
             iter(self)
-        before_s = time.monotonic()
         if self._source is None:
             self._source = self._start(self.position, num_ahead=num_batches)
-        found = self._source.targets(num_batches)
-        self._wait_s += time.monotonic() - before_s
-        return found
+        with self._waits.waiting():
+            return self._source.targets(num_batches)
 
     def _iterate(self) -> Iterator[Batch | ConditionBatch]:
         if self._source is None:
             self._source = self._start(self.position)
         source = iter(self._source)
         while True:
-            before_s = time.monotonic()
-            delivery = next(source, None)
-            self._wait_s += time.monotonic() - before_s
+            with self._waits.waiting():
+                delivery = next(source, None)
             if delivery is None:
                 return
             self._tally.add(delivery.report)
             self._delivered.append(delivery.end)
-            self._warn_when_slow()
+            self._waits.warn_when_slow(self.settings.num_workers)
             yield delivery.batch
 
     def _start(self, start: Position, *, num_ahead: int = 0) -> Production | WorkerPool:
@@ -285,20 +278,6 @@ class Loader:
             record = BadRecord(place.source, bad.reason, bad.key, bad.shard)
             self._tally.quarantine(record)
             get_logger(__name__).error("data worker %d died while reading %s", worker, bad)
-
-    def _warn_when_slow(self) -> None:
-        now_s = time.monotonic()
-        if now_s - self._warned_s < WAIT_WARNING_PERIOD_S:
-            return
-        share = (self._wait_s - self._warned_wait_s) / (now_s - self._warned_s)
-        if share > WAIT_WARNING_SHARE:
-            get_logger(__name__).warning(
-                "the trainer waited for data %.0f %% of the last %.0f s: raise data.num_workers (now %d)",
-                100 * share,
-                now_s - self._warned_s,
-                self.settings.num_workers,
-            )
-        self._warned_s, self._warned_wait_s = now_s, self._wait_s
 
     def close(self) -> None:
         """End the workers; the position stays."""
@@ -351,11 +330,5 @@ class Loader:
         """Counts of this rank since the loader was made: samples, mixture, tokens and padding share, bad and
         rejected samples by source and reason, time waited for data, planning time per window.
         """
-        elapsed_s = time.monotonic() - self._started_s if self._started_s else 0.0
         skipped = {source.name: source.shards.skipped for source in self.sources if source.shards.skipped}
-        return {
-            **self._tally.statistics(),
-            "skipped": skipped,
-            "data_wait_s": self._wait_s,
-            "data_wait_share": self._wait_s / elapsed_s if elapsed_s else 0.0,
-        }
+        return {**self._tally.statistics(), "skipped": skipped, **self._waits.statistics()}

@@ -191,7 +191,11 @@ class Production:
         return True
 
     def targets(self, num_batches: int) -> list[Targets]:
-        """Of the next batches after those that were asked for before, wherever the iteration stands."""
+        """Of the next batches after those that were asked for before, wherever the iteration stands. Raises ValueError
+        when nothing counts.
+        """
+        if self._count_targets is None:
+            raise ValueError("targets are asked for too late: ask before the first batch is taken")
         while len(self._targets) < num_batches and self._draft():
             pass
         return [self._targets.popleft() for _ in range(min(num_batches, len(self._targets)))]

@@ -364,21 +364,23 @@ def _work(
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:
         production = produce(start, first, WorkerGuard(board, number))
-        production.targets(num_known)
+        if num_known:
+            production.targets(num_known)
         deliveries = iter(production)
         while True:
             while not orders.poll(2):
                 if os.getppid() != parent:
                     return
             what, amount = orders.recv()
-            made: Any = production.targets(amount) if what == "count" else next(deliveries, None)
-            board.mark(number, None)  # whatever happens from here on is no sample's fault
             if what == "count":
-                connection.send(("targets", made))
-            elif made is not None:
-                connection.send(("batch", (amount, buffers.put(amount, made))))
-            else:
-                connection.send(("end", None))
+                for _ in range(amount):  # one by one: signs of life
+                    connection.send(("targets", production.targets(1)))
+                board.mark(number, None)
+                continue
+            delivery = next(deliveries, None)
+            board.mark(number, None)  # whatever happens from here on is no sample's fault
+            stored = None if delivery is None else (amount, buffers.put(amount, delivery))
+            connection.send(("batch", stored))
     except (UserError, FileNotFoundError) as error:
         connection.send(("user_error", str(error)))
     except (BrokenPipeError, EOFError):  # the trainer is gone
