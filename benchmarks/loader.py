@@ -1,11 +1,15 @@
 """Our loader beside the libraries that people use, on the same tars with the same decoder, in one run.
 
     OMP_NUM_THREADS=1 python benchmarks/loader.py [--samples 2000] [--rounds 3] [--only webdataset ...]
+    OMP_NUM_THREADS=1 python benchmarks/loader.py --against OTHER_CHECKOUT [--rounds 5]
 
 Prints samples per CPU-second of finished batches (decode, resize to 224, crop, batch of 32) and of raw reads, the
 time to the first batch, then what only ours has: planning for 1,024 ranks over 100,000 shards, padding shares,
 memory over 50,000 samples. Every contender runs in a process of its own, `rounds` times in turns, and the best round
 counts: a busy machine disturbs all alike. Peers that are not installed are named and left out.
+
+`--against` compares this checkout with another one where training meets the loader: two worker processes, steps of 1
+to 256 micro-batches whose targets are counted first, pixels ready in [-1, 1]; and what the trainer's process holds.
 """
 
 from __future__ import annotations
@@ -27,9 +31,10 @@ from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, os.environ.get("VLGPT_CHECKOUT", str(Path(__file__).resolve().parent.parent)))
 from benchmarks.loader_contenders import BATCH, CONTENDERS, write_tars
 
+HERE = Path(__file__).resolve().parent.parent
 SIZE_PX = 224
 
 
@@ -60,11 +65,15 @@ def measure(name: str, folder: Path, *, mode: str, num_samples: int) -> dict[str
     return {"per_cpu_s": count * size / cpu_s, "first_s": first_s, "memory_mb": memory_mb}
 
 
-def run_apart(name: str, folder: Path, *, mode: str, num_samples: int) -> dict[str, float] | str:
+def run_apart(
+    name: str, folder: Path, *, mode: str, num_samples: int, checkout: Path = HERE
+) -> dict[str, float] | str:
     """`measure` in a new process; what went wrong, in one line, when it fails."""
     command = [sys.executable, __file__, "--measure", name, mode, str(folder), "--samples", str(num_samples)]
     environment = {
         **os.environ,
+        "VLGPT_CHECKOUT": str(checkout),
+        "PYTHONPATH": str(checkout),
         "OMP_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
@@ -115,6 +124,98 @@ def print_comparison(best: dict[str, Any]) -> None:
         print(f"{name:30s} {numbers} {row['memory_mb']:7.0f}")
     if "vlgpt" in best and "webdataset" in best and "raw" in best["webdataset"]:
         print(f"raw read: {best['vlgpt']['raw'] / best['webdataset']['raw']:.1f} x webdataset")
+
+
+# --- two checkouts side by side
+
+ACCUMULATIONS = (1, 16, 256)
+
+
+def measure_steps(decoder: str, folder: Path, *, accumulation: int, num_samples: int) -> dict[str, float]:
+    """Steps of a trainer that does nothing: images per second and per CPU-second of all processes; what it holds."""
+    import torch
+
+    from vlgpt.batch import to_device
+    from vlgpt.data import Loader
+    from vlgpt.settings import DataSettings, SourceSettings
+
+    torch.set_num_threads(1)
+    source = SourceSettings(name="tars", path=str(folder))
+    settings = DataSettings(sources=(source,), pixels=True, decoder=decoder, num_workers=2)  # type: ignore[arg-type]
+    counts_ahead = hasattr(Loader, "targets")
+    options: dict[str, Any] = {"count_targets": lambda batch: {"x": 1.0}} if counts_ahead else {}
+    loader = Loader(settings, kind="conditions", micro_batch=BATCH, **options)
+    batches = iter(loader)
+    held = {"descriptors": 0.0, "shm_mb": 0.0, "memory_mb": 0.0}
+
+    def step() -> None:
+        if counts_ahead:
+            loader.targets(accumulation)
+            micro_batches = islice(batches, accumulation)
+        else:
+            micro_batches = iter([next(batches) for _ in range(accumulation)])
+        for number, batch in enumerate(micro_batches):
+            if number % 64 == 0:
+                held.update({name: max(held[name], value) for name, value in held_now().items()})
+            to_device(batch, "cpu", torch.float32)
+        loader.advance(accumulation)
+
+    step()
+    source_of = loader._source if counts_ahead else loader._pool  # type: ignore[attr-defined]
+    pids = [os.getpid(), *[worker.process.pid for worker in source_of._workers]]
+    before_s, before_cpu_s = time.perf_counter(), sum(map(cpu_seconds, pids))
+    num_steps = -(-num_samples // (BATCH * accumulation))
+    for _ in range(num_steps):
+        step()
+    wall_s, cpu_s = time.perf_counter() - before_s, sum(map(cpu_seconds, pids)) - before_cpu_s
+    loader.close()
+    num_images = num_steps * accumulation * BATCH
+    return {"per_s": num_images / wall_s, "per_cpu_s": num_images / cpu_s, **held}
+
+
+def cpu_seconds(pid: int) -> float:
+    """Of all threads of a process so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def held_now() -> dict[str, float]:
+    """Open descriptors, mapped files of /dev/shm and memory of this process."""
+    maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if "/dev/shm" in line]
+    ranges = [[int(end, 16) for end in line[0].split("-")] for line in maps]
+    shm_mb = sum(end - start for start, end in ranges) / 1e6
+    num_descriptors = len(os.listdir("/proc/self/fd"))
+    return {"descriptors": num_descriptors, "shm_mb": shm_mb, "memory_mb": resident_mb(os.getpid())}
+
+
+def compare_checkouts(folder: Path, other: Path, *, num_samples: int, rounds: int) -> None:
+    """Both in turns, the best round of each; memory and descriptors are the most of all rounds."""
+    print(
+        f"{'decoder, micro-batches':24s} {'':6s} {'images/s':>9s} {'per CPU-s':>10s} {'files':>6s} {'shm MB':>7s} "
+        f"{'RSS MB':>7s}"
+    )
+    for decoder in ("pillow", "fast"):
+        for accumulation in ACCUMULATIONS:
+            best: dict[str, dict[str, float]] = {"other": {}, "this": {}}
+            for _ in range(rounds):
+                for name, checkout in (("other", other), ("this", HERE)):
+                    found = run_apart(
+                        f"{decoder},{accumulation}",
+                        folder,
+                        mode="steps",
+                        num_samples=num_samples,
+                        checkout=checkout,
+                    )
+                    if isinstance(found, str):
+                        raise RuntimeError(f"{checkout}: {found}")
+                    row = best[name]
+                    row.update({key: max(row.get(key, 0.0), value) for key, value in found.items()})
+            for name, row in best.items():
+                print(
+                    f"{f'{decoder}, {accumulation}':24s} {name:6s} {row['per_s']:9.0f} {row['per_cpu_s']:10.0f} "
+                    f"{row['descriptors']:6.0f} {row['shm_mb']:7.0f} {row['memory_mb']:7.0f}",
+                    flush=True,
+                )
 
 
 # --- what only ours has
@@ -174,7 +275,7 @@ def memory_growth(folder: Path, *, num_samples: int = 50_000) -> None:
     for _ in range(11):
         for _ in islice(batches, num_samples // BATCH // 11):
             loader.advance(1)
-        pids = [os.getpid(), *[w.process.pid for w in loader._pool._workers]]  # type: ignore[union-attr]
+        pids = [os.getpid(), *[w.process.pid for w in loader._source._workers]]  # type: ignore[union-attr]
         sizes.append(sum(resident_mb(pid) for pid in pids if pid))
     loader.close()
     growth = sizes[-1] - sizes[0]
@@ -194,11 +295,26 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=2000, help="samples measured per contender and round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", nargs="*", choices=list(CONTENDERS), help="contenders to run")
+    parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="compare this checkout with another")
     parser.add_argument("--measure", nargs=3, metavar=("NAME", "MODE", "FOLDER"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
         name, mode, folder = arguments.measure
-        print(json.dumps(measure(name, Path(folder), mode=mode, num_samples=arguments.samples)))
+        if mode == "steps":
+            decoder, accumulation = name.split(",")
+            found = measure_steps(
+                decoder, Path(folder), accumulation=int(accumulation), num_samples=arguments.samples
+            )
+        else:
+            found = measure(name, Path(folder), mode=mode, num_samples=arguments.samples)
+        print(json.dumps(found))
+        return
+    if arguments.against is not None:
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch) / "tars"
+            write_tars(folder, num_tars=20, num_samples=2000)
+            other = arguments.against.resolve()
+            compare_checkouts(folder, other, num_samples=arguments.samples, rounds=arguments.rounds)
         return
     wanted = arguments.only or list(CONTENDERS)
     names = [name for name in wanted if is_installed(CONTENDERS[name][0])]

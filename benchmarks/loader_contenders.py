@@ -42,6 +42,7 @@ def tars_of(folder: Path) -> list[str]:
 
 def vlgpt(folder: Path, decode: Decode | None, *, decoder: str = "pillow") -> Stream:
     """Ours, on foreign tars without manifest."""
+    from vlgpt.batch import to_device
     from vlgpt.data import Loader
     from vlgpt.settings import DataSettings, SourceSettings
     from vlgpt.shards import ShardSet
@@ -53,7 +54,7 @@ def vlgpt(folder: Path, decode: Decode | None, *, decoder: str = "pillow") -> St
         return (shards.read(i, j) for i, j in itertools.cycle(places))
     source = SourceSettings(name="tars", path=str(folder))
     settings = DataSettings(sources=(source,), pixels=True, decoder=decoder, num_workers=0)  # type: ignore[arg-type]
-    return iter(Loader(settings, kind="conditions", micro_batch=BATCH))
+    return (to_device(batch, "cpu") for batch in Loader(settings, kind="conditions", micro_batch=BATCH))
 
 
 def vlgpt_fast(folder: Path, decode: Decode | None) -> Stream:

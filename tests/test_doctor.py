@@ -162,3 +162,53 @@ def test_a_disk_that_is_too_small_for_the_checkpoints_is_an_error(tmp_path, monk
     monkeypatch.setattr(environment.shutil, "disk_usage", lambda _: usage)
     (found,) = [f for f in environment.check_environment(run) if f.level == "error"]
     assert "5.0 GiB free" in found.text and "checkpoint.keep" in found.fix
+
+
+def test_what_doctor_says_of_a_batch_is_the_most_that_the_loader_makes(tmp_path):
+    from vlgpt.config import RunSettings, validate
+    from vlgpt.doctor.environment import batch_bytes, check_environment
+
+    values = language(tmp_path)
+    values["data"] = {**values["data"], "features": [], "pixels": True, "image_size_px": 224}
+    run = validate(RunSettings, values, where="test")
+    # 512 positions hold at most 15 images of 32 embeddings and two marks
+    assert batch_bytes(run) == 8 * (512 * 24 + 15 * 3 * 224 * 224)
+    (found,) = [f for f in check_environment(run, num_processes=4) if "loaders hold" in f.text]
+    assert "4 x 4 batches of 18.2 MB" in found.text and found.level == "ok"
+    deep = validate(RunSettings, {**values, "global_batch": 64 * 4096}, where="test")
+    assert batch_bytes(deep) == batch_bytes(run), "accumulation costs nothing"
+    greedy = {**values["data"], "prefetch_batches": 10_000, "prefetch_bytes": 1 << 50}
+    run = validate(RunSettings, {**values, "data": greedy, "micro_batch": 64}, where="test")
+    (found,) = [f for f in check_environment(run, num_processes=8) if "loaders hold" in f.text]
+    assert found.level == "warning" and "data.prefetch_bytes" in found.fix
+    run = validate(RunSettings, image(tmp_path), where="test")
+    numbers = 257 * 1024 + 16 * 768 + 77 * 768
+    assert batch_bytes(run) == 8 * (4 + 4 * numbers)
+
+
+def test_a_limit_on_open_files_that_a_run_will_reach_is_an_error(tmp_path, monkeypatch):
+    from vlgpt.config import RunSettings, validate
+    from vlgpt.doctor import environment
+
+    run = validate(RunSettings, language(tmp_path), where="test")
+    for limit, level in ((256, "error"), (300, "ok")):
+        monkeypatch.setattr(environment.resource, "getrlimit", lambda _, limit=limit: (limit, 4096))
+        (found,) = [f for f in environment.check_environment(run) if "ulimit -n" in f.text]
+        assert found.level == level
+        assert "259" in found.text, "one tar, its features and their scales, and a process's own files"
+        assert ("ulimit -n 259" in found.fix) == (level == "error")
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "free", "level"), [(8, 64 << 20, "warning"), (8, 2 << 30, "ok"), (0, 0, "ok")]
+)
+def test_a_small_dev_shm_matters_to_nccl_only(num_gpus, free, level, monkeypatch):
+    import torch
+
+    from vlgpt.doctor import environment
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+    monkeypatch.setattr(environment.shutil, "disk_usage", lambda _: type("Usage", (), {"free": free}))
+    (found,) = [f for f in environment.check_environment() if "/dev/shm" in f.text]
+    assert found.level == level
+    assert ("--shm-size" in found.fix) == (level == "warning")

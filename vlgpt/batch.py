@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -14,20 +15,48 @@ _NUM_DIMS: dict[str, int] = {"patches": 3, "visual": 3, "pixels": 4}
 T = TypeVar("T")
 
 
+def normalised(pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Pixels as encoders and losses take them, on whatever device they are: uint8 (...) -> (...) in [-1, 1].
+
+    Computed in fp32 and then cast, so that fp32 is the same to the bit everywhere. The divisor lies on the device: by a
+    number of the CPU, CUDA would multiply with its reciprocal.
+    """
+    divisor = torch.full((), 127.5, device=pixels.device)
+    return pixels.to(torch.float32).div_(divisor).sub_(1.0).to(dtype)
+
+
 def to_device(value: T, device: torch.device | str, dtype: torch.dtype | None = None) -> T:
-    """Move every tensor of a (nested) dataclass; floating tensors are also cast. DeepSpeed casts no dataclass."""
+    """Move every tensor of a (nested) dataclass. DeepSpeed casts no dataclass, so floating tensors are cast to `dtype`,
+    and pixels, the only uint8 tensors of a batch, are normalised: after they have travelled, as a quarter of the bytes.
+    """
     if isinstance(value, Tensor):
-        target = dtype if dtype is not None and value.is_floating_point() else value.dtype
-        return value.to(device=device, dtype=target, non_blocking=True)  # type: ignore[return-value]
+        # in its own type: a tensor that is cast on the way would be copied synchronously
+        tensor = value.to(device=device, non_blocking=True)
+        if tensor.dtype == torch.uint8:
+            return normalised(tensor, dtype or torch.float32)  # type: ignore[return-value]
+        is_cast = dtype is not None and tensor.is_floating_point()
+        return tensor.to(dtype) if is_cast else tensor  # type: ignore[return-value]
     if hasattr(value, "__dataclass_fields__"):
         moved = {f.name: to_device(getattr(value, f.name), device, dtype) for f in fields(value)}  # type: ignore[arg-type]
         return replace(value, **moved)  # type: ignore[type-var]
     return value
 
 
+def tensors_of(value: Any) -> Iterator[Tensor]:
+    """Every tensor of a (nested) dataclass."""
+    if isinstance(value, Tensor):
+        yield value
+    elif hasattr(value, "__dataclass_fields__"):
+        for f in fields(value):
+            yield from tensors_of(getattr(value, f.name))
+
+
 @dataclass(frozen=True)
 class ImageInput:
-    """M images in reading order, tagged by kind: patches (M, P, C) | visual (M, N, d) | pixels (M, 3, H, W)."""
+    """M images in reading order, tagged by kind: patches (M, P, C) | visual (M, N, d) | pixels (M, 3, H, W).
+
+    Pixels are uint8 until `to_device` brings them to [-1, 1].
+    """
 
     kind: ImageKind
     values: Tensor
@@ -130,7 +159,7 @@ class ConditionBatch:
     is_valid: Tensor  # (B,) bool
     has_text: Tensor  # (B,) bool; image-only data trains stage 1 too
     captions: tuple[str, ...] = ()
-    pixels: Tensor | None = None  # (B, 3, H, W) in [-1, 1]
+    pixels: Tensor | None = None  # (B, 3, H, W); uint8 until `to_device` brings them to [-1, 1]
     patches: Tensor | None = None  # (B, P, C)
     image_condition: Tensor | None = None  # (B, Kv, Dv), e_v
     text_condition: Tensor | None = None  # (B, Kt, Dt), e_t
@@ -147,6 +176,8 @@ class ConditionBatch:
         value: Any = getattr(self, name)
         if value is None:
             raise ValueError(f"this stage needs {name} in its batches: list it under `data.features`")
+        if value.dtype == torch.uint8:
+            raise ValueError(f"{name} are still uint8: bring the batch to its device first (`to_device`)")
         return value
 
 

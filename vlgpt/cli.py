@@ -337,7 +337,7 @@ def doctor(arguments: argparse.Namespace) -> int:
         faults = lint(arguments.config, tuple(arguments.overrides), num_processes=arguments.gpus)
     is_readable = arguments.config is not None and not any("correct this key" in f.fix for f in faults)
     run = load_run(arguments.config, arguments.overrides) if is_readable else None
-    findings = [*check_environment(run), *faults]
+    findings = [*check_environment(run, num_processes=arguments.gpus), *faults]
     if arguments.gpu:
         from vlgpt.doctor.gpu import check_gpu
 
@@ -350,7 +350,9 @@ def doctor(arguments: argparse.Namespace) -> int:
 
 def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="YAML", help="look for faults in this configuration too")
-    parser.add_argument("--gpus", type=int, default=1, help="processes of the run, for its batch arithmetic")
+    parser.add_argument(
+        "--gpus", type=int, default=1, help="processes of the run, for its batch arithmetic and memory"
+    )
     parser.add_argument(
         "--gpu", action="store_true", help="run the real path on the GPUs of this machine (10 minutes)"
     )

@@ -60,7 +60,7 @@ class DataSettings(Settings):
     image_size_px: Positive = 224
     decoder: Literal["pillow", "fast"] = "pillow"
     num_workers: Annotated[int, Field(ge=0)] = 2
-    prefetch_batches: Positive = 4  # prepared ahead per rank, or fewer:
+    prefetch_batches: Positive = 4  # prepared ahead per rank, at least one per worker; or fewer:
     prefetch_bytes: Positive = 2 << 30  # per rank, so that batches of large features cannot fill the memory
     shuffle_shards: Positive = 16  # samples are shuffled inside blocks of this many shards of a source
     cache_dir: str | None = None  # where copies of remote shards and indexes of foreign tars are kept

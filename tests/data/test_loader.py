@@ -15,13 +15,16 @@ import pytest
 import torch
 from small_data import NUM_VISUAL, chat, make_tokenizer, page, pair, write_dataset, write_feature
 
-from vlgpt.batch import Batch, ConditionBatch
+from vlgpt.batch import Batch, ConditionBatch, tensors_of
 from vlgpt.data import Loader
 from vlgpt.data.mixture import SLOTS
 from vlgpt.data.stream import Position, advance
+from vlgpt.document import Document, ImagePart
 from vlgpt.log import UserError
+from vlgpt.models.losses import count_targets
 from vlgpt.settings import DataSettings, SourceSettings
 from vlgpt.shards import ShardSet
+from vlgpt.tokens import flatten
 
 TOKENIZER = make_tokenizer()
 
@@ -153,7 +156,7 @@ def test_padding_is_its_own_segment_without_targets(data: Path) -> None:
     [
         (("patches",), False, "patches", (3, 2), torch.float16),
         (("patches", "visual"), False, "visual", (NUM_VISUAL, 5), torch.float32),
-        ((), True, "pixels", (3, 8, 8), torch.float32),
+        ((), True, "pixels", (3, 8, 8), torch.uint8),
     ],
 )
 def test_images_come_as_the_settings_say(
@@ -170,7 +173,7 @@ def test_pixels_are_the_pictures_of_the_documents(data: Path) -> None:
     for batch in take(conditions(chosen), 5):
         for document, pixels in zip(batch.documents, batch.pixels):
             number = int(document.rpartition("-")[2])
-            assert torch.allclose(pixels[:, 3, 3], torch.tensor([number, 0, 77]) / 127.5 - 1)
+            assert pixels[:, 3, 3].tolist() == [number, 0, 77]
 
 
 def test_inputs_are_random_views_and_targets_the_clean_one(data: Path) -> None:
@@ -214,8 +217,96 @@ def test_worker_processes_give_what_the_main_process_gives(data: Path, kind: str
 def test_large_tensors_survive_the_way_between_processes(data: Path) -> None:
     chosen = settings(data, "pairs", features=(), pixels=True, image_size_px=160)
     alone, together = (take(conditions(chosen.model_copy(update={"num_workers": n})), 6) for n in (0, 2))
-    assert alone[0].pixels.nbytes > 1 << 20
+    assert alone[0].pixels.nbytes > 500_000
     assert all(same(a, b) for a, b in zip(alone, together, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("packed", {"features": (), "pixels": True, "image_size_px": 8}),
+        ("packed", {"features": ("patches",)}),
+        ("packed", {"features": ("visual",)}),
+        ("conditions", {"features": ("patches", "image_condition", "text_condition"), "pixels": True}),
+    ],
+)
+def test_no_batch_is_larger_than_its_buffer(data: Path, kind: str, options: dict[str, Any]) -> None:
+    chosen = settings(data, **options)
+    loader = packed(chosen) if kind == "packed" else conditions(chosen)
+    for batch in take(loader, 20):
+        assert sum(t.nbytes for t in tensors_of(batch)) <= loader.maker.max_bytes(loader.micro_batch)
+
+
+def test_a_row_of_nothing_but_images_fills_its_buffer(tmp_path: Path) -> None:
+    documents = [Document(f"d{n}", "all", (ImagePart(0),)) for n in range(40)]
+    write_dataset(tmp_path / "all", documents, shard_sizes=[40], tokenizer=TOKENIZER)
+    least = len(flatten(TOKENIZER.spans(documents[0])).token_ids)  # a sequence of one image
+    chosen = settings(tmp_path, "all", features=(), pixels=True, image_size_px=8, sequence_length=10 * least)
+    loader = packed(chosen)
+    (batch,) = take(loader, 1)
+    assert len(batch.images) == 40
+    held = sum(t.nbytes for t in tensors_of(batch))
+    assert 0.7 * loader.maker.max_bytes(4) < held <= loader.maker.max_bytes(4)
+
+
+# --- targets are counted ahead of the batches
+
+
+def num_targets(batch: Any) -> dict[str, float]:
+    """As the stages count: of rows their targets by modality, of samples those that are valid and those with text."""
+    if isinstance(batch, Batch):
+        return {name: float(count) for name, count in count_targets(batch).items()}
+    return {"image": float(batch.is_valid.sum()), "text": float((batch.is_valid & batch.has_text).sum())}
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 3])
+@pytest.mark.parametrize("kind", ["packed", "conditions"])
+def test_what_is_counted_ahead_is_what_the_batches_hold(data: Path, kind: str, num_workers: int) -> None:
+    """Whether the trainer takes exactly the batches that it asked for, or one more that is copied ahead."""
+    chosen = settings(data, num_workers=num_workers)
+    options = {"count_targets": num_targets}
+    loader = packed(chosen, **options) if kind == "packed" else conditions(chosen, **options)
+    straight = take(packed(chosen) if kind == "packed" else conditions(chosen), 36)
+    for is_one_more in (False, True):
+        batches, counted, found = iter(loader), [], []
+        for step in range(5):
+            counted += loader.targets(7)
+            found += [next(batches) for _ in range(7 + (is_one_more and step == 0))]
+        assert counted == [num_targets(batch) for batch in found[:35]]
+        assert all(same(a, b) for a, b in zip(straight, found))
+    loader.close()
+
+
+def test_counting_ahead_moves_neither_batches_nor_position(data: Path) -> None:
+    first = packed(settings(data, num_workers=2), count_targets=num_targets)
+    straight = take(packed(settings(data)), 20)
+    batches = iter(first)
+    first.targets(8)
+    seen = [next(batches) for _ in range(8)]
+    first.advance(8)
+    first.targets(8)
+    next(batches)
+    state = first.state_dict()
+    second = packed(settings(data, num_workers=3), count_targets=num_targets)
+    second.load_state_dict(state)
+    assert second.targets(12) == [num_targets(batch) for batch in straight[8:]]
+    seen += [next(second) for _ in range(12)]
+    assert all(same(a, b) for a, b in zip(straight, seen, strict=True))
+    first.close(), second.close()
+
+
+def test_targets_are_not_counted_further_ahead_than_was_said(data: Path) -> None:
+    loader = packed(settings(data, num_workers=2), count_targets=num_targets)
+    loader.targets(4)
+    with pytest.raises(ValueError, match="no more than 4 are counted ahead"):
+        loader.targets(1)
+    loader.close()
+    with pytest.raises(ValueError, match="count_targets"):
+        packed(settings(data)).targets(1)
+    late = packed(settings(data), count_targets=num_targets)
+    next(late)
+    with pytest.raises(ValueError, match="before the first batch"):
+        late.targets(1)
 
 
 def test_ranks_share_the_stream_without_overlap(data: Path) -> None:

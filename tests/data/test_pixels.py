@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
+from vlgpt.batch import ConditionBatch, normalised, to_device
 from vlgpt.data.pixels import _square, read_square, to_pixels
 from vlgpt.seeds import generator
 
@@ -75,6 +76,26 @@ def test_pictures_of_the_right_size_come_as_they_are(decoder: str) -> None:
     image = photo(4, 48, 48)
     found = read_square(encoded(image, "PNG"), size_px=48, decoder=decoder)  # type: ignore[arg-type]
     assert (found == np.asarray(image)).all()
+
+
+def test_normalising_on_the_device_gives_the_bits_of_normalising_at_once() -> None:
+    values = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
+    wanted = np.arange(256, dtype=np.float32) / np.float32(127.5) - np.float32(1)
+    assert (normalised(values).numpy().ravel() == wanted).all()
+    assert torch.equal(normalised(values, torch.bfloat16), normalised(values).to(torch.bfloat16))
+    batch = ConditionBatch(
+        documents=("a",),
+        source_ids=torch.zeros(1, dtype=torch.int16),
+        is_valid=torch.ones(1, dtype=torch.bool),
+        has_text=torch.ones(1, dtype=torch.bool),
+        pixels=values,
+    )
+    placed = to_device(batch, "cpu", torch.bfloat16)
+    assert torch.equal(placed.require("pixels"), normalised(values, torch.bfloat16))
+    assert torch.equal(to_device(placed, "cpu", torch.bfloat16).require("pixels"), placed.require("pixels"))
+    assert placed.source_ids.dtype == torch.int16
+    with pytest.raises(ValueError, match="pixels are still uint8"):
+        batch.require("pixels")
 
 
 def test_pixels_span_minus_one_to_one() -> None:

@@ -6,6 +6,7 @@ import mmap
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vlgpt.data.stream import Delivery, Position
+from vlgpt.data.stream import Draft, Position, Production, Report
 from vlgpt.data.workers import WorkerPool
 
 BATCH_BYTES = 1 << 20
@@ -24,32 +25,65 @@ class Tensors:
     pixels: Tensor
 
 
-def produced_ahead(*, prefetch_batches: int, prefetch_bytes: int, at_least: int) -> int:
-    """How many batches one worker makes while the trainer holds the first two; waits until it made `at_least`."""
-    made = np.frombuffer(mmap.mmap(-1, 8), dtype=np.int64)  # shared with the worker
+class CountingMaker:
+    """Makes batches of zeros and counts them, in memory that the worker shares with the test."""
 
-    def produce(start: Position, first: int, guard: Any) -> Iterator[Any]:
-        while True:
-            made[0] += 1
-            yield Delivery(Tensors(torch.zeros(BATCH_BYTES, dtype=torch.uint8)), start, None)  # type: ignore[arg-type]
+    def __init__(self) -> None:
+        self.made = np.frombuffer(mmap.mmap(-1, 16), dtype=np.int64)  # drafts, batches
+
+    def draft(self, rows: Any, guard: Any) -> Draft:
+        self.made[0] += 1
+        return Draft([], Report())
+
+    def without_images(self, draft: Draft) -> None:
+        return None
+
+    def finish(self, draft: Draft, guard: Any) -> tuple[Tensors, Report]:
+        self.made[1] += 1
+        return Tensors(torch.zeros(BATCH_BYTES, dtype=torch.uint8)), draft.report
+
+
+def made_ahead(at_least: tuple[int, int], *, num_ahead: int = 0, **limits: int) -> tuple[int, int]:
+    """How many drafts and batches one worker makes while the trainer holds the first two batches; waits until there are
+    `at_least` as many.
+    """
+    maker: Any = CountingMaker()
+
+    def produce(start: Position, first: int, guard: Any) -> Production:
+        return Production(maker, repeat(([], start)), guard, count_targets=lambda batch: {"text": 1.0})
 
     options: dict[str, Any] = {"watchdog_s": 60.0, "on_death": lambda worker, place: None}
-    limits = {"prefetch_batches": prefetch_batches, "prefetch_bytes": prefetch_bytes}
-    pool = WorkerPool(produce, start=Position(), num_workers=1, **limits, **options)
-    batches = iter(pool)
+    pool = WorkerPool(
+        produce,
+        start=Position(),
+        num_workers=1,
+        batch_bytes=BATCH_BYTES,
+        num_ahead=num_ahead,
+        **limits,
+        **options,
+    )
+    batches: Iterator[Any] = iter(pool)
+    pool.targets(num_ahead)
     next(batches), next(batches)
     deadline_s = time.monotonic() + 30
-    while made[0] < at_least + 2 and time.monotonic() < deadline_s:
+    while any(maker.made < np.array(at_least) + 2) and time.monotonic() < deadline_s:
         time.sleep(0.01)
     time.sleep(0.3)  # would it go on?
     pool.close()
-    return int(made[0]) - 2
+    drafts, finished = maker.made.tolist()
+    return drafts - 2, finished - 2
 
 
 @pytest.mark.parametrize(
     ("num_batches", "num_megabytes", "wanted"), [(2, 100, 2), (8, 100, 8), (8, 3, 3), (8, 1, 1)]
 )
 def test_workers_run_ahead_by_batches_and_by_bytes(num_batches: int, num_megabytes: int, wanted: int) -> None:
-    wanted += 1  # one more waits in the worker's hands
     limits = {"prefetch_batches": num_batches, "prefetch_bytes": num_megabytes << 20}
-    assert produced_ahead(**limits, at_least=wanted) == wanted
+    assert made_ahead((wanted, wanted), **limits) == (wanted, wanted)
+
+
+@pytest.mark.parametrize("num_ahead", [1, 64])
+def test_however_many_batches_are_counted_ahead_no_more_are_finished(num_ahead: int) -> None:
+    limits = {"prefetch_batches": 3, "prefetch_bytes": 100 << 20}
+    wanted = (num_ahead + 3, 3)
+    assert made_ahead(wanted, num_ahead=num_ahead, **limits) == wanted

@@ -7,8 +7,8 @@ What is checked is the real plan of more than 20,000 documents, mixed and packed
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from itertools import islice
 
@@ -19,8 +19,7 @@ from small_data import chat, make_tokenizer, page, pair
 from vlgpt.data.assemble import Assembler, ShardLengths
 from vlgpt.data.mixture import Mixture, OnePass, SlotPlan, SourceOrder
 from vlgpt.data.packing import Packer
-from vlgpt.data.stream import Position, Report, RowMaker, deliveries, rows_of_rank
-from vlgpt.data.workers import Board, WorkerGuard
+from vlgpt.data.stream import Position, RowMaker, batches_of_worker, rows_of_rank
 from vlgpt.seeds import generator
 from vlgpt.settings import SourceSettings
 from vlgpt.shards import ShardIndex
@@ -30,21 +29,11 @@ SIZES = {"pairs": [2500, 0, 2500, 2500, 2500], "pages": [3000, 3000], "chats": [
 LAYOUTS = [(3, 2), (5, 1), (1, 4), (2, 3), (7, 1), (1, 0)]  # ranks x workers; 0 workers = in the main process
 
 
-@dataclass
-class PlannedBatch:
-    """The rows that a batch would be made of; the plan says which documents stand in each."""
-
-    rows: list[Position]
-
-
 class PlanMaker(RowMaker):
-    """Makes batches of positions instead of reading what stands there."""
+    """What a stream of rows needs to know of them, without reading what stands there."""
 
     def __init__(self, packer: Packer):
         self.packer, self.plan = packer, packer.plan
-
-    def make(self, rows: Sequence[Position | None], guard: object) -> tuple[PlannedBatch, Report]:  # type: ignore[override]
-        return PlannedBatch([row for row in rows if row is not None]), Report()
 
     def documents(self, row: Position) -> list[tuple[int, int, int]]:
         """(source, shard, sample) of a row."""
@@ -114,17 +103,15 @@ def global_batches(
     """What all ranks get step by step: worker w of each rank makes every workers-th batch, as in the real
     loader.
     """
-    guard = WorkerGuard(Board(1), 0)
     num_workers = max(workers, 1)
     made = [
         [
-            deliveries(
+            batches_of_worker(
                 maker,
                 start,
                 micro_batch=micro_batch,
                 rank=rank,
                 world_size=ranks,
-                guard=guard,
                 worker=worker,
                 num_workers=num_workers,
             )
@@ -138,9 +125,10 @@ def global_batches(
         if parts[0] is None:
             assert all(part is None for part in parts)
             return
-        assert len({part.end for part in parts if part is not None}) == 1
-        rows = [row for part in parts for row in part.batch.rows]  # type: ignore[union-attr]
-        yield rows, parts[0].end
+        ends = {end for _, end in parts}  # type: ignore[misc]
+        assert len(ends) == 1
+        rows = [row for part, _ in parts for row in part if row is not None]  # type: ignore[misc]
+        yield rows, ends.pop()
         number += 1
 
 

@@ -1,8 +1,10 @@
 """More tasks of worker.py: the real loop under faults, the moving average, and real shards dealt unevenly."""
 
 import json
+import os
 import resource
 import signal
+from collections import Counter
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,12 +24,17 @@ from worker import (
 )
 
 from vlgpt import seeds
+from vlgpt.batch import LossTerm
 from vlgpt.config import parse_yaml, validate
 from vlgpt.document import Document, TextPart
 from vlgpt.log import MetricsLog, read_metrics
+from vlgpt.models.losses import count_targets
 from vlgpt.settings import DataSettings
+from vlgpt.stages.base import Stage
 from vlgpt.train import checkpoint, commit, faults
 from vlgpt.train.average import MovingAverage
+from vlgpt.train.ds_config import merge_config
+from vlgpt.train.engine import Engine
 from vlgpt.train.loop import Run, RunState, TrainingStopped, save, train, train_step
 
 ANSWERS = {"checkpoint": {"interval_steps": 3, "keep": 2, "on_disk_full": "stop"}, "log_interval_steps": 1}
@@ -47,8 +54,14 @@ class Stream:
         while True:
             self.on_batch(position)
             self.read.append(position)
-            yield pack(rows_of(position, self.world_size)[self.rank :][:1], TOKENIZER, length=LENGTH)
+            yield self.batch(position)
             position += 1
+
+    def batch(self, position):
+        return pack(rows_of(position, self.world_size)[self.rank :][:1], TOKENIZER, length=LENGTH)
+
+    def targets(self, num_batches):
+        return [count_targets(self.batch(self.position + k)) for k in range(num_batches)]
 
     def advance(self, count):
         self.position += count
@@ -338,4 +351,63 @@ def pixels_of(number, rank):
     return torch.rand(2, 3, 24, 24, generator=generator) * 2 - 1
 
 
-TASKS = (switches, spike, drift, full_disk, averaged, uneven, measured, pictured)
+class Gauge(Stage):
+    """The smallest stage that trains on pixels; notes what its process holds during every forward pass."""
+
+    batch_kind = "conditions"
+    terms = ("brightness",)
+
+    def __init__(self):
+        super().__init__()
+        self.gain = torch.nn.Linear(3, 1)
+        self.held = Counter()
+
+    def count_targets(self, batch):
+        return {"brightness": float(batch.is_valid.sum())}
+
+    def forward(self, batch):
+        resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+        mapped = sum("/dev/shm" in line for line in Path("/proc/self/maps").read_text().splitlines())
+        found = {
+            "descriptors": len(os.listdir("/proc/self/fd")),
+            "files_in_shm": mapped,
+            "resident": resident,
+        }
+        self.held |= Counter(found)
+        means = batch.require("pixels").mean((2, 3))
+        return {"brightness": LossTerm(self.gain(means).sum())}
+
+    def save(self, folder):
+        pass
+
+
+def accumulating(folder, rank, world_size, options):
+    """One step of the real loop over 1, 64 and 1,024 micro-batches of images from the real loader."""
+    from vlgpt.data.loader import Loader
+
+    data = data_settings(options["data"], features=[], pixels=True, image_size_px=96, num_workers=2)
+    found = {}
+    for accumulation in (1, 64, 1024):
+        place = folder / str(accumulation)
+        sizes = {"global_batch": 4 * accumulation * world_size, "micro_batch": 4}
+        settings = settings_of(place, steps=1, **sizes)
+        merged = merge_config(
+            settings, {"zero_optimization": {"stage": 1}}, world_size=world_size, source="test"
+        )
+        stage = Gauge()
+        engine = Engine(stage, settings, merged)
+        loader = Loader(
+            data,
+            kind="conditions",
+            micro_batch=4,
+            rank=rank,
+            world_size=world_size,
+            count_targets=stage.count_targets,
+        )
+        train(Run(settings=settings, engine=engine, loader=loader, log=None, facts={}), RunState())
+        loader.close()
+        found[accumulation] = dict(stage.held)
+    return found
+
+
+TASKS = (switches, spike, drift, full_disk, averaged, uneven, measured, pictured, accumulating)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from vlgpt.batch import Batch, ConditionBatch, ImageInput, ImageKind
-from vlgpt.data.pixels import to_pixels
+from vlgpt.data.pixels import planar
 from vlgpt.data.samples import LoadedCondition, LoadedSequence
 
 
@@ -19,11 +20,21 @@ def collate_rows(
     """Sequences of every row, one after the other, then padding (segment 0). Raises ValueError
     (`Batch.validate`).
     """
+    batch = collate_texts(rows, sequence_length=sequence_length, num_visual=num_visual)
+    images = [loaded.images for row in rows for loaded in row if loaded.images is not None]
+    batch = replace(batch, images=_image_input(kind, images))
+    batch.validate()
+    return batch
+
+
+def collate_texts(
+    rows: Sequence[Sequence[LoadedSequence]], *, sequence_length: int, num_visual: int
+) -> Batch:
+    """The batch but for its images: all that targets are counted from."""
     shape = (len(rows), sequence_length)
     token_ids, position_ids = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
     segment_ids, source_ids = np.zeros(shape, np.int32), np.zeros(shape, np.int16)
     is_visual, is_target = np.zeros(shape, bool), np.zeros(shape, bool)
-    images = []
     for r, row in enumerate(rows):
         end = 0
         for number, loaded in enumerate(row, start=1):
@@ -32,29 +43,25 @@ def collate_rows(
             token_ids[at], is_visual[at] = loaded.sequence.token_ids, loaded.sequence.is_visual
             is_target[at], segment_ids[at] = loaded.sequence.is_target, number
             position_ids[at], source_ids[at] = np.arange(end - start), loaded.source
-            if loaded.images is not None:
-                images.append(loaded.images)
         position_ids[r, end:] = np.arange(sequence_length - end)
-    batch = Batch(
+    return Batch(
         token_ids=torch.from_numpy(token_ids),
         segment_ids=torch.from_numpy(segment_ids),
         position_ids=torch.from_numpy(position_ids),
         is_visual=torch.from_numpy(is_visual),
         is_target=torch.from_numpy(is_target),
         source_ids=torch.from_numpy(source_ids),
-        images=_image_input(kind, images),
+        images=None,
         documents=tuple(tuple(loaded.document for loaded in row) for row in rows),
         num_visual=num_visual,
     )
-    batch.validate()
-    return batch
 
 
 def _image_input(kind: ImageKind | None, images: Sequence[np.ndarray]) -> ImageInput | None:
     if kind is None or not images:
         return None
     values = np.concatenate(images)
-    return ImageInput(kind, to_pixels(values) if kind == "pixels" else torch.from_numpy(values))
+    return ImageInput(kind, planar(values) if kind == "pixels" else torch.from_numpy(values))
 
 
 def collate_conditions(
@@ -85,5 +92,5 @@ def _stack(
     empty = np.zeros(shape, dtype)
     values = [empty if slot is None else slot.arrays.get(name, empty) for slot in slots]
     if name == "pixels":
-        return to_pixels(values)
+        return planar(values)
     return torch.from_numpy(np.stack(values).astype(dtype, copy=False))

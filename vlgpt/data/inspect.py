@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from PIL import Image
 
-from vlgpt.batch import Batch, ConditionBatch
+from vlgpt.batch import Batch, ConditionBatch, to_device
 from vlgpt.data.draws import Draws
 from vlgpt.data.loader import Loader
 from vlgpt.data.samples import Place, chosen_image
@@ -114,7 +114,7 @@ def inspect(
             rank=loader.rank,
             world_size=loader.world_size,
         )
-        batch, report = loader.maker.make(rows, guard)
+        batch, report = loader.maker.finish(loader.maker.draft(rows, guard), guard)
         position = advance(position, loader.micro_batch * loader.world_size, loader.maker)
         _warn_of_bad(found, loader, number, report)
         if isinstance(batch, Batch):
@@ -243,7 +243,7 @@ def _picture(loader: Loader, place: Place) -> Image.Image | None:
 
 
 def _describe(values: torch.Tensor) -> str:
-    floats = values.float()
+    floats = to_device(values, "cpu", torch.float32)
     shape = " x ".join(str(size) for size in values.shape)
     return (
         f"{shape}, mean {floats.mean():.3f}, std {floats.std():.3f}, {floats.min():.2f} to {floats.max():.2f}"

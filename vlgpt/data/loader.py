@@ -5,6 +5,9 @@
     for batch in loader:                       # endless
         ...; loader.advance(1)                 # the trainer consumed it: this is what state_dict() remembers
 
+A trainer that accumulates asks `loader.targets(num_micro_batches)` first: the targets of a whole step, before any of
+its images is decoded. Then it takes one micro-batch after the other, and nobody holds the images of a step.
+
 The order of samples is a pure function of (seed, data, position), see `mixture.py`; the state is a small
 JSON and resumes at any number of ranks, workers and rows per batch, in a time that does not depend on the
 position. Every source gives its share of the accepted sequences exactly; samples that cannot be read leave holes.
@@ -12,7 +15,6 @@ position. Every source gives its share of the accepted sequences exactly; sample
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,8 +30,18 @@ from vlgpt.data.packing import Packer
 from vlgpt.data.samples import ConditionLoader, Place, SequenceLoader
 from vlgpt.data.sources import PrefetchingPlan, feature_specs, open_sources
 from vlgpt.data.state import UNDRAWN_SCHEMA, check_state, make_state, position_of
-from vlgpt.data.stream import BadRecord, ConditionMaker, Delivery, Maker, Position, RowMaker, deliveries
-from vlgpt.data.tally import Tally
+from vlgpt.data.stream import (
+    BadRecord,
+    ConditionMaker,
+    CountTargets,
+    Maker,
+    Position,
+    Production,
+    RowMaker,
+    Targets,
+    batches_of_worker,
+)
+from vlgpt.data.tally import Tally, Waits
 from vlgpt.data.workers import Board, WorkerGuard, WorkerPool
 from vlgpt.log import UserError, get_logger
 from vlgpt.settings import DataSettings
@@ -38,7 +50,6 @@ from vlgpt.tokens import DocumentTokenizer
 
 Kind = Literal["packed", "conditions"]
 MEASURED_DRAWS = 256  # samples per source from which the mean sequence length is estimated (ramps only)
-WAIT_WARNING_SHARE, WAIT_WARNING_PERIOD_S = 0.05, 300.0
 
 
 class Loader:
@@ -51,6 +62,8 @@ class Loader:
         a ramp.
         quarantine: JSONL file to which every bad sample is written once.
         is_one_pass: every sample once, then stop: see `one_pass`.
+        count_targets: a batch without images -> targets per term (`Stage.count_targets`); needed by `targets`.
+        pin_memory: worker processes deliver tensors from which CUDA can copy asynchronously.
     Raises FileNotFoundError or UserError: missing or unsuitable data, settings that do not fit it.
     """
 
@@ -66,6 +79,8 @@ class Loader:
         run_positions: int | None = None,
         quarantine: Path | None = None,
         is_one_pass: bool = False,
+        count_targets: CountTargets | None = None,
+        pin_memory: bool = False,
     ):
         if kind == "packed" and tokenizer is None:
             raise UserError("a loader of packed rows needs the tokenizer of the run")
@@ -73,7 +88,7 @@ class Loader:
         self.micro_batch, self.rank, self.world_size = micro_batch, rank, world_size
         self.sources = open_sources(settings)
         self.source_names = tuple(source.name for source in self.sources)
-        self._is_one_pass = is_one_pass
+        self._is_one_pass, self._count_targets, self._pin_memory = is_one_pass, count_targets, pin_memory
         self._assemblers = self._make_assemblers()
         self._total_windows = self._count_windows(run_positions)
         self.position = Position()
@@ -83,9 +98,8 @@ class Loader:
         )
         self._delivered: deque[Position] = deque()
         self._running: Iterator[Batch | ConditionBatch] | None = None
-        self._pool: WorkerPool | None = None
-        self._wait_s, self._started_s = 0.0, 0.0
-        self._warned_s, self._warned_wait_s = 0.0, 0.0
+        self._source: Production | WorkerPool | None = None
+        self._waits = Waits()
 
     @property
     def feature_specs(self) -> dict[str, FeatureSpec]:
@@ -180,6 +194,7 @@ class Loader:
     def __iter__(self) -> Iterator[Batch | ConditionBatch]:
         """Batches from the position that the trainer has consumed. A new iteration ends the one before."""
         self.close()
+        self._waits.restart()
         self._running = self._iterate()
         return self._running
 
@@ -201,47 +216,62 @@ class Loader:
         """The next batch; starts an iteration when none runs."""
         return next(self._running if self._running is not None else iter(self))
 
+    def targets(self, num_batches: int) -> list[Targets]:
+        """Targets per term in each of the next batches after those that were asked for before. Ask before the first
+        batch is taken. A sample whose image turns out bad later is counted. Raises ValueError.
+        """
+        if self._count_targets is None:
+            raise ValueError("this loader was made without `count_targets`")
+        if self._running is None:
+            iter(self)
+        if self._source is None:
+            self._source = self._start(self.position, num_ahead=num_batches)
+        with self._waits.waiting():
+            return self._source.targets(num_batches)
+
     def _iterate(self) -> Iterator[Batch | ConditionBatch]:
-        source = iter(self._start(self.position))
-        self._started_s = self._warned_s = time.monotonic()
-        self._wait_s = self._warned_wait_s = 0.0
+        if self._source is None:
+            self._source = self._start(self.position)
+        source = iter(self._source)
         while True:
-            before_s = time.monotonic()
-            delivery = next(source, None)
-            self._wait_s += time.monotonic() - before_s
+            with self._waits.waiting():
+                delivery = next(source, None)
             if delivery is None:
                 return
             self._tally.add(delivery.report)
             self._delivered.append(delivery.end)
-            self._warn_when_slow()
+            self._waits.warn_when_slow(self.settings.num_workers)
             yield delivery.batch
 
-    def _start(self, start: Position) -> Iterator[Delivery] | WorkerPool:
+    def _start(self, start: Position, *, num_ahead: int = 0) -> Production | WorkerPool:
         num_workers = self.settings.num_workers
         if num_workers == 0:
-            return self._produce(start, 0, WorkerGuard(Board(1), 0), stride=1)
-        self._pool = WorkerPool(
-            lambda start, first, guard: self._produce(start, first, guard, stride=num_workers),
+            return self._produce(start, 0, WorkerGuard(Board(1), 0), num_ahead=num_ahead)
+        return WorkerPool(
+            lambda start, first, guard: self._produce(start, first, guard, num_ahead=num_ahead),
             start=start,
             num_workers=num_workers,
             prefetch_batches=self.settings.prefetch_batches,
             prefetch_bytes=self.settings.prefetch_bytes,
+            batch_bytes=self.maker.max_bytes(self.micro_batch),
             watchdog_s=self.settings.watchdog_s,
             on_death=self._on_death,
+            num_ahead=num_ahead,
+            pin_memory=self._pin_memory,
         )
-        return self._pool
 
-    def _produce(self, start: Position, first: int, guard: WorkerGuard, *, stride: int) -> Iterator[Delivery]:
-        return deliveries(
+    def _produce(self, start: Position, first: int, guard: WorkerGuard, *, num_ahead: int) -> Production:
+        batches = batches_of_worker(
             self.maker,
             start,
             micro_batch=self.micro_batch,
             rank=self.rank,
             world_size=self.world_size,
-            guard=guard,
             worker=first,
-            num_workers=stride,
+            num_workers=max(self.settings.num_workers, 1),
         )
+        count_targets = self._count_targets if num_ahead else None
+        return Production(self.maker, batches, guard, count_targets=count_targets)
 
     def _on_death(self, worker: int, place: Place | None) -> None:
         if place is not None:
@@ -250,25 +280,11 @@ class Loader:
             self._tally.quarantine(record)
             get_logger(__name__).error("data worker %d died while reading %s", worker, bad)
 
-    def _warn_when_slow(self) -> None:
-        now_s = time.monotonic()
-        if now_s - self._warned_s < WAIT_WARNING_PERIOD_S:
-            return
-        share = (self._wait_s - self._warned_wait_s) / (now_s - self._warned_s)
-        if share > WAIT_WARNING_SHARE:
-            get_logger(__name__).warning(
-                "the trainer waited for data %.0f %% of the last %.0f s: raise data.num_workers (now %d)",
-                100 * share,
-                now_s - self._warned_s,
-                self.settings.num_workers,
-            )
-        self._warned_s, self._warned_wait_s = now_s, self._wait_s
-
     def close(self) -> None:
         """End the workers; the position stays."""
-        if self._pool is not None:
-            self._pool.close()
-        self._pool, self._running = None, None
+        if isinstance(self._source, WorkerPool):
+            self._source.close()
+        self._source, self._running = None, None
         self._delivered.clear()
 
     # --- the position
@@ -327,11 +343,5 @@ class Loader:
         """Counts of this rank since the loader was made: samples, mixture, tokens and padding share, bad and
         rejected samples by source and reason, time waited for data, planning time per window.
         """
-        elapsed_s = time.monotonic() - self._started_s if self._started_s else 0.0
         skipped = {source.name: source.shards.skipped for source in self.sources if source.shards.skipped}
-        return {
-            **self._tally.statistics(),
-            "skipped": skipped,
-            "data_wait_s": self._wait_s,
-            "data_wait_share": self._wait_s / elapsed_s if elapsed_s else 0.0,
-        }
+        return {**self._tally.statistics(), "skipped": skipped, **self._waits.statistics()}

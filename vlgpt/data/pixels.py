@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vlgpt.batch import normalised
 from vlgpt.images import decode_image
 
 
@@ -70,14 +71,15 @@ def _opencv() -> Any:
     return cv2
 
 
-def to_pixels(squares: Sequence[np.ndarray] | np.ndarray) -> Tensor:
-    """M pictures of (H, W, 3) uint8, in a list or an array -> (M, 3, H, W) float32 in [-1, 1].
-
-    One picture after the other, while it lies in the processor's cache.
-    """
+def planar(squares: Sequence[np.ndarray] | np.ndarray) -> Tensor:
+    """M images of (H, W, 3) uint8, in a list or an array -> (M, 3, H, W) uint8."""
     height, width, channels = squares[0].shape
-    pixels = torch.empty(len(squares), channels, height, width)
+    pixels = np.empty((len(squares), channels, height, width), np.uint8)
     for target, square in zip(pixels, squares):
-        np.copyto(target.numpy(), square.transpose(2, 0, 1))
-        target.div_(127.5).sub_(1.0)
-    return pixels
+        np.copyto(target, square.transpose(2, 0, 1))
+    return torch.from_numpy(pixels)
+
+
+def to_pixels(squares: Sequence[np.ndarray] | np.ndarray) -> Tensor:
+    """M images of (H, W, 3) uint8, in a list or an array -> (M, 3, H, W) float32 in [-1, 1]."""
+    return normalised(planar(squares))

@@ -4,8 +4,9 @@ here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -36,7 +37,9 @@ class Place:
 
 @dataclass(frozen=True)
 class LoadedSequence:
-    """A rendered document with its images `(m, ...)` in reading order (None without images)."""
+    """A rendered document with its images `(m, ...)` in reading order (None without images, or before they are
+    read).
+    """
 
     document: str
     source: int
@@ -47,11 +50,15 @@ class LoadedSequence:
 
 @dataclass(frozen=True)
 class LoadedCondition:
-    """One image with its caption and what else the stage asked for; arrays without the batch dimension."""
+    """One image with its caption and what else the stage asked for; arrays without the batch dimension (none before
+    they are read).
+    """
 
     document: str
     source: int
     caption: str
+    image: int  # which of the document's images it is
+    text: int | None  # which of its texts the caption is
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
 
 
@@ -96,24 +103,44 @@ class SequenceLoader:
     def num_visual(self) -> int:
         return self.assemblers[0].tokenizer.num_visual
 
+    @property
+    def image_length(self) -> int:
+        """Positions of an image with its two marks."""
+        return self.assemblers[0].tokenizer.image_length
+
+    @property
+    def image_bytes(self) -> int:
+        """Bytes of one image as it travels to the device."""
+        if self.kind in self.settings.features:
+            return math.prod(self.sources[0].features[self.kind].spec.shape) * self._dtype.itemsize
+        return 0 if self.kind is None else 3 * self.settings.image_size_px**2
+
     def load(self, place: Place) -> LoadedSequence:
-        """Raises BadSample."""
-        source, assembler, draws = self.sources[place.source], self.assemblers[place.source], Draws(place.key)
-        sample = source.read(place.shard, place.sample, with_images=self.kind == "pixels")
+        """A sample with its images. Raises BadSample."""
+        return self.with_images(place, self.read(place))
+
+    def read(self, place: Place) -> LoadedSequence:
+        """A sample without its images. Raises BadSample."""
+        source, assembler = self.sources[place.source], self.assemblers[place.source]
+        sample = source.read(place.shard, place.sample, with_images=False)
         parts = source.lengths(place.shard, tokenizer=assembler.tokenizer).parts(place.sample)
-        plan = assembler.plan(parts, draws)
+        plan = assembler.plan(parts, Draws(place.key))
         try:
             sequence = assembler.render(plan, sample.document)
         except (LengthMismatch, IndexError) as error:
             raise source.bad("length_mismatch", place.shard, place.sample) from error
-        images = self._images(source, place, sample, sequence.images, draws) if sequence.images else None
-        return LoadedSequence(sample.document.id, place.source, sequence, images, plan.num_dropped_images)
+        return LoadedSequence(sample.document.id, place.source, sequence, None, plan.num_dropped_images)
 
-    def _images(
-        self, source: OpenSource, place: Place, sample: Sample, numbers: tuple[int, ...], draws: Draws
-    ) -> np.ndarray:
+    def with_images(self, place: Place, loaded: LoadedSequence) -> LoadedSequence:
+        """What `read` gave for this place, with its images. Raises BadSample."""
+        numbers = loaded.sequence.images
+        return replace(loaded, images=self._images(place, numbers)) if numbers else loaded
+
+    def _images(self, place: Place, numbers: tuple[int, ...]) -> np.ndarray:
         """Images of a sequence: -> (m, P, C) | (m, N, d) | (m, H, W, 3) uint8."""
+        source, draws = self.sources[place.source], Draws(place.key)
         if self.kind == "pixels":
+            sample = source.read(place.shard, place.sample, with_images=True)
             return np.stack([read_image(source, place, sample, number, self.settings) for number in numbers])
         assert self.kind is not None
         first = source.image_row(place.shard, place.sample)
@@ -142,16 +169,25 @@ class ConditionLoader:
         self.sources, self.settings = sources, settings
 
     def load(self, place: Place) -> LoadedCondition:
-        """Raises BadSample."""
+        """A sample with its arrays. Raises BadSample."""
+        return self.with_images(place, self.read(place))
+
+    def read(self, place: Place) -> LoadedCondition:
+        """A sample without its arrays. Raises BadSample."""
         source, draws = self.sources[place.source], Draws(place.key)
-        sample = source.read(place.shard, place.sample, with_images=self.settings.pixels)
-        document = sample.document
+        document = source.read(place.shard, place.sample, with_images=False).document
         if document.num_images == 0:
             raise source.bad("no_image", place.shard, place.sample)
         image = chosen_image(document, draws)
         texts = [part.text for part in document.parts if isinstance(part, TextPart)]
         text = draws.below(len(texts), purpose.TEXT) if texts and document.num_images == 1 else None
         caption = "" if text is None else texts[text]
+        return LoadedCondition(document.id, place.source, caption, image, text)
+
+    def with_images(self, place: Place, loaded: LoadedCondition) -> LoadedCondition:
+        """What `read` gave for this place, with its arrays. Raises BadSample."""
+        source, draws = self.sources[place.source], Draws(place.key)
+        image, text = loaded.image, loaded.text
         arrays: dict[str, np.ndarray] = {}
         for name, reader in source.features.items():
             if reader.spec.per == "image":
@@ -160,12 +196,13 @@ class ConditionLoader:
                     draws.below(reader.spec.views, purpose.VIEW + image) if name != "image_condition" else 0
                 )
                 arrays[name] = reader.rows(place.shard, row, row + 1, view=view)[0]
-            elif caption and text is not None:
+            elif loaded.caption and text is not None:
                 row = source.text_row(place.shard, place.sample) + text
                 arrays[name] = reader.rows(place.shard, row, row + 1, view=0)[0]
         if self.settings.pixels:
+            sample = source.read(place.shard, place.sample, with_images=True)
             arrays["pixels"] = read_image(source, place, sample, image, self.settings)
-        return LoadedCondition(document.id, place.source, caption, arrays)
+        return replace(loaded, arrays=arrays)
 
 
 def read_image(

@@ -1,10 +1,12 @@
-"""What the loader met: counts by source and reason, the quarantine file, and when enough is enough."""
+"""What the loader met: counts by source and reason, the quarantine file, when enough is enough, and time waited."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from vlgpt.log import get_logger
 BAD_WINDOW = 10_000  # samples over which `max_bad_fraction` is judged
 MAX_CONSECUTIVE_BAD = 100
 MAX_QUARANTINE_LINES = 100_000
+WAIT_WARNING_SHARE, WAIT_WARNING_PERIOD_S = 0.05, 300.0
 
 
 class TooManyBadSamples(RuntimeError):
@@ -121,3 +124,41 @@ class Tally:
             result["padding_share"] = 1.0 - num_tokens / self.num_positions
             result["dropped_images"] = self.num_dropped_images
         return result
+
+
+class Waits:
+    """How long a trainer waited for data since the iteration began."""
+
+    def __init__(self) -> None:
+        self._wait_s = self._started_s = self._warned_s = self._warned_wait_s = 0.0
+
+    def restart(self) -> None:
+        self._started_s = self._warned_s = time.monotonic()
+        self._wait_s = self._warned_wait_s = 0.0
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """What is done in this context is waiting."""
+        before_s = time.monotonic()
+        yield
+        self._wait_s += time.monotonic() - before_s
+
+    def warn_when_slow(self, num_workers: int) -> None:
+        """Now and then, when it was much."""
+        now_s = time.monotonic()
+        if now_s - self._warned_s < WAIT_WARNING_PERIOD_S:
+            return
+        share = (self._wait_s - self._warned_wait_s) / (now_s - self._warned_s)
+        if share > WAIT_WARNING_SHARE:
+            get_logger(__name__).warning(
+                "the trainer waited for data %.0f %% of the last %.0f s: raise data.num_workers (now %d)",
+                100 * share,
+                now_s - self._warned_s,
+                num_workers,
+            )
+        self._warned_s, self._warned_wait_s = now_s, self._wait_s
+
+    def statistics(self) -> dict[str, float]:
+        elapsed_s = time.monotonic() - self._started_s if self._started_s else 0.0
+        share = self._wait_s / elapsed_s if elapsed_s else 0.0
+        return {"data_wait_s": self._wait_s, "data_wait_share": share}

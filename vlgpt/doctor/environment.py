@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import resource
 import shutil
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
@@ -12,9 +13,13 @@ from pathlib import Path
 from vlgpt import settings as s
 from vlgpt.doctor.lint import Finding
 from vlgpt.log import UserError
-from vlgpt.planning.plan import make_plan
+from vlgpt.planning.architecture import architecture_of
+from vlgpt.planning.plan import feature_sizes, make_plan
+from vlgpt.shards.features import MAX_OPEN_ARRAYS
+from vlgpt.shards.reader import MAX_OPEN_TARS
 
 GIB = 1 << 30
+OWN_FILES = 256  # of a process without its data: libraries, devices, sockets, logs, pipes of workers
 # Name, oldest version, what needs it, and how to get it.
 PACKAGES = (
     ("torch", "2.6", "everything", "pip install 'torch>=2.6'"),
@@ -28,9 +33,10 @@ PACKAGES = (
 )
 
 
-def check_environment(run: s.RunSettings | None = None) -> list[Finding]:
-    """Versions, accelerator, communication, memory and disk."""
-    return [*_packages(), *_accelerator(), *_machine(), *_disk(run)]
+def check_environment(run: s.RunSettings | None = None, *, num_processes: int = 1) -> list[Finding]:
+    """Versions, accelerator, communication, memory and disk; what the loaders of a run's processes need of them."""
+    loader = () if run is None else (*_loader_memory(run, num_processes), *_open_files(run))
+    return [*_packages(), *_accelerator(), *_machine(), *loader, *_disk(run)]
 
 
 def numbers(text: str) -> tuple[int, ...]:
@@ -82,12 +88,83 @@ def _accelerator() -> Iterator[Finding]:
 
 
 def _machine() -> Iterator[Finding]:
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
-    yield Finding("ok", f"{os.cpu_count()} CPU cores, {memory:.0f} GiB of memory")
+    import torch
+
+    yield Finding("ok", f"{os.cpu_count()} CPU cores, {_memory_bytes() / GIB:.0f} GiB of memory")
     shared = Path("/dev/shm")
-    if shared.is_dir() and (free := shutil.disk_usage(shared).free) < GIB:
-        fix = "start the container with --shm-size=16g, or set data.num_workers=0"
-        yield Finding("warning", f"/dev/shm has {free / GIB:.2f} GiB free: loader workers may crash", fix)
+    if not shared.is_dir():
+        return
+    free, num_gpus = shutil.disk_usage(shared).free, torch.cuda.device_count()
+    text = f"/dev/shm has {free / GIB:.2f} GiB free"
+    if num_gpus > 1 and free < GIB:
+        fix = "start the container with --shm-size=1g or --ipc=host"
+        yield Finding("warning", f"{text}: NCCL may fail, through which {num_gpus} GPUs talk there", fix)
+    else:
+        yield Finding("ok", f"{text}; loaders need none of it")
+
+
+def _memory_bytes() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _loader_memory(run: s.RunSettings, num_processes: int) -> Iterator[Finding]:
+    """Batches on their way: as many as there are buffers, at any accumulation."""
+    import torch
+
+    from vlgpt.data.buffers import num_buffers
+
+    data = run.data
+    if not data.num_workers or (batch := batch_bytes(run)) is None:
+        return
+    limits = {"prefetch_batches": data.prefetch_batches, "prefetch_bytes": data.prefetch_bytes}
+    count = data.num_workers * num_buffers(num_workers=data.num_workers, batch_bytes=batch, **limits)
+    here = min(num_processes, torch.cuda.device_count() or num_processes)
+    needed = here * count * batch
+    text = (
+        f"loaders hold at most {here} x {count} batches of {batch / 1e6:.1f} MB, {needed / GIB:.2f} of "
+        f"{_memory_bytes() / GIB:.0f} GiB of memory, at any accumulation"
+    )
+    if needed > _memory_bytes() / 2:
+        yield Finding("warning", text, "lower data.prefetch_batches, data.prefetch_bytes or micro_batch")
+    else:
+        yield Finding("ok", text)
+
+
+def batch_bytes(run: s.RunSettings) -> int | None:
+    """The largest micro-batch that can come, with features in fp32; None where shapes are not known."""
+    from vlgpt.data.samples import image_kind
+    from vlgpt.data.stream import POSITION_BYTES, SAMPLE_BYTES
+
+    data = run.data
+    pixels = 3 * data.image_size_px**2
+    try:
+        parts = architecture_of(run)
+    except UserError:
+        return None
+    sizes = {name: 4 * size for name, size in feature_sizes(parts).items()} | {"pixels": pixels}
+    if parts.lm is None:
+        names = [*data.features, *(["pixels"] if data.pixels else [])]
+        return run.micro_batch * (SAMPLE_BYTES + sum(sizes[name] for name in names))
+    num_images = data.sequence_length // (parts.num_visual + 2)
+    kind = image_kind(data)
+    images = 0 if kind is None else num_images * sizes[kind]
+    return run.micro_batch * (POSITION_BYTES * data.sequence_length + images)
+
+
+def _open_files(run: s.RunSettings) -> Iterator[Finding]:
+    """Every process that reads keeps the tars and feature files that it met last open."""
+    needed = OWN_FILES
+    for source in (*run.data.sources, *run.validation.sources):
+        num_shards = len(list(Path(source.path).glob("*.tar"))) or MAX_OPEN_ARRAYS  # unknown of remote shards
+        features = len(run.data.features) * 2 * min(num_shards, MAX_OPEN_ARRAYS)  # int8 has a file of scales
+        needed += min(num_shards, MAX_OPEN_TARS) + features
+    limit, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    text = f"a process may open {limit} files (ulimit -n), this run's keep at most {needed} open"
+    if limit != resource.RLIM_INFINITY and needed > limit:
+        enough = "" if hard == resource.RLIM_INFINITY or needed <= hard else f" (the hard limit is {hard})"
+        yield Finding("error", text, f"run `ulimit -n {needed}` before the launcher{enough}")
+    else:
+        yield Finding("ok", text)
 
 
 def _disk(run: s.RunSettings | None) -> Iterator[Finding]:

@@ -43,7 +43,12 @@ class PixelEncoder(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
 
     def preprocess(self, pixels: Tensor) -> Tensor:
-        """Resize if needed and normalise: (B, 3, H, W) in [-1, 1] -> (B, 3, size, size)."""
+        """Resize if needed and normalise: (B, 3, H, W) in [-1, 1] -> (B, 3, size, size).
+
+        Raises ValueError for uint8.
+        """
+        if pixels.dtype == torch.uint8:
+            raise ValueError("pixels are still uint8: bring the batch to its device first (`to_device`)")
         size = (self.image_size_px, self.image_size_px)
         if tuple(pixels.shape[-2:]) != size:
             pixels = F.interpolate(pixels, size=size, mode="bicubic", antialias=True).clamp(-1, 1)

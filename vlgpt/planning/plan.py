@@ -171,14 +171,19 @@ def _ranked(layouts: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted((x for x in layouts if x["fits"]), key=rank)
 
 
-def disk_bytes(run: s.RunSettings, parts: Architecture, trained: int) -> dict[str, int]:
-    """Features per million images (half precision) and the commits that a run keeps."""
-    sizes = {
+def feature_sizes(parts: Architecture) -> dict[str, int]:
+    """Numbers that every feature has per image or text."""
+    return {
         "patches": parts.tokenizer.num_context * parts.tokenizer.context_width,
         "visual": parts.num_visual * parts.visual_width,
         "image_condition": parts.detokenizer.outputs[0][0] * parts.detokenizer.outputs[0][1],
         "text_condition": parts.detokenizer.outputs[1][0] * parts.detokenizer.outputs[1][1],
     }
+
+
+def disk_bytes(run: s.RunSettings, parts: Architecture, trained: int) -> dict[str, int]:
+    """Features per million images (half precision) and the commits that a run keeps."""
+    sizes = feature_sizes(parts)
     disk = {f"{name}_bytes_per_million": 2 * sizes[name] * 1_000_000 for name in run.data.features}
     weight = 2 if run.precision == "bf16" else 4
     commit = trained * (12 + 4 + weight)  # master weights and moments, one fp32 file, DeepSpeed's module file

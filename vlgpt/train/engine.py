@@ -6,7 +6,8 @@ import contextlib
 import io
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vlgpt.batch import LossTerm, to_device
+from vlgpt.batch import LossTerm, tensors_of, to_device
 from vlgpt.log import UserError, get_logger
 from vlgpt.settings import RunSettings
 from vlgpt.stages.base import Stage, parameter_groups
@@ -119,6 +120,24 @@ class Engine:
     def place(self, batch: Any) -> Any:
         """Move a batch to this rank's device and the training precision."""
         return to_device(batch, self.device, self.dtype)
+
+    def feed(self, batches: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+        """(batch, the same batch placed). On CUDA the next one is already on its way, on a stream of its own, while one
+        is trained on: its pinned tensors are copied, and its pixels normalised, beside the kernels of the step.
+        """
+        if self.device.type != "cuda":
+            for batch in batches:
+                yield batch, self.place(batch)
+            return
+        stream = torch.cuda.Stream(self.device)
+        coming: deque[tuple[Any, Any, torch.cuda.Event]] = deque()
+        for batch in batches:
+            with torch.cuda.stream(stream):
+                coming.append((batch, self.place(batch), stream.record_event()))
+            if len(coming) > 1:
+                yield _arrived(*coming.popleft())
+        while coming:
+            yield _arrived(*coming.popleft())
 
     def all_sum(self, values: Tensor) -> Tensor:
         """Sum over ranks, in the precision given."""
@@ -274,6 +293,15 @@ class Engine:
         gathered: list[Any] = [None] * self.world_size
         dist.all_gather_object(gathered, value)
         return gathered
+
+
+def _arrived(batch: Any, placed: Any, event: torch.cuda.Event) -> tuple[Any, Any]:
+    """Let the stream at work wait for a copy, and tell the allocator that it uses memory of the copy's stream."""
+    current = torch.cuda.current_stream()
+    current.wait_event(event)
+    for tensor in tensors_of(placed):
+        tensor.record_stream(current)
+    return batch, placed
 
 
 def _shape_of(parameter: Tensor) -> torch.Size:

@@ -1,10 +1,14 @@
-"""The one training loop of all stages. Three plain functions follow each step: log, validate, save."""
+"""The one training loop of all stages. Three plain functions follow each step: log, validate, save.
+
+The targets of a step are counted over all ranks and micro-batches before its first forward pass. The loader counts them
+ahead, without images; the micro-batches then come one by one, and no step holds the images of more than two.
+"""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,7 +27,7 @@ from vlgpt.train.engine import Engine, StepResult
 from vlgpt.train.flops import FlopMeter, counting
 from vlgpt.train.profile import ProfileWindow
 from vlgpt.train.schedule import learning_rate
-from vlgpt.train.throughput import Progress
+from vlgpt.train.throughput import Content, Progress
 from vlgpt.train.upload import Uploader
 from vlgpt.train.watchdog import Watchdog
 
@@ -34,6 +38,7 @@ class TrainingLoader(Protocol):
     source_names: tuple[str, ...]
 
     def __iter__(self) -> Iterator[Any]: ...
+    def targets(self, num_batches: int) -> list[Mapping[str, float]]: ...
     def advance(self, num_micro_batches: int) -> None: ...
     def state_dict(self) -> dict[str, Any]: ...
     def statistics(self) -> dict[str, Any]: ...
@@ -84,13 +89,30 @@ class Run:
             self.watchdog.beat(step)
 
 
+class Intake:
+    """The micro-batches of one step as they come from `Engine.feed`; keeps what they held, but not them."""
+
+    def __init__(self, feed: Iterator[tuple[Any, Any]], num_batches: int):
+        self._feed, self._num_batches = feed, num_batches
+        self.contents: list[Content] = []
+        self.wait_s = 0.0
+
+    def __iter__(self) -> Iterator[tuple[Any, Any]]:
+        for _ in range(self._num_batches):
+            started = time.monotonic()
+            batch, placed = next(self._feed)
+            self.wait_s += time.monotonic() - started
+            self.contents.append(Content.of(batch))
+            yield batch, placed
+
+
 def train(run: Run, state: RunState) -> None:
     """Train from `state.step` to the last step. Raises TrainingStopped, on all ranks alike."""
     settings, engine = run.settings, run.engine
     accumulation = settings.accumulation(engine.world_size)
     progress = Progress(settings, state.step, engine=engine)
     state.spikes = faults.SpikeDetector(settings.faults.spike_sigma)
-    batches = iter(run.loader)
+    feed = engine.feed(iter(run.loader))
     engine.train()
     run.is_alive(state.step)  # a resume or statistics may have taken long
     while state.step < settings.steps:
@@ -98,22 +120,23 @@ def train(run: Run, state: RunState) -> None:
         if run.profile is not None:
             run.profile.before_step(step)
         started = time.monotonic()
-        micro_batches = [next(batches) for _ in range(accumulation)]
-        data_wait_s = time.monotonic() - started
+        targets = run.loader.targets(accumulation)
+        counting_s = time.monotonic() - started
+        intake = Intake(feed, accumulation)
         rate = learning_rate(step, steps=settings.steps, settings=settings.optimizer)
-        result, losses = train_step(engine, micro_batches, rate, meter=progress.meter)
+        result, losses = train_step(engine, intake, rate, targets=targets, meter=progress.meter)
         run.loader.advance(accumulation)
         state.step = step
         if run.average is not None and not result.is_skipped:
             run.average.update(step)
         note_losses(state, losses)
-        progress.add(micro_batches, time.monotonic() - started, data_wait_s)
+        progress.add(intake.contents, time.monotonic() - started, counting_s + intake.wait_s)
         run.is_alive(step)
         if run.profile is not None:
             run.profile.after_step(step)
-        after_skip(run, state, result, micro_batches)
-        if roll_back_after_spike(run, state, losses, micro_batches):
-            batches = iter(run.loader)
+        after_skip(run, state, result, intake.contents)
+        if roll_back_after_spike(run, state, losses, intake.contents):
+            feed = engine.feed(iter(run.loader))
             continue
         if step % settings.log_interval_steps == 0 or step == settings.steps:
             write_log(run, state, progress, result, rate)
@@ -129,21 +152,31 @@ def train(run: Run, state: RunState) -> None:
 
 
 def train_step(
-    engine: Engine, micro_batches: list[Any], rate: float, *, meter: FlopMeter | None = None
+    engine: Engine,
+    micro_batches: Iterable[Any],
+    rate: float,
+    *,
+    targets: Sequence[Mapping[str, float]] | None = None,
+    meter: FlopMeter | None = None,
 ) -> tuple[StepResult, dict[str, Tensor]]:
     """One optimizer step: sums of losses divided by the global number of targets.
 
+    `micro_batches` come as pairs from `Engine.feed`, their `targets` known before; or as batches that are all there.
     The count runs over ranks and micro-batches, so the result depends on neither. `world_size * accumulation` undoes
     DeepSpeed's two means. Returns the outcome and, per term, (2, num_sources) sums and counts of this rank.
     """
     stage: Stage = engine.stage
-    counts = global_counts(engine, micro_batches)
-    undo_means = engine.world_size * len(micro_batches)
+    if targets is None:
+        micro_batches = list(micro_batches)
+        targets = [stage.count_targets(batch) for batch in micro_batches]
+        micro_batches = engine.feed(micro_batches)
+    counts = global_counts(engine, targets)
+    undo_means = engine.world_size * len(targets)
     engine.set_learning_rate(rate)
     by_source: dict[str, Tensor] = {}
-    for batch in micro_batches:
+    for batch, placed in micro_batches:
         with counting(meter, batch):
-            terms = engine.forward(engine.place(batch))
+            terms = engine.forward(placed)
         loss = sum(terms[name].weight * terms[name].total / max(counts[name], 1.0) for name in stage.terms)
         engine.backward(loss * undo_means)  # type: ignore[arg-type]
         for name in stage.terms:
@@ -154,13 +187,11 @@ def train_step(
     return engine.step_result(), by_source
 
 
-def global_counts(engine: Engine, micro_batches: list[Any]) -> dict[str, float]:
-    """Targets per term over all ranks and micro-batches of this step, from the masks."""
-    local = torch.zeros(len(engine.stage.terms), dtype=torch.float64)
-    for batch in micro_batches:
-        counts = engine.stage.count_targets(batch)
-        local += torch.tensor([counts[name] for name in engine.stage.terms], dtype=torch.float64)
-    return dict(zip(engine.stage.terms, engine.all_sum(local).tolist()))
+def global_counts(engine: Engine, targets: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Targets per term over all ranks and micro-batches of this step."""
+    terms = engine.stage.terms
+    local = torch.tensor([[counts[name] for name in terms] for counts in targets], dtype=torch.float64)
+    return dict(zip(terms, engine.all_sum(local.sum(0)).tolist()))
 
 
 def note_losses(state: RunState, losses: dict[str, Tensor]) -> None:
@@ -169,14 +200,14 @@ def note_losses(state: RunState, losses: dict[str, Tensor]) -> None:
         state.sums[name] = state.sums[name] + value if name in state.sums else value
 
 
-def after_skip(run: Run, state: RunState, result: StepResult, micro_batches: list[Any]) -> None:
+def after_skip(run: Run, state: RunState, result: StepResult, contents: Iterable[Any]) -> None:
     """Count a non-finite step (skipped on all ranks alike), name its documents, stop after too many in a row."""
     if not result.is_skipped:
         state.num_skipped_in_row = 0
         return
     state.num_skipped += 1
     state.num_skipped_in_row += 1
-    documents = run.engine.gather_objects([list(_documents(batch)) for batch in micro_batches])
+    documents = run.engine.gather_objects([list(_documents(content)) for content in contents])
     get_logger().warning(
         "step %d skipped: gradient is not finite (%d in a row)", state.step, state.num_skipped_in_row
     )
@@ -191,7 +222,7 @@ def after_skip(run: Run, state: RunState, result: StepResult, micro_batches: lis
 
 
 def roll_back_after_spike(
-    run: Run, state: RunState, losses: dict[str, Tensor], micro_batches: list[Any]
+    run: Run, state: RunState, losses: dict[str, Tensor], contents: Iterable[Any]
 ) -> bool:
     """Note a loss far above its moving mean; if asked for, load the newest commit and leave out the data since then.
 
@@ -207,7 +238,7 @@ def roll_back_after_spike(
     if not state.spikes.is_spike(loss):
         return False
     step = state.step
-    documents = run.engine.gather_objects([list(_documents(batch)) for batch in micro_batches])
+    documents = run.engine.gather_objects([list(_documents(content)) for content in contents])
     event = {"event": "loss_spike", "loss": loss, "usual": state.spikes.mean, "documents": documents}
     if run.log is not None:
         run.log.write(step, event)
@@ -243,8 +274,8 @@ def check_replicas(run: Run, step: int) -> None:
         )
 
 
-def _documents(batch: Any) -> Iterator[str]:
-    for item in batch.documents:
+def _documents(content: Any) -> Iterator[str]:
+    for item in content.documents:
         yield from (item,) if isinstance(item, str) else item
 
 

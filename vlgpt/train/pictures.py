@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlgpt import seeds
-from vlgpt.batch import ConditionBatch
+from vlgpt.batch import ConditionBatch, to_device
 from vlgpt.decoding.load import load_decoder
 from vlgpt.log import MetricsLog, UserError, get_logger
 from vlgpt.models.decoder_parts import read_parts
@@ -56,7 +56,7 @@ class ReconstructionCheck:
                 break
             num_seen += len(batch.documents)
             pictures = self.draw(batch)
-            original = batch.require("pixels")[batch.is_valid].float()
+            original = to_device(batch, "cpu").require("pixels")[batch.is_valid]
             pictures = pictures[batch.is_valid].float().cpu()
             if self.judge is not None and len(pictures):
                 sums += torch.tensor(

@@ -164,6 +164,8 @@ def loader_opener(
             tokenizer=tokenizer,
             run_positions=settings.steps * settings.global_batch,
             quarantine=settings.run_dir / f"quarantine_rank_{engine.rank}.jsonl",
+            count_targets=stage.count_targets,
+            pin_memory=engine.device.type == "cuda",
         )
 
     return open_loader

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +15,25 @@ from vlgpt.log import get_logger
 from vlgpt.settings import RunSettings
 from vlgpt.train.engine import Engine
 from vlgpt.train.flops import FlopMeter, peak_flops
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a micro-batch held. Numbers and names: a small tensor kept of every batch would keep the memory between."""
+
+    documents: tuple[Any, ...]
+    num_images: int
+    num_positions: int = 0
+    num_padding: int = 0
+
+    @staticmethod
+    def of(batch: Any) -> Content:
+        """Of a packed batch, or of one of images."""
+        if not isinstance(batch, Batch):
+            return Content(batch.documents, len(batch.documents))
+        num_images = 0 if batch.images is None else len(batch.images)
+        num_padding = int((batch.segment_ids == 0).sum())
+        return Content(batch.documents, num_images, batch.token_ids.numel(), num_padding)
 
 
 class Progress:
@@ -41,20 +61,16 @@ class Progress:
         self.seconds = 0.0
         self.wait_s = 0.0
 
-    def add(self, micro_batches: list[Any], seconds: float, wait_s: float) -> None:
+    def add(self, contents: list[Content], seconds: float, wait_s: float) -> None:
         """One optimizer step of this rank took `seconds`, of which `wait_s` were spent waiting for data."""
         self.num_steps += 1
         self.seconds += seconds
         self.wait_s += wait_s
-        for batch in micro_batches:
-            if isinstance(batch, Batch):
-                padding = int((batch.segment_ids == 0).sum())
-                self.num_tokens += batch.token_ids.numel() - padding
-                self.num_padding += padding
-                self.num_positions += batch.token_ids.numel()
-                self.num_images += 0 if batch.images is None else len(batch.images)
-            else:
-                self.num_images += len(batch.documents)
+        for content in contents:
+            self.num_tokens += content.num_positions - content.num_padding
+            self.num_padding += content.num_padding
+            self.num_positions += content.num_positions
+            self.num_images += content.num_images
         if self._bar is not None:
             self._bar.update(1)
 
