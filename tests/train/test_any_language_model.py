@@ -20,6 +20,7 @@ sys.path.append(str(Path(__file__).parents[1] / "data"))
 from small_data import chat, page, write_dataset, write_feature
 from test_training import run_script
 
+pytestmark = pytest.mark.timeout(900)  # the fixture lives all lives, on machines that may be busy
 TOKENIZER = new_document_tokenizer()
 WORKER = Path(__file__).with_name("life_worker.py")
 BASE = {
@@ -145,7 +146,7 @@ def lives(tmp_path_factory):
         (root / kind).mkdir()
         (root / kind / "runs.json").write_text(json.dumps(runs))
         for world_size, stop_after in phases:
-            run_script([WORKER, root / kind, stop_after], world_size=world_size, timeout_s=280)
+            run_script([WORKER, root / kind, stop_after], world_size=world_size, timeout_s=800)
             path = root / kind / f"result_{world_size}_{stop_after}_0.json"
             found[kind, stop_after] = json.loads(path.read_text())
     return root, found
@@ -199,8 +200,9 @@ def a_reply_is_the_same(result, from_commit, *, atol=1e-5):
         replies.append(reply)
         assert len(reply.visual) == 1
         ids = torch.arange(8)[None]
-        logits.append(generator.model.lm.logits(generator.model.lm.backbone(ids).last_hidden_state))
-        logits.append(AutoModel.from_pretrained(folder)(input_ids=ids).logits)
+        lm = generator.model.lm
+        logits.append(lm.logits(lm.backbone(ids).last_hidden_state)[..., : lm.num_tokens])
+        logits.append(AutoModel.from_pretrained(folder)(input_ids=ids).logits[..., : lm.num_tokens])
     assert hf and replies[0].token_ids == replies[1].token_ids
     for other in logits[1:]:
         torch.testing.assert_close(other.float(), logits[0].float(), atol=atol, rtol=1e-4)
@@ -239,7 +241,7 @@ def test_smollm2_lives_as_its_miniatures_do(smollm2_folder, tmp_path):
     (tmp_path / "runs.json").write_text(json.dumps({"smollm2": run}))
     results = []
     for world_size in (1, 2):
-        run_script([WORKER, tmp_path, world_size], world_size=world_size, timeout_s=280)
+        run_script([WORKER, tmp_path, world_size], world_size=world_size, timeout_s=800)
         results.append(
             json.loads((tmp_path / f"result_{world_size}_{world_size}_0.json").read_text())["smollm2"]
         )
@@ -247,4 +249,4 @@ def test_smollm2_lives_as_its_miniatures_do(smollm2_folder, tmp_path):
     assert all(loss < 8 for loss in results[-1]["losses"]), "a random model of 49,152 tokens starts at 10.8"
     folder = Path(run["output_dir"])
     export_run(folder, tmp_path / "export")
-    a_reply_is_the_same(folder / "result", tmp_path / "export", atol=0.3)
+    a_reply_is_the_same(folder / "result", tmp_path / "export", atol=0.5)
