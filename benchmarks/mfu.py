@@ -34,7 +34,7 @@ from vlgpt import seeds
 from vlgpt.batch import Batch
 from vlgpt.config import validate
 from vlgpt.doctor.sample import Setting, new_batch, new_stage, plan_of
-from vlgpt.models.unified import build_language_model
+from vlgpt.models.language_models import build_language_model
 from vlgpt.planning.flops import Work, count
 from vlgpt.settings import RunSettings
 from vlgpt.stages.language import LanguageStage

@@ -15,6 +15,7 @@ from transformers import AutoModel, AutoProcessor, LogitsProcessor, LogitsProces
 
 from vlgpt import hf
 from vlgpt.config import dump
+from vlgpt.decoding.load import cast_parameters
 from vlgpt.document import Document, ImagePart, TextPart
 from vlgpt.export import export_model, export_run, load_generator
 from vlgpt.generate import DecodeSettings, Generator, Prompt
@@ -28,7 +29,7 @@ from vlgpt.models.unified import UnifiedModel, is_export
 from vlgpt.models.weights import tensors_of, write_weights
 from vlgpt.settings import LanguageStage as LanguageSettings
 from vlgpt.settings import RunSettings
-from vlgpt.stages.build import build_language_stage
+from vlgpt.stages.build import build_language_stage, dtype_of
 from vlgpt.stages.language import LanguageStage
 from vlgpt.train import commit
 
@@ -382,7 +383,7 @@ def write_run(folder: Path, parts: Path, *, trained_parts: str = "lora") -> Lang
     (run / "config.yaml").write_text(dump(settings))
     assert isinstance(settings.stage, LanguageSettings)
     torch.manual_seed(0)
-    stage, _ = build_language_stage(settings.stage, num_sources=1)
+    stage, _ = build_language_stage(settings.stage, num_sources=1, dtype=dtype_of(settings))
     for step in (10, 20):
         checkpoint = run / "checkpoints" / commit.tag_of(step)
         checkpoint.mkdir(parents=True)
@@ -442,3 +443,17 @@ def test_the_export_of_a_run_refuses_what_would_be_wrong(parts, tmp_path, caplog
         export_run(tmp_path / "run", tmp_path / "other")
     with pytest.raises(FileNotFoundError, match=r"config\.yaml"):
         export_run(tmp_path / "nothing", tmp_path / "other")
+
+
+def test_a_run_in_fp32_takes_an_export_in_bf16_and_the_other_way_round(tmp_path):
+    """The language model is held in the run's type, whatever its files hold."""
+    tokenizer = new_document_tokenizer()
+    for stored, wanted in ((torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)):
+        model = trained(tokenizer)
+        cast_parameters(model.lm, stored)
+        export_model(model, tmp_path / str(stored), tokenizer=tokenizer)
+        found = UnifiedModel.from_folder(tmp_path / str(stored), dtype=wanted)
+        assert {parameter.dtype for parameter in found.lm.parameters()} == {wanted}
+        for ours, theirs in zip(outputs(found)[:2], outputs(model)[:2]):
+            assert ours.dtype == wanted
+            torch.testing.assert_close(ours.float(), theirs.float(), atol=0.2, rtol=0.1)

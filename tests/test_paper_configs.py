@@ -64,10 +64,12 @@ def test_stage_two_mixes_pairs_and_pages_one_to_one_and_mmc4_and_obelics_one_to_
         assert shares(run, {name}) == pytest.approx(wanted, abs=1e-3)
     by_name = {source.name: source for source in run.data.sources}
     assert all(by_name[name].image_first == 0.5 for name in pairs)
-    obelics = by_name["obelics"]
+    obelics, mmc4 = by_name["obelics"], by_name["mmc4"]
     assert (obelics.start, obelics.keep_single_image, obelics.image_first) == ("random", 0.2, 1.0)
+    assert (mmc4.start, mmc4.keep_single_image, mmc4.image_first) == ("random", 1.0, 0.5)
     assert run.data.sequence_length == 512
     assert {source.max_images for source in run.data.sources} == {5}
+    assert load("pretrain", "vlgpt_13b").data == run.data
     text = (CONFIGS / "pretrain" / "vlgpt_7b.yaml").read_text()
     assert "--min-pair-similarity 0.24" in text  # the filter of MMC4 is applied when its shards are built
 

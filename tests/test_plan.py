@@ -12,9 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from vlgpt.batch import ConditionBatch
 from vlgpt.models.image_detokenizer import ImageDetokenizer
 from vlgpt.models.image_tokenizer import ImageTokenizer
+from vlgpt.models.language_models import build_language_model
 from vlgpt.models.losses import count_targets
 from vlgpt.models.multimodal_lm import LoraSettings, MultimodalLM
-from vlgpt.models.unified import UnifiedModel, build_language_model
+from vlgpt.models.unified import UnifiedModel
 from vlgpt.planning.architecture import Architecture, image_shapes, language_shape
 from vlgpt.planning.flops import Work, count
 from vlgpt.planning.memory import Precision, activation_bytes

@@ -23,7 +23,7 @@ from vlgpt.models.decoder_parts import FOR_TARGETS, read_parts
 from vlgpt.models.unified import UnifiedConfig, UnifiedModel, is_export
 from vlgpt.models.weights import tensors_of, write_weights
 from vlgpt.settings import LanguageStage, RunSettings
-from vlgpt.stages.build import build_language_stage
+from vlgpt.stages.build import build_language_stage, dtype_of
 from vlgpt.stages.weights import load_trainable, newest_trainable
 from vlgpt.tokens import DocumentTokenizer
 
@@ -76,7 +76,7 @@ def config_of(model: UnifiedModel, tokenizer: DocumentTokenizer, *, merge_lora: 
             "rank": adapter.r,
             "alpha": adapter.lora_alpha,
             "dropout": adapter.lora_dropout,
-            "tokens": adapter.trainable_token_indices["embed_tokens"],
+            "tokens": next(iter(adapter.trainable_token_indices.values())),
         }
     return UnifiedConfig(
         text_config=text_config,
@@ -196,7 +196,9 @@ def export_run(
         )
     if folder.exists() and not is_export(folder) and any(folder.iterdir()):
         raise UserError(f"{folder} exists and is no export: choose another folder")
-    stage, tokenizer = build_language_stage(settings.stage, num_sources=len(settings.data.sources))
+    stage, tokenizer = build_language_stage(
+        settings.stage, num_sources=len(settings.data.sources), dtype=dtype_of(settings)
+    )
     trained = newest_trainable(run)
     load_trainable(stage, trained)
     partial = folder.with_name(f".{folder.name}.partial")

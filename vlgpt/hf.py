@@ -95,6 +95,8 @@ class VLGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def __init__(self, config: VLGPTConfig):
         super().__init__(config)
         attention: Any = getattr(config, "_attn_implementation", None) or "auto"
+        if attention == "sdpa":  # transformers' choice for this class; the language model may have eager only
+            attention = "sdpa_or_eager"
         unified = UnifiedModel.from_config(config.unified(), attention=attention)
         self.lm = unified.lm
         self.image_tokenizer = unified.image_tokenizer

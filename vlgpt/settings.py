@@ -28,11 +28,13 @@ class SourceSettings(Settings):
 
     name: str
     path: str
-    weight: Annotated[float, Field(ge=0.0)] | Literal["size"] = "size"  # "size": proportional to its samples
+    weight: Annotated[float, Field(ge=0.0)] | Literal["size"] = (
+        "size"  # share of the accepted sequences; "size": proportional to its samples
+    )
     image_first: Fraction = (
         1.0  # probability that an image stays before the text part that follows it; else swapped
     )
-    max_images: Positive = 5  # later images of a sequence are dropped (paper: 5)
+    max_images: Positive = 5  # of a window with more, as many are sampled (paper: 5); chats end before
     keep_single_image: Fraction = 1.0  # probability to keep a window with exactly one image (OBELICS: 0.2)
     start: Literal["beginning", "random"] = "beginning"  # where a window of a too long document begins
     ramp: tuple[Fraction, Fraction] = (

@@ -20,6 +20,7 @@ from vlgpt.document import Document, ImagePart, Role
 from vlgpt.log import UserError
 
 BEGIN_IMAGE, END_IMAGE = "[IMG]", "[/IMG]"
+NUM_IMAGE_TOKENS = 2  # they are the last tokens of the vocabulary
 MODEL_TYPE = "vlgpt"  # in the config.json of an export
 PLACEHOLDER_ID = 0  # stands where visual embeddings are put; never looked up as a target
 VOCABULARY_MULTIPLE = 64

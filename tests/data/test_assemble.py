@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -137,9 +138,33 @@ def test_images_change_places_with_their_text_by_chance() -> None:
     assert len(orders) == 4  # every image has its own draw
 
 
-def test_later_images_are_dropped_and_counted_but_their_text_stays() -> None:
-    found = plan(plain("i", 2, "i", 2, "i", 2), max_images=1)
-    assert (found.parts, found.num_dropped_images, found.has_end) == ((0, 1, 3, 5), 2, True)
+@pytest.mark.parametrize(("length", "num_seen"), [(130, 8), (60, 7)])
+def test_every_image_of_a_window_with_too_many_has_the_same_chance_to_stay(
+    length: int, num_seen: int
+) -> None:
+    """A page of 8 images that fits, and one whose window ends in the text before the last."""
+    document = plain(*["i", 2] * 7, 0 if num_seen == 8 else 40, "i", 2)
+    maker, parts = assembler(length, max_images=5), part_lengths(document)
+    stayed: Counter[int] = Counter()
+    for key in range(4000):
+        found = maker.plan(parts, Draws(key))
+        images = [part for part in found.parts if parts.is_image[part]]
+        assert len(images) == 5
+        assert found.num_dropped_images == num_seen - 5
+        stayed.update(images)
+    assert len(stayed) == num_seen
+    assert all(abs(count / 4000 - 5 / num_seen) < 0.04 for count in stayed.values())
+
+
+def test_images_left_out_leave_their_text_and_the_order_and_cost_no_place() -> None:
+    document = plain(*["i", 2] * 8, 100)
+    for key in range(50):
+        found = plan(document, key, length=60, max_images=3, image_first=0.5)
+        texts = [part for part in found.parts if not part_lengths(document).is_image[part]]
+        assert texts == [*range(1, 17, 2), 16]
+        assert (found.length, found.last_tokens) == (59, 60 - 2 - 3 * IMAGE - 16)
+        images = assembler(60, max_images=3).render(found, document).images
+        assert list(images) == sorted(images)
 
 
 def test_a_random_window_begins_at_part_borders_and_can_reach_the_end() -> None:

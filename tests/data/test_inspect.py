@@ -67,7 +67,7 @@ def test_inspecting_moves_nothing(root: Path) -> None:
     made, other = (loader(root, "pairs", num_workers=0) for _ in range(2))
     inspect(made, num_batches=3)
     assert next(iter(made)).documents == next(iter(other)).documents
-    assert made.state_dict()["position"] == {"epoch": 0, "window": 0, "row": 0}
+    assert made.state_dict()["position"] == {"epoch": 0, "window": 0, "row": 0, "redrawn": {}}
 
 
 def test_roles_are_those_of_the_chat(root: Path) -> None:

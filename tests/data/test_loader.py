@@ -17,6 +17,8 @@ from small_data import NUM_VISUAL, chat, make_tokenizer, page, pair, write_datas
 
 from vlgpt.batch import Batch, ConditionBatch
 from vlgpt.data import Loader
+from vlgpt.data.mixture import SLOTS
+from vlgpt.data.stream import Position, advance
 from vlgpt.log import UserError
 from vlgpt.settings import DataSettings, SourceSettings
 from vlgpt.shards import ShardSet
@@ -111,6 +113,13 @@ def test_every_image_of_a_page_comes_with_its_own_feature(data: Path) -> None:
         assert batch.images.values[:, 0, 0].floor().tolist() == [
             row for name in names for row in rows_of(name)
         ]
+    few = settings(data, "pages", source={"max_images": 1}, sequence_length=256)
+    numbers = set()
+    for batch in take(packed(few), 4):
+        names = [name for row in batch.documents for name in row]
+        for name, value in zip(names, batch.images.values[:, 0, 0].tolist(), strict=True):
+            numbers.add(rows_of(name).index(int(value)))  # each document gives one of its own images
+    assert numbers >= {0, 1, 2}
     batches = take(conditions(chosen), 10)
     places = [
         rows_of(name).index(int(value))
@@ -282,6 +291,78 @@ def test_a_resumed_run_may_have_another_number_of_ranks(data: Path) -> None:
     assert sorted(whole) == sorted(seen)
 
 
+SELECTIVE = {"keep_single_image": 0.2, "max_images": 2, "start": "random", "weight": 1.0}
+
+
+def test_every_source_gives_its_share_of_what_is_trained_on(data: Path) -> None:
+    """Of pairs 80 % are rejected. One window is 4,096 sequences, here in 64 batches of 64 rows."""
+    loader = packed(settings(data, source=SELECTIVE, packing="none"), micro_batch=64)
+    take(loader, 64)
+    found = loader.statistics()
+    assert sum(found["samples"].values()) == SLOTS
+    assert all(abs(share - 1 / 3) < 1 / SLOTS for share in found["mixture"].values())
+    assert found["rejected"]["pairs"]["single_image"] > 3 * SLOTS / 3
+
+
+def test_a_run_that_draws_anew_resumes_exactly_and_plans_no_window_of_the_past(data: Path) -> None:
+    """Stopped in the second window, of 4,096 rows; 1,500 rows a step, whoever reads them."""
+
+    def make(ranks: int, rank: int, num_workers: int) -> Loader:
+        chosen = settings(data, source=SELECTIVE, num_workers=num_workers, packing="none")
+        return packed(chosen, micro_batch=1500 // ranks, rank=rank, world_size=ranks)
+
+    def documents(batches: list[list[Any]]) -> list[list[list[str]]]:
+        return [sorted(row for part in step for row in part.documents) for step in zip(*batches)]
+
+    straight = documents([take(make(1, 0, 0), 4)])
+    first = make(1, 0, 2)
+    assert documents([consume(first, 3, ahead=0)]) == straight[:3]
+    state = json.loads(json.dumps(first.state_dict()))
+    first.close()
+    assert state["position"]["window"] == 1
+    assert set(state["position"]["redrawn"]) == {"pairs", "pages"}
+    for ranks, num_workers in ((1, 0), (1, 3), (3, 0)):
+        rest = []
+        for rank in range(ranks):
+            loader = make(ranks, rank, num_workers)
+            loader.load_state_dict(state)
+            assert loader.state_dict()["position"] == state["position"]
+            rest.append(take(loader, 1))
+            assert loader.maker.packer.window.cache_info().misses <= 1  # type: ignore[attr-defined]
+        assert documents(rest) == straight[3:]
+
+
+def aged(state: dict[str, Any]) -> dict[str, Any]:
+    """The state as it was saved before rejected documents were replaced."""
+    position = {name: value for name, value in state["position"].items() if name != "redrawn"}
+    return {**state, "schema": 1, "position": position}
+
+
+@pytest.mark.parametrize("kind", ["packed", "conditions"])
+def test_an_old_state_goes_on_exactly_where_nothing_was_rejected(data: Path, kind: str) -> None:
+    def make() -> Loader:
+        return packed(settings(data)) if kind == "packed" else conditions(settings(data))
+
+    straight, first = take(make(), 8), make()
+    consume(first, 5)
+    second = make()
+    second.load_state_dict(aged(first.state_dict()))
+    assert all(same(a, b) for a, b in zip(straight[5:], take(second, 3), strict=True))
+
+
+def test_an_old_state_amid_rejected_documents_is_refused_with_the_way_on(data: Path) -> None:
+    first = packed(settings(data, source=SELECTIVE))
+    consume(first, 5)
+    state = aged(first.state_dict())
+    second = packed(settings(data, source=SELECTIVE))
+    with pytest.raises(UserError, match=r"'single_image': \d+.* data\.allow_data_change=true"):
+        second.load_state_dict(state)
+    assert second.position == Position()
+    allowed = packed(settings(data, source=SELECTIVE, allow_data_change=True))
+    allowed.load_state_dict(state)
+    assert allowed.position == first.position
+
+
 def test_the_state_counts_what_was_consumed_not_what_was_fetched(data: Path) -> None:
     loader = conditions(settings(data, num_workers=2), world_size=2)
     consume(loader, 5, ahead=6)
@@ -349,10 +430,13 @@ def test_settings_that_move_the_stream_are_refused_by_name(
 @pytest.mark.parametrize(
     "damage",
     [
-        {"schema": 2},
+        {"schema": 3},
         {"kind": "conditions"},
-        {"position": {"window": -1, "row": 0}},
-        {"position": {"window": "__import__('os').system('true')", "row": 0}},
+        {"position": {"window": -1, "row": 0, "redrawn": {}}},
+        {"position": {"window": "__import__('os').system('true')", "row": 0, "redrawn": {}}},
+        {"position": {"window": 0, "row": 0}},
+        {"position": {"window": 0, "row": 0, "redrawn": {"pairs": 0.5}}},
+        {"position": {"window": 0, "row": 0, "redrawn": [1, 2, 3]}},
         {"position": None},
         {"sources": {}},
         "not a state",
@@ -380,8 +464,12 @@ def test_ramps_keep_the_length_of_the_run_they_began_with(data: Path) -> None:
     assert all(same(a, b) for a, b in zip(straight, seen + take(longer, 15), strict=True))
 
 
-def test_a_ramped_source_is_absent_at_first_and_present_at_the_end(data: Path) -> None:
-    chosen = settings(data, "pairs", "pages", source={"weight": 0.5})
+@pytest.mark.parametrize("keep_single_image", [1.0, 0.2])
+def test_a_ramped_source_is_absent_at_first_and_present_at_the_end(
+    data: Path, keep_single_image: float
+) -> None:
+    source = {"weight": 0.5, "keep_single_image": keep_single_image}
+    chosen = settings(data, "pairs", "pages", source=source)
     late = chosen.sources[1].model_copy(update={"ramp": (0.4, 0.6)})
     ramped = chosen.model_copy(update={"sources": (chosen.sources[0], late)})
     num_rows = 30_000
@@ -389,8 +477,8 @@ def test_a_ramped_source_is_absent_at_first_and_present_at_the_end(data: Path) -
     first = take(loader, 5)
     assert all(name.startswith("pair") for batch in first for row in batch.documents for name in row)
     total = loader.state_dict()["total_windows"]
-    rows = [loader.maker.num_rows(window) for window in range(total)]
-    assert abs(sum(rows) / num_rows - 1) < 0.25  # the estimate of the run's length in windows
+    end = advance(Position(), num_rows, loader.maker)
+    assert abs(end.window / total - 1) < 0.25  # the estimate of the run's length in windows
 
 
 # --- what must not fit is refused at the start
@@ -436,13 +524,14 @@ def test_fewer_shards_than_workers_still_feed_all_of_them(copied: Path) -> None:
     assert len({name for batch in batches for name in batch.documents}) == 60
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize(("num_workers", "source"), [(0, {}), (2, {}), (0, {"keep_single_image": 0.2})])
 def test_remote_shards_are_fetched_whole_and_give_the_same_batches(
-    copied: Path, tmp_path: Path, num_workers: int
+    copied: Path, tmp_path: Path, num_workers: int, source: dict[str, Any]
 ) -> None:
-    local = settings(copied, "pairs", features=(), pixels=True, image_size_px=8, num_workers=num_workers)
-    source = local.sources[0].model_copy(update={"path": f"file://{copied}/pairs"})
-    remote = local.model_copy(update={"sources": (source,), "cache_dir": str(tmp_path / "cache")})
+    options = {"features": (), "pixels": True, "image_size_px": 8, "num_workers": num_workers}
+    local = settings(copied, "pairs", source=source, **options)
+    far = local.sources[0].model_copy(update={"path": f"file://{copied}/pairs"})
+    remote = local.model_copy(update={"sources": (far,), "cache_dir": str(tmp_path / "cache")})
     assert all(same(a, b) for a, b in zip(take(packed(local), 8), take(packed(remote), 8), strict=True))
     originals = {path.name: path.read_bytes() for path in (copied / "pairs").glob("*.tar")}
     assert {path.name: path.read_bytes() for path in (tmp_path / "cache").rglob("0*.tar")} == originals

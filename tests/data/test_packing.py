@@ -12,7 +12,6 @@ from vlgpt.data.assemble import Assembler, ShardLengths
 from vlgpt.data.mixture import SLOTS, Mixture, SourceOrder
 from vlgpt.data.packing import Packer, best_fit
 from vlgpt.document import Document, ImagePart, Part, TextPart
-from vlgpt.log import UserError
 from vlgpt.seeds import generator
 from vlgpt.settings import SourceSettings
 from vlgpt.shards.index import IndexBuilder
@@ -106,7 +105,7 @@ def test_the_rows_of_a_window_hold_every_accepted_slot_once(packers: dict[str, P
         plan = packer.window(4)
         members = [slot for row in range(plan.num_rows) for slot in plan.row(row)]
         assert sorted(members) == np.flatnonzero(plan.length).tolist()
-        assert len(members) + sum(plan.rejected.values()) == SLOTS
+        assert len(members) == SLOTS
         assert all(plan.row(row) == sorted(plan.row(row)) for row in range(plan.num_rows))
 
 
@@ -133,23 +132,3 @@ def test_long_and_short_rows_are_mixed(packers: dict[str, Packer]) -> None:
     ]
     halves = np.array_split(np.array(share), 2)
     assert abs(halves[0].mean() - halves[1].mean()) < 0.06
-
-
-def test_a_stream_that_rejects_everything_is_refused_with_the_reasons(packers: dict[str, Packer]) -> None:
-    tokenizer = make_tokenizer()
-    builder = IndexBuilder(tokenizer)
-    builder.add("0", Document("0", "s", (ImagePart(0), TextPart("w1"))), [])
-    lengths = ShardLengths(builder.build(tar_sha256=""), image_length=tokenizer.image_length)
-    source = SourceSettings(name="s", path="x", keep_single_image=0.0)
-    packer = Packer(
-        Mixture(
-            [SourceOrder("s", seed=1, counts=np.array([1]), shuffle_shards=1)], seed=1, weights=np.ones(1)
-        ),
-        seed=1,
-        assemblers=[Assembler(source, tokenizer=tokenizer, sequence_length=64)],
-        lengths=lambda source, shard: lengths,
-        packing="best_fit",
-        sequence_length=64,
-    )
-    with pytest.raises(UserError, match="single_image"):
-        packer.num_rows(0)

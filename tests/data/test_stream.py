@@ -17,9 +17,9 @@ import pytest
 from small_data import chat, make_tokenizer, page, pair
 
 from vlgpt.data.assemble import Assembler, ShardLengths
-from vlgpt.data.mixture import SLOTS, Mixture, OnePass, SlotPlan, SourceOrder
+from vlgpt.data.mixture import Mixture, OnePass, SlotPlan, SourceOrder
 from vlgpt.data.packing import Packer
-from vlgpt.data.stream import Position, Report, deliveries, rows_of_rank
+from vlgpt.data.stream import Position, Report, RowMaker, deliveries, rows_of_rank
 from vlgpt.data.workers import Board, WorkerGuard
 from vlgpt.seeds import generator
 from vlgpt.settings import SourceSettings
@@ -37,21 +37,18 @@ class PlannedBatch:
     rows: list[Position]
 
 
-class PlanMaker:
+class PlanMaker(RowMaker):
     """Makes batches of positions instead of reading what stands there."""
 
     def __init__(self, packer: Packer):
         self.packer, self.plan = packer, packer.plan
 
-    def num_rows(self, window: int) -> int:
-        return self.packer.num_rows(window)
-
-    def make(self, rows: Sequence[Position | None], guard: object) -> tuple[PlannedBatch, Report]:
+    def make(self, rows: Sequence[Position | None], guard: object) -> tuple[PlannedBatch, Report]:  # type: ignore[override]
         return PlannedBatch([row for row in rows if row is not None]), Report()
 
     def documents(self, row: Position) -> list[tuple[int, int, int]]:
         """(source, shard, sample) of a row."""
-        window = self.packer.window(row.window)
+        window = self.window(row)
         slots = window.slots
         return [
             (int(slots.source[i]), int(slots.shard[i]), int(slots.sample[i])) for i in window.row(row.row)
@@ -122,7 +119,7 @@ def global_batches(
     made = [
         [
             deliveries(
-                maker,  # type: ignore[arg-type]
+                maker,
                 start,
                 micro_batch=micro_batch,
                 rank=rank,
@@ -150,10 +147,9 @@ def global_batches(
 def stream_rows(maker: PlanMaker, start: Position, num_rows: int) -> list[Position]:
     """The uninterrupted stream."""
     rows: list[Position] = []
-    window, first = start
     while len(rows) < num_rows:
-        rows += [Position(window, row) for row in range(first, maker.num_rows(window))]
-        window, first = window + 1, 0
+        rows += [start._replace(row=row) for row in range(start.row, maker.num_rows(start))]
+        start = maker.next_window(start)
     return rows[:num_rows]
 
 
@@ -161,6 +157,7 @@ def test_a_stop_anywhere_and_any_new_layout_lose_and_repeat_nothing(maker: PlanM
     """10 random stops of a 3 x 2 run, each resumed at 6 layouts; micro-batches of 1 to 4 rows."""
     wanted = stream_rows(maker, Position(), 6_000)
     assert sum(len(maker.documents(row)) for row in wanted) > 20_000
+    assert min(wanted[-1].redrawn[:2]) > 50  # pairs and pages were rejected and drawn anew
     rng = generator("stops")
     for stop in sorted(rng.choice(np.arange(1, 500), size=10, replace=False).tolist()):
         steps = list(islice(global_batches(maker, Position(), ranks=3, workers=2, micro_batch=4), stop))
@@ -189,32 +186,16 @@ def test_global_batches_are_equal_when_their_size_is(maker: PlanMaker) -> None:
     assert all(batches == by_layout[0] for batches in by_layout[1:])
 
 
-def test_every_document_comes_once_per_epoch_of_its_source(maker: PlanMaker) -> None:
-    """Rejected slots aside, after k passes every document was seen k times, in the packed rows themselves."""
-    num_windows = 4
-    seen: Counter[tuple[int, int, int]] = Counter()
-    rejected: Counter[tuple[int, int, int]] = Counter()
-    for window in range(num_windows):
-        plan = maker.packer.window(window)
-        for slot, length in enumerate(plan.length.tolist()):
-            place = int(plan.slots.source[slot]), int(plan.slots.shard[slot]), int(plan.slots.sample[slot])
-            (seen if length else rejected)[place] += 1
-    draws = num_windows * SLOTS * np.array([0.5, 0.25, 0.25])
-    for s, counts in enumerate(SIZES.values()):
-        times = [seen[s, i, j] + rejected[s, i, j] for i, n in enumerate(counts) for j in range(n)]
-        assert sum(times) == draws[s]
-        assert set(times) <= {int(draws[s] // sum(counts)), int(-(-draws[s] // sum(counts)))}
-
-
 def test_a_far_position_is_reached_without_passing_the_others(maker: PlanMaker) -> None:
     before = maker.packer.window.cache_info().misses
-    rows = rows_of_rank(Position(10**6, 5), maker, micro_batch=2, rank=0, world_size=1)  # type: ignore[arg-type]
-    assert rows == [Position(10**6, 5), Position(10**6, 6)]
+    far = Position(10**6, 5, (10**8, 10**7, 3))
+    rows = rows_of_rank(far, maker, micro_batch=2, rank=0, world_size=1)
+    assert rows == [far, far._replace(row=6)]
     assert maker.packer.window.cache_info().misses - before == 1
 
 
 def test_a_global_batch_larger_than_a_window_takes_from_several(maker: PlanMaker) -> None:
-    size = int(2.5 * maker.num_rows(0))
+    size = int(2.5 * maker.num_rows(Position()))
     (rows, end), *_ = islice(global_batches(maker, Position(), ranks=5, workers=2, micro_batch=size // 5), 1)
     assert sorted(rows) == sorted(stream_rows(maker, Position(), size // 5 * 5))
     assert end.window >= 2

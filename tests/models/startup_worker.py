@@ -10,7 +10,7 @@ import torch
 torch.set_num_threads(1)
 
 from vlgpt import settings as s  # noqa: E402
-from vlgpt.models.multimodal_lm import load_language_model  # noqa: E402
+from vlgpt.models.language_models import load_language_model  # noqa: E402
 from vlgpt.models.unified import UnifiedModel  # noqa: E402
 from vlgpt.stages.build import build_language_stage  # noqa: E402
 

@@ -22,7 +22,7 @@ from vlgpt.generate import DecodeSettings, Generator, Prompt
 from vlgpt.log import UserError
 from vlgpt.models.diffusion import DiffusionDecoder
 from vlgpt.models.encoders import OpenClipEncoder, TransformersClipEncoder, load_clip
-from vlgpt.models.multimodal_lm import load_language_model
+from vlgpt.models.language_models import load_language_model
 from vlgpt.stages.base import parameter_groups
 from vlgpt.stages.build import build_image_tokenizer_stage, build_language_stage
 
@@ -245,13 +245,6 @@ def test_a_truncated_shard_is_refused(tmp_path):
     shard = sorted(tmp_path.glob("model-*"))[0]
     shard.write_bytes(shard.read_bytes()[:-1000])
     assert_one_line(lambda: load_language_model(tmp_path), "no language model could be loaded")
-
-
-def test_a_language_model_of_another_family_is_refused(tmp_path):
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path)
-    assert_one_line(lambda: load_language_model(tmp_path), "GPT2LMHeadModel", "model.embed_tokens")
 
 
 def test_the_tokenizer_of_another_model_is_refused(shelf, tmp_path):

@@ -146,3 +146,9 @@ def test_a_frozen_part_keeps_the_statistics_that_it_was_trained_with(frozen):
         name.split(".")[0] for name, value in stage.state_dict().items() if not value.equal(before[name])
     }
     assert changed == {"tokenizer", "detokenizer"} - {frozen}
+
+
+def test_frozen_towers_stay_in_eval_mode_while_the_stage_trains():
+    """Their dropout, if any, must not run: cached features of the same tower would differ."""
+    stage = new_stage(encoder=torch.nn.Dropout(0.5), conditioner=torch.nn.Dropout(0.5)).train()
+    assert stage.tokenizer.training and not stage.encoder.training and not stage.conditioner.training

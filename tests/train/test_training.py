@@ -26,8 +26,20 @@ def run_workers(task, folder, *, world_size=1, timeout_s=150, is_killed=False, c
     `task` may be several with commas between, run one after the other in the same processes.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    command = [WORKER, task, folder, json.dumps(options)]
+    outputs, codes = run_script(command, world_size=world_size, timeout_s=timeout_s, code=None)
+    if is_killed:
+        assert codes[-1] == -9, outputs[-1][-3000:]
+        return []
+    for found, output in zip(codes, outputs):
+        assert found == code, output[-3000:]
+    return [json.loads((folder / f"result_{rank}.json").read_text()) for rank in range(world_size)]
+
+
+def run_script(command, *, world_size, timeout_s, code=0):
+    """Start a script `world_size` times side by side, without the launcher; -> outputs, exit codes (`code`: wanted)."""
     port = 20000 + os.getpid() % 20000 + world_size
-    processes = []
+    processes, outputs = [], []
     for rank in range(world_size):
         environment = {
             **os.environ,
@@ -39,25 +51,24 @@ def run_workers(task, folder, *, world_size=1, timeout_s=150, is_killed=False, c
             "MASTER_PORT": str(port),
             "PYTHONPATH": os.pathsep.join([str(WORKER.parents[2]), str(WORKER.parents[1])]),
         }
-        command = [sys.executable, str(WORKER), task, str(folder), json.dumps(options)]
         processes.append(
             subprocess.Popen(
-                command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+                [sys.executable, *map(str, command)],
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
             )
         )
-    outputs = []
     try:
         for process in processes:
             outputs.append(process.communicate(timeout=timeout_s)[0])
     finally:
         for process in processes:
             process.kill()
-    if is_killed:
-        assert processes[-1].returncode == -9, outputs[-1][-3000:]
-        return []
-    for process, output in zip(processes, outputs):
-        assert process.returncode == code, output[-3000:]
-    return [json.loads((folder / f"result_{rank}.json").read_text()) for rank in range(world_size)]
+    codes = [process.wait() for process in processes]
+    assert code is None or codes == [code] * world_size, "\n".join(output[-3000:] for output in outputs)
+    return outputs, codes
 
 
 @pytest.fixture(scope="module")

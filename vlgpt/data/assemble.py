@@ -6,7 +6,10 @@ come out at exactly the planned length. What happens to a document, in this orde
 1. every image changes places with the text part after it, with probability `1 - image_first`;
 2. a plain document that is too long gives a window that begins at a part border; images are never cut, the
    text that crosses the end of the window is cut there. A chat is cut after the last reply that fits;
-3. images after the first `max_images` are left out (in a chat: the turns from there on);
+3. of the images of a window `max_images` are sampled, the others are left out and their text stays. An image
+   left out costs nothing, so the window reaches as far as its text and `max_images` images do, whichever they
+   are. PAPER: §4.1 samples up to five images with their captions; on a page, captions are sentences of its
+   text. (In a chat the turns from the first image too many on are left out.)
 4. a window with one image is kept with probability `keep_single_image`; a document with images whose window
    has none is rejected (paper appendix; Flamingo's procedure for M3W).
 
@@ -127,13 +130,11 @@ class Assembler:
         budget = self.sequence_length - self._plain_start - self._plain_end
         window = order[self._window_start(parts, order, budget, draws) :]
         chosen: list[int] = []
-        used = num_images = num_dropped = 0
-        last_tokens, has_end = None, True
+        images: list[int] = []
+        used, last_tokens, has_end = 0, None, True
         for part in window:
-            length = parts.lengths[part]
-            if parts.is_image[part] and num_images == self.source.max_images:
-                num_dropped += 1
-                continue
+            is_too_many = parts.is_image[part] and len(images) >= self.source.max_images
+            length = 0 if is_too_many else parts.lengths[part]
             if used + length > budget:
                 has_end = False
                 if not parts.is_image[part] and used < budget:
@@ -142,7 +143,14 @@ class Assembler:
                 break
             chosen.append(part)
             used += length
-            num_images += parts.is_image[part]
+            if parts.is_image[part]:
+                images.append(part)
+        left_out: list[int] = []
+        if len(images) > self.source.max_images:
+            images.sort(key=lambda part: draws.uniform(purpose.LEFT_OUT + part))
+            left_out = images[self.source.max_images :]
+            chosen = [part for part in chosen if part not in left_out]
+        num_images = len(images) - len(left_out)
         if num_images == 0 and any(parts.is_image):
             return SequencePlan(rejection="no_image_in_window")
         if num_images == 1 and draws.uniform(purpose.KEEP_SINGLE) >= self.source.keep_single_image:
@@ -150,7 +158,7 @@ class Assembler:
         if used == 0:
             return SequencePlan(rejection="empty")
         length = self._plain_start + used + (self._plain_end if has_end else 0)
-        return SequencePlan(tuple(chosen), length, last_tokens, has_end, num_dropped)
+        return SequencePlan(tuple(chosen), length, last_tokens, has_end, len(left_out))
 
     def _window_start(self, parts: PartLengths, order: list[int], budget: int, draws: Draws) -> int:
         """Where the window begins: any part from which the rest still fills the window, or the first after

@@ -12,6 +12,7 @@ IMAGE: Final = 2  # which image of a document (image stages)
 TEXT: Final = 3  # which text of a document (image stages)
 VIEW: Final = 1 << 10  # + image number: which stored view of its features
 SWAP: Final = 1 << 20  # + part number: whether an image changes places with the text after it
+LEFT_OUT: Final = 1 << 30  # + part number: which images of a window with too many are left out
 
 _MASK = (1 << 64) - 1
 

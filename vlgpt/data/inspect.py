@@ -272,7 +272,7 @@ def _warn_of_bad(found: Inspection, loader: Loader, number: int, report: Report)
     for (source, reason), count in sorted(report.rejected.items()):
         name = loader.source_names[source]
         found.warnings.append(
-            f"window at batch {number}: {count} documents of {name} gave no sequence: {reason}"
+            f"window at batch {number}: {count} documents of {name} gave no sequence, others stand there: {reason}"
         )
 
 

@@ -7,7 +7,7 @@
 
 The order of samples is a pure function of (seed, data, position), see `mixture.py`; the state is a small
 JSON and resumes at any number of ranks, workers and rows per batch, in a time that does not depend on the
-position.
+position. Every source gives its share of the accepted sequences exactly; samples that cannot be read leave holes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from vlgpt.data.mixture import SLOTS, Mixture, OnePass, SlotPlan, SourceOrder, b
 from vlgpt.data.packing import Packer
 from vlgpt.data.samples import ConditionLoader, Place, SequenceLoader
 from vlgpt.data.sources import PrefetchingPlan, feature_specs, open_sources
-from vlgpt.data.state import check_state, make_state, position_of
+from vlgpt.data.state import UNDRAWN_SCHEMA, check_state, make_state, position_of
 from vlgpt.data.stream import BadRecord, ConditionMaker, Delivery, Maker, Position, RowMaker, deliveries
 from vlgpt.data.tally import Tally
 from vlgpt.data.workers import Board, WorkerGuard, WorkerPool
@@ -168,11 +168,12 @@ class Loader:
     def _mean_length(self, s: int, order: SourceOrder) -> float:
         assert self.tokenizer is not None
         shards, samples = order.locate(np.arange(min(MEASURED_DRAWS, order.num_samples)))
-        total = 0
+        total = num_accepted = 0
         for key, (shard, sample) in enumerate(zip(shards.tolist(), samples.tolist())):
             parts = self.sources[s].lengths(shard, tokenizer=self.tokenizer).parts(sample)
-            total += self._assemblers[s].plan(parts, Draws(key)).length
-        return total / len(shards)
+            length = self._assemblers[s].plan(parts, Draws(key)).length
+            total, num_accepted = total + length, num_accepted + bool(length)
+        return total / max(num_accepted, 1)
 
     # --- iterating
 
@@ -291,7 +292,7 @@ class Loader:
             self.sources,
             kind=self.kind,
             position=self.position,
-            epoch=plan.epoch(self.position.window),
+            epoch=plan.epoch(self.position.window, self.position.redrawn),
             tokenizer="" if self.tokenizer is None else self.tokenizer.fingerprint,
             total_windows=self._total_windows,
         )
@@ -299,7 +300,7 @@ class Loader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to the position of a saved state; the next iteration starts there.
 
-        Raises UserError when the data or a setting that decides the order changed, naming it, unless
+        Raises UserError when the data, a setting or a law that decides the order changed, naming it, unless
         `data.allow_data_change`.
         """
         self.close()
@@ -308,7 +309,19 @@ class Loader:
             get_logger(__name__).warning("ramps keep the run length that they were started with")
             self._total_windows = state["total_windows"]
             self.maker = self._make_maker()
-        self.position = position_of(state)
+        position = position_of(state, self.sources)
+        if state["schema"] == UNDRAWN_SCHEMA and not self.settings.allow_data_change:
+            self._refuse_moved_rows(position)
+        self.position = position
+
+    def _refuse_moved_rows(self, position: Position) -> None:
+        """Rows of a window with rejected draws are no longer where they were when such slots stayed empty."""
+        if isinstance(self.maker, RowMaker) and (rejected := self.maker.window(position).rejected):
+            raise UserError(
+                "the loader state was saved by a version that did not replace rejected documents, and around its "
+                f"position some were rejected: {self._tally.by_source(rejected)}. Set data.allow_data_change=true to "
+                f"go on from there (of the next {SLOTS} samples some may come twice or not at all)"
+            )
 
     def statistics(self) -> dict[str, Any]:
         """Counts of this rank since the loader was made: samples, mixture, tokens and padding share, bad and

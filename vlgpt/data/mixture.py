@@ -1,11 +1,12 @@
-"""Which sample stands at which position of the endless training stream: a pure function of seed and shard
-sizes.
+"""Which sample stands at which position of the endless training stream: a pure function of seed, shard sizes
+and position.
 
 The stream is cut into windows of 4,096 slots. Every window holds a fixed integer number of slots per source,
-so the weights are exact within 1/4096 at any moment, and the number of draws that a source has made before
-any window is a multiplication, not a replay. The k-th draw of a source is found from (epoch, permutation of
-the shards, permutation of the samples inside a block of shards); nothing as large as the data set is ever
-held.
+so the weights are exact within 1/4096 at any moment. A slot whose draw is rejected gets the next draw of its
+source. How often that happened before a window is part of the position (`redrawn`), so the number of draws
+that a source has made before any window is a multiplication and an addition, not a replay. The k-th draw of
+a source is found from (epoch, permutation of the shards, permutation of the samples inside a block of
+shards); nothing as large as the data set is ever held.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from vlgpt.seeds import generator
 from vlgpt.settings import DataSettings
 
 SLOTS = 4096  # slots of a window; weights are exact within 1/SLOTS
+Redrawn = tuple[int, ...]  # per source, draws made in place of rejected ones before a window; () = none
 
 
 @dataclass(frozen=True)
@@ -44,14 +46,18 @@ class SlotPlan(Protocol):
 
     def num_slots(self, window: int) -> int: ...
 
-    def slots(self, window: int) -> Slots: ...
+    def slots(self, window: int, redrawn: Redrawn = ()) -> Slots: ...
 
-    def epoch(self, window: int) -> int: ...
+    def redraw(self, window: int, source: np.ndarray, *, redrawn: Redrawn, attempt: int) -> Slots | None: ...
+
+    def epoch(self, window: int, redrawn: Redrawn = ()) -> int: ...
 
 
-def slot_keys(seed: int, window: int, num_slots: int) -> np.ndarray:
-    """Addresses of the random choices of every slot of a window: -> (num_slots,) uint64."""
-    return generator(seed, "slots", window).integers(0, 2**64, num_slots, dtype=np.uint64)
+def slot_keys(seed: int, window: int, num_slots: int, *attempt: int) -> np.ndarray:
+    """Addresses of the random choices of slots of a window: -> (num_slots,) uint64. Every attempt has its
+    own: under one key a draw would be judged by the very number that its predecessor was rejected by.
+    """
+    return generator(seed, "slots", window, *attempt).integers(0, 2**64, num_slots, dtype=np.uint64)
 
 
 class SourceOrder:
@@ -198,37 +204,51 @@ class Mixture:
         """Slots of each source in a window: -> (S,)."""
         return self._ramp[window] if window < len(self._ramp) else self._full
 
-    def draws_before(self, window: int) -> np.ndarray:
+    def draws_before(self, window: int, redrawn: Redrawn = ()) -> np.ndarray:
         """How often each source was drawn before a window: -> (S,)."""
         num_ramp = len(self._ramp)
-        if window <= num_ramp:
-            return self._before[window]
-        return self._before[num_ramp] + (window - num_ramp) * self._full
+        late = max(window - num_ramp, 0) * self._full
+        return self._before[min(window, num_ramp)] + late + np.array(redrawn or 0)
 
     def num_slots(self, window: int) -> int:
         return SLOTS
 
-    def slots(self, window: int) -> Slots:
-        """All slots of a window."""
-        quota, before = self.quota(window), self.draws_before(window)
+    def slots(self, window: int, redrawn: Redrawn = ()) -> Slots:
+        """All slots of a window, before any of them is rejected."""
+        quota = self.quota(window)
         source = np.repeat(np.arange(len(quota)), quota)
         source = source[generator(self.seed, "mixing", window).permutation(SLOTS)]
-        shard, sample = np.empty(SLOTS, np.int64), np.empty(SLOTS, np.int64)
-        for s, order in enumerate(self.orders):
-            if quota[s]:
-                shard[source == s], sample[source == s] = order.locate(before[s] + np.arange(quota[s]))
-        return Slots(source, shard, sample, slot_keys(self.seed, window, SLOTS))
+        key = slot_keys(self.seed, window, SLOTS)
+        return self._draw(source, self.draws_before(window, redrawn), key)
 
-    def epoch(self, window: int) -> int:
+    def redraw(self, window: int, source: np.ndarray, *, redrawn: Redrawn, attempt: int) -> Slots:
+        """Further draws in place of rejected ones of these sources, in stream order: (n,) -> Slots of n.
+
+        `redrawn` counts those already made in this window too; `attempt` counts from 1.
+        """
+        key = slot_keys(self.seed, window, len(source), attempt)
+        return self._draw(source, self.draws_before(window + 1, redrawn), key)
+
+    def _draw(self, source: np.ndarray, first: np.ndarray, key: np.ndarray) -> Slots:
+        """The next draws of each source, from number `first[s]` on."""
+        shard, sample = np.empty_like(source), np.empty_like(source)
+        for s in np.unique(source):
+            at = source == s
+            shard[at], sample[at] = self.orders[s].locate(first[s] + np.arange(at.sum()))
+        return Slots(source, shard, sample, key)
+
+    def epoch(self, window: int, redrawn: Redrawn = ()) -> int:
         """Complete passes over every source that takes part, before a window."""
-        before = self.draws_before(window)
+        before = self.draws_before(window, redrawn)
         return min(
             int(n) // order.num_samples for n, order, full in zip(before, self.orders, self._full) if full
         )
 
 
 class OnePass:
-    """Every sample of every source exactly once, in the order of the data sets: for validation."""
+    """Every sample of every source exactly once, in the order of the data sets: for validation. The slot of
+    a rejected sample stays empty.
+    """
 
     def __init__(self, counts: Sequence[np.ndarray], *, seed: int):
         """`counts`: samples per shard of each source."""
@@ -242,11 +262,14 @@ class OnePass:
     def num_slots(self, window: int) -> int:
         return min(SLOTS, self.num_samples - window * SLOTS)
 
-    def slots(self, window: int) -> Slots:
+    def slots(self, window: int, redrawn: Redrawn = ()) -> Slots:
         places = np.arange(window * SLOTS, window * SLOTS + self.num_slots(window))
         position = np.searchsorted(self._starts, places, side="right") - 1
         key = slot_keys(self.seed, window, SLOTS)[: len(places)]
         return Slots(self._source[position], self._shard[position], places - self._starts[position], key)
 
-    def epoch(self, window: int) -> int:
+    def redraw(self, window: int, source: np.ndarray, *, redrawn: Redrawn, attempt: int) -> None:
+        """Nothing takes the place of a sample."""
+
+    def epoch(self, window: int, redrawn: Redrawn = ()) -> int:
         return int(window >= (self.num_windows or 0))

@@ -1,7 +1,8 @@
 """Sequences -> rows of fixed length, planned from indexed lengths only: no text and no image is read.
 
-Best fit with the longest first: every sequence goes into the fullest row that still has room. The plan of a
-window is a pure function of (seed, window, indexed part lengths).
+A slot whose document gives no sequence is drawn anew from its source until one does. Then best fit with the
+longest first: every sequence goes into the fullest row that still has room. The plan of a window is a pure
+function of (seed, window, redrawn, indexed part lengths).
 """
 
 from __future__ import annotations
@@ -11,17 +12,20 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import count
 from typing import Literal
 
 import numpy as np
 
 from vlgpt.data.assemble import Assembler, ShardLengths
 from vlgpt.data.draws import Draws
-from vlgpt.data.mixture import SlotPlan, Slots
+from vlgpt.data.mixture import SLOTS, Redrawn, SlotPlan, Slots
 from vlgpt.log import UserError
 from vlgpt.seeds import generator
 
 MAX_KEPT_WINDOWS = 32  # a global batch of thousands of rows spans several windows
+MAX_REJECTED = 100  # draws of a source per accepted one, beyond:
+FREE_REJECTED = 8 * SLOTS  # more than a shard holds, so that one bad shard ends no run
 
 
 def best_fit(lengths: np.ndarray, *, capacity: int) -> np.ndarray:
@@ -55,10 +59,11 @@ class WindowPlan:
     """
 
     slots: Slots
-    length: np.ndarray  # (n,) int64: positions of every slot's sequence, 0 = rejected
+    length: np.ndarray  # (n,) int64: positions of every slot's sequence; 0 = rejected, in a finite pass only
     members: np.ndarray
     starts: np.ndarray
-    rejected: Counter[tuple[int, str]]  # (source, reason) -> slots
+    rejected: Counter[tuple[int, str]]  # (source, reason) -> draws
+    redrawn: Redrawn  # before the next window
 
     @property
     def num_rows(self) -> int:
@@ -93,20 +98,12 @@ class Packer:
         self.planned_ms: list[float] = []  # one entry per window planned; the reader may clear it
         self.window = lru_cache(maxsize=MAX_KEPT_WINDOWS)(self._plan_window)
 
-    def num_rows(self, window: int) -> int:
-        """Rows of a window. Raises UserError when an endless stream gives none: nothing would ever come."""
-        plan = self.window(window)
-        if plan.num_rows == 0 and self.plan.num_windows is None:
-            reasons = {reason: count for (_, reason), count in plan.rejected.items()}
-            raise UserError(
-                f"every one of {len(plan.slots)} samples was rejected: {reasons}; check data.sources"
-            )
-        return plan.num_rows
-
-    def _plan_window(self, window: int) -> WindowPlan:
+    def _plan_window(self, window: int, redrawn: Redrawn = ()) -> WindowPlan:
+        """Raises UserError when a source gives hardly any sequence."""
         start_s = time.perf_counter()
-        slots = self.plan.slots(window)
+        slots = self.plan.slots(window, redrawn)
         length, rejected = self._sequence_lengths(slots)
+        redrawn = self._redraw(window, slots, length, rejected, redrawn)
         kept = np.flatnonzero(length)
         if self._packing == "none":
             row_of = np.arange(len(kept))
@@ -120,7 +117,41 @@ class Packer:
         num_rows = int(row_of.max(initial=-1)) + 1
         starts = np.concatenate([[0], np.cumsum(np.bincount(row_of, minlength=num_rows))]).astype(np.int64)
         self.planned_ms.append((time.perf_counter() - start_s) * 1000)
-        return WindowPlan(slots, length, kept[order], starts, rejected)
+        return WindowPlan(slots, length, kept[order], starts, rejected, redrawn)
+
+    def _redraw(
+        self,
+        window: int,
+        slots: Slots,
+        length: np.ndarray,
+        rejected: Counter[tuple[int, str]],
+        redrawn: Redrawn,
+    ) -> Redrawn:
+        """Draw rejected slots anew, in place, until all are accepted: -> `redrawn` after this window."""
+        for attempt in count(1):
+            again = np.flatnonzero(length == 0)
+            source = slots.source[again]
+            drawn = self.plan.redraw(window, source, redrawn=redrawn, attempt=attempt) if len(again) else None
+            if drawn is None:
+                break
+            self._refuse_hopeless(slots, length, rejected)
+            slots.shard[again], slots.sample[again], slots.key[again] = drawn.shard, drawn.sample, drawn.key
+            length[again], more = self._sequence_lengths(drawn)
+            rejected.update(more)
+            num_drawn = np.bincount(source, minlength=len(self._assemblers))
+            redrawn = tuple((num_drawn + np.array(redrawn or 0)).tolist())
+        return redrawn
+
+    def _refuse_hopeless(self, slots: Slots, length: np.ndarray, rejected: Counter[tuple[int, str]]) -> None:
+        accepted = np.bincount(slots.source[length > 0], minlength=len(self._assemblers)).tolist()
+        for s, assembler in enumerate(self._assemblers):
+            reasons = {reason: num for (source, reason), num in sorted(rejected.items()) if source == s}
+            if (num_rejected := sum(reasons.values())) > FREE_REJECTED + MAX_REJECTED * accepted[s]:
+                raise UserError(
+                    f"source {assembler.source.name!r} gave {accepted[s]} sequences in "
+                    f"{accepted[s] + num_rejected} draws, at least 1 in {MAX_REJECTED} is needed; rejected: {reasons}; "
+                    "check its documents, max_images, keep_single_image and data.sequence_length, or leave it out"
+                )
 
     def _sequence_lengths(self, slots: Slots) -> tuple[np.ndarray, Counter[tuple[int, str]]]:
         """Positions of every slot's sequence, shard by shard: whole documents at once, the others one by

@@ -6,14 +6,13 @@ import hashlib
 from base64 import b64encode
 from collections import OrderedDict
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from vlgpt.data.assemble import ShardLengths
-from vlgpt.data.mixture import SlotPlan, Slots
+from vlgpt.data.mixture import Redrawn, SlotPlan, Slots
 from vlgpt.log import UserError
 from vlgpt.settings import DataSettings, SourceSettings
 from vlgpt.shards import BadSample, FeatureReader, FeatureSpec, Sample, ShardSet
@@ -121,13 +120,14 @@ class PrefetchingPlan:
     def __init__(self, plan: SlotPlan, sources: Sequence[OpenSource]):
         self._plan, self._sources = plan, sources
         self.num_windows = plan.num_windows
-        self.num_slots, self.epoch = plan.num_slots, plan.epoch
-        self._slots = lru_cache(maxsize=2)(plan.slots)
+        self.num_slots, self.epoch, self.redraw = plan.num_slots, plan.epoch, plan.redraw
 
-    def slots(self, window: int) -> Slots:
-        """The slots of the window, whose shards begin to come."""
+    def slots(self, window: int, redrawn: Redrawn = ()) -> Slots:
+        """The slots of the window, whose shards begin to come. What stands in the next one depends on how many of these
+        are rejected; what would stand there if none is contains the draws that take their places.
+        """
         has_next = self.num_windows is None or window + 1 < self.num_windows
-        windows = [self._slots(window), *([self._slots(window + 1)] if has_next else [])]
+        windows = [self._plan.slots(w, redrawn) for w in (window, window + 1)[: 1 + has_next]]
         for s, source in enumerate(self._sources):
             source.prefetch(np.concatenate([slots.shard[slots.source == s] for slots in windows]).tolist())
         return windows[0]

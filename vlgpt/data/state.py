@@ -11,7 +11,8 @@ from vlgpt.data.stream import Position
 from vlgpt.log import UserError, get_logger
 from vlgpt.settings import DataSettings
 
-SCHEMA = 1
+SCHEMA = 2
+UNDRAWN_SCHEMA = 1  # saved when a rejected draw still left its slot empty; the same but for packed positions
 PLAN_SETTINGS = ("mixing", "temperature", "sequence_length", "packing", "shuffle_shards")
 SOURCE_PLAN_SETTINGS = ("weight", "image_first", "max_images", "keep_single_image", "start", "ramp")
 
@@ -39,7 +40,8 @@ def make_state(
     total_windows: int | None,
 ) -> dict[str, Any]:
     """The state at a position. Without packing the position is one sample count."""
-    where: dict[str, int] = {"epoch": epoch, "window": position.window, "row": position.row}
+    redrawn = {source.name: number for source, number in zip(sources, position.redrawn) if number}
+    where = {"epoch": epoch, "window": position.window, "row": position.row, "redrawn": redrawn}
     return {
         "schema": SCHEMA,
         "kind": kind,
@@ -60,7 +62,8 @@ def check_state(
     Raises UserError: not a state of this schema and kind; or, unless allowed, the first thing that changed,
     by name.
     """
-    if not isinstance(state, dict) or state.get("schema") != SCHEMA or state.get("kind") != current["kind"]:
+    is_state = isinstance(state, dict) and state.get("schema") in (UNDRAWN_SCHEMA, SCHEMA)
+    if not is_state or state.get("kind") != current["kind"]:
         found = (state.get("schema"), state.get("kind")) if isinstance(state, dict) else type(state).__name__
         raise UserError(f"not a loader state of schema {SCHEMA} and kind {current['kind']!r}: found {found}")
     if missing := [key for key in current if key not in state]:
@@ -92,13 +95,20 @@ def _difference(state: dict[str, Any], current: dict[str, Any], sources: Sequenc
     return ""
 
 
-def position_of(state: dict[str, Any]) -> Position:
+def position_of(state: dict[str, Any], sources: Sequence[OpenSource]) -> Position:
     """Raises UserError when the position is not made of non-negative whole numbers."""
-    where = state["position"]
-    wanted = ("window", "row") if state["kind"] == "packed" else ("sample",)
-    numbers = [where[name] for name in wanted if isinstance(where, dict) and type(where.get(name)) is int]
-    if len(numbers) < len(wanted) or min(numbers) < 0:
+    is_packed = state["kind"] == "packed"
+    wanted = ("window", "row") if is_packed else ("sample",)
+    where: dict[str, Any] = state["position"] if isinstance(state["position"], dict) else {}
+    numbers = [where.get(name, -1) for name in wanted]
+    redrawn: Any = where.get("redrawn") if is_packed and state["schema"] == SCHEMA else {}
+    counts = redrawn.values() if isinstance(redrawn, dict) else [-1]
+    if any(type(number) is not int or number < 0 for number in [*numbers, *counts]):
+        names = ", ".join([*wanted, "redrawn by source"] if is_packed else wanted)
         raise UserError(
-            f"the loader state has the position {where!r}; it needs whole numbers {', '.join(wanted)}"
+            f"the loader state has the position {state['position']!r}; it needs whole numbers {names}"
         )
-    return Position(*numbers) if len(numbers) == 2 else Position(*divmod(numbers[0], SLOTS))
+    if not is_packed:
+        return Position(*divmod(numbers[0], SLOTS))
+    by_source = tuple(redrawn.get(source.name, 0) for source in sources)
+    return Position(numbers[0], numbers[1], by_source if any(by_source) else ())

@@ -3,8 +3,7 @@ them.
 
 Global batch number b is the next `micro_batch * world_size` rows of the stream; rank r takes every
 world_size-th of them, worker w the batches `w, w + num_workers, ...`. Nothing here depends on how the run
-was cut into ranks, workers or micro-batches before: a position is (window, row), and everything follows from
-it.
+was cut into ranks, workers or micro-batches before: everything follows from the position.
 """
 
 from __future__ import annotations
@@ -20,18 +19,19 @@ import numpy as np
 
 from vlgpt.batch import Batch, ConditionBatch
 from vlgpt.data.collate import collate_conditions, collate_rows
-from vlgpt.data.mixture import SlotPlan, Slots
-from vlgpt.data.packing import Packer
+from vlgpt.data.mixture import Redrawn, SlotPlan, Slots
+from vlgpt.data.packing import Packer, WindowPlan
 from vlgpt.data.samples import ConditionLoader, LoadedCondition, LoadedSequence, Place, SequenceLoader
 from vlgpt.data.sources import OpenSource, feature_dtype
 from vlgpt.shards import BadSample
 
 
 class Position(NamedTuple):
-    """A place between two rows of the stream; without packing every slot is a row."""
+    """A place between two rows of the stream; without packing every slot is a row, and nothing is redrawn."""
 
     window: int = 0
     row: int = 0
+    redrawn: Redrawn = ()  # before the window
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Report:
     num_dropped_images: int = 0
     rejected: Counter[tuple[int, str]] = field(
         default_factory=Counter
-    )  # of the windows whose first row is here
+    )  # draws of the windows whose first row is here
     num_windows_planned: int = 0
     planning_ms: float = 0.0
 
@@ -83,7 +83,9 @@ class Maker(Protocol):
 
     plan: SlotPlan
 
-    def num_rows(self, window: int) -> int: ...
+    def num_rows(self, position: Position) -> int: ...
+
+    def next_window(self, position: Position) -> Position: ...
 
     def places(self, row: Position) -> list[Place]: ...
 
@@ -94,12 +96,12 @@ class Maker(Protocol):
 
 def advance(position: Position, num_rows: int, maker: Maker) -> Position:
     """The position `num_rows` rows later; at the end of a finite pass it stops."""
-    window, row = position.window, position.row + num_rows
-    while maker.plan.num_windows is None or window < maker.plan.num_windows:
-        if row < (size := maker.num_rows(window)):
-            return Position(window, row)
-        window, row = window + 1, row - size
-    return Position(window, 0)
+    row = position.row + num_rows
+    while maker.plan.num_windows is None or position.window < maker.plan.num_windows:
+        if row < (size := maker.num_rows(position)):
+            return position._replace(row=row)
+        position, row = maker.next_window(position), row - size
+    return position._replace(row=0)
 
 
 def rows_of_rank(
@@ -176,8 +178,15 @@ class RowMaker:
         self.packer, self.loader, self.sequence_length = packer, loader, sequence_length
         self.plan = packer.plan
 
-    def num_rows(self, window: int) -> int:
-        return self.packer.num_rows(window)
+    def window(self, position: Position) -> WindowPlan:
+        """The window that a position lies in. Raises UserError when a source gives hardly any sequence."""
+        return self.packer.window(position.window, position.redrawn)
+
+    def num_rows(self, position: Position) -> int:
+        return self.window(position).num_rows
+
+    def next_window(self, position: Position) -> Position:
+        return Position(position.window + 1, 0, self.window(position).redrawn)
 
     def make(self, rows: Sequence[Position | None], guard: Guard) -> tuple[Batch, Report]:
         """A bad sample's place in its row is left out: the others of the row, and all positions, stay as
@@ -202,12 +211,12 @@ class RowMaker:
 
     def places(self, row: Position) -> list[Place]:
         """Where the documents of a row lie, in the order in which they stand."""
-        window = self.packer.window(row.window)
+        window = self.window(row)
         return [_place(window.slots, slot) for slot in window.row(row.row)]
 
     def _load_row(self, row: Position, guard: Guard, report: Report) -> list[LoadedSequence]:
         if row.row == 0:
-            report.rejected.update(self.packer.window(row.window).rejected)
+            report.rejected.update(self.window(row).rejected)
         sequences = []
         for place in self.places(row):
             loaded = _load(place, self.loader.load, guard, report, self.loader.sources)
@@ -233,8 +242,11 @@ class ConditionMaker:
             side = settings.image_size_px
             self._shapes["pixels"] = (side, side, 3), np.dtype(np.uint8)
 
-    def num_rows(self, window: int) -> int:
-        return self.plan.num_slots(window)
+    def num_rows(self, position: Position) -> int:
+        return self.plan.num_slots(position.window)
+
+    def next_window(self, position: Position) -> Position:
+        return Position(position.window + 1)
 
     def places(self, row: Position) -> list[Place]:
         """Where the sample of a slot lies."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vlgpt.decoding.stream import RenderedPrompt, Rows
+from vlgpt.models.language_models import leave_flash
 from vlgpt.models.multimodal_lm import MultimodalLM
 
 MAX_PACKED = 1024  # candidate tokens per forward pass: bounds logits and mask
@@ -20,7 +21,7 @@ def mask_attention(backbone: Any) -> Iterator[None]:
     """Attention that takes a mask per pair of positions: flash-attn does not, SDPA stands in for it."""
     before = backbone.config._attn_implementation
     if before.startswith("flash_attention"):
-        backbone.set_attn_implementation("sdpa")
+        leave_flash(backbone)
     try:
         yield
     finally:

@@ -32,8 +32,8 @@ class RenderedPrompt:
 
     def embed(self, lm: MultimodalLM) -> Tensor:
         """-> (L, D)."""
-        device, dtype = lm.visual_scale.device, next(lm.regression_head.parameters()).dtype
-        visual = None if self.visual is None else self.visual.to(device, dtype)
+        device = lm.visual_scale.device
+        visual = None if self.visual is None else self.visual.to(device, lm.dtype)
         return lm.embed(self.token_ids[None].to(device), self.is_visual[None].to(device), visual)[0]
 
 

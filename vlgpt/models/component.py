@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -52,6 +52,26 @@ class Component(nn.Module):
             module = cls(**arguments)
         load_weights(module, folder / WEIGHTS_FILE)
         return module
+
+
+@contextmanager
+def empty_parameters() -> Iterator[None]:
+    """Modules made inside get parameters on the meta device, to be mapped from files; buffers are computed as usual.
+
+    transformers computes what no checkpoint stores (rotary frequencies, Gemma's embedding scale) in constructors.
+    """
+    register = nn.Module.register_parameter
+
+    def register_empty(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:  # a tied one comes twice, and stays one
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = register_empty  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def read_arguments(folder: Path, class_name: str) -> dict[str, Any]:

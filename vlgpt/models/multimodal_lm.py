@@ -4,26 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import MethodType
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from vlgpt.batch import Batch
 from vlgpt.log import UserError, get_logger
 from vlgpt.models import packed_attention
 from vlgpt.models.heads import HeadKind, RegressionHead
-from vlgpt.models.layers import has_flash, require_backend
+from vlgpt.models.language_models import LogitRule, embedding_scale, leave_flash
 from vlgpt.models.losses import TargetPositions
 from vlgpt.models.packed_attention import packed_lengths
 from vlgpt.models.standardise import KeepsBuffers
-from vlgpt.models.weights import load_whole
-from vlgpt.tokens import DocumentTokenizer
-
-Attention = Literal["auto", "flash_attention_2", "sdpa", "eager"]
+from vlgpt.tokens import NUM_IMAGE_TOKENS
 
 
 @dataclass(frozen=True)
@@ -35,40 +30,6 @@ class LoraSettings:
     dropout: float = 0.05
 
 
-def choose_attention(wanted: Attention) -> str:
-    """`auto`: flash-attn where it can run, SDPA otherwise. Raises UserError for flash-attn where it cannot run."""
-    require_backend(wanted)
-    if wanted != "auto":
-        return wanted
-    return "flash_attention_2" if has_flash() else "sdpa"
-
-
-def load_language_model(
-    path: str | Path, *, attention: Attention = "auto", dtype: torch.dtype = torch.float32
-) -> Any:
-    """Any transformers causal LM from a folder or hub name, shard by shard.
-
-    Where `dtype` is that of the file, its weights stay mapped: processes of one machine share them. Raises UserError
-    when it cannot be loaded or lacks weights.
-    """
-    from transformers import AutoModelForCausalLM
-
-    chosen = choose_attention(attention)
-    try:
-        options = {"dtype": dtype, "attn_implementation": chosen, "ignore_mismatched_sizes": True}
-        model = load_whole(AutoModelForCausalLM, str(path), **options)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"no language model could be loaded from {str(path)!r}: {reason}") from error
-    if not hasattr(getattr(model, "model", None), "embed_tokens") or not hasattr(model, "lm_head"):
-        raise UserError(
-            f"{path} is a {type(model).__name__}, whose parts are not named model.embed_tokens and lm_head: "
-            "wanted LLaMA, Mistral, Qwen or another model of that family"
-        )
-    model.config.use_cache = False
-    return model
-
-
 class MultimodalLM(KeepsBuffers):
     """A causal LM, a scale and projection for visual inputs, and a regression head beside the LM head.
 
@@ -78,7 +39,7 @@ class MultimodalLM(KeepsBuffers):
         num_visual, visual_width: N and d of the image tokenizer.
         head: `linear` (paper) or `mlp`.
     A standardised visual embedding enters as `projection(x) * visual_scale`, `visual_scale` being the RMS of the
-    token embeddings, so pictures and words have one scale; a predicted embedding is fed back the same way.
+    embeddings that words enter with: images and words have one scale. A predicted embedding is fed back the same way.
     """
 
     visual_scale: Tensor
@@ -96,28 +57,36 @@ class MultimodalLM(KeepsBuffers):
         packed_attention.register()
         self.language_model = language_model
         self.num_tokens, self.num_visual, self.visual_width = num_tokens, num_visual, visual_width
-        hidden = language_model.config.hidden_size
-        self.projection = nn.Identity() if hidden == visual_width else nn.Linear(visual_width, hidden)
+        entered = language_model.get_input_embeddings().embedding_dim
+        hidden = language_model.get_output_embeddings().in_features  # OPT-350M's differs from what enters
+        self.projection = nn.Identity() if entered == visual_width else nn.Linear(visual_width, entered)
         if isinstance(self.projection, nn.Linear):
             nn.init.normal_(self.projection.weight, std=visual_width**-0.5)
             nn.init.zeros_(self.projection.bias)
         self.regression_head = RegressionHead(hidden_width=hidden, visual_width=visual_width, kind=head)
-        weight = language_model.get_input_embeddings().weight
-        scale = (
-            weight.detach().float().square().mean().sqrt() if weight.device.type != "meta" else torch.ones(())
-        )
-        self.register_buffer("visual_scale", scale.reshape(()))
+        for part in (self.projection, self.regression_head):
+            part.to(
+                language_model.get_input_embeddings().weight.dtype
+            )  # one type for all that is trained together
+        self.finish_logits = LogitRule.of(language_model.config)
+        self.register_buffer("visual_scale", embedding_scale(language_model))
 
     @property
     def backbone(self) -> Any:
         """The transformer without the LM head."""
-        base = self.language_model.get_base_model() if self.has_lora else self.language_model
-        return base.model
+        return self._causal_lm.base_model
 
     @property
     def lm_head(self) -> nn.Module:
-        base = self.language_model.get_base_model() if self.has_lora else self.language_model
-        return base.get_output_embeddings()
+        return self._causal_lm.get_output_embeddings()
+
+    @property
+    def _causal_lm(self) -> Any:
+        return self.language_model.get_base_model() if self.has_lora else self.language_model
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.regression_head.parameters()).dtype
 
     @property
     def has_lora(self) -> bool:
@@ -132,7 +101,7 @@ class MultimodalLM(KeepsBuffers):
 
     def embed_visual(self, visual: Tensor) -> Tensor:
         """Standardised visual embeddings at the scale of words: (..., d) -> (..., D)."""
-        return self.projection(visual) * self.visual_scale
+        return self.projection(visual.to(self.dtype)) * self.visual_scale
 
     def _touch_projection(self, like: Tensor) -> Tensor:
         """Zero that depends on the projection: every rank touches the same parameters whatever its batch holds."""
@@ -168,7 +137,7 @@ class MultimodalLM(KeepsBuffers):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """LM head with the padding rows of the vocabulary masked: (..., D) -> (..., vocabulary)."""
-        logits = self.lm_head(hidden)
+        logits = self.finish_logits(self.lm_head(hidden))
         if logits.shape[-1] > self.num_tokens:
             padding = torch.arange(logits.shape[-1], device=logits.device) >= self.num_tokens
             logits = logits.masked_fill(padding, torch.finfo(logits.dtype).min)
@@ -177,10 +146,8 @@ class MultimodalLM(KeepsBuffers):
     def predict(self, hidden: Tensor, targets: TargetPositions) -> tuple[Tensor, Tensor]:
         """Predictions at the target positions only: (B, L, D) -> logits (T, num_tokens), embeddings (V, d)."""
         flat = hidden.flatten(0, 1)
-        logits = self.lm_head(flat[targets.text_from])[
-            ..., : self.num_tokens
-        ]  # a view: nothing has to be masked
-        return logits, self.regression_head(flat[targets.visual_from])
+        logits = self.lm_head(flat[targets.text_from])[..., : self.num_tokens]  # a view: nothing to be masked
+        return self.finish_logits(logits), self.regression_head(flat[targets.visual_from])
 
     def add_lora(self, settings: LoraSettings, trainable_tokens: list[int]) -> None:
         """Freeze the LM, add LoRA to all its linear layers, and train only these rows of the two embeddings.
@@ -190,10 +157,11 @@ class MultimodalLM(KeepsBuffers):
         """
         from peft import LoraConfig, get_peft_model
 
-        tied = bool(getattr(self.language_model.config, "tie_word_embeddings", False))
-        rows: dict[str, list[int]] = {"embed_tokens": trainable_tokens}
-        if not tied:
-            rows["lm_head"] = trainable_tokens
+        places = {id(module): name for name, module in self.language_model.named_modules()}
+        table, head = self.language_model.get_input_embeddings(), self.language_model.get_output_embeddings()
+        rows = {places[id(table)]: trainable_tokens}
+        if head.weight is not table.weight:
+            rows[places[id(head)]] = trainable_tokens
         config = LoraConfig(
             r=settings.rank,
             lora_alpha=settings.alpha,  # type: ignore[arg-type]  # any number works
@@ -208,11 +176,41 @@ class MultimodalLM(KeepsBuffers):
                 layer.forward_adapters = MethodType(forward_with_rows, layer)
 
     def settle_attention(self, device: torch.device, dtype: torch.dtype) -> None:
-        """SDPA where flash-attn cannot run: it takes 16-bit tensors on a GPU only."""
+        """SDPA (or eager) where flash-attn cannot run: it takes 16-bit tensors on a GPU only."""
         is_flash = self.backbone.config._attn_implementation.startswith("flash_attention")
         if is_flash and (device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16)):
-            get_logger().info("attention: sdpa, since flash-attn takes no %s on %s", dtype, device.type)
-            self.backbone.set_attn_implementation("sdpa")
+            chosen = leave_flash(self.backbone)
+            get_logger().info("attention: %s, since flash-attn takes no %s on %s", chosen, dtype, device.type)
+
+    @torch.no_grad()
+    def check_isolation(self) -> None:
+        """Run two packed documents and compare: neither may see the other, nor what comes later in its own.
+
+        In the attention, precision and device of the run, before its first step. Raises UserError when the transformer
+        leaks (state-space models, encoders, position biases that ignore packing).
+        """
+        length, device = 6, self.visual_scale.device
+        ids = torch.arange(4 * length, device=device).reshape(2, 2 * length) * 7 % self.num_tokens
+        first, other = ids[:1], torch.cat([ids[1:, :length], ids[:1, length:]], dim=1)
+        changed_end = torch.cat([first[:, :-1], ids[1:, -1:]], dim=1)
+        before, after_other, after_end = (self._packed_pair(row) for row in (first, other, changed_end))
+        leak = _distance(before[:, length:], after_other[:, length:])
+        leak = max(leak, _distance(before[:, :-1], after_end[:, :-1]))
+        if not leak < max(1e-3, torch.finfo(before.dtype).eps):
+            config = self.backbone.config
+            raise UserError(
+                f"{type(self._causal_lm).__name__} lets packed documents, or later words, be seen (hidden states move "
+                f"by {leak:.2g} of their size, attention {config._attn_implementation}): it cannot be trained here"
+            )
+
+    def _packed_pair(self, ids: Tensor) -> Tensor:
+        """Hidden states of one row of two documents of equal length: (1, L) -> (1, L, D)."""
+        half = ids.shape[1] // 2
+        positions = torch.arange(half, device=ids.device).repeat(2)[None]
+        segments = torch.arange(1, 3, device=ids.device, dtype=torch.int32).repeat_interleave(half)[None]
+        nothing = torch.zeros_like(ids, dtype=torch.bool)
+        batch = Batch(ids, segments, positions, nothing, nothing, nothing.to(torch.int16), None, ((),), 1)
+        return self.hidden_states(batch, None)
 
     def freeze_parts(self, names: Sequence[str]) -> None:
         """Leave parts untrained: regression_head, input_projection, token_rows (LoRA's), embeddings (all tables)."""
@@ -225,6 +223,20 @@ class MultimodalLM(KeepsBuffers):
         for name in names:
             for parameter in groups[name]:
                 parameter.requires_grad_(False)
+
+    def base_weights(self) -> dict[str, Tensor]:
+        """Frozen weights of the language model as its file has them: rows of tokens that were added stay out.
+
+        Those are made by the run, in its precision, and replaced by trained ones.
+        """
+        tables = {
+            id(p)
+            for layer in (self.backbone.get_input_embeddings(), self.lm_head)
+            for p in layer.parameters()
+        }
+        num_rows = self.num_tokens - NUM_IMAGE_TOKENS
+        frozen = {name: p for name, p in self.named_parameters() if not p.requires_grad}
+        return {name: p[:num_rows] if id(p) in tables else p for name, p in frozen.items()}
 
     def merge_lora(self) -> None:
         """Fold the adapter into the weights of the language model."""
@@ -243,16 +255,17 @@ def forward_with_rows(
     if layer.disable_adapters or layer.merged or len(active_adapters) != 1:
         return type(layer).forward_adapters(layer, x, active_adapters, *rest, **more)
     rows, tokens = layer.trainable_tokens_delta[active_adapters[0]], layer.token_indices[active_adapters[0]]
-    output = layer.base_layer(x)
-    if isinstance(layer.base_layer, nn.Linear):
-        index, columns = torch.tensor(tokens, device=x.device), nn.functional.linear(x, rows.to(x.dtype))
-        if hasattr(
-            layer.base_layer.weight, "ds_id"
-        ):  # ZeRO-3 wraps outputs in a function that forbids writing
+    base, output = layer.base_layer, layer.base_layer(x)
+    if isinstance(base, nn.Linear):
+        index = torch.tensor(tokens, device=x.device)
+        bias = None if base.bias is None else base.bias[index]
+        columns = nn.functional.linear(x, rows.to(x.dtype), bias)
+        if hasattr(base.weight, "ds_id"):  # ZeRO-3 wraps outputs in a function that forbids writing
             return output.index_copy(-1, index, columns)
         return output.index_copy_(-1, index, columns)
-    for row, token in zip(rows.to(output.dtype), tokens):
-        output = torch.where((x == token)[..., None], row, output)
+    scale = getattr(base, "embed_scale", 1.0)  # Gemma's embedding layer scales what it looks up
+    for row, token in zip(rows.to(output.dtype) * scale, tokens):
+        output = torch.where((x == token)[..., None], row.to(output.dtype), output)
     return output
 
 
@@ -277,22 +290,7 @@ def varlen_arguments(segment_ids: Tensor) -> dict[str, Any]:
     }
 
 
-def resize_vocabulary(language_model: Any, tokenizer: DocumentTokenizer) -> None:
-    """Grow the embeddings to the padded vocabulary; rows of new tokens start at the mean of the old ones, as is usual.
-
-    Raises UserError when the model has fewer rows than its tokenizer has base tokens.
-    """
-    embedding = language_model.get_input_embeddings().weight
-    num_rows = embedding.shape[0]
-    num_new = 2  # [IMG] and [/IMG] stand last
-    if num_rows < tokenizer.num_tokens - num_new:
-        raise UserError(
-            f"the language model has {num_rows} token rows, its tokenizer {tokenizer.num_tokens - num_new} tokens: "
-            "they do not belong together"
-        )
-    if num_rows >= tokenizer.vocabulary_size:
-        return
-    language_model.resize_token_embeddings(tokenizer.vocabulary_size, mean_resizing=False)
-    with torch.no_grad():
-        for layer in (language_model.get_input_embeddings(), language_model.get_output_embeddings()):
-            layer.weight[num_rows:] = layer.weight[:num_rows].mean(0)
+def _distance(first: Tensor, second: Tensor) -> float:
+    """Largest change of a hidden state in relation to its size: two of (B, L, D) -> number; NaN counts as infinite."""
+    change = (first - second).float().norm(dim=-1) / first.float().norm(dim=-1).clamp_min(1e-6)
+    return float(change.nan_to_num(nan=float("inf")).max())

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from vlgpt.log import UserError
-from vlgpt.models.component import load_weights
+from vlgpt.models.component import empty_parameters, load_weights
 from vlgpt.models.image_detokenizer import ImageDetokenizer
 from vlgpt.models.image_tokenizer import ImageTokenizer
-from vlgpt.models.multimodal_lm import Attention, LoraSettings, MultimodalLM, choose_attention
+from vlgpt.models.language_models import Attention, build_language_model
+from vlgpt.models.multimodal_lm import LoraSettings, MultimodalLM
 from vlgpt.tokens import MODEL_TYPE
 
 
@@ -42,7 +43,8 @@ class UnifiedConfig:
 
     def to_record(self) -> dict[str, Any]:
         record = {k: v for k, v in vars(self).items() if v is not None}
-        return {"model_type": MODEL_TYPE, "architectures": ["VLGPTForConditionalGeneration"], **record}
+        kind = {"model_type": MODEL_TYPE, "architectures": ["VLGPTForConditionalGeneration"]}
+        return {**kind, "dtype": self.text_config.get("dtype", "float32"), **record}
 
     @staticmethod
     def from_folder(folder: Path) -> UnifiedConfig:
@@ -63,16 +65,6 @@ def is_export(folder: str | Path) -> bool:
     """Whether a folder holds an export of vlgpt (and not, say, a plain language model)."""
     path = Path(folder) / "config.json"
     return path.is_file() and json.loads(path.read_text()).get("model_type") == MODEL_TYPE
-
-
-def build_language_model(text_config: dict[str, Any], attention: Attention) -> Any:
-    """A transformers causal LM without weights from its configuration."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    values = dict(text_config)
-    config = AutoConfig.for_model(values.pop("model_type"), **values)
-    config.use_cache = False
-    return AutoModelForCausalLM.from_config(config, attn_implementation=choose_attention(attention))
 
 
 class UnifiedModel(nn.Module):
@@ -105,14 +97,21 @@ class UnifiedModel(nn.Module):
         )
 
     @classmethod
-    def from_folder(cls, folder: str | Path, *, attention: Attention = "auto") -> UnifiedModel:
-        """Load an export, mapped from its files. Raises UserError when files or tensors are missing or differ."""
+    def from_folder(
+        cls, folder: str | Path, *, attention: Attention = "auto", dtype: torch.dtype | None = None
+    ) -> UnifiedModel:
+        """Load an export, mapped from its files; the language model in `dtype`, None: in that of the files.
+
+        Raises UserError when files or tensors are missing or differ.
+        """
         folder = Path(folder)
         config = UnifiedConfig.from_folder(folder)
-        with torch.device("meta"):
+        if dtype is not None:
+            config.text_config["dtype"] = str(dtype).removeprefix("torch.")
+        with empty_parameters():
             model = cls.from_config(config, attention=attention)
         load_weights(model, folder / "model.safetensors")
-        reset_computed_buffers(model)
+        restore_original_rows(model)
         return model.eval()
 
     @torch.no_grad()
@@ -126,15 +125,9 @@ class UnifiedModel(nn.Module):
         return self.image_detokenizer.decode(self.image_tokenizer.standardiser.inverse(visual))
 
 
-def reset_computed_buffers(model: nn.Module) -> None:
-    """Recompute buffers that no checkpoint stores after a meta-device construction: rotary frequencies, and the copies
-    of token rows by which peft undoes a merge.
-    """
+def restore_original_rows(model: nn.Module) -> None:
+    """Fill the copies of token rows by which peft undoes a merge: they were made before the weights were there."""
     for module in model.modules():
-        if "inv_freq" in dict(module.named_buffers(recurse=False)):
-            rebuilt = type(module)(module.config)  # type: ignore[call-arg]
-            for name, buffer in rebuilt.named_buffers(recurse=False):
-                setattr(module, name, buffer)
         originals: Any = getattr(module, "trainable_tokens_original", None)
         if originals is not None:
             layer: Any = module

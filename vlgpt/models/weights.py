@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,8 +72,8 @@ def _merger(module: nn.Module, name: str, tensor: Tensor) -> Callable[[], Tensor
     @torch.no_grad()
     def merged() -> Tensor:
         if hasattr(layer, "get_delta_weight") and not hasattr(layer, "token_indices"):
-            deltas = [layer.get_delta_weight(adapter).to(tensor.dtype) for adapter in layer.active_adapters]
-            return sum(deltas, tensor.detach())
+            deltas = [layer.get_delta_weight(adapter).float() for adapter in layer.active_adapters]
+            return sum(deltas, tensor.detach().float()).to(tensor.dtype)  # 16-bit weights are rounded once
         return layer.get_merged_weights(layer.active_adapters).detach()
 
     return merged
@@ -131,12 +132,29 @@ def load_whole(kind: Any, path: str, **options: Any) -> Any:
 
     transformers names tensors of another shape only with `ignore_mismatched_sizes=True`; diffusers does without.
     """
-    model, report = kind.from_pretrained(path, use_safetensors=True, output_loading_info=True, **options)
+    options = {**stored_form(Path(path) / (options.get("subfolder") or "")), **options}
+    try:
+        model, report = kind.from_pretrained(path, output_loading_info=True, **options)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"a .bin file holds more than weights: {str(error).splitlines()[0]}") from error
     wrong = [f"missing {name}" for name in sorted(report["missing_keys"])]
     wrong += [f"another shape: {found}" for found in report.get("mismatched_keys", ())]
     if wrong:
         raise ValueError(f"{len(wrong)} tensors do not fit {type(model).__name__}: {'; '.join(wrong[:4])}")
     return model
+
+
+def stored_form(folder: Path) -> dict[str, Any]:
+    """What `from_pretrained` must be told of a local folder: only `.bin` files (both libraries read them with torch's
+    `weights_only`, so nothing in them is executed), or only files of the variant `fp16`.
+    """
+    names = [path.name for path in folder.glob("*")] if folder.is_dir() else []
+    is_safe = any(name.endswith(".safetensors") for name in names)
+    kept = [name for name in names if name.endswith(".safetensors" if is_safe else ".bin")]
+    form: dict[str, Any] = {"use_safetensors": is_safe} if kept else {}
+    if kept and all(".fp16" in name for name in kept):
+        form["variant"] = "fp16"
+    return form
 
 
 def fingerprint(tensors: Mapping[str, Tensor], *, num_samples: int = 1024) -> str:

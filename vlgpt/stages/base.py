@@ -47,6 +47,13 @@ class Stage(nn.Module, ABC):
         """Modules that must not change, by name."""
         return {}
 
+    def train(self, mode: bool = True) -> Stage:
+        """Frozen parts stay in eval mode: their dropout, if any, must not run."""
+        super().train(mode)
+        for module in self.frozen_modules().values():
+            module.eval()
+        return self
+
     def frozen_hashes(self) -> dict[str, str]:
         return {name: hash_weights(module) for name, module in self.frozen_modules().items()}
 

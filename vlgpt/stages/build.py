@@ -14,8 +14,9 @@ from vlgpt.models.decoders import ConvDecoder
 from vlgpt.models.encoders import ClipEncoder, load_clip
 from vlgpt.models.image_detokenizer import ImageDetokenizer
 from vlgpt.models.image_tokenizer import ImageTokenizer
-from vlgpt.models.layers import set_backend
-from vlgpt.models.multimodal_lm import LoraSettings, MultimodalLM, load_language_model, resize_vocabulary
+from vlgpt.models.language_models import check_parts, load_language_model, resize_vocabulary
+from vlgpt.models.layers import flash_fault, set_backend
+from vlgpt.models.multimodal_lm import LoraSettings, MultimodalLM
 from vlgpt.models.unified import UnifiedConfig, UnifiedModel, is_export
 from vlgpt.models.weights import WEIGHTS_FILE
 from vlgpt.stages.base import Stage
@@ -32,15 +33,19 @@ def build_stage(run: s.RunSettings, *, num_sources: int) -> tuple[Stage, Documen
     A language model is loaded in the precision of the run: weights stored in it stay mapped, shared by all processes.
     """
     seeds.seed_everything(run.seed, "initialisation")
-    dtype = torch.bfloat16 if run.precision == "bf16" else torch.float32
     stage = run.stage
     if isinstance(stage, s.ImageTokenizerStage):
         return build_image_tokenizer_stage(stage, num_sources=num_sources), None
     if isinstance(stage, s.LanguageStage):
-        return build_language_stage(stage, num_sources=num_sources, dtype=dtype)
+        return build_language_stage(stage, num_sources=num_sources, dtype=dtype_of(run))
     if isinstance(stage, s.DemoClipStage):
         return build_demo_clip(stage), None
     return build_demo_decoder(stage), None
+
+
+def dtype_of(run: s.RunSettings) -> torch.dtype:
+    """The type that the language model of a run is held in."""
+    return torch.bfloat16 if run.precision == "bf16" else torch.float32
 
 
 def load_encoder(settings: s.EncoderSettings | None) -> ClipEncoder | None:
@@ -81,6 +86,9 @@ def build_image_tokenizer_stage(stage: s.ImageTokenizerStage, *, num_sources: in
         "tokenizer": (tokenizer, stage.tokenizer_from),
         "detokenizer": (detokenizer, stage.detokenizer_from),
     }
+    if stage.attention == "auto":
+        fault = flash_fault()
+        get_logger().info("attention: %s", f"sdpa ({fault})" if fault else "flash_attention_2")
     for name, (part, source) in parts.items():
         set_backend(part, stage.attention)
         if source is not None:
@@ -151,18 +159,19 @@ def load_tokenizer(stage: s.LanguageStage) -> DocumentTokenizer:
 def load_unified(
     stage: s.LanguageStage, *, dtype: torch.dtype = torch.float32
 ) -> tuple[UnifiedModel, DocumentTokenizer]:
-    """The whole model from an export of vlgpt (in its own type), or from a plain causal LM and a stage-1 result."""
+    """The whole model from an export of vlgpt, or from a plain causal LM and a stage-1 result; the LM in `dtype`."""
     path = Path(stage.language_model)
     tokenizer = load_tokenizer(stage)
     if is_export(path):
-        model = UnifiedModel.from_folder(path, attention=stage.attention)
+        model = UnifiedModel.from_folder(path, attention=stage.attention, dtype=dtype)
+        check_parts(model.lm.language_model, name=str(path), trained=stage.trained)
         if stage.image_tokenizer is not None:
             get_logger().warning("image_tokenizer %s replaces the one inside %s", stage.image_tokenizer, path)
             model.image_tokenizer, model.image_detokenizer = load_image_parts(Path(stage.image_tokenizer))
         return model, tokenizer
     assert stage.image_tokenizer is not None  # load_tokenizer asked for it
     image_tokenizer, image_detokenizer = load_image_parts(Path(stage.image_tokenizer))
-    language_model = load_language_model(path, attention=stage.attention, dtype=dtype)
+    language_model = load_language_model(path, attention=stage.attention, dtype=dtype, trained=stage.trained)
     resize_vocabulary(language_model, tokenizer)
     lm = MultimodalLM(
         language_model,
@@ -174,6 +183,18 @@ def load_unified(
     return UnifiedModel(
         lm=lm, image_tokenizer=image_tokenizer, image_detokenizer=image_detokenizer
     ), tokenizer
+
+
+def stored_image_parts(stage: s.LanguageStage) -> tuple[ImageTokenizer, ImageDetokenizer]:
+    """The frozen image parts of a run as its files hold them; training holds them in its own precision."""
+    if stage.image_tokenizer is not None:
+        return load_image_parts(Path(stage.image_tokenizer))
+    folder = Path(stage.language_model)
+    config = UnifiedConfig.from_folder(folder)
+    parts = ImageTokenizer(**config.image_tokenizer), ImageDetokenizer(**config.image_detokenizer)
+    for name, part in zip(("image_tokenizer", "image_detokenizer"), parts):
+        load_weights(part, folder / WEIGHTS_FILE, prefix=f"{name}.")
+    return parts
 
 
 def load_image_parts(folder: Path) -> tuple[ImageTokenizer, ImageDetokenizer]:

@@ -69,8 +69,7 @@ class LanguageStage(Stage):
         """Also a fingerprint of the language model under LoRA: an adapter on another base is worth nothing."""
         hashes = super().frozen_hashes()
         if self.model.lm.has_lora:
-            frozen = {n: p for n, p in self.model.lm.named_parameters() if not p.requires_grad}
-            hashes["language_model"] = fingerprint(frozen)
+            hashes["language_model"] = fingerprint(self.model.lm.base_weights())
         return hashes
 
     @torch.no_grad()
@@ -120,13 +119,6 @@ class LanguageStage(Stage):
                 (errors * weights).sum() + predicted.sum() * 0.0, self.visual_weight, by_visual
             ),
         }
-
-    def train(self, mode: bool = True) -> LanguageStage:
-        """Frozen parts stay in eval: their dropout, if any, must not run."""
-        super().train(mode)
-        for module in self.frozen_modules().values():
-            module.eval()
-        return self
 
     def save(self, folder: Path) -> None:
         if self.exporter is None:

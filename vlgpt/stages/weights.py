@@ -70,7 +70,8 @@ def load_trainable(stage: Stage, trained: TrainedWeights) -> None:
             raise UserError(
                 f"frozen part {name!r} has hash {found.get(name)}, {trained.tag} was trained with {wanted}"
             )
-    own = {**dict(stage.named_parameters()), **dict(stage.named_buffers())}
+    own: dict[str, Tensor] = dict(stage.named_parameters(remove_duplicate=False))
+    own |= dict(stage.named_buffers(remove_duplicate=False))
     missing = [
         name
         for name, parameter in stage.named_parameters()

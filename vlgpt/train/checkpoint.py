@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlgpt import seeds
 from vlgpt.log import UserError, get_logger
@@ -92,13 +92,16 @@ def _save_tensors(tensors: dict[str, Tensor], path: Path, **options: Any) -> Non
 
 
 def own_buffers(engine: Engine) -> dict[str, Tensor]:
-    """Persistent buffers outside frozen modules: statistics and scales that belong to the result."""
-    stage = engine.stage
+    """Persistent buffers outside frozen modules: statistics and scales that belong to the result.
+
+    Told from parameters by what they are: a tied table stands under two names, of which `named_parameters` gives one.
+    """
     frozen = tuple(f"{name}." for name in _frozen_names(engine))
-    state = stage.state_dict()
-    names = {name for name, _ in stage.named_parameters()}
+    state = engine.stage.state_dict(keep_vars=True)
     return {
-        n: t.detach().cpu().clone() for n, t in state.items() if n not in names and not n.startswith(frozen)
+        name: tensor.detach().cpu().clone()
+        for name, tensor in state.items()
+        if not isinstance(tensor, nn.Parameter) and not name.startswith(frozen)
     }
 
 
@@ -205,8 +208,7 @@ def load_weights_only(engine: Engine, trained: dict[str, Tensor], why: str) -> N
 
 def load_buffers(engine: Engine, stored: dict[str, Tensor]) -> None:
     """Copy persistent buffers of a checkpoint back; DeepSpeed restores parameters only."""
-    buffers = dict(engine.stage.named_buffers())
     for name in own_buffers(engine):
         if name not in stored:
             raise UserError(f"buffer {name} is missing in the checkpoint")
-        buffers[name].copy_(stored[name])
+        engine.stage.get_buffer(name).copy_(stored[name])

@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from vlgpt.batch import LossTerm, to_device
 from vlgpt.log import UserError, get_logger
 from vlgpt.settings import RunSettings
 from vlgpt.stages.base import Stage, parameter_groups
+from vlgpt.stages.build import dtype_of
 from vlgpt.train.agreement import join_ranks
 from vlgpt.train.ds_config import lint_zero
 
@@ -92,8 +93,7 @@ class Engine:
         optimizer = torch.optim.AdamW(
             groups, lr=settings.optimizer.lr, betas=settings.optimizer.betas, eps=settings.optimizer.eps
         )
-        zero_stage = ds_config.get("zero_optimization", {}).get("stage", 0)
-        with frozen_parts_out(stage, zero_stage):
+        with frozen_parts_out(stage):
             self._engine, self._optimizer, _, _ = deepspeed.initialize(
                 model=stage, optimizer=optimizer, config=dict(ds_config), dist_init_required=False
             )
@@ -114,7 +114,7 @@ class Engine:
 
     @property
     def dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.settings.precision == "bf16" else torch.float32
+        return dtype_of(self.settings)
 
     def place(self, batch: Any) -> Any:
         """Move a batch to this rank's device and the training precision."""
@@ -141,7 +141,7 @@ class Engine:
 
     def end_micro_batch(self) -> None:
         """Tell DeepSpeed that a micro-batch is over; at the last one of a step this is the optimizer step."""
-        with frozen_parts_out(self.stage, self.zero_stage):  # it releases every parameter that it finds
+        with frozen_parts_out(self.stage):  # it releases every parameter that it finds
             self._engine.step()
 
     def set_learning_rate(self, lr: float) -> None:
@@ -182,7 +182,7 @@ class Engine:
 
         Raises OSError when this rank could not write; it took part in everything collective before that.
         """
-        with frozen_parts_out(self.stage, self.zero_stage), failures_kept(self._engine) as failures:
+        with frozen_parts_out(self.stage), failures_kept(self._engine) as failures:
             self._engine.save_checkpoint(
                 str(root), tag=tag, save_latest=False, exclude_frozen_parameters=True
             )
@@ -191,7 +191,7 @@ class Engine:
 
     def load(self, root: Path, tag: str) -> None:
         """Load what `save` wrote, at the same world size. Raises UserError when DeepSpeed finds nothing."""
-        with frozen_parts_out(self.stage, self.zero_stage):
+        with frozen_parts_out(self.stage):
             path, _ = self._engine.load_checkpoint(str(root), tag=tag, load_module_strict=False)
         if path is None:
             raise UserError(f"DeepSpeed found no checkpoint {tag} under {root}")
@@ -305,19 +305,20 @@ def failures_kept(engine: Any) -> Iterator[list[str]]:
 
 
 @contextlib.contextmanager
-def frozen_parts_out(stage: Stage, zero_stage: int) -> Iterator[None]:
-    """Under ZeRO-3, hide frozen towers from deepspeed while it walks over parameters: they stay whole on every rank.
+def frozen_parts_out(stage: Stage) -> Iterator[None]:
+    """Hide frozen towers from deepspeed while it walks over parameters: they stay whole on every rank.
 
-    A partitioned tower is gathered by all ranks together when it runs, but a rank whose batch holds no image does not
-    run it: the others would wait for ever.
+    It has nothing to do with them, and cannot broadcast what real ones hold (CLIP's `logit_scale` has no dimension).
+    Under ZeRO-3 a partitioned tower is gathered by all ranks together when it runs, but a rank whose batch holds no
+    image does not run it: the others would wait forever.
     """
-    places: list[tuple[nn.Module, str, nn.Module]] = []
-    if zero_stage == 3:
-        frozen = {id(module) for module in stage.frozen_modules().values()}
-        for parent in list(stage.modules()):
-            for name, child in parent.named_children():
-                if id(child) in frozen:
-                    places.append((parent, name, child))
+    frozen = {id(module) for module in stage.frozen_modules().values()}
+    places = [
+        (parent, name, child)
+        for parent in stage.modules()
+        for name, child in parent.named_children()
+        if id(child) in frozen
+    ]
     for parent, name, _ in places:
         parent._modules[name] = None
     try:

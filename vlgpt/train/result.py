@@ -13,6 +13,7 @@ from vlgpt.data.loader import Loader
 from vlgpt.files import write_atomic
 from vlgpt.models.unified import UnifiedModel
 from vlgpt.settings import LanguageStage, RunSettings
+from vlgpt.stages.build import stored_image_parts
 from vlgpt.tokens import DocumentTokenizer
 from vlgpt.train import commit
 from vlgpt.train.engine import Engine
@@ -74,7 +75,7 @@ def replace_folder(new: Path, target: Path) -> None:
 
 
 def exporter(settings: RunSettings, tokenizer: DocumentTokenizer) -> Callable[[UnifiedModel, Path], None]:
-    """How a language stage writes its result: an export with merged weights."""
+    """How a language stage writes its result: an export with merged weights, its image parts as they were read."""
     stage = settings.stage
     assert isinstance(stage, LanguageStage)
     encoder = stage.encoder
@@ -82,8 +83,9 @@ def exporter(settings: RunSettings, tokenizer: DocumentTokenizer) -> Callable[[U
     def write(model: UnifiedModel, folder: Path) -> None:
         from vlgpt.export import card_of, export_model
 
+        image_tokenizer, image_detokenizer = stored_image_parts(stage)
         export_model(
-            model,
+            UnifiedModel(lm=model.lm, image_tokenizer=image_tokenizer, image_detokenizer=image_detokenizer),
             folder,
             tokenizer=tokenizer,
             encoder=None if encoder is None else encoder.model_dump(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -17,6 +18,7 @@ from vlgpt.settings import DataSettings, RunSettings
 from vlgpt.stages import language
 from vlgpt.stages.base import Stage
 from vlgpt.stages.build import build_stage
+from vlgpt.stages.weights import newest_trainable
 from vlgpt.tokens import DocumentTokenizer
 from vlgpt.train import checkpoint, faults
 from vlgpt.train.agreement import disagreement
@@ -108,8 +110,12 @@ def build_run(
         stage.exporter = exporter(settings, tokenizer)
     facts = {"frozen": stage.frozen_hashes(), "versions": versions()}  # before ZeRO-3 takes parameters apart
     engine = Engine(stage, settings, merged)
+    if odd := disagreement(engine.gather_objects(facts["frozen"])):
+        raise UserError(f"processes hold different frozen weights: {odd}; do all nodes see the same files?")
     if isinstance(stage, language.LanguageStage):
         stage.model.lm.settle_attention(engine.device, engine.dtype)
+        with engine.evaluation():
+            stage.model.lm.check_isolation()
     metrics = None
     is_first = engine.rank == 0
     if is_first:
@@ -179,6 +185,10 @@ def begin(run: Run, open_loader: Callable[..., Loader]) -> RunState:
         batches = watched(fresh, lambda: run.is_alive(0))
         engine.stage.prepare(placed(engine, batches), engine.all_sum)
         fresh.close()
+        if source := getattr(
+            settings.stage, "init_from", None
+        ):  # in fp32: the stage's copy was cast to its precision
+            engine.load_weights(newest_trainable(Path(source)).tensors)
         seeds.seed_everything(settings.seed, "training", engine.rank)
     return state
 
