@@ -218,7 +218,11 @@ def test_a_flash_attn_that_cannot_run_gives_way_to_sdpa_with_its_reason_in_one_l
                 else:
                     build_image_tokenizer_stage(s.ImageTokenizerStage(kind=kind, **IMAGE), num_sources=1)
             (line,) = [r.getMessage() for r in caplog.records if "attention: " in r.getMessage()]
-            assert "\n" not in line and line.startswith("attention: sdpa (flash-attn") and re.search(reason, line)
+            assert (
+                "\n" not in line
+                and line.startswith("attention: sdpa (flash-attn")
+                and re.search(reason, line)
+            )
         query = torch.randn(1, 2, 3, 4)
         assert layers.attend(query, query, query, is_causal=True, backend="auto").shape == query.shape
         with pytest.raises(UserError, match=reason):  # asked for by name, it is an error of one line
