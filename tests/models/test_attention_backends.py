@@ -12,14 +12,12 @@ from batches import pack, random_document
 from tiny_unified import new_document_tokenizer, new_model
 from transformers import modeling_flash_attention_utils as flash_utils
 
-from vlgpt import settings as s
 from vlgpt.log import UserError
 from vlgpt.models import layers
 from vlgpt.models.image_detokenizer import ImageDetokenizer
 from vlgpt.models.image_tokenizer import ImageTokenizer
-from vlgpt.models.language_models import build_language_model
+from vlgpt.models.language_models import build_language_model, implementations
 from vlgpt.models.multimodal_lm import LoraSettings
-from vlgpt.stages.build import build_image_tokenizer_stage
 from vlgpt.stages.language import LanguageStage
 
 SHAPE = {"num_visual": 4, "visual_width": 20, "width": 32, "depth": 2, "num_heads": 4}
@@ -166,7 +164,7 @@ def test_image_parts_through_flash_equal_sdpa(monkeypatch):
 
 
 def test_auto_is_sdpa_without_a_gpu_for_the_language_model_and_the_image_parts_alike():
-    if not layers.flash_fault():
+    if layers.has_flash():
         pytest.skip("this machine has flash-attn")
     language_model = build_language_model({"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 1})
     assert language_model.config._attn_implementation == "sdpa"
@@ -178,9 +176,6 @@ def test_auto_is_sdpa_without_a_gpu_for_the_language_model_and_the_image_parts_a
     assert torch.equal(found, tokenizer(patches))
 
 
-LLAMA = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-IMAGE = {"num_visual": 2, "visual_width": 8}
-IMAGE |= {part: {"width": 16, "depth": 1, "num_heads": 2} for part in ("tokenizer", "detokenizer")}
 PACKAGES = {
     "missing": (None, (8, 0), "not installed"),
     "on Turing": ("flash_attn_func = print", (7, 5), "compute capability 8.0 .* has 7.5"),
@@ -189,6 +184,7 @@ PACKAGES = {
     ),
     "without its library": ("raise OSError('libcudart.so.12: cannot open')", (9, 0), "OSError: libcudart"),
     "of version 1": ("flash_attn_unpadded_func = print", (8, 6), "cannot import name 'flash_attn_func'"),
+    "whole": ("flash_attn_func = print", (8, 0), ""),
 }  # fmt: skip
 
 
@@ -206,31 +202,26 @@ def test_a_flash_attn_that_cannot_run_gives_way_to_sdpa_with_its_reason_in_one_l
         monkeypatch.syspath_prepend(tmp_path)
     else:
         monkeypatch.setattr(layers, "find_spec", lambda package: None)
-    monkeypatch.setattr(logging.getLogger("vlgpt"), "propagate", True)  # off once a command line was run
-    layers.flash_fault.cache_clear()
+    for cached in (layers.flash_fault, layers.has_flash):
+        cached.cache_clear()
+        monkeypatch.setattr(layers, cached.__name__, cached)
+    monkeypatch.setattr(logging.getLogger("vlgpt"), "propagate", True)
     try:
-        for kind in ("language", "image_tokenizer"):
-            caplog.clear()
-            with caplog.at_level("INFO", logger="vlgpt"):
-                if kind == "language":
-                    model = build_language_model({"model_type": "llama", **LLAMA})
-                    assert model.config._attn_implementation == "sdpa"
-                else:
-                    build_image_tokenizer_stage(s.ImageTokenizerStage(kind=kind, **IMAGE), num_sources=1)
-            (line,) = [r.getMessage() for r in caplog.records if "attention: " in r.getMessage()]
-            assert (
-                "\n" not in line
-                and line.startswith("attention: sdpa (flash-attn")
-                and re.search(reason, line)
-            )
-        query = torch.randn(1, 2, 3, 4)
-        assert layers.attend(query, query, query, is_causal=True, backend="auto").shape == query.shape
-        with pytest.raises(UserError, match=reason):  # asked for by name, it is an error of one line
-            build_language_model({"model_type": "llama", **LLAMA}, "flash_attention_2")
-        with pytest.raises(UserError, match=reason):
-            layers.set_backend(parts()[0], "flash_attention_2")
+        with caplog.at_level("INFO", logger="vlgpt"):
+            chosen = [implementations("auto")[0] for _ in range(2)]
+            query = torch.randn(1, 2, 3, 4)
+            assert layers.attend(query, query, query, is_causal=True, backend="auto").shape == query.shape
+        (line,) = [record.getMessage() for record in caplog.records if "attention: " in record.getMessage()]
+        assert "\n" not in line and re.search(reason, line)
+        assert set(chosen) == {"sdpa" if reason else "flash_attention_2"}
+        if reason:  # asked for by name, it is an error of one line
+            with pytest.raises(UserError, match=reason):
+                implementations("flash_attention_2")
+            with pytest.raises(UserError, match=reason):
+                layers.set_backend(parts()[0], "flash_attention_2")
     finally:
         layers.flash_fault.cache_clear()
+        layers.has_flash.cache_clear()
 
 
 def test_frequencies_statistics_and_scales_stay_fp32_when_weights_are_cast():

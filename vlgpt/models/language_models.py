@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from vlgpt.log import UserError, get_logger
-from vlgpt.models.layers import flash_fault, require_backend
+from vlgpt.models.layers import has_flash, require_backend
 from vlgpt.models.weights import load_whole
 from vlgpt.tokens import NUM_IMAGE_TOKENS, DocumentTokenizer
 
@@ -63,36 +63,34 @@ def from_configuration(config: Any, attention: Attention) -> Any:
 
     Args:
         config: a transformers configuration.
-        attention: `auto` takes flash-attn on a GPU, else SDPA, else eager: the first that the class supports;
-            `sdpa_or_eager` is the same without flash-attn.
-    Raises UserError when transformers has no causal LM of this kind, or the attention that was asked for cannot run.
+        attention: see `implementations`; the first that the class supports is taken.
+    Raises UserError when transformers has no causal LM of this kind, or when it lacks the attention that was asked for.
     """
     from transformers import AutoModelForCausalLM
 
-    require_backend(attention)
     config.use_cache = False
-    wanted: list[str] = [attention]
-    if attention in ("auto", "sdpa_or_eager"):
-        wanted = ["sdpa", "eager"]
-        if attention == "auto" and not flash_fault():
-            wanted.insert(0, "flash_attention_2")
     reasons = []
-    for implementation in wanted:
+    for implementation in implementations(attention):
         try:
             model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation)
         except LOADING_ERRORS as error:
             reasons.append(f"{implementation}: {str(error).splitlines()[0]}")
             continue
-        if attention == "auto":
-            _say_attention(implementation, reasons)
+        if reasons:
+            get_logger().info("attention: %s (%s)", implementation, reasons[-1])
         return model
     raise UserError(f"no causal language model of type {config.model_type!r}: {'; '.join(reasons)}")
 
 
-def _say_attention(chosen: str, reasons: list[str]) -> None:
-    """One log line: which attention, and why nothing faster."""
-    reason = (flash_fault() if chosen == "sdpa" else "") or " ".join(reasons[-1:])
-    get_logger().info("attention: %s%s", chosen, f" ({reason})" if reason else "")
+def implementations(attention: Attention) -> list[str]:
+    """What transformers calls the attention that was asked for, the fastest first. Raises UserError.
+
+    `auto` is flash-attn where it can run, else SDPA, else eager; `sdpa_or_eager` is the same without flash-attn.
+    """
+    require_backend(attention)
+    if attention not in ("auto", "sdpa_or_eager"):
+        return [attention]
+    return [*(["flash_attention_2"] if attention == "auto" and has_flash() else []), "sdpa", "eager"]
 
 
 def leave_flash(backbone: Any) -> str:

@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vlgpt.log import UserError
+from vlgpt.log import UserError, get_logger
 
 Backend = Literal["auto", "flash_attention_2", "sdpa"]
 
@@ -42,6 +42,14 @@ def flash_fault() -> str:
     return ""
 
 
+@cache
+def has_flash() -> bool:
+    """Whether `auto` is flash-attn; the first call says which, and why, in one log line."""
+    fault = flash_fault()
+    get_logger().info("attention: %s", f"sdpa ({fault})" if fault else "flash_attention_2")
+    return not fault
+
+
 def attend(query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool, backend: Backend) -> Tensor:
     """Scaled dot-product attention: (B, H, Q, D), (B, H, S, D), (B, H, S, D) -> (B, H, Q, D).
 
@@ -49,7 +57,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool, backen
     """
     if backend == "auto":
         is_half = query.dtype in (torch.bfloat16, torch.float16)
-        backend = "flash_attention_2" if query.is_cuda and is_half and not flash_fault() else "sdpa"
+        backend = "flash_attention_2" if has_flash() and query.is_cuda and is_half else "sdpa"
     if backend == "flash_attention_2":
         from flash_attn import flash_attn_func
 

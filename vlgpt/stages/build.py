@@ -15,7 +15,7 @@ from vlgpt.models.encoders import ClipEncoder, load_clip
 from vlgpt.models.image_detokenizer import ImageDetokenizer
 from vlgpt.models.image_tokenizer import ImageTokenizer
 from vlgpt.models.language_models import check_parts, load_language_model, resize_vocabulary
-from vlgpt.models.layers import flash_fault, set_backend
+from vlgpt.models.layers import set_backend
 from vlgpt.models.multimodal_lm import LoraSettings, MultimodalLM
 from vlgpt.models.unified import UnifiedConfig, UnifiedModel, is_export
 from vlgpt.models.weights import WEIGHTS_FILE
@@ -86,9 +86,6 @@ def build_image_tokenizer_stage(stage: s.ImageTokenizerStage, *, num_sources: in
         "tokenizer": (tokenizer, stage.tokenizer_from),
         "detokenizer": (detokenizer, stage.detokenizer_from),
     }
-    if stage.attention == "auto":
-        fault = flash_fault()
-        get_logger().info("attention: %s", f"sdpa ({fault})" if fault else "flash_attention_2")
     for name, (part, source) in parts.items():
         set_backend(part, stage.attention)
         if source is not None:
