@@ -143,6 +143,21 @@ def test_launchers_are_thin():
         assert len((ROOT / "launchers" / f"{name}.py").read_text().splitlines()) <= 20
 
 
+def test_every_deviation_from_the_paper_names_its_section_and_stands_in_the_docs():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    table = page.split("## Where we leave the paper")[1].split("\n## ")[0]
+    listed = set(re.findall(r"`([\w/]+\.(?:py|yaml))`", table))
+    marked, without = set(), []
+    for path in [*FILES, *(ROOT / "launchers").rglob("*.yaml")]:
+        text, name = path.read_text(encoding="utf-8"), path.relative_to(ROOT).as_posix()
+        for mark in re.finditer("PAPER:", text):
+            marked.add(name)
+            if not re.search("§|table", text[mark.start() : mark.start() + 220]):
+                without.append(f"{name}:{text.count(chr(10), 0, mark.start()) + 1}")
+    assert not without, "no section of the paper beside these marks"
+    assert marked == listed
+
+
 def test_modules_of_the_tests_have_names_of_their_own():
     """pytest puts every test folder on the path: of two modules with one name, the second would never be imported."""
     names = Counter(

@@ -86,7 +86,7 @@ class ConditionShapes(Settings):
 
 
 class TransformerSettings(Settings):
-    """Width and depth of the image tokenizer or detokenizer. PAPER: only depth 12 is given."""
+    """Width and depth of the image tokenizer or detokenizer. PAPER: only depth 12 is given (§4.1)."""
 
     width: Positive = 1024
     depth: Positive = 12
@@ -98,6 +98,8 @@ class TransformerSettings(Settings):
 class EncoderSettings(Settings):
     """A frozen CLIP: `path` is a folder or a name that the library knows.
 
+    PAPER: "the CLIP-L image encoder" is all that is said (§4.1). Its penultimate hidden states with the class token
+    (257 x 1024) are our choice: CLIP trains no patch output of its last layer.
     `ip_adapter` is for conditioners only: `path` is the JSON file that names a diffusion decoder's parts.
     """
 
@@ -109,7 +111,7 @@ class EncoderSettings(Settings):
 
 
 class LoraConfiguration(Settings):
-    """LoRA on all linear layers (paper: rank 32; PAPER: alpha and dropout as SEED-X)."""
+    """LoRA on all linear layers (paper: rank 32; PAPER: alpha and dropout are not given, §4.1; as SEED-X)."""
 
     rank: Positive = 32
     alpha: Annotated[float, Field(gt=0)] = 32.0
@@ -226,7 +228,7 @@ StageSettings = Annotated[
 
 
 class OptimizerSettings(Settings):
-    """AdamW with warm-up and cosine to a floor. PAPER: AdamW, cosine, lr are given; the rest as SEED-X (same lab)."""
+    """AdamW with warm-up and cosine to a floor. PAPER: AdamW, cosine, lr are given (§4.1); the rest as SEED-X."""
 
     lr: Annotated[float, Field(gt=0)] = 2e-4
     betas: tuple[Fraction, Fraction] = (0.9, 0.98)

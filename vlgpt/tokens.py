@@ -92,7 +92,7 @@ class DocumentTokenizer:
         tokenizer: a transformers tokenizer; the two image tokens are added when missing.
         num_visual: visual embeddings per image, N (32 in the paper).
         template: name of a chat template in `TEMPLATES`.
-        is_boundary_target: whether [IMG] and [/IMG] are predicted (PAPER: not stated; both by default).
+        is_boundary_target: whether [IMG] and [/IMG] are predicted (PAPER: not stated, §3.2; both by default).
     Raises UserError for an unknown template or a tokenizer without an end-of-sequence token.
     """
 

@@ -31,7 +31,7 @@ class CocoCaption(Benchmark):
     primary: ClassVar[str] = "CIDEr"
     default_decoding: ClassVar[Decoding] = Decoding(
         max_new_tokens=20, min_new_tokens=8, num_beams=5, length_penalty=-1.0
-    )  # PAPER: not stated; Emu's settings (Emu1/mm_eval)
+    )  # PAPER: not stated (table 5); Emu's settings (Emu1/mm_eval)
 
     split: str = "test"
     prompt: str = "caption"

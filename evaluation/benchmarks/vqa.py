@@ -23,7 +23,7 @@ class ShortAnswers(Benchmark):
     primary: ClassVar[str] = "accuracy"
     default_decoding: ClassVar[Decoding] = Decoding(
         max_new_tokens=20, min_new_tokens=1, num_beams=5, length_penalty=-1.0
-    )  # PAPER: not stated; Emu's settings (Emu1/mm_eval)
+    )  # PAPER: not stated (table 5); Emu's settings (Emu1/mm_eval)
 
     prompt: str = "qa"
     cut: str = "emu"

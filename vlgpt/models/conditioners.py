@@ -2,7 +2,7 @@
 
 Their outputs are the targets of the detokenizer, and for a grey picture and an empty caption the constants of
 classifier-free guidance. Needs transformers; the decoder itself does not, it reads the stored constants.
-PAPER: the paper does not name these encoders or shapes. IP-Adapter Plus reads OpenCLIP ViT-H/14, whatever
+PAPER: the paper does not name these encoders or shapes (§3.1). IP-Adapter Plus reads OpenCLIP ViT-H/14, whatever
 encoder the image tokenizer reads.
 """
 

@@ -148,7 +148,7 @@ class VaeCodec(nn.Module):
 class DiffusionDecoder(nn.Module):
     """Stable Diffusion 1.5 or SDXL with IP-Adapter Plus: a frozen `PictureDecoder`.
 
-    PAPER: e_v is not defined. `reading="tokens"` (default) takes z_v as the 16 tokens that the U-Net attends
+    PAPER: e_v is not defined (§3.1). `reading="tokens"` (default) takes z_v as the 16 tokens that the U-Net attends
     to, `"features"` as the 257 x 1280 features of the image encoder, with the Resampler inside the decoder.
     SDXL's text condition carries the pooled embedding as its last token, see `SdxlTextConditioner`.
     """

@@ -23,7 +23,7 @@ from vlgpt.tokens import NUM_IMAGE_TOKENS
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """LoRA on all linear layers of the transformer (paper §4.1: rank 32; PAPER: alpha and dropout are not given)."""
+    """LoRA on all linear layers of the transformer (rank 32; PAPER: alpha and dropout are not given, §4.1)."""
 
     rank: int = 32
     alpha: float = 32.0
@@ -40,6 +40,9 @@ class MultimodalLM(KeepsBuffers):
         head: `linear` (paper) or `mlp`.
     A standardised visual embedding enters as `projection(x) * visual_scale`, `visual_scale` being the RMS of the
     embeddings that words enter with: images and words have one scale. A predicted embedding is fed back the same way.
+
+    PAPER: x_v enters the LM as it is, at the LM's width (§3.2). The scale is ours, and so is the trained projection of
+    models of another width than x_v.
     """
 
     visual_scale: Tensor

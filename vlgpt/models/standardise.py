@@ -34,7 +34,8 @@ class KeepsBuffers(nn.Module):
 class Standardiser(KeepsBuffers):
     """(x - mean) / std per slot and dimension in fp32; identity until `set_statistics` is called.
 
-    PAPER: not in the paper. Without it the scale of the regression target is arbitrary against the cross-entropy.
+    PAPER: not in the paper (§3.1, eq. 2). Without it the scale of the regression target is arbitrary against the
+    cross-entropy.
     """
 
     def __init__(self, num_slots: int, width: int):
