@@ -188,24 +188,24 @@ def same_weights(root, run):
         )
 
 
-def a_reply_is_the_same(result, from_commit, *, atol=1e-5):
+def a_reply_is_the_same(result, from_commit, *, dtype=torch.float32, tolerance=1e-5):
     """The run's result, the export of its last commit, and transformers' own loader hold the same model."""
     document = Document("q", "test", (ImagePart(0, "user"), TextPart("what is this?", "user")))
     patches = torch.randn(NUM_PATCHES, PATCH_WIDTH, generator=torch.Generator().manual_seed(1))
     settings = DecodeSettings(max_new_tokens=4, images="force")
     replies, logits = [], []
     for folder in (result, from_commit):
-        generator = Generator.load(folder)
+        generator = Generator.load(folder, dtype=dtype)
         (reply,) = generator.generate([Prompt(document, (("patches", patches),))], settings)
         replies.append(reply)
         assert len(reply.visual) == 1
-        ids = torch.arange(8)[None]
+        ids = torch.arange(100, 108)[None]
         lm = generator.model.lm
         logits.append(lm.logits(lm.backbone(ids).last_hidden_state)[..., : lm.num_tokens])
         logits.append(AutoModel.from_pretrained(folder)(input_ids=ids).logits[..., : lm.num_tokens])
     assert hf and replies[0].token_ids == replies[1].token_ids
     for other in logits[1:]:
-        torch.testing.assert_close(other.float(), logits[0].float(), atol=atol, rtol=1e-4)
+        assert float((other - logits[0]).float().norm() / logits[0].float().norm()) < tolerance
 
 
 def test_stage_3_starts_from_the_fp32_masters_of_stage_2_also_in_bf16(lives):
@@ -249,4 +249,4 @@ def test_smollm2_lives_as_its_miniatures_do(smollm2_folder, tmp_path):
     assert all(loss < 8 for loss in results[-1]["losses"]), "a random model of 49,152 tokens starts at 10.8"
     folder = Path(run["output_dir"])
     export_run(folder, tmp_path / "export")
-    a_reply_is_the_same(folder / "result", tmp_path / "export", atol=0.5)
+    a_reply_is_the_same(folder / "result", tmp_path / "export", dtype=torch.bfloat16, tolerance=0.02)
