@@ -19,7 +19,7 @@ from vlgpt.models.component import load_weights
 from vlgpt.models.image_detokenizer import ImageDetokenizer
 from vlgpt.models.image_tokenizer import ImageTokenizer
 from vlgpt.models.multimodal_lm import Attention, LoraSettings, MultimodalLM, choose_attention
-from vlgpt.tokens import MODEL_TYPE
+from vlgpt.tokens import MODEL_TYPE, Rendering
 
 
 @dataclass
@@ -31,6 +31,9 @@ class UnifiedConfig:
     image_detokenizer: dict[str, Any]  # arguments of ImageDetokenizer
     num_tokens: int
     template: str
+    rendering: Rendering = (
+        "parts"  # of text by DocumentTokenizer; exports that do not say are older than `saved`
+    )
     head: str = "linear"
     is_boundary_target: bool = True
     lora: dict[str, Any] | None = (
