@@ -128,6 +128,9 @@ def _parser(source: type | None) -> argparse.ArgumentParser:
         "--shard-size", type=int, default=5000, help="input records per shard (default: 5000)"
     )
     parser.add_argument("--tokenizer", help="tokenizer folder or hub name: stores token lengths per part")
+    parser.add_argument(
+        "--template", default="vlgpt", help="chat template of the run, own: the tokenizer's (default: vlgpt)"
+    )
     parser.add_argument("--retry-failed", action="store_true", help="read records again that failed before")
     parser.add_argument("--max-bad-fraction", type=float, default=0.01, help="of all records (default: 0.01)")
     parser.add_argument(
@@ -174,7 +177,7 @@ def make_job(arguments: argparse.Namespace, source_type: type) -> Job:
     if arguments.tokenizer:
         from vlgpt.tokens import DocumentTokenizer
 
-        tokenizer = DocumentTokenizer.load(arguments.tokenizer)
+        tokenizer = DocumentTokenizer.load(arguments.tokenizer, template=arguments.template)
     return Job(
         folder=arguments.output,
         source=source,

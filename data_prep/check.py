@@ -230,6 +230,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--num-documents", type=int, default=40, help="on the page (default: 40)")
     parser.add_argument("--seed", type=int, default=0, help="which documents (default: 0)")
     parser.add_argument("--tokenizer", help="show the documents as training will see them, token by token")
+    parser.add_argument(
+        "--template", default="vlgpt", help="chat template of the run, own: the tokenizer's (default: vlgpt)"
+    )
     arguments = parser.parse_args(argv)
     configure()
     console = Console()
@@ -249,7 +252,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             whole.append(folder)
             _print_summary(console, folder, statistics)
     if arguments.html and whole:
-        tokenizer = load_tokenizer(arguments.tokenizer)
+        tokenizer = load_tokenizer(arguments.tokenizer, template=arguments.template)
         write_report(
             arguments.html, whole, count=arguments.num_documents, seed=arguments.seed, tokenizer=tokenizer
         )

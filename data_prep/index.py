@@ -27,20 +27,20 @@ from vlgpt.shards.reindex import rebuild_index, retokenise
 from vlgpt.shards.schema import TextTokenizer
 
 
-def load_tokenizer(path: str | None) -> TextTokenizer | None:
+def load_tokenizer(path: str | None, *, template: str) -> TextTokenizer | None:
     """The tokenizer that training uses, or None. Raises UserError."""
     if path is None:
         return None
     from vlgpt.tokens import DocumentTokenizer
 
-    return DocumentTokenizer.load(path)
+    return DocumentTokenizer.load(path, template=template)
 
 
-def reindex_shard(folder: Path, shard: int, *, tokenizer_path: str | None) -> bool:
+def reindex_shard(folder: Path, shard: int, *, tokenizer_path: str | None, template: str = "vlgpt") -> bool:
     """Bring one index up to date; True when it was written. Raises UserError when the tar itself is
     damaged.
     """
-    shards, tokenizer = ShardSet.open(folder), load_tokenizer(tokenizer_path)
+    shards, tokenizer = ShardSet.open(folder), load_tokenizer(tokenizer_path, template=template)
     record, path = shards.shards[shard], shards.index_path(shard)
     try:
         index = shards.index(shard)
@@ -91,26 +91,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--tokenizer", help="tokenizer folder or hub name; without it only damaged indexes are made anew"
     )
+    parser.add_argument(
+        "--template", default="vlgpt", help="chat template of the run, own: the tokenizer's (default: vlgpt)"
+    )
     parser.add_argument("--task-index", type=int, default=0, help="this task, from 0 (default: 0)")
     parser.add_argument("--num-tasks", type=int, default=1, help="tasks that share the work (default: 1)")
     parser.add_argument("--num-workers", type=int, default=1, help="processes (default: 1)")
     arguments = parser.parse_args(argv)
     configure()
     console = Console(stderr=True)
-    tokenizer = load_tokenizer(arguments.tokenizer)
+    options = {"tokenizer_path": arguments.tokenizer, "template": arguments.template}
+    tokenizer = load_tokenizer(arguments.tokenizer, template=arguments.template)
     for folder in arguments.folders:
         mine = range(arguments.task_index, len(ShardSet.open(folder).shards), arguments.num_tasks)
         context = get_context("spawn")  # tokenizers hold threads, which do not survive a fork
         if arguments.num_workers > 1:
             with ProcessPoolExecutor(arguments.num_workers, mp_context=context) as pool:
-                jobs = [
-                    pool.submit(reindex_shard, folder, shard, tokenizer_path=arguments.tokenizer)
-                    for shard in mine
-                ]
+                jobs = [pool.submit(reindex_shard, folder, shard, **options) for shard in mine]
                 written = sum(job.result() for job in track(jobs, description=folder.name, console=console))
         else:
             steps = track(mine, description=folder.name, console=console)
-            written = sum(reindex_shard(folder, shard, tokenizer_path=arguments.tokenizer) for shard in steps)
+            written = sum(reindex_shard(folder, shard, **options) for shard in steps)
         if tokenizer is not None:
             _note_tokenizer(folder, tokenizer.fingerprint)
         console.print(f"{folder}: {written} of {len(mine)} indexes written", highlight=False, soft_wrap=True)

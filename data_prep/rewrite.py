@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import track
 
 from data_prep.job import SETTINGS
-from vlgpt.document import Document, TextPart
+from vlgpt.document import Document, TextPart, TextPlace, text_places
 from vlgpt.files import write_atomic
 from vlgpt.log import UserError
 from vlgpt.shards import Manifest, ShardIndex, ShardSet, ShardWriter, write_manifest
@@ -120,17 +120,22 @@ class KnownLengths:
     """Stands in for the tokenizer of a shard that is copied: its token lengths are in the index already."""
 
     fingerprint: str
-    lengths: Mapping[str, int]
+    lengths: Mapping[tuple[str, TextPlace], int]
 
     @staticmethod
     def of(index: ShardIndex, documents: Iterable[Document]) -> KnownLengths | None:
         """None for a shard without token lengths. `documents` are those of the shard, in order."""
         if not index.tokenizer:
             return None
-        parts = (part for document in documents for part in document.parts)
+        parts = (
+            part
+            for document in documents
+            for part in zip(document.parts, text_places([part.role for part in document.parts]))
+        )
         tokens = zip(parts, index.part_tokens.tolist())
-        return KnownLengths(index.tokenizer, {p.text: n for p, n in tokens if isinstance(p, TextPart)})
+        lengths = {(part.text, place): n for (part, place), n in tokens if isinstance(part, TextPart)}
+        return KnownLengths(index.tokenizer, lengths)
 
-    def encode_text(self, text: str) -> list[int]:
+    def encode_text(self, text: str, place: TextPlace) -> list[int]:
         """As many ids as the tokenizer gave; their values are not known."""
-        return [0] * self.lengths[text]
+        return [0] * self.lengths[text, place]

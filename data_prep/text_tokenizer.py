@@ -15,7 +15,7 @@ from vlgpt.document import TextPart
 from vlgpt.models.tiny import save_language_model, train_text_tokenizer
 from vlgpt.seeds import seed_everything
 from vlgpt.shards.reader import ShardSet
-from vlgpt.tokens import TEMPLATES
+from vlgpt.turns import TEMPLATES
 
 
 def texts_of(folders: Sequence[Path]) -> Iterator[str]:
@@ -28,7 +28,7 @@ def texts_of(folders: Sequence[Path]) -> Iterator[str]:
                     if isinstance(part, TextPart):
                         yield part.text
     short = TEMPLATES["short"]
-    yield from [f"{short.user} {short.assistant}"] * 1000
+    yield from [f"{short.user.strip()} {short.assistant.strip()}"] * 1000
 
 
 def run(argv: Sequence[str] | None = None) -> int:

@@ -16,9 +16,10 @@ from tiny_unified import NUM_VISUAL, TEXTS, VISUAL_WIDTH, new_document_tokenizer
 
 from vlgpt.data.collate import collate_rows
 from vlgpt.data.samples import LoadedSequence
-from vlgpt.document import Document, ImagePart, Part, TextPart
+from vlgpt.document import Document, ImagePart, Part, TextPart, text_places
 from vlgpt.models.losses import TargetPositions, count_targets, targets_of
-from vlgpt.tokens import TEMPLATES, DocumentTokenizer, Span, TokenSequence, flatten
+from vlgpt.tokens import DocumentTokenizer, Span, TokenSequence, flatten
+from vlgpt.turns import TEMPLATES
 
 Label = tuple[str, int]  # ("text", token id) or ("visual", number of the embedding in the batch)
 LENGTH = 1024
@@ -46,17 +47,18 @@ def fuzz(random: np.random.Generator, number: int) -> Document:
 def expected_labels(
     document: Document, tokenizer: DocumentTokenizer, first_image: int
 ) -> list[tuple[Label, bool]]:
-    """Every position of a rendered document and whether it is predicted, from the template's strings alone."""
-    template, text = tokenizer.template, tokenizer.text_tokenizer
+    """Every position of a rendered document and whether it is predicted, from the ids around turns alone.
 
-    def fixed(string: str) -> list[tuple[Label, bool]]:
-        return (
-            [(("text", token), False) for token in text.encode(string, add_special_tokens=False)]
-            if string
-            else []
-        )
+    (tests/test_turns.py holds these against `apply_chat_template`.)
+    """
+    turns = tokenizer.turns
+    places = text_places([part.role for part in document.parts])
 
-    def content(part: Part, is_answer: bool) -> list[tuple[Label, bool]]:
+    def fixed(ids: tuple[int, ...], is_predicted: bool = False) -> list[tuple[Label, bool]]:
+        return [(("text", token), is_predicted) for token in ids]
+
+    def content(at: int, is_answer: bool) -> list[tuple[Label, bool]]:
+        part = document.parts[at]
         if isinstance(part, ImagePart):
             first = (first_image + part.index) * NUM_VISUAL
             inside: list[Label] = [("visual", first + slot) for slot in range(NUM_VISUAL)]
@@ -66,21 +68,26 @@ def expected_labels(
                 ("text", tokenizer.end_image_id),
             ]
             return [(label, is_answer) for label in span]
-        return [(("text", token), is_answer) for token in text.encode(part.text, add_special_tokens=False)]
+        ids = tokenizer.encode_text(part.text, places[at])
+        before = document.parts[at - 1] if at else part
+        if places[at] in turns.bare and before.role == part.role and isinstance(before, TextPart) and at:
+            ids = [*tokenizer.encode_text("\n", places[at]), *ids]
+        return [(("text", token), is_answer) for token in ids]
 
-    end = [(("text", token), True) for token in text.encode(template.end or "</s>", add_special_tokens=False)]
-    result: list[tuple[Label, bool]] = [(("text", tokenizer.bos_id), False)]
     if not document.is_chat:
-        body = [label for part in document.parts for label in content(part, True)]
-        return [*result, *body, (("text", tokenizer.eos_id), True)]
-    result += fixed(template.system)
+        body = [label for at in range(len(document.parts)) for label in content(at, True)]
+        return [*fixed((tokenizer.bos_id,)), *body, *fixed((tokenizer.eos_id,), True)]
+    result = fixed(turns.system + turns.first)
     for at, part in enumerate(document.parts):
         is_answer = part.role == "assistant"
-        if at == 0 or document.parts[at - 1].role != part.role:
-            result += fixed(template.assistant if is_answer else template.user)
-        result += content(part, is_answer)
-        if at + 1 == len(document.parts) or document.parts[at + 1].role != part.role:
-            result += end if is_answer else fixed(template.user_end)
+        is_last = at + 1 == len(document.parts)
+        if at and document.parts[at - 1].role != part.role:
+            result += fixed(turns.reply if is_answer else turns.user)
+        result += content(at, is_answer)
+        if is_answer and (is_last or document.parts[at + 1].role != part.role):
+            result += fixed(turns.end, True)
+        if is_last:
+            result += fixed(turns.tail if is_answer else turns.user_end)
     return result
 
 
@@ -226,9 +233,10 @@ def test_an_answer_is_predicted_from_just_what_a_prompt_shows(template):
         prompt = flatten(tokenizer.spans(asked, is_prompt=True)).token_ids
         whole = flatten(tokenizer.spans(document))
         assert whole.token_ids[: len(prompt)].tolist() == prompt.tolist()
-        assert whole.is_target[len(prompt) :].all()
-        end = tokenizer.reply_end_ids
-        assert tuple(whole.token_ids[-len(end) :].tolist()) == end
+        end, size = tokenizer.reply_end_ids, len(whole.token_ids) - len(tokenizer.turns.tail)
+        assert whole.is_target[len(prompt) : size].all()
+        assert not whole.is_target[size:].any()
+        assert tuple(whole.token_ids[size - len(end) : size].tolist()) == end
         checked += 1
     assert checked >= 10
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from vlgpt.config import load_run
-from vlgpt.tokens import TEMPLATES
+from vlgpt.turns import TEMPLATES
 
 CONFIGS = Path(__file__).parents[1] / "launchers" / "configs"
 # stage: (batch, steps, lr, GPUs, warm-up: 3 % to 5 %)
@@ -110,7 +110,7 @@ def test_prompts_are_those_of_table_6():
         "Here is the edited image:",
     ):
         assert prompt in words
-    assert TEMPLATES["vlgpt"].system.startswith("You are a helpful, respectful and honest assistant.")
+    assert TEMPLATES["vlgpt"].first.startswith("{bos}You are a helpful, respectful and honest assistant.")
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*/*.yaml")), ids=lambda p: f"{p.parent.name}/{p.stem}")

@@ -38,6 +38,7 @@ def new_document_tokenizer(
         tokenizer_object=Tokenizer.from_str(_text_tokenizer_json(vocabulary_size)),
         bos_token="<s>",
         eos_token="</s>",
+        add_bos_token=True,
     )
     return DocumentTokenizer(text, num_visual=num_visual, template=template)
 

@@ -12,6 +12,9 @@ from typing import Any, Literal, get_args
 
 Role = Literal["plain", "user", "assistant"]
 ROLES: tuple[Role, ...] = get_args(Role)
+TextPlace = Literal[
+    "plain", "first", "user", "assistant"
+]  # `first`: in the user turn that a chat begins with
 IMAGE_MARK = "<image>"  # what people type where an image stands; never a token
 
 
@@ -119,6 +122,12 @@ def _part_from_record(document_id: str, record: Mapping[str, Any]) -> Part:
     raise ValueError(
         f"document {document_id!r}: a part holds a `text` string or an `image` number, found {dict(record)}"
     )
+
+
+def text_places(roles: Sequence[Role]) -> list[TextPlace]:
+    """Where the parts of a document stand, by their roles: what decides how their text is tokenised."""
+    opening = next((number for number, role in enumerate(roles) if role != "user"), len(roles))
+    return [*(["first"] * opening), *roles[opening:]]  # type: ignore[list-item]
 
 
 def join(

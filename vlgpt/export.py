@@ -84,6 +84,7 @@ def config_of(model: UnifiedModel, tokenizer: DocumentTokenizer, *, merge_lora: 
         image_detokenizer=model.image_detokenizer.arguments,
         num_tokens=lm.num_tokens,
         template=tokenizer.template_name,
+        rendering="parts" if tokenizer.rendering == "parts" else "saved",
         head="linear" if isinstance(lm.regression_head.layers, nn.Linear) else "mlp",
         is_boundary_target=tokenizer.is_boundary_target,
         lora=lora,
@@ -141,15 +142,14 @@ def _write_transformers_files(folder: Path, tokenizer: DocumentTokenizer, config
         "processor_class": "VLGPTProcessor",
         "num_visual": config.image_tokenizer["num_visual"],
         "template": config.template,
+        "rendering": config.rendering,
         "is_boundary_target": config.is_boundary_target,
         "image_size_px": _image_size_px(folder, config),
     }
     (folder / "processor_config.json").write_text(json.dumps(processor, indent=1) + "\n")
-    ends = (
-        [tokenizer.eos_id, *tokenizer.reply_end_ids]
-        if len(tokenizer.reply_end_ids) == 1
-        else [tokenizer.eos_id]
-    )
+    ends = [tokenizer.eos_id]
+    if not tokenizer.reply_end_text:  # its last token is a control token and ends a reply by itself
+        ends.append(tokenizer.reply_end_ids[-1])
     GenerationConfig(
         bos_token_id=tokenizer.bos_id,
         eos_token_id=sorted(set(ends)),

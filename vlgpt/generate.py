@@ -79,6 +79,7 @@ class Generator:
             num_visual=model.image_tokenizer.num_visual,
             template=config.template,
             is_boundary_target=config.is_boundary_target,
+            rendering=config.rendering,
         )
         encoder = load_encoder(folder, config.image_encoder)
         decoder = load_decoder(folder, config.picture_decoder, dtype=dtype)
@@ -170,7 +171,10 @@ class Generator:
             return np.zeros(0)
         (rendered,) = render_all([prompt], tokenizer=self.tokenizer, read_images=self.tokenize)
         end = self.tokenizer.reply_end_ids if prompt.document.is_chat else (self.tokenizer.eos_id,)
-        sequences = [[*self.tokenizer.encode_text(candidate), *end] for candidate in candidates]
+        sequences = [
+            [*self.tokenizer.encode_text(candidate, reply_role(prompt.document)), *end]
+            for candidate in candidates
+        ]
         longest = len(rendered) + max(len(ids) for ids in sequences)
         if longest > self.max_length:
             raise UserError(

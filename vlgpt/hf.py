@@ -44,7 +44,7 @@ from vlgpt.document import Document, TextPart
 from vlgpt.generate import decode
 from vlgpt.log import UserError
 from vlgpt.models.unified import MODEL_TYPE, UnifiedConfig, UnifiedModel
-from vlgpt.tokens import DocumentTokenizer
+from vlgpt.tokens import DocumentTokenizer, Rendering
 
 
 class VLGPTConfig(PreTrainedConfig):
@@ -126,6 +126,7 @@ class VLGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):
             num_visual=self.image_tokenizer.num_visual,
             template=config.template,
             is_boundary_target=config.is_boundary_target,
+            rendering=config.rendering,
         )
 
     @cached_property
@@ -310,11 +311,7 @@ def _output(
 
 def _is_chat(tokenizer: DocumentTokenizer, prompt: RenderedPrompt) -> bool:
     """Whether a prompt begins as all chats do: start, system message, header of the user."""
-    head: list[int] = []
-    for piece in tokenizer.pieces(["user"]):
-        if piece.part is not None:
-            break
-        head += piece.ids
+    head = [token for piece in tokenizer.chat_head for token in piece.ids]
     return prompt.token_ids[: len(head)].tolist() == head
 
 
@@ -354,12 +351,17 @@ class VLGPTProcessor(ProcessorMixin):
         template: str = "vlgpt",
         is_boundary_target: bool = True,
         image_size_px: int = 224,
+        rendering: Rendering = "parts",
         **kwargs: Any,
     ):
-        self.num_visual, self.template = num_visual, template
+        self.num_visual, self.template, self.rendering = num_visual, template, rendering
         self.is_boundary_target, self.image_size_px = is_boundary_target, image_size_px
         self.documents = DocumentTokenizer(
-            tokenizer, num_visual=num_visual, template=template, is_boundary_target=is_boundary_target
+            tokenizer,
+            num_visual=num_visual,
+            template=template,
+            is_boundary_target=is_boundary_target,
+            rendering=rendering,
         )
         super().__init__(tokenizer, **kwargs)
 

@@ -1,4 +1,4 @@
-"""The only file that knows special tokens and chat templates: `Document` -> spans of token ids.
+"""The only file that knows special tokens: `Document` -> spans of token ids, chats as `turns` says.
 
 Every part of a document is tokenised on its own, so token lengths add up: packing can be planned from the lengths
 stored in an index, and targets follow from the span that a token came from, never from re-tokenising text.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,51 +16,15 @@ from typing import Any, Literal
 
 import numpy as np
 
-from vlgpt.document import Document, ImagePart, Role
+from vlgpt.document import Document, ImagePart, Role, TextPlace, text_places
 from vlgpt.log import UserError
+from vlgpt.turns import OWN, TEMPLATES, Turns, cut, of_parts
 
 BEGIN_IMAGE, END_IMAGE = "[IMG]", "[/IMG]"
 NUM_IMAGE_TOKENS = 2  # they are the last tokens of the vocabulary
 MODEL_TYPE = "vlgpt"  # in the config.json of an export
 PLACEHOLDER_ID = 0  # stands where visual embeddings are put; never looked up as a target
 VOCABULARY_MULTIPLE = 64
-
-SYSTEM_MESSAGE = (  # paper, appendix, Table 6
-    "You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while being safe. "
-    "Your answers should not include any harmful, unethical, racist, sexist, toxic, dangerous, or illegal content. "
-    "Please ensure that your responses are socially unbiased and positive in nature."
-)
-
-
-@dataclass(frozen=True, slots=True)
-class ChatTemplate:
-    """The fixed strings around the turns of a chat. `end` closes a reply and is predicted; "" means the EOS token."""
-
-    system: str = ""
-    user: str = "USER:"
-    assistant: str = "ASSISTANT:"
-    user_end: str = ""
-    end: str = ""
-
-
-TEMPLATES: dict[str, ChatTemplate] = {
-    "vlgpt": ChatTemplate(system=SYSTEM_MESSAGE),
-    "short": ChatTemplate(),
-    "vicuna": ChatTemplate(
-        system="A chat between a curious user and an artificial intelligence assistant. "
-        "The assistant gives helpful, detailed, and polite answers to the user's questions."
-    ),
-    "llama2": ChatTemplate(
-        system=f"<<SYS>> {SYSTEM_MESSAGE} <</SYS>>", user="[INST]", assistant="", user_end="[/INST]"
-    ),
-    "chatml": ChatTemplate(
-        system=f"<|im_start|>system\n{SYSTEM_MESSAGE}<|im_end|>",
-        user="<|im_start|>user\n",
-        assistant="<|im_start|>assistant\n",
-        user_end="<|im_end|>",
-        end="<|im_end|>",
-    ),
-}
 
 SpanRole = Literal["start", "system", "header", "plain", "user", "assistant", "end"]
 
@@ -85,14 +49,20 @@ class Span:
     image: int | None = None
 
 
+Rendering = Literal["template", "saved", "parts"]
+
+
 class DocumentTokenizer:
     """A text tokenizer with [IMG] and [/IMG], and the chat template that wraps documents.
 
     Args:
-        tokenizer: a transformers tokenizer; the two image tokens are added when missing.
+        tokenizer: a transformers tokenizer; the two image tokens are added when missing, and its `chat_template`
+            becomes the one named.
         num_visual: visual embeddings per image, N (32 in the paper).
-        template: name of a chat template in `TEMPLATES`.
+        template: name of a chat template in `TEMPLATES`, or `own`: the tokenizer's.
         is_boundary_target: whether [IMG] and [/IMG] are predicted (PAPER: not stated, §3.2; both by default).
+        rendering: for tokenizers of exports. `saved`: its chat template is the one named, as it was in training;
+            `parts`: it was exported before chat templates were saved, see `of_parts`.
     Raises UserError for an unknown template or a tokenizer without an end-of-sequence token.
     """
 
@@ -103,9 +73,10 @@ class DocumentTokenizer:
         num_visual: int,
         template: str = "vlgpt",
         is_boundary_target: bool = True,
+        rendering: Rendering = "template",
     ):
-        if template not in TEMPLATES:
-            raise UserError(f"chat template {template!r} is unknown; valid: {', '.join(TEMPLATES)}")
+        if template not in (*TEMPLATES, OWN):
+            raise UserError(f"chat template {template!r} is unknown; valid: {', '.join(TEMPLATES)}, {OWN}")
         if tokenizer.eos_token_id is None:
             raise UserError(
                 "the tokenizer has no end-of-sequence token; set eos_token in its tokenizer_config.json"
@@ -114,7 +85,7 @@ class DocumentTokenizer:
         tokenizer.add_tokens([BEGIN_IMAGE, END_IMAGE], special_tokens=True)
         self.num_visual = num_visual
         self.template_name = template
-        self.template = TEMPLATES[template]
+        self.rendering: Rendering = rendering
         self.is_boundary_target = is_boundary_target
         self.begin_image_id: int = tokenizer.convert_tokens_to_ids(BEGIN_IMAGE)
         self.end_image_id: int = tokenizer.convert_tokens_to_ids(END_IMAGE)
@@ -122,6 +93,22 @@ class DocumentTokenizer:
         self.bos_id: int = (
             tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
         )
+        self.start_ids = (self.bos_id,) if rendering == "parts" else self._added_before()
+        if rendering == "template" and template != OWN:
+            bos = "".join(tokenizer.convert_ids_to_tokens(list(self.start_ids)))
+            tokenizer.chat_template = TEMPLATES[template].jinja(bos=bos, eos=tokenizer.eos_token)
+        if rendering != "parts" and tokenizer.chat_template is None:
+            raise UserError(
+                f"chat template {template!r}: the tokenizer has none of its own (no chat_template.jinja beside it); "
+                f"choose another one ({', '.join(TEMPLATES)})"
+            )
+
+    def _added_before(self) -> tuple[int, ...]:
+        """What the tokenizer itself puts before a text: BOS for LLaMA, nothing for GPT-2 or Qwen."""
+        text = self.text_tokenizer.encode("a", add_special_tokens=False)
+        whole = self.text_tokenizer.encode("a", add_special_tokens=True)
+        size = next(n for n in range(len(whole)) if whole[n : n + len(text)] == text)
+        return tuple(whole[:size])
 
     @classmethod
     def load(
@@ -157,7 +144,17 @@ class DocumentTokenizer:
             text = json.dumps(description, sort_keys=True)
         else:
             text = repr(sorted(self.text_tokenizer.get_vocab().items()))
-        return hashlib.blake2b(f"{text}|{self._adds_space}".encode(), digest_size=12).hexdigest()
+        digest = hashlib.blake2b(f"{text}|{self._adds_space}".encode(), digest_size=12).hexdigest()
+        return "+".join([digest, *sorted(self.bare)])
+
+    def fits(self, fingerprint: str, *, has_chats: bool) -> bool:
+        """Whether token lengths that were stored under this fingerprint hold for this tokenizer.
+
+        Those of plain documents do not depend on the chat template.
+        """
+        if has_chats:
+            return fingerprint == self.fingerprint
+        return fingerprint.split("+")[0] == self.fingerprint.split("+")[0]
 
     @cached_property
     def _adds_space(self) -> bool:
@@ -178,66 +175,110 @@ class DocumentTokenizer:
         """Rows of the embedding: padded to a multiple of 64; logits of the padding rows are masked."""
         return -(-self.num_tokens // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
-    def encode_text(self, text: str) -> list[int]:
-        """Token ids of one piece of text as it stands inside a document; special tokens in the text stay plain text."""
-        if not text:
-            return []
-        return self._encode_raw(text if self._adds_space or text[0].isspace() else " " + text)
+    def encode_text(self, text: str, place: TextPlace = "plain") -> list[int]:
+        """Token ids of one piece of text as it stands inside a document; special tokens in the text stay plain text.
 
-    def _encode_fixed(self, text: str) -> tuple[int, ...]:
-        """Ids of a template string; its own control tokens (such as <|im_end|>) count as tokens."""
-        return tuple(self.text_tokenizer.encode(text, add_special_tokens=False)) if text else ()
+        A space is put before it, but where the chat template lets text follow without one.
+        """
+        return self._encode(text, is_bare=place in self.bare) if text else []
+
+    def _encode(self, text: str, *, is_bare: bool) -> list[int]:
+        if not is_bare:
+            return self._encode_raw(text if self._adds_space or text[0].isspace() else " " + text)
+        if self._adds_space:  # not at the start of a line
+            before, ids = self._encode_raw("a\n"), self._encode_raw("a\n" + text)
+            if ids[: len(before)] == before:
+                return ids[len(before) :]
+        return self._encode_raw(text)
+
+    @cached_property
+    def bare(self) -> frozenset[TextPlace]:
+        """Where text has no space before it."""
+        if self.rendering == "parts":
+            return frozenset()
+        return self.turns.bare if self.template_name == OWN else TEMPLATES[self.template_name].bare
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, image tokens and placeholders left out."""
         return self.text_tokenizer.decode(list(ids), skip_special_tokens=True).strip()
 
     @cached_property
-    def _fixed(self) -> dict[str, tuple[int, ...]]:
-        template = self.template
-        end = self._encode_fixed(template.end) if template.end else (self.eos_id,)
-        return {
-            "system": self._encode_fixed(template.system),
-            "user": self._encode_fixed(template.user),
-            "user_end": self._encode_fixed(template.user_end),
-            "assistant": self._encode_fixed(template.assistant),
-            "end": end,
-        }
+    def turns(self) -> Turns:
+        """The ids around the turns of a chat. Raises UserError when the template does not fit the tokenizer."""
+        if self.rendering == "parts":
+            encode = self.text_tokenizer.encode
+            return of_parts(
+                self.template_name,
+                encode=lambda text: tuple(encode(text, add_special_tokens=False)) if text else (),
+                bos=self.start_ids,
+                eos=(self.eos_id,),
+            )
+        bare = None if self.template_name == OWN else self.bare
+        return cut(self.text_tokenizer, encode=self._encode, name=self.template_name, bare=bare)
+
+    @cached_property
+    def _between_texts(self) -> tuple[int, ...]:
+        """Parts two texts of one turn where nothing else does: a line break."""
+        return tuple(self._encode("\n", is_bare=True))
 
     @property
     def reply_end_ids(self) -> tuple[int, ...]:
         """The tokens that close a reply: generation stops after them (or after the EOS token)."""
-        return self._fixed["end"]
+        return self.turns.end
 
-    def pieces(self, roles: Sequence[Role], *, is_prompt: bool = False) -> list[Piece]:
-        """The rendering of a document whose parts have these roles, as fixed ids and places of parts.
+    @property
+    def reply_end_text(self) -> str:
+        """What a reader would see of them: "" when they are control tokens."""
+        return self.decode(self.reply_end_ids)
+
+    def pieces(
+        self, roles: Sequence[Role], is_image: Sequence[bool], *, is_prompt: bool = False
+    ) -> list[Piece]:
+        """The rendering of a document whose parts have these roles and kinds, as fixed ids and places of parts.
 
         With `is_prompt` nothing follows the last part of a plain document or of an open reply, and a document that
-        ends with a user turn gets the header of the reply that is to come.
+        ends with a user turn gets the header of the reply that is to come. A chat that begins with a reply has an
+        empty user turn before it.
         """
-        start = Piece("start", False, (self.bos_id,))
-        if not roles or roles[0] == "plain":
-            middle = [Piece("plain", True, part=i) for i in range(len(roles))]
-            return [start, *middle] if is_prompt else [start, *middle, Piece("end", True, (self.eos_id,))]
-        fixed = self._fixed
-        result = [start, Piece("system", False, fixed["system"])]
-        for i, role in enumerate(roles):
-            if i == 0 or roles[i - 1] != role:
-                result.append(Piece("header", False, fixed[role]))
-            result.append(Piece("user" if role == "user" else "assistant", role == "assistant", part=i))
-            is_last = i + 1 == len(roles)
-            if is_last or roles[i + 1] != role:
-                if role == "user":
-                    result.append(Piece("header", False, fixed["user_end"]))
-                    if is_last and is_prompt:
-                        result.append(Piece("header", False, fixed["assistant"]))
-                elif not (is_last and is_prompt):
-                    result.append(Piece("end", True, fixed["end"]))
+        if roles and roles[0] != "plain":
+            result = [*self.chat_head, *self._turn_pieces(roles, is_image, is_prompt=is_prompt)]
+        else:
+            # an empty prompt still needs a position to predict from
+            start = self.start_ids or (() if roles else (self.eos_id,))
+            result = [Piece("start", False, start)]
+            result += [Piece("plain", True, part=i) for i in range(len(roles))]
+            result += [] if is_prompt else [Piece("end", True, (self.eos_id,))]
         return [piece for piece in result if piece.ids or piece.part is not None]
 
-    def num_tokens_of(self, pieces: Sequence[Piece], part_lengths: Sequence[int]) -> int:
-        """Length of a rendering from the lengths of its parts (an image counts `image_length`)."""
-        return sum(len(piece.ids) if piece.part is None else part_lengths[piece.part] for piece in pieces)
+    @property
+    def chat_head(self) -> list[Piece]:
+        """What every chat begins with."""
+        system, size = self.turns.system, len(self.start_ids)
+        size = size if system[:size] == self.start_ids else 0
+        return [
+            Piece("start", False, system[:size]),
+            Piece("system", False, system[size:]),
+            Piece("header", False, self.turns.first),
+        ]
+
+    def _turn_pieces(
+        self, roles: Sequence[Role], is_image: Sequence[bool], *, is_prompt: bool
+    ) -> Iterator[Piece]:
+        turns, num_parts, places = self.turns, len(roles), text_places(roles)
+        for i, role in enumerate(roles):
+            is_reply = role == "assistant"
+            if i == 0 or roles[i - 1] != role:
+                yield Piece("header", False, turns.reply if is_reply else turns.user if i else ())
+            elif places[i] in self.bare and not (is_image[i - 1] or is_image[i]):
+                yield Piece(role, is_reply, self._between_texts)
+            yield Piece(role, is_reply, part=i)
+            if i + 1 < num_parts:
+                yield Piece("end", True, turns.end if is_reply and roles[i + 1] != role else ())
+            elif is_prompt:
+                yield Piece("header", False, () if is_reply else turns.reply)
+            else:
+                yield Piece("end", True, turns.end if is_reply else ())
+                yield Piece("header", False, turns.tail if is_reply else turns.user_end)
 
     @property
     def image_length(self) -> int:
@@ -253,7 +294,9 @@ class DocumentTokenizer:
     def spans(self, document: Document, *, is_prompt: bool = False) -> list[Span]:
         """Render a whole document; see `pieces` for `is_prompt`."""
         result = []
-        for piece in self.pieces([part.role for part in document.parts], is_prompt=is_prompt):
+        roles = [part.role for part in document.parts]
+        places, is_image = text_places(roles), [isinstance(part, ImagePart) for part in document.parts]
+        for piece in self.pieces(roles, is_image, is_prompt=is_prompt):
             if piece.part is None:
                 result.append(Span(piece.role, piece.ids, (piece.is_target,) * len(piece.ids)))
                 continue
@@ -261,7 +304,7 @@ class DocumentTokenizer:
             if isinstance(part, ImagePart):
                 result.append(self.image_span(part.index, role=piece.role, is_target=piece.is_target))
             else:
-                ids = tuple(self.encode_text(part.text))
+                ids = tuple(self.encode_text(part.text, places[piece.part]))
                 result.append(Span(piece.role, ids, (piece.is_target,) * len(ids)))
         return result
 

@@ -28,7 +28,7 @@ def make_tokenizer(*, num_visual: int = NUM_VISUAL) -> DocumentTokenizer:
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>", add_bos_token=True
     )
     return DocumentTokenizer(fast, num_visual=num_visual, template="short")
 

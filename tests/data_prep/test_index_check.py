@@ -271,7 +271,7 @@ def hostile(tmp_path) -> Path:
 
 @pytest.mark.parametrize("with_tokenizer", [False, True])
 def test_no_caption_becomes_markup(hostile, tmp_path, word_tokenizer, with_tokenizer):
-    options = ["--tokenizer", str(word_tokenizer)] if with_tokenizer else []
+    options = ["--tokenizer", str(word_tokenizer), "--template", "short"] if with_tokenizer else []
     assert check.main([str(hostile), "--html", str(tmp_path / "page.html"), *options]) == 0
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
     page = Page(text)

@@ -31,7 +31,7 @@ class Words:
 
     fingerprint = "letters"
 
-    def encode_text(self, text: str) -> list[int]:
+    def encode_text(self, text: str, place: str) -> list[int]:
         return [ord(letter) for letter in text]
 
 

@@ -6,7 +6,8 @@ from evaluation import benchmarks, prompts
 from evaluation.prompts import load, merge_text
 from vlgpt.document import Document, ImagePart, TextPart
 from vlgpt.log import UserError
-from vlgpt.tokens import SYSTEM_MESSAGE, DocumentTokenizer
+from vlgpt.tokens import DocumentTokenizer
+from vlgpt.turns import SYSTEM_MESSAGE
 
 TABLE_7 = {
     ("vlgpt", "caption"): "<image> Please describe this image in detail in one sentence. It shows",

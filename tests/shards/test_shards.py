@@ -26,7 +26,7 @@ class WordTokenizer:
 
     fingerprint = "words"
 
-    def encode_text(self, text: str) -> list[int]:
+    def encode_text(self, text: str, place: str) -> list[int]:
         return [len(word) for word in text.split()]
 
 

@@ -27,11 +27,11 @@ import numpy as np
 
 from vlgpt.data import draws as purpose
 from vlgpt.data.draws import Draws
-from vlgpt.document import ROLES, Document, ImagePart, Role
+from vlgpt.document import ROLES, Document, ImagePart, text_places
 from vlgpt.log import UserError
 from vlgpt.settings import SourceSettings
 from vlgpt.shards import ShardIndex
-from vlgpt.tokens import DocumentTokenizer, Span, TokenSequence, flatten
+from vlgpt.tokens import DocumentTokenizer, Piece, Span, TokenSequence, flatten
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +77,8 @@ class Assembler:
 
     def __init__(self, source: SourceSettings, *, tokenizer: DocumentTokenizer, sequence_length: int):
         self.source, self.tokenizer, self.sequence_length = source, tokenizer, sequence_length
-        self._fixed_length = lru_cache(maxsize=65_536)(self._count_fixed)
-        self._plain_start = 1
+        self._fixed_lengths = lru_cache(maxsize=65_536)(self._count_fixed)
+        self._plain_start = len(tokenizer.start_ids)
         self._plain_end = 1
         smallest = self._plain_start + self._plain_end + tokenizer.image_length
         if sequence_length < smallest:
@@ -88,8 +88,13 @@ class Assembler:
                 f"{tokenizer.num_visual})"
             )
 
-    def _count_fixed(self, roles: bytes) -> int:
-        return sum(len(piece.ids) for piece in self.tokenizer.pieces(_roles(roles)))
+    def _count_fixed(self, kinds: bytes) -> tuple[int, int]:
+        """Fixed ids before the end of the last part and after it; `kinds` holds role and kind of every part."""
+        roles = [ROLES[kind % len(ROLES)] for kind in kinds]
+        pieces = self.tokenizer.pieces(roles, [kind >= len(ROLES) for kind in kinds])
+        lengths = [len(piece.ids) for piece in pieces]
+        after = _num_after(pieces)
+        return sum(lengths[: len(lengths) - after]), sum(lengths[len(lengths) - after :])
 
     def whole_lengths(self, lengths: ShardLengths, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Sequence lengths of the plain documents that are taken whole, and which are: (n,) -> (n,), (n,)
@@ -179,6 +184,7 @@ class Assembler:
         ]
         if not any(is_reply_end):
             return SequencePlan(rejection="no_target")
+        kinds = bytes(roles[part] + len(ROLES) * parts.is_image[part] for part in order)
         best, used, num_images = SequencePlan(), 0, 0
         for i, part in enumerate(order):
             used += parts.lengths[part]
@@ -187,30 +193,32 @@ class Assembler:
                 return best if best.parts else SequencePlan(rejection="too_many_images")
             if not is_reply_end[i]:
                 continue
-            length = used + self._fixed_length(roles[: i + 1])
+            before, after = self._fixed_lengths(kinds[: i + 1])
+            length = used + before + after
             if length > self.sequence_length:
-                return best if best.parts else self._plan_cut_reply(parts, order[: i + 1], length)
+                return best if best.parts else self._plan_cut_reply(parts, order[: i + 1], length - after)
             best = SequencePlan(tuple(order[: i + 1]), length)
         return best
 
     def _plan_cut_reply(self, parts: PartLengths, order: list[int], length: int) -> SequencePlan:
-        """The first exchange alone is too long: its reply is cut, if it ends with text and a token of it
-        remains.
+        """The first exchange alone, `length` without its end, is too long: its reply is cut, if it ends with text
+        and a token of it remains.
         """
-        end_length = len(self.tokenizer.pieces(_roles(parts.roles[: len(order)]))[-1].ids)
-        kept = parts.lengths[order[-1]] - (length - end_length - self.sequence_length)
+        kept = parts.lengths[order[-1]] - (length - self.sequence_length)
         if parts.is_image[order[-1]] or kept < 1:
             return SequencePlan(rejection="too_long")
         kept = min(kept, parts.lengths[order[-1]])
-        total = length - end_length - parts.lengths[order[-1]] + kept
+        total = length - parts.lengths[order[-1]] + kept
         return SequencePlan(tuple(order), total, kept, has_end=False)
 
     def spans(self, plan: SequencePlan, document: Document) -> list[Span]:
         """The spans of a plan: what stands where, and why."""
         spans: list[Span] = []
         chosen = [document.parts[part] for part in plan.parts]
-        pieces = self.tokenizer.pieces([part.role for part in chosen])
-        for piece in pieces if plan.has_end else pieces[:-1]:
+        roles = [part.role for part in chosen]
+        places = text_places(roles)
+        pieces = self.tokenizer.pieces(roles, [isinstance(part, ImagePart) for part in chosen])
+        for piece in pieces if plan.has_end else pieces[: len(pieces) - _num_after(pieces)]:
             if piece.part is None:
                 spans.append(Span(piece.role, piece.ids, (piece.is_target,) * len(piece.ids)))
                 continue
@@ -219,7 +227,7 @@ class Assembler:
                 span = self.tokenizer.image_span(part.index, role=piece.role, is_target=piece.is_target)
                 spans.append(span)
                 continue
-            ids = tuple(self.tokenizer.encode_text(part.text))
+            ids = tuple(self.tokenizer.encode_text(part.text, places[piece.part]))
             if plan.last_tokens is not None and piece.part == len(chosen) - 1:
                 ids = ids[: plan.last_tokens]
             spans.append(Span(piece.role, ids, (piece.is_target,) * len(ids)))
@@ -240,5 +248,6 @@ class LengthMismatch(ValueError):
     """The indexed token lengths do not belong to this text."""
 
 
-def _roles(roles: bytes) -> list[Role]:
-    return [ROLES[role] for role in roles]
+def _num_after(pieces: Sequence[Piece]) -> int:
+    """How many pieces follow the last part of a document."""
+    return next((n for n, piece in enumerate(reversed(pieces)) if piece.part is not None), len(pieces))

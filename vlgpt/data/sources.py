@@ -13,6 +13,7 @@ import numpy as np
 
 from vlgpt.data.assemble import ShardLengths
 from vlgpt.data.mixture import Redrawn, SlotPlan, Slots
+from vlgpt.document import ROLES
 from vlgpt.log import UserError
 from vlgpt.settings import DataSettings, SourceSettings
 from vlgpt.shards import BadSample, FeatureReader, FeatureSpec, Sample, ShardSet
@@ -43,13 +44,15 @@ class OpenSource:
             self._lengths.move_to_end(shard)
             return self._lengths[shard]
         index = self.shards.index(shard)
-        if index.tokenizer != tokenizer.fingerprint:
+        has_chats = bool((index.part_role != ROLES.index("plain")).any())
+        if not tokenizer.fits(index.tokenizer, has_chats=has_chats):
             found = f"of tokenizer {index.tokenizer}" if index.tokenizer else "none"
             raise UserError(
                 f"source {self.name!r}, shard {self.shards.shards[shard].name}: packing needs token lengths "
                 f"of the "
                 f"run's tokenizer ({tokenizer.fingerprint}), found {found}; write them with: "
-                f"python -m data_prep.index {self.settings.path} --tokenizer PATH"
+                f"python -m data_prep.index {self.settings.path} --tokenizer PATH --template "
+                f"{tokenizer.template_name}"
             )
         lengths = ShardLengths(index, image_length=tokenizer.image_length)
         self._lengths[shard] = lengths

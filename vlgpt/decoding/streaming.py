@@ -51,7 +51,7 @@ class TextStreams:
     def _stable_length(self, text: str) -> int:
         """How much of a growing text is final."""
         length = len(text.rstrip(UNFINISHED))
-        tails = [*self.rules.settings.stop, self.rules.tokenizer.template.end]
+        tails = [*self.rules.settings.stop, self.rules.tokenizer.reply_end_text]
         for stop in tails:
             held = next(
                 (n for n in range(min(len(stop) - 1, length), 0, -1) if text[:length].endswith(stop[:n])), 0

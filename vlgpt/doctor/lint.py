@@ -14,7 +14,7 @@ from vlgpt.config import load_run
 from vlgpt.log import UserError
 from vlgpt.planning.architecture import architecture_of
 from vlgpt.planning.shapes import read_export
-from vlgpt.tokens import TEMPLATES
+from vlgpt.turns import OWN, TEMPLATES
 
 
 @dataclass(frozen=True)
@@ -179,9 +179,9 @@ def _language(run: s.RunSettings, _: int) -> Iterator[Finding]:
     stage = run.stage
     if not isinstance(stage, s.LanguageStage):
         return
-    if stage.template not in TEMPLATES:
+    if stage.template not in (*TEMPLATES, OWN):
         yield _error(
-            f"stage.template {stage.template!r} is unknown", f"choose one of: {', '.join(TEMPLATES)}"
+            f"stage.template {stage.template!r} is unknown", f"choose one of: {', '.join(TEMPLATES)}, {OWN}"
         )
     is_export = read_export(stage.language_model) is not None
     for key in ("language_model", "image_tokenizer", "text_tokenizer", "init_from", "picture_decoder"):

@@ -26,7 +26,9 @@ def train_text_tokenizer(texts: Iterable[str], *, vocabulary_size: int = 1600) -
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", add_bos_token=True
+    )
 
 
 def new_language_model(

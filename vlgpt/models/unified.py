@@ -20,7 +20,7 @@ from vlgpt.models.image_detokenizer import ImageDetokenizer
 from vlgpt.models.image_tokenizer import ImageTokenizer
 from vlgpt.models.language_models import Attention, build_language_model
 from vlgpt.models.multimodal_lm import LoraSettings, MultimodalLM
-from vlgpt.tokens import MODEL_TYPE
+from vlgpt.tokens import MODEL_TYPE, Rendering
 
 
 @dataclass
@@ -32,6 +32,9 @@ class UnifiedConfig:
     image_detokenizer: dict[str, Any]  # arguments of ImageDetokenizer
     num_tokens: int
     template: str
+    rendering: Rendering = (
+        "parts"  # of text by DocumentTokenizer; exports that do not say are older than `saved`
+    )
     head: str = "linear"
     is_boundary_target: bool = True
     lora: dict[str, Any] | None = (

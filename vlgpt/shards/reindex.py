@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vlgpt.document import Document, TextPart
+from vlgpt.document import Document, TextPart, text_places
 from vlgpt.log import UserError
 from vlgpt.shards.index import IndexBuilder, Member, crc32
 from vlgpt.shards.schema import ShardIndex, TextTokenizer
@@ -23,8 +23,9 @@ def retokenise(index: ShardIndex, documents: Iterator[Document], *, tokenizer: T
     tokens = np.zeros_like(index.part_tokens)
     position = 0
     for document in documents:
-        for part in document.parts:
-            tokens[position] = len(tokenizer.encode_text(part.text)) if isinstance(part, TextPart) else 0
+        for part, place in zip(document.parts, text_places([part.role for part in document.parts])):
+            if isinstance(part, TextPart):
+                tokens[position] = len(tokenizer.encode_text(part.text, place))
             position += 1
     if position != len(tokens):
         raise UserError(

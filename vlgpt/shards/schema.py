@@ -23,7 +23,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from vlgpt.document import ROLES, Document, TextPart
+from vlgpt.document import ROLES, Document, TextPart, TextPlace, text_places
 from vlgpt.log import UserError
 
 SCHEMA_VERSION = 1
@@ -55,7 +55,7 @@ class TextTokenizer(Protocol):
     @property
     def fingerprint(self) -> str: ...
 
-    def encode_text(self, text: str) -> list[int]: ...
+    def encode_text(self, text: str, place: TextPlace) -> list[int]: ...
 
 
 @dataclass(frozen=True)
@@ -218,11 +218,11 @@ def part_columns(
 ) -> tuple[list[bool], list[int], list[int]]:
     """Per part of the document: is it an image, its role's position in ROLES, its number of tokens."""
     is_image, roles, tokens = [], [], []
-    for part in document.parts:
+    for part, place in zip(document.parts, text_places([part.role for part in document.parts])):
         is_image.append(not isinstance(part, TextPart))
         roles.append(ROLES.index(part.role))
         if not isinstance(part, TextPart):
             tokens.append(0)
         else:
-            tokens.append(-1 if tokenizer is None else len(tokenizer.encode_text(part.text)))
+            tokens.append(-1 if tokenizer is None else len(tokenizer.encode_text(part.text, place)))
     return is_image, roles, tokens

@@ -24,7 +24,7 @@ from vlgpt.stages.demo import DemoClipStage, DemoDecoderStage, DemoDiffusionStag
 from vlgpt.stages.language import LanguageStage
 from vlgpt.stages.tokenizer import ImageTokenizerStage
 from vlgpt.stages.weights import load_trainable, newest_trainable
-from vlgpt.tokens import DocumentTokenizer
+from vlgpt.tokens import DocumentTokenizer, Rendering
 
 
 def build_stage(run: s.RunSettings, *, num_sources: int) -> tuple[Stage, DocumentTokenizer | None]:
@@ -136,8 +136,12 @@ def build_language_stage(
 def load_tokenizer(stage: s.LanguageStage) -> DocumentTokenizer:
     """The text tokenizer of a run with its N and template; reads no weights. Raises UserError."""
     path = Path(stage.language_model)
+    rendering: Rendering = "template"
     if is_export(path):
-        num_visual = UnifiedConfig.from_folder(path).image_tokenizer["num_visual"]
+        config = UnifiedConfig.from_folder(path)
+        num_visual = config.image_tokenizer["num_visual"]
+        if config.rendering == "parts" and config.template == stage.template:
+            rendering = "parts"  # goes on as it was trained
     elif stage.image_tokenizer is None:
         raise UserError(
             f"{path} is a plain language model: set stage.image_tokenizer to the result of stage 1"
@@ -145,12 +149,15 @@ def load_tokenizer(stage: s.LanguageStage) -> DocumentTokenizer:
     else:
         folder = Path(stage.image_tokenizer) / "image_tokenizer"
         num_visual = read_arguments(folder, ImageTokenizer.__name__)["num_visual"]
-    return DocumentTokenizer.load(
+    tokenizer = DocumentTokenizer.load(
         stage.text_tokenizer or stage.language_model,
         num_visual=num_visual,
         template=stage.template,
         is_boundary_target=stage.is_boundary_target,
+        rendering=rendering,
     )
+    _ = tokenizer.turns  # a template that does not fit is refused before anything is loaded
+    return tokenizer
 
 
 def load_unified(
@@ -203,6 +210,7 @@ def load_image_parts(folder: Path) -> tuple[ImageTokenizer, ImageDetokenizer]:
 def build_demo_clip(stage: s.DemoClipStage) -> Stage:
     """A tiny CLIP in open_clip's own configuration format."""
     tokenizer = DocumentTokenizer.load(stage.text_tokenizer, num_visual=1, template="short")
+    tokenizer.text_tokenizer.add_bos_token = False  # CLIP's texts only have an end
     config = {
         "embed_dim": stage.width,
         "nonscalar_logit_scale": True,  # deepspeed cannot broadcast parameters without a dimension
