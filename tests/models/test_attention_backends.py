@@ -4,6 +4,7 @@ import logging
 import re
 import sys
 import types
+from importlib.machinery import ModuleSpec
 
 import pytest
 import torch
@@ -65,12 +66,20 @@ class Varlen:
 
 @pytest.fixture
 def varlen(monkeypatch):
+    """The package flash-attn with a reference inside: its names are stable, how transformers keeps them is not."""
     function = Varlen()
-    functions = (flash_attn_func, function, None, None, None)
-    process = flash_utils._lazy_define_process_function(function.__call__)
-    monkeypatch.setattr(
-        flash_utils, "lazy_import_flash_attention", lambda *_, **__: (functions, (process, dict))
+    package = types.SimpleNamespace(
+        __spec__=ModuleSpec("flash_attn", None),
+        __path__=[],
+        flash_attn_func=flash_attn_func,
+        flash_attn_varlen_func=function.__call__,
+        flash_attn_with_kvcache=flash_attn_func,
     )
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    padding = types.SimpleNamespace(pad_input=None, unpad_input=None)
+    monkeypatch.setitem(sys.modules, "flash_attn.bert_padding", padding)
+    monkeypatch.setattr(flash_utils, "is_flash_attn_2_available", lambda *_, **__: True)
+    monkeypatch.setattr(flash_utils, "_loaded_implementation", None)  # transformers looks for the package once
     return function
 
 
