@@ -208,6 +208,7 @@ def test_a_small_dev_shm_matters_to_nccl_only(num_gpus, free, level, monkeypatch
     from vlgpt.doctor import environment
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # which asks for the count
     monkeypatch.setattr(environment.shutil, "disk_usage", lambda _: type("Usage", (), {"free": free}))
     (found,) = [f for f in environment.check_environment() if "/dev/shm" in f.text]
     assert found.level == level

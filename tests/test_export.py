@@ -194,6 +194,8 @@ def test_a_diffusion_decoder_is_carried_by_its_description(tmp_path):
         "adapter": "picture_decoder/adapter.safetensors",
         "unconditional": "hub/constants",
         "num_steps": 7,
+        "guidance": 7.5,  # what the file does not say is written out: whoever loads the export draws alike
+        "image_scale": 1.0,
     }
     assert (tmp_path / "e" / record["adapter"]).read_bytes() == b"x"
     with pytest.raises(UserError, match=r"diffusion\.json"):

@@ -68,7 +68,7 @@ class ChatTemplate:
 
 
 TEMPLATES: dict[str, ChatTemplate] = {
-    # PAPER: not stated how turns are joined (Table 6 gives the words); here as Vicuna 1.1 joins them
+    # PAPER: not stated how turns are joined (table 6 gives the words); here as Vicuna 1.1 joins them
     "vlgpt": ChatTemplate(f"{{bos}}{SYSTEM_MESSAGE} USER: ", "USER: ", "", " ASSISTANT: ", "{eos}"),
     "short": ChatTemplate("{bos}USER: ", "USER: ", "", " ASSISTANT: ", "{eos}"),
     "vicuna": ChatTemplate(  # FastChat, vicuna_v1.1

@@ -231,6 +231,7 @@ def test_a_flash_attn_that_cannot_run_gives_way_to_sdpa_with_its_reason_in_one_l
     finally:
         layers.flash_fault.cache_clear()
         layers.has_flash.cache_clear()
+        sys.modules.pop("flash_attn", None)  # imported here: another test would find it installed
 
 
 def test_frequencies_statistics_and_scales_stay_fp32_when_weights_are_cast():
