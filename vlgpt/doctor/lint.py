@@ -12,8 +12,9 @@ from typing import Literal
 from vlgpt import settings as s
 from vlgpt.config import load_run
 from vlgpt.log import UserError
-from vlgpt.planning.architecture import architecture_of
+from vlgpt.planning.architecture import image_values
 from vlgpt.planning.shapes import read_export
+from vlgpt.planning.towers import image_tower
 from vlgpt.turns import OWN, TEMPLATES
 
 
@@ -211,13 +212,10 @@ def _language(run: s.RunSettings, _: int) -> Iterator[Finding]:
         yield _error(
             "stage.text_weight and stage.visual_weight are both 0: nothing is trained", "set one to 1.0"
         )
-    try:
-        parts = architecture_of(run)
-    except UserError:
-        return
-    if run.data.sequence_length < parts.num_visual + 4:
+    num_visual = image_values(stage)[0]["num_visual"]
+    if run.data.sequence_length < num_visual + 4:
         yield _error(
-            f"data.sequence_length {run.data.sequence_length} cannot hold one image ({parts.num_visual} embeddings)",
+            f"data.sequence_length {run.data.sequence_length} cannot hold one image ({num_visual} embeddings)",
             "set data.sequence_length=512",
         )
 
@@ -239,19 +237,19 @@ def _image_stage(run: s.RunSettings, _: int) -> Iterator[Finding]:
                 f"stage 1 has no {name} to learn from",
                 f"add {name} to data.features, or set stage.conditioner",
             )
+    if stage.encoder is None:
+        return
     try:
-        tower = architecture_of(run).tower
+        tower = image_tower(stage.encoder)
     except UserError as error:
         yield _warning(str(error), "the encoder's shape is checked when it is loaded")
         return
-    if tower is not None and stage.encoder is not None:
-        tokens = tower.num_tokens - (0 if stage.encoder.has_cls else 1)
-        if (tokens, tower.width) != (stage.shapes.num_patches, stage.shapes.patch_width):
-            yield _error(
-                f"stage.shapes says {stage.shapes.num_patches} patches of {stage.shapes.patch_width}, the encoder "
-                f"{stage.encoder.path} gives {tokens} of {tower.width}",
-                f"set stage.shapes.num_patches={tokens} and stage.shapes.patch_width={tower.width}",
-            )
+    if (tower.num_tokens, tower.width) != (stage.shapes.num_patches, stage.shapes.patch_width):
+        yield _error(
+            f"stage.shapes says {stage.shapes.num_patches} patches of {stage.shapes.patch_width}, the encoder "
+            f"{stage.encoder.path} gives {tower.num_tokens} of {tower.width}",
+            f"set stage.shapes.num_patches={tower.num_tokens} and stage.shapes.patch_width={tower.width}",
+        )
 
 
 def _conditioner(run: s.RunSettings, stage: s.ImageTokenizerStage) -> Iterator[Finding]:

@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from transformers import AutoConfig
 
 from vlgpt import seeds
 from vlgpt.batch import Batch, ImageInput, to_device
@@ -37,7 +38,7 @@ class Setting:
     num_visual: int = 32
 
     @property
-    def config(self) -> dict[str, object]:
+    def config(self) -> dict[str, Any]:
         return {
             "model_type": "llama",
             "vocab_size": self.vocabulary,
@@ -125,9 +126,9 @@ def new_batch(setting: Setting, *, seed: int = 0) -> Batch:
 
 def plan_of(setting: Setting) -> tuple[Architecture, Work]:
     """The same stage and batch as plain numbers."""
-    lm = language_shape(dict(setting.config), has_image_tokens=True)
+    lm = language_shape(AutoConfig.for_model(**setting.config), has_image_tokens=True)
     shapes = image_shapes(dict(setting.image_values))
-    parts = Architecture(*shapes, setting.num_visual, setting.width, None, lm=lm, lora_rank=32)
+    parts = Architecture(*shapes, setting.num_visual, setting.width, lm=lm, lora_rank=32)
     num_images = 3 * setting.rows
     num_visual = num_images * setting.num_visual
     num_text = setting.rows * (setting.length - 3) - num_visual

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,13 @@ def read_parts(path: str | Path) -> dict[str, Any]:
     return parts
 
 
+def image_encoder_of(parts: Mapping[str, Any], path: str | Path) -> tuple[str, str]:
+    """Folder or hub name of the image encoder, and the subfolder. Raises UserError when the description names none."""
+    if "image_encoder" not in parts:
+        raise UserError(f"{path} lacks 'image_encoder': the OpenCLIP ViT-H/14 that IP-Adapter Plus reads")
+    return parts["image_encoder"], parts.get("image_subfolder", "")
+
+
 def is_sdxl_pipeline(path: str) -> bool:
     """Whether a pipeline, local or on the hub, has a second text encoder."""
     if Path(path).is_dir():
@@ -104,13 +111,12 @@ class DecoderConditioner(ClipEncoder):
     @classmethod
     def load(cls, path: str | Path) -> DecoderConditioner:
         parts = read_parts(path)
-        if "image_encoder" not in parts:
-            raise UserError(f"{path} lacks 'image_encoder': the OpenCLIP ViT-H/14 that IP-Adapter Plus reads")
+        encoder, subfolder = image_encoder_of(parts, path)
         is_features = parts.get("reading", "tokens") == "features"
         image = IpAdapterImageConditioner.load(
-            parts["image_encoder"],
+            encoder,
             adapter=None if is_features else parts["adapter"],
-            subfolder=parts.get("image_subfolder", ""),
+            subfolder=subfolder,
         )
         kind = SdxlTextConditioner if is_sdxl_pipeline(parts["pipeline"]) else TextConditioner
         text = kind.load(parts["pipeline"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -95,11 +96,18 @@ class OpenClipEncoder(ClipEncoder):
     """A CLIP or SigLIP of open_clip: a folder with open_clip_config.json, an `hf-hub:` name, or a model name.
 
     A model name needs `pretrained`: a tag that open_clip knows, or a local file. Raises UserError when the weights
-    cannot be loaded (nothing is ever left random), or when the image tower has no patch tokens.
+    cannot be loaded (nothing is ever left random), or when the image tower has no patch tokens. `has_weights=False`
+    builds the classes alone, for planning on the meta device.
     """
 
     def __init__(
-        self, path: str | Path, *, pretrained: str | None = None, layer: int = -2, has_cls: bool = True
+        self,
+        path: str | Path,
+        *,
+        pretrained: str | None = None,
+        layer: int = -2,
+        has_cls: bool = True,
+        has_weights: bool = True,
     ):
         super().__init__()
         import open_clip
@@ -107,20 +115,26 @@ class OpenClipEncoder(ClipEncoder):
         is_folder = (Path(path) / "open_clip_config.json").is_file()
         name = f"local-dir:{Path(path).resolve()}" if is_folder else str(path)
         has_schema = is_folder or name.startswith("hf-hub:")
-        if not has_schema and pretrained is None:
+        if has_weights and not has_schema and pretrained is None:
             raise UserError(
                 f"open_clip model {name!r} without weights: it is no folder with open_clip_config.json, so set "
                 "`pretrained` to a tag (such as laion2b_s32b_b79k) or a local file"
             )
+        pretrained = None if has_schema else pretrained
         try:
-            self.model = open_clip.create_model(
-                name, pretrained=None if has_schema else pretrained, require_pretrained=True
-            )
+            if has_weights:
+                self.model = open_clip.create_model(name, pretrained=pretrained, require_pretrained=True)
+            else:
+                self.model = _without_weights(open_clip, name)
         except (RuntimeError, OSError, ValueError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"open_clip could not load {str(path)!r}: {reason}") from error
         self.block = block_of(layer, _num_blocks(self.model.visual, name=str(path)), name=str(path))
-        self.tokenizer = self._load_tokenizer(open_clip, Path(path) if is_folder else None, str(path))
+        if has_weights:
+            self.tokenizer = self._load_tokenizer(open_clip, Path(path) if is_folder else None, str(path))
+        else:
+            length = cast(int, self.model.context_length)
+            self.tokenizer = lambda texts: torch.zeros(len(texts), length, dtype=torch.long)
         config = cast(Any, self.model.visual)
         size = config.image_size
         self._set_preprocessing(
@@ -174,31 +188,49 @@ class OpenClipEncoder(ClipEncoder):
         return self.model.encode_text(self._text_ids(captions))
 
 
+def _without_weights(open_clip: Any, name: str) -> Any:
+    """The classes of a model on the meta device, without the warning that its weights are random."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        return open_clip.create_model(name, load_weights=False, device="meta")
+    finally:
+        logging.disable(before)
+
+
 class TransformersClipEncoder(ClipEncoder):
     """A CLIP or SigLIP of transformers, or the image tower of one alone, from a folder or hub name.
 
     A tower alone (`CLIPVisionModel`, `SiglipVisionModel`) gives patches; asking it for more raises UserError, and so
-    does whatever cannot be loaded or lacks weights.
+    does whatever cannot be loaded or lacks weights. With `config` the classes alone are built, for planning on the meta
+    device: they read no file.
     """
 
-    def __init__(self, path: str | Path, *, layer: int = -2, has_cls: bool = True):
+    def __init__(self, path: str | Path, *, layer: int = -2, has_cls: bool = True, config: Any = None):
         super().__init__()
         from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
         self.name = str(path)
+        mean, std = ((0.5, 0.5, 0.5),) * 2
+        self.text_tokenizer = None
         try:
-            self.model: Any = load_whole(AutoModel, self.name, ignore_mismatched_sizes=True)
-            processor = AutoImageProcessor.from_pretrained(self.name)
+            if config is not None:
+                self.model: Any = AutoModel.from_config(config)
+            else:
+                self.model = load_whole(AutoModel, self.name, ignore_mismatched_sizes=True)
+                processor = AutoImageProcessor.from_pretrained(self.name)
+                mean, std = processor.image_mean, processor.image_std
             is_whole = hasattr(self.model.config, "vision_config")
-            self.text_tokenizer = AutoTokenizer.from_pretrained(self.name) if is_whole else None
+            if config is None and is_whole:
+                self.text_tokenizer = AutoTokenizer.from_pretrained(self.name)
         except (OSError, ValueError, SafetensorError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"transformers could not load a CLIP from {self.name!r}: {reason}") from error
         if not hasattr(self.model.config, "vision_config" if is_whole else "patch_size"):
             raise UserError(f"{self.name} holds a {type(self.model).__name__}, wanted a CLIP or SigLIP")
-        config = self.model.config.vision_config if is_whole else self.model.config
-        self.block = block_of(layer, config.num_hidden_layers, name=self.name)
-        self._set_preprocessing(size_px=config.image_size, mean=processor.image_mean, std=processor.image_std)
+        vision = self.model.config.vision_config if is_whole else self.model.config
+        self.block = block_of(layer, vision.num_hidden_layers, name=self.name)
+        self._set_preprocessing(size_px=vision.image_size, mean=mean, std=std)
         self.layer, self.has_cls = layer, has_cls
         freeze(self)
 

@@ -1,60 +1,59 @@
-"""The parts of a run as plain numbers: every layer, every parameter. No torch; tests compare with the classes."""
+"""The parts of a run as plain numbers: foreign classes are built on the meta device, ours are formulas, tested."""
 
 from __future__ import annotations
 
+import copy
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from vlgpt import settings as s
 from vlgpt.log import UserError
-from vlgpt.planning.shapes import ImageTower, image_tower, language_config, read_export
+from vlgpt.planning.shapes import configuration, read_export
+from vlgpt.planning.towers import Tower, conditioner_towers, image_tower
 
 VOCABULARY_MULTIPLE = 64
-SUPPORTED = ("llama", "mistral", "qwen2")  # their layers are equal but for the biases of qwen2
 
 
 @dataclass(frozen=True)
 class LanguageShape:
-    """A decoder-only LM of the LLaMA family."""
+    """A causal LM of transformers, read off its own class without weights.
+
+    `linears` are (in, out) of the linear layers of all blocks, which LoRA adapts; `num_expert_weights` those of the
+    experts that one token meets.
+    """
 
     vocabulary: int
+    entered_width: int
     width: int
-    mlp: int
     depth: int
     num_heads: int
     num_kv_heads: int
     head_width: int
+    linears: tuple[tuple[int, int], ...]
+    num_expert_weights: int
+    num_table_parameters: int
+    num_parameters: int
     is_tied: bool
-    has_qkv_bias: bool
-
-    @property
-    def linears(self) -> list[tuple[int, int]]:
-        """(in, out) of the linear layers of one block: q, k, v, o, gate, up, down."""
-        w, q, kv = self.width, self.num_heads * self.head_width, self.num_kv_heads * self.head_width
-        return [(w, q), (w, kv), (w, kv), (q, w), (w, self.mlp), (w, self.mlp), (self.mlp, w)]
 
     @property
     def num_block_weights(self) -> int:
-        return sum(a * b for a, b in self.linears)
+        """Of all blocks: each costs a token one multiply-add."""
+        return sum(a * b for a, b in self.linears) + self.num_expert_weights
 
     @property
-    def num_table_parameters(self) -> int:
-        """Embedding and LM head."""
-        return self.vocabulary * self.width * (1 if self.is_tied else 2)
+    def mlp(self) -> int:
+        return max(a for a, _ in self.linears)
 
     @property
-    def num_parameters(self) -> int:
-        bias = sum(out for _, out in self.linears[:3]) if self.has_qkv_bias else 0
-        return (
-            self.num_table_parameters
-            + self.depth * (self.num_block_weights + bias + 2 * self.width)
-            + self.width
-        )
+    def num_gates(self) -> int:
+        """Matrices that lead into an MLP: 2 where it is gated, 1 where it is not."""
+        return max(1, sum(b // self.mlp for _, b in self.linears if b % self.mlp == 0) // self.depth)
 
     def num_lora(self, rank: int) -> int:
-        return self.depth * rank * sum(a + b for a, b in self.linears)
+        return rank * sum(a + b for a, b in self.linears)
 
 
 @dataclass(frozen=True)
@@ -81,13 +80,13 @@ class QueryShape:
 
 @dataclass(frozen=True)
 class Architecture:
-    """All parts of a run. `lm` is None in stage 1, `tower` when image features are read from disk."""
+    """All parts of a run. `lm` is None in stage 1; `towers` are the frozen encoders by name."""
 
     tokenizer: QueryShape
     detokenizer: QueryShape
     num_visual: int
     visual_width: int
-    tower: ImageTower | None
+    towers: Mapping[str, Tower] = field(default_factory=dict)
     lm: LanguageShape | None = None
     lora_rank: int | None = None  # None: all of the LM is trained
     lora_dropout: float = 0.0
@@ -97,7 +96,7 @@ class Architecture:
 
     @property
     def has_projection(self) -> bool:
-        return self.lm is not None and self.lm.width != self.visual_width
+        return self.lm is not None and self.lm.entered_width != self.visual_width
 
     @property
     def head_linears(self) -> list[tuple[int, int]]:
@@ -113,20 +112,20 @@ class Architecture:
         }
         kept = {f"image_{name}" for name in self.frozen}
         counts = {name: (n, n if self.lm is None and name not in kept else 0) for name, n in parts.items()}
-        if self.tower is not None:
-            counts["image_encoder"] = (self.tower.num_parameters, 0)
+        counts |= {name: (tower.num_parameters, 0) for name, tower in self.towers.items()}
         if self.lm is None:
             return counts
         n = self.lm.num_parameters
         tables = self.lm.num_table_parameters if "embeddings" in self.frozen else 0
         own: dict[str, tuple[int, int]] = {"language_model": (n, 0 if self.lora_rank else n - tables)}
         if self.lora_rank:
-            lora, rows = self.lm.num_lora(self.lora_rank), 2 * self.lm.width * (1 if self.lm.is_tied else 2)
+            lora = self.lm.num_lora(self.lora_rank)
+            rows = 2 * (self.lm.entered_width + (0 if self.lm.is_tied else self.lm.width))
             own |= {"lora_adapters": (lora, lora), "token_rows": (rows, rows)}
         head = sum((a + 1) * b for a, b in self.head_linears)
         own["regression_head"] = (head, head)
         if self.has_projection:
-            projection = (self.visual_width + 1) * self.lm.width
+            projection = (self.visual_width + 1) * self.lm.entered_width
             own["input_projection"] = (projection, projection)
         own |= {name: (own[name][0], 0) for name in own.keys() & set(self.frozen)}
         return own | counts
@@ -136,49 +135,80 @@ def architecture_of(run: s.RunSettings) -> Architecture:
     """Shapes of a run's parts. Raises UserError when one is unknown, or when the stage is a part of the demo."""
     stage = run.stage
     if isinstance(stage, s.ImageTokenizerStage):
-        tower = image_tower(stage.encoder.path) if stage.encoder else None
         tokenizer, detokenizer = image_shapes(stage.model_dump() | stage.shapes.model_dump())
         shape = (stage.num_visual, stage.visual_width)
-        return Architecture(tokenizer, detokenizer, *shape, tower, frozen=stage.frozen)
+        return Architecture(
+            tokenizer, detokenizer, *shape, _stage_one_towers(run, stage), frozen=stage.frozen
+        )
     if not isinstance(stage, s.LanguageStage):
         raise UserError(f"stage {stage.kind!r} belongs to the demo: it trains in minutes and needs no plan")
-    config, origin = language_config(stage.language_model)
-    values, image_origin = _stored_image_parts(stage)
+    values, image_origin = image_values(stage)
     tokenizer, detokenizer = image_shapes(values)
+    has_image_tokens = read_export(stage.language_model) is not None
     return Architecture(
         tokenizer,
         detokenizer,
         values["num_visual"],
         values["visual_width"],
-        image_tower(stage.encoder.path) if stage.encoder else None,
-        lm=language_shape(config, has_image_tokens=read_export(stage.language_model) is not None),
+        {"image_encoder": image_tower(stage.encoder)} if stage.encoder else {},
+        lm=language_shape(
+            configuration(stage.language_model), has_image_tokens=has_image_tokens, stage=stage
+        ),
         lora_rank=stage.lora.rank if stage.trained == "lora" else None,
         lora_dropout=stage.lora.dropout,
         head=stage.head,
         frozen=stage.frozen,
-        origins=(f"language model: {origin}", f"image parts: {image_origin}"),
+        origins=(f"image parts: {image_origin}",),
     )
 
 
-def language_shape(config: dict[str, Any], *, has_image_tokens: bool) -> LanguageShape:
-    """From a transformers configuration; the vocabulary grows by [IMG], [/IMG] and padding. Raises UserError."""
-    kind = config.get("model_type")
-    if kind not in SUPPORTED:
-        raise UserError(f"language models of type {kind!r} cannot be planned, only: {', '.join(SUPPORTED)}")
-    vocabulary = config["vocab_size"]
+def _stage_one_towers(run: s.RunSettings, stage: s.ImageTokenizerStage) -> dict[str, Tower]:
+    """What stage 1 computes online; a tower whose features are read from disk is held, but does not run."""
+    towers = {"image_encoder": image_tower(stage.encoder)} if stage.encoder else {}
+    towers |= conditioner_towers(stage.conditioner) if stage.conditioner else {}
+    stored = {name.replace("_condition", "_conditioner") for name in run.data.features}
+    stored |= {"image_encoder"} if "patches" in stored else set()
+    return {name: replace(tower, flops=0) if name in stored else tower for name, tower in towers.items()}
+
+
+def language_shape(
+    config: Any, *, has_image_tokens: bool, stage: s.LanguageStage | None = None
+) -> LanguageShape:
+    """From a transformers configuration; the vocabulary grows by [IMG], [/IMG] and padding.
+
+    Raises UserError for a model that cannot be trained as the stage says.
+    """
+    import torch
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    from vlgpt.models.language_models import check_parts, from_configuration
+
+    config = copy.deepcopy(config)
     if not has_image_tokens:
-        vocabulary = -(-(vocabulary + 2) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-    heads = config["num_attention_heads"]
+        config.vocab_size = -(-(config.vocab_size + 2) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    with torch.device("meta"):
+        model = from_configuration(config, "sdpa_or_eager")
+    if stage is not None:
+        check_parts(model, name=stage.language_model, trained=stage.trained)
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    weights = [m.weight for m in model.base_model.modules() if isinstance(m, (nn.Linear, Conv1D))]
+    experts = [p for p in model.base_model.parameters() if p.ndim == 3]
+    met = getattr(config, "num_experts_per_tok", None) or 1
+    heads = config.num_attention_heads
     return LanguageShape(
-        vocabulary=vocabulary,
-        width=config["hidden_size"],
-        mlp=config["intermediate_size"],
-        depth=config["num_hidden_layers"],
+        vocabulary=config.vocab_size,
+        entered_width=table.embedding_dim,
+        width=head.in_features,
+        depth=config.num_hidden_layers,
         num_heads=heads,
-        num_kv_heads=config.get("num_key_value_heads") or heads,
-        head_width=config.get("head_dim") or config["hidden_size"] // heads,
-        is_tied=bool(config.get("tie_word_embeddings", False)),
-        has_qkv_bias=kind == "qwen2" or bool(config.get("attention_bias", False)),
+        num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_width=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        linears=tuple((w.shape[1], w.shape[0]) for w in weights),
+        num_expert_weights=sum(p.numel() // p.shape[0] * met for p in experts),
+        num_table_parameters=sum(p.numel() for p in {*table.parameters(), *head.parameters()}),
+        num_parameters=sum(p.numel() for p in model.parameters()),
+        is_tied=head.weight is table.weight,
     )
 
 
@@ -200,7 +230,7 @@ def image_shapes(values: dict[str, Any]) -> tuple[QueryShape, QueryShape]:
     return tokenizer, query_shape(values["detokenizer"], num_targets, n, d, outputs)
 
 
-def _stored_image_parts(stage: s.LanguageStage) -> tuple[dict[str, Any], str]:
+def image_values(stage: s.LanguageStage) -> tuple[dict[str, Any], str]:
     """From the export, else from stage 1's result, else (stage 1 is yet to run) of the paper's size."""
     export = read_export(stage.language_model)
     if stage.image_tokenizer is None and export is not None:

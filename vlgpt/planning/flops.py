@@ -42,13 +42,13 @@ def count(parts: Architecture, work: Work, *, has_checkpointing: bool, is_frozen
     if parts.lm is None:
         return _stage_one(parts, work, has_checkpointing=has_checkpointing)
     tokens = work.rows * work.length
-    blocks = 2 * tokens * parts.lm.depth * parts.lm.num_block_weights
+    blocks = 2 * tokens * parts.lm.num_block_weights
     query_width = parts.lm.num_heads * parts.lm.head_width
     attention = parts.lm.depth * 4 * tokens * work.length * query_width
     lora = 2 * tokens * parts.lm.num_lora(parts.lora_rank) if parts.lora_rank else 0
     text_head = 2 * work.num_text_targets * parts.lm.width * parts.lm.vocabulary
     head = 2 * work.num_visual_targets * sum(a * b for a, b in parts.head_linears)
-    projection = 2 * work.num_images * parts.num_visual * parts.visual_width * parts.lm.width
+    projection = 2 * work.num_images * parts.num_visual * parts.visual_width * parts.lm.entered_width
     projection = projection if parts.has_projection else 0
     forward = blocks + attention + lora + text_head + head + projection + _frozen_towers(parts, work)
     if is_frozen:
@@ -60,18 +60,17 @@ def count(parts: Architecture, work: Work, *, has_checkpointing: bool, is_frozen
     backward += (1 if "regression_head" in parts.frozen else 2) * head
     if parts.has_projection and "input_projection" not in parts.frozen:
         backward += projection  # its input, the frozen visual embeddings, needs no gradient
-    elif (
-        parts.lora_rank and "token_rows" in parts.frozen
-    ):  # nothing is trained before q, k, v of the first layer
-        backward -= 2 * tokens * sum(a * (b + parts.lora_rank) for a, b in parts.lm.linears[:3])
     return Flops(forward, backward, blocks + attention + lora if has_checkpointing else 0)
 
 
 def _frozen_towers(parts: Architecture, work: Work) -> int:
     if not work.has_tokenizing or work.num_images == 0:
         return 0
-    tower = parts.tower.forward_flops(work.num_images) if parts.tower is not None else 0
-    return tower + query_forward(parts.tokenizer, work.num_images)[0]
+    return work.num_images * _tower_flops(parts) + query_forward(parts.tokenizer, work.num_images)[0]
+
+
+def _tower_flops(parts: Architecture) -> int:
+    return sum(tower.flops for tower in parts.towers.values())
 
 
 def query_forward(shape: QueryShape, num_images: int) -> tuple[int, int]:
@@ -93,7 +92,6 @@ def _stage_one(parts: Architecture, work: Work, *, has_checkpointing: bool) -> F
     whole, blocks = zip(
         *(query_forward(shape, work.rows) for shape in (parts.tokenizer, parts.detokenizer)), strict=True
     )
-    tower = parts.tower.forward_flops(work.rows) if parts.tower is not None else 0
     backward = 2 * sum(whole)
     if "tokenizer" in parts.frozen:  # gradients end at the detokenizer's context
         backward -= 2 * whole[0]
@@ -101,4 +99,6 @@ def _stage_one(parts: Architecture, work: Work, *, has_checkpointing: bool) -> F
         backward -= whole[1] - query_attention(parts.detokenizer, work.rows)
         q, c, w = parts.detokenizer.num_queries, parts.detokenizer.num_context, parts.detokenizer.width
         backward -= work.rows * (2 * q * 5 * w * w + 8 * q * q * w + 2 * q * c * w)  # nor do the queries
-    return Flops(sum(whole) + tower, backward, sum(blocks) if has_checkpointing else 0)
+    return Flops(
+        sum(whole) + work.rows * _tower_flops(parts), backward, sum(blocks) if has_checkpointing else 0
+    )

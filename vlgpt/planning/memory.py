@@ -80,14 +80,14 @@ def language_block(parts: Architecture, precision: Precision) -> int:
     query, key = lm.num_heads * lm.head_width, lm.num_kv_heads * lm.head_width
     norms = 2 * norm_bytes(lm, e, is_trained=parts.lora_rank is None)
     attention = e * (2 * query + 2 * key) + 4 * lm.num_heads
-    mlp = 3 * e * lm.mlp
+    mlp = (2 * lm.num_gates - 1) * e * lm.mlp
+    inputs = e * (2 * lm.width + lm.mlp)
     if parts.lora_rank is None:
-        return norms + attention + mlp + e * (2 * lm.width + lm.mlp)
-    inner = len(lm.linears) * e * parts.lora_rank
+        return norms + attention + mlp + inputs
+    inner = len(lm.linears) * e * parts.lora_rank // lm.depth
     if parts.lora_dropout > 0:  # every adapter drops its own copy of its input
-        dropped = sum(width for width, _ in lm.linears) * (e + precision.mask)
-        return norms + attention + mlp + inner + dropped
-    return norms + attention + mlp + inner + e * (2 * lm.width + lm.mlp)
+        inputs = sum(width for width, _ in lm.linears) * (e + precision.mask) // lm.depth
+    return norms + attention + mlp + inner + inputs
 
 
 def norm_bytes(lm: LanguageShape, e: int, *, is_trained: bool) -> int:

@@ -93,6 +93,7 @@ def make_plan(
             f"packed rows are full; {VISUAL_SHARE:.0%} of their positions are visual, all others text targets",
             f"{RESERVE_BYTES / GIB:g} GiB for CUDA itself and {FRAGMENTATION - 1:.0%} for fragmentation are kept free",
             "the encoder's text tower is not counted: it is no part of the model (a CLIP-L folder loads 0.25 GB of it)",
+            "towers whose features are read from disk are held, but not run",
             "attention without stored scores (flash-attn or SDPA); the plan was never compared with a GPU",
         ],
     }
@@ -142,7 +143,7 @@ def layout(
     precision = _precision(run)
     states = sum(state_bytes(parts, zero, num_gpus=world, precision=precision).values())
     if zero.stage == 3 and parts.lm is not None:  # the layer at work and the one fetched ahead are whole
-        states += 2 * parts.lm.num_block_weights * precision.number
+        states += 2 * parts.lm.num_block_weights // parts.lm.depth * precision.number
     best = {"micro_batch": 0, "needed_bytes": 0}
     micro = 1
     while run.global_batch % (micro * world) == 0:

@@ -1,9 +1,8 @@
-"""Shapes of published models by name, so that a run can be planned without their weights or a network."""
+"""Configurations of models: of a folder, of the hub, and of published ones by name, so that no network is needed."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,102 +49,74 @@ LANGUAGE_MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclass(frozen=True)
-class ImageTower:
-    """A ViT: what counts for parameters, FLOPs and bytes."""
-
-    width: int
-    mlp: int
-    depth: int
-    patch_px: int
-    image_px: int
-
-    @property
-    def num_tokens(self) -> int:
-        return (self.image_px // self.patch_px) ** 2 + 1
-
-    @property
-    def num_parameters(self) -> int:
-        """Patch embedding, class token, positions, two outer norms, blocks; no projection (it is not used)."""
-        w, m = self.width, self.mlp
-        stem = 3 * self.patch_px**2 * w + w + self.num_tokens * w + 4 * w
-        return stem + self.depth * (4 * w * w + 2 * w * m + 9 * w + m)
-
-    def forward_flops(self, num_images: int) -> int:
-        """Multiplications and additions of the matrix products for `num_images` pictures."""
-        n, w = self.num_tokens, self.width
-        block = 2 * n * (4 * w * w + 2 * w * self.mlp) + 4 * n * n * w
-        return num_images * (2 * (n - 1) * 3 * self.patch_px**2 * w + self.depth * block)
+def _tower(kind: str, width: int, depth: int, heads: int, **more: Any) -> dict[str, Any]:
+    """One tower of a CLIP; transformers' classes know the rest."""
+    sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": depth}
+    return {"model_type": kind, **sizes, "num_attention_heads": heads, **more}
 
 
-IMAGE_TOWERS = {
-    "vit-b-32": ImageTower(768, 3072, 12, 32, 224),
-    "vit-b-16": ImageTower(768, 3072, 12, 16, 224),
-    "vit-l-14": ImageTower(1024, 4096, 24, 14, 224),
-    "vit-h-14": ImageTower(1280, 5120, 32, 14, 224),
-}
-_TOWER_NAMES = {
-    "clip-vit-base-patch32": "vit-b-32",
-    "clip-vit-base-patch16": "vit-b-16",
-    "clip-vit-large-patch14": "vit-l-14",
-    "clip-vit-h-14-laion2b-s32b-b79k": "vit-h-14",
+def _clip(vision: dict[str, Any], text: dict[str, Any], projection: int) -> dict[str, Any]:
+    return {"model_type": "clip", "vision_config": vision, "text_config": text, "projection_dim": projection}
+
+
+_VIT_H = _tower("clip_vision_model", 1280, 32, 16, patch_size=14, projection_dim=1024, hidden_act="gelu")
+_TEXT_512, _TEXT_768 = (_tower("clip_text_model", width, 12, width // 64) for width in (512, 768))
+_TEXT_1024 = _tower("clip_text_model", 1024, 24, 16, hidden_act="gelu")
+_TEXT_1280 = _tower("clip_text_model", 1280, 32, 20, projection_dim=1280, hidden_act="gelu")
+ENCODERS: dict[str, dict[str, Any]] = {
+    "clip-vit-base-patch32": _clip(_tower("clip_vision_model", 768, 12, 12, patch_size=32), _TEXT_512, 512),
+    "clip-vit-base-patch16": _clip(_tower("clip_vision_model", 768, 12, 12, patch_size=16), _TEXT_512, 512),
+    "clip-vit-large-patch14": _clip(_tower("clip_vision_model", 1024, 24, 16, patch_size=14), _TEXT_768, 768),
+    "clip-vit-h-14-laion2b-s32b-b79k": _clip(_VIT_H, _TEXT_1024, 1024),
+    "ip-adapter/models/image_encoder": _VIT_H,
+    "stable-diffusion-v1-5/text_encoder": _TEXT_768,
+    "stable-diffusion-xl-base-1.0/text_encoder": _TEXT_768,
+    "stable-diffusion-xl-base-1.0/text_encoder_2": _TEXT_1280,
 }
 
 
 def read_export(path: str) -> dict[str, Any] | None:
-    """config.json of an export of vlgpt, or None when the folder is none. (Read here: no torch is needed to plan.)"""
+    """config.json of an export of vlgpt, or None when the folder is none. (Read here: no torch is needed to look.)"""
     file = Path(path) / "config.json"
     record = json.loads(file.read_text()) if file.is_file() else {}
     return record if record.get("model_type") == "vlgpt" else None
 
 
-def language_config(path: str) -> tuple[dict[str, Any], str]:
-    """The transformers configuration of a language model, and where it was found: a folder, or the table by name.
+def configuration(path: str, subfolder: str = "") -> Any:
+    """The transformers configuration of a model: a folder's, a published one's by name, else the hub's or its cache's.
 
-    Raises UserError for a name that is neither, listing the known ones.
+    Raises UserError when there is none, with the way to get it.
     """
-    if (export := read_export(path)) is not None:
-        return dict(export["text_config"]), f"{path} (export of vlgpt)"
-    if (Path(path) / "config.json").is_file():
-        return json.loads((Path(path) / "config.json").read_text()), f"{path}/config.json"
-    key = _key(path).removesuffix("-hf").replace("meta-llama", "llama").removesuffix("-instruct")
-    if key not in LANGUAGE_MODELS:
-        known = ", ".join(LANGUAGE_MODELS)
+    from transformers import AutoConfig
+
+    file = f"{subfolder}/config.json" if subfolder else "config.json"
+    is_folder = (Path(path) / file).is_file()
+    export = read_export(path)
+    values = (
+        export["text_config"]
+        if export is not None
+        else {**LANGUAGE_MODELS, **ENCODERS}.get(_key(path, subfolder))
+    )
+    try:
+        if values is not None and (export is not None or not is_folder):
+            return AutoConfig.for_model(**values)
+        return AutoConfig.from_pretrained(path, subfolder=subfolder)
+    except (OSError, ValueError, KeyError) as error:
+        if is_folder:
+            raise UserError(f"{path}/{file} cannot be read: {str(error).splitlines()[0]}") from error
         raise UserError(
-            f"the shape of language model {path!r} is unknown: it is no local folder with a config.json, and no name "
-            f"ends in one of: {known}"
-        )
-    return dict(LANGUAGE_MODELS[key]), f"built-in table ({key})"
+            f"the shape of {path!r} is unknown: no folder with {file}, no name known here, and the hub gave nothing; "
+            f"run `hf download {path} {file} --local-dir DIR` where there is a network, and name DIR in its place"
+        ) from error
 
 
-def image_tower(path: str) -> ImageTower:
-    """Shape of a CLIP's image tower from its folder or name. Raises UserError when it is unknown."""
-    folder = Path(path)
-    if (folder / "open_clip_config.json").is_file():
-        vision = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]["vision_cfg"]
-        mlp = int(vision["width"] * vision.get("mlp_ratio", 4.0))
-        return ImageTower(vision["width"], mlp, vision["layers"], vision["patch_size"], vision["image_size"])
-    if (folder / "config.json").is_file():
-        config = json.loads((folder / "config.json").read_text())
-        v = {
-            "hidden_size": 768,
-            "intermediate_size": 3072,
-            "num_hidden_layers": 12,
-            "patch_size": 32,
-            "image_size": 224,
-            **config.get("vision_config", config),
-        }
-        names = ("hidden_size", "intermediate_size", "num_hidden_layers", "patch_size", "image_size")
-        return ImageTower(*(int(v[name]) for name in names))
-    key = _key(path)
-    key = _TOWER_NAMES.get(key, key)
-    if key not in IMAGE_TOWERS:
-        known = ", ".join([*IMAGE_TOWERS, *_TOWER_NAMES])
-        raise UserError(
-            f"the shape of encoder {path!r} is unknown: it is no local folder, and none of: {known}"
-        )
-    return IMAGE_TOWERS[key]
+def is_known(path: str, subfolder: str = "") -> bool:
+    """Whether `configuration` needs neither a folder nor the hub."""
+    return _key(path, subfolder) in LANGUAGE_MODELS or _key(path, subfolder) in ENCODERS
 
 
-def _key(path: str) -> str:
-    return path.rstrip("/").rsplit("/", 1)[-1].lower()
+def _key(path: str, subfolder: str) -> str:
+    name = path.rstrip("/").rsplit("/", 1)[-1].lower()
+    if subfolder:
+        return f"{name}/{subfolder}"
+    return name.removesuffix("-hf").replace("meta-llama", "llama").removesuffix("-instruct")
