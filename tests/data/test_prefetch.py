@@ -14,8 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from vlgpt.data.buffers import Buffers
 from vlgpt.data.stream import Draft, Position, Production, Report
 from vlgpt.data.workers import WorkerPool
+from vlgpt.log import UserError
 
 BATCH_BYTES = 1 << 20
 
@@ -87,3 +89,16 @@ def test_however_many_batches_are_counted_ahead_no_more_are_finished(num_ahead: 
     limits = {"prefetch_batches": 3, "prefetch_bytes": 100 << 20}
     wanted = (num_ahead + 3, 3)
     assert made_ahead(wanted, num_ahead=num_ahead, **limits) == wanted
+
+
+def test_batches_for_which_there_is_no_memory_are_refused_with_their_size() -> None:
+    with pytest.raises(UserError, match=r"2 batches of up to 562949953\.4 MB .*data\.prefetch_batches"):
+        Buffers(2, batch_bytes=1 << 49)
+
+
+def test_a_batch_that_does_not_fit_is_never_written_into_the_next_buffer() -> None:
+    buffers = Buffers(2, batch_bytes=1000)
+    kept = buffers.put(1, Tensors(torch.ones(1000, dtype=torch.uint8)))
+    with pytest.raises(ValueError, match="does not fit"):
+        buffers.put(0, Tensors(torch.zeros(4000, dtype=torch.uint8)))
+    assert buffers.take(kept, pin_memory=False).pixels.sum() == 1000

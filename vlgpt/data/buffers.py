@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlgpt.log import UserError
+
 ALIGNMENT = 64  # bytes, a cache line
 MAX_TENSORS = 16  # of a batch: what aligning them may cost
 MAX_BUFFERS = 256  # per worker: as many orders fit into a pipe unread
@@ -44,11 +46,17 @@ class _Stored:
 
 
 class Buffers:
-    """`count` buffers that hold one batch of at most `batch_bytes` each."""
+    """`count` buffers that hold one batch of at most `batch_bytes` each. Raises UserError when there is no memory."""
 
     def __init__(self, count: int, *, batch_bytes: int):
         self.count, self._size = count, batch_bytes + MAX_TENSORS * ALIGNMENT
-        self._memory = mmap.mmap(-1, count * self._size)
+        try:
+            self._memory = mmap.mmap(-1, count * self._size)
+        except OSError as error:
+            raise UserError(
+                f"no memory for {count} batches of up to {self._size / 1e6:.1f} MB per data worker ({error.strerror}): "
+                "lower data.prefetch_batches or micro_batch"
+            ) from error
 
     def put(self, number: int, value: Any) -> Any:
         """Copy the tensors of a (nested) dataclass into a buffer: -> the same with what `take` needs in their place.
