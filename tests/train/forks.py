@@ -15,6 +15,12 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
+def free_port():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
 class Forks:
     """The process in which everything is imported. `run` is what a launcher does: ranks, and one death ends all."""
 
@@ -30,10 +36,13 @@ class Forks:
 
     def run(self, command, *, folder, log, num_ranks=1):
         """Run a script (or `-m module`) in `folder`, output appended to `log`: -> exit codes, -9 for a killed rank."""
-        with socket.socket() as server:
-            server.bind(("127.0.0.1", 0))
-            port = server.getsockname()[1]
-        act = {"command": command, "folder": str(folder), "log": str(log), "ranks": num_ranks, "port": port}
+        act = {
+            "command": command,
+            "folder": str(folder),
+            "log": str(log),
+            "ranks": num_ranks,
+            "port": free_port(),
+        }
         self.process.stdin.write(json.dumps(act) + "\n")
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
@@ -48,9 +57,10 @@ def serve():
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # libraries print while they are imported
 
-    import deepspeed  # noqa: F401
+    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 - which compiles, and imports the compiler
+    import peft  # noqa: F401
     import torch.utils.tensorboard  # noqa: F401
-    from transformers import CLIPModel, LlamaForCausalLM  # noqa: F401
+    from transformers import AutoModelForCausalLM, CLIPModel, LlamaForCausalLM  # noqa: F401
 
     import evaluation.training_probe
     import vlgpt.export

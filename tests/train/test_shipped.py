@@ -1,17 +1,20 @@
 """Every shipped configuration lives its whole life: killed, resumed, finished, exported, reloaded, spoken to.
 
-Only sizes change (`shipped_parts.sizes`); the command, paths, precision and everything else are those of the YAML.
+Only sizes change (`shipped_parts.sizes`): command, paths, precision and everything else are those of the YAML. In `make
+test` the ranks are forks of one process that has everything imported; slow, and for one life always, the command runs.
 """
 
 import json
+import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from forks import Forks
+from forks import Forks, free_port
 from safetensors.torch import load_file
 from shipped_parts import CONFIGS, DECODER, ROOT, command_of, jpeg, sizes, write_workspace
 from transformers import AutoModel
@@ -22,10 +25,10 @@ from vlgpt.config import load_run
 from vlgpt.log import read_metrics
 from vlgpt.train import commit
 
-KILLED_AT = str(Path(__file__).with_name("killed_at.py"))
+HERE = Path(__file__).parent
+CONFIG_OF = {f"{path.parent.name}/{path.stem}": path for path in CONFIGS}
 ZERO = sorted(path.stem for path in (ROOT / "ds_configs").glob("*.json"))
-NAMES = [f"{path.parent.name}/{path.stem}" for path in CONFIGS]
-VARIANTS = {  # parts that the documentation offers instead of those that the YAMLs name
+VARIANTS = {  # what the documentation offers in place of parts that the YAMLs name
     "open_clip": ("pretrain/vlgpt_7b", ["stage.encoder={path: laion/open_clip, library: open_clip}"]),
     "conditioner": (
         "tokenizer/vlgpt_7b",
@@ -37,54 +40,27 @@ SIZES = {
     "image_width", "text_tokens", "text_width", "steps", "global_batch", "micro_batch", "warmup_steps",
     "interval_steps", "num_workers", "image_size_px", "statistics_samples",
 }  # fmt: skip
+LIVES = [(name, zero) for name in CONFIG_OF for zero in ZERO]
+LAUNCHED = [  # a launcher start takes 16 to 27 s
+    pytest.param(*pair, marks=() if pair == ("pretrain/vlgpt_7b", "zero2") else pytest.mark.slow)
+    for pair in LIVES
+]
 
 
-def config_of(name):
-    return ROOT / "launchers" / "configs" / f"{name}.yaml"
-
-
-class Workspace:
-    """A folder of the shipped paths under one ZeRO configuration; lives in it are lived once, and build on another."""
-
-    def __init__(self, folder, parts, zero):
-        self.folder, self.zero, self.lived = folder, zero, {}
-        folder.mkdir()
-        for path in parts.iterdir():
-            (folder / path.name).symlink_to(path)
-
-    def command(self, name, *more):
-        launcher, option, _, *rest = command_of(config_of(name))
-        changed = [f"{key}={value}" for key, value in sizes(load_run(config_of(name))).items()]
-        return [launcher, option, f"ds_configs/{self.zero}.json", *rest, *changed, *more]
-
-    def before(self, name):
-        """The configurations whose runs this one reads."""
-        stage = load_run(config_of(name)).stage
-        read = [getattr(stage, key, None) or "" for key in ("image_tokenizer", "init_from")]
-        folders = {other: load_run(config_of(other)).output_dir for other in NAMES}
-        return [other for other, folder in folders.items() if any(path.startswith(folder) for path in read)]
-
-
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def forks():
     forks = Forks()
     yield forks
     forks.close()
 
 
-@pytest.fixture(scope="session")
-def workspaces(tmp_path_factory):
-    """The workspace of a ZeRO configuration, made when it is first asked for."""
-    root, known = tmp_path_factory.mktemp("shipped"), {}
-    (root / "parts").mkdir()
-    write_workspace(root / "parts")
-
-    def workspace(zero):
-        if zero not in known:
-            known[zero] = Workspace(root / zero, root / "parts", zero)
-        return known[zero]
-
-    return workspace
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    """The folder that every command is run in."""
+    folder = tmp_path_factory.mktemp("shipped")
+    write_workspace(folder)
+    (folder / "photo.jpg").write_bytes(jpeg(3)[1])
+    return folder
 
 
 # ------------------------------------------------------------------------------------------------------ substitution
@@ -96,14 +72,18 @@ def flat(values, prefix=""):
     return {k: v for key, value in values.items() for k, v in flat(value, f"{prefix}.{key}").items()}
 
 
-@pytest.mark.parametrize("name", NAMES)
+def smaller(name):
+    """The overrides `key=value` that make a shipped configuration small."""
+    return [f"{key}={value}" for key, value in sizes(load_run(CONFIG_OF[name])).items()]
+
+
+@pytest.mark.parametrize("name", CONFIG_OF)
 def test_only_sizes_and_counts_of_a_shipped_configuration_are_changed(name):
-    shipped = load_run(config_of(name))
-    changed = load_run(config_of(name), [f"{key}={value}" for key, value in sizes(shipped).items()])
-    before, after = flat(shipped.model_dump()), flat(changed.model_dump())
+    before = flat(load_run(CONFIG_OF[name]).model_dump())
+    after = flat(load_run(CONFIG_OF[name], smaller(name)).model_dump())
     assert before.keys() == after.keys()
-    different = {key.rpartition(".")[2] for key in before if before[key] != after[key]}
-    assert different and different <= SIZES, different - SIZES
+    changed = {key.rpartition(".")[2] for key in before if before[key] != after[key]}
+    assert changed and changed <= SIZES, changed - SIZES
 
 
 # ------------------------------------------------------------------------------------------------------------- lives
@@ -113,90 +93,150 @@ def tail(log):
     return log.read_text()[-6000:] if log.exists() else "no output"
 
 
-def committed(run):
-    root = run / "checkpoints"
-    return [commit.step_of(tag) for tag in commit.tags(root) if (root / tag / commit.MARKER).is_file()]
+def forked(forks, workspace):
+    """How to run a command as forks: -> the exit code that all ranks share, or all of them."""
 
+    def run(command, *, log, num_ranks=1):
+        codes = forks.run(command, folder=workspace, log=log, num_ranks=num_ranks)
+        return codes[0] if len(set(codes)) == 1 else codes
 
-def live(name, workspace, run_act, *more):
-    """Start, 2 steps, kill -9, resume on as many ranks, kill -9, resume on one, finish: -> the run folder."""
-    run = workspace.folder / load_run(config_of(name), more).output_dir
-    run.parent.mkdir(parents=True, exist_ok=True)
-    command = workspace.command(name, *more)
-    for act, num_ranks, done, dies_at in (("start", 2, 0, 3), ("resume", 2, 2, 5), ("finish", 1, 4, None)):
-        log = run.with_name(f"{run.name}_{act}.log")
-        killer = [] if dies_at is None else [KILLED_AT, commit.tag_of(dies_at)]
-        code = run_act([*killer, *command], log=log, num_ranks=num_ranks)
-        where = f"{name} under {workspace.zero}: {act}: {code}\n{tail(log)}"
-        assert code == (0 if dies_at is None else -9), where
-        text = log.read_text()
-        assert (f"resumed from {run.relative_to(workspace.folder)}/checkpoints/{commit.tag_of(done)}" in text) == (
-            done > 0
-        ), where
-        assert "WEIGHTS ONLY" not in text, where
-        if dies_at is not None:
-            assert committed(run)[0] == dies_at - 1, where
-    last = read_metrics(run / "metrics.jsonl")
-    losses = {k: v for record in last for k, v in record.items() if k.startswith("loss/")}
-    assert losses and all(value == value for value in losses.values()), losses
-    assert (run / "result" / "done.json").is_file()
     return run
 
 
-def lived(name, workspace, forks, *more):
-    """`live`, once per workspace, after the lives that it builds on."""
-    for other in workspace.before(name):
-        lived(other, workspace, forks)
+def launched(workspace):
+    """How to run a command with the `deepspeed` launcher, or by itself: -> its exit code, -9 for a kill."""
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+    }
 
-    def run_act(command, *, log, num_ranks):
-        codes = forks.run(command, folder=workspace.folder, log=log, num_ranks=num_ranks)
-        return codes[0] if len(set(codes)) == 1 else codes
+    def run(command, *, log, num_ranks=None):
+        start = [sys.executable]
+        if num_ranks:
+            start = ["deepspeed", "--num_accelerators", str(num_ranks), "--master_port", str(free_port())]
+        with log.open("a") as file:
+            done = subprocess.run(
+                [*start, *command], cwd=workspace, env=environment, stdout=file, stderr=file, timeout=250
+            )
+        return done.returncode - 256 if done.returncode > 128 else done.returncode
 
-    if (name, more) not in workspace.lived:
-        workspace.lived[name, more] = live(name, workspace, run_act, *more)
-    return workspace.lived[name, more]
+    return run
 
 
-def speak(run, workspace, forks):
-    """Export the newest commit; it is the result, tensor by tensor; both load, and answer with a picture."""
-    log = run.with_name(f"{run.name}_export.log")
+def newest(run):
+    root = run / "checkpoints"
+    return max(commit.step_of(tag) for tag in commit.tags(root) if (root / tag / commit.MARKER).is_file())
 
-    def command(*words):
-        codes = forks.run(["-m", "vlgpt", *map(str, words)], folder=workspace.folder, log=log)
-        assert codes == [0], f"{words}\n{tail(log)}"
 
-    export, result = run.with_name(f"{run.name}_export"), run / "result"
-    command("export", run.relative_to(workspace.folder), "--output", export, "--picture-decoder", DECODER)
-    first, second = (load_file(folder / "model.safetensors") for folder in (export, result))
-    assert first.keys() == second.keys()
-    different = [name for name in first if not torch.equal(first[name], second[name])]
-    assert different == [], f"the export of the last commit is not the result: {different[:6]}"
+def live(name, zero, workspace, run_command, *changes):
+    """Start, 2 steps, kill -9, resume on as many ranks, kill -9, resume on one, finish: -> the run folder."""
+    launcher, option, _, *rest = command_of(CONFIG_OF[name])
+    command = [launcher, option, f"ds_configs/{zero}.json", *rest, *smaller(name), *changes]
+    output_dir = load_run(CONFIG_OF[name], changes).output_dir
+    run = workspace / output_dir
+    run.parent.mkdir(parents=True, exist_ok=True)
+    for act, num_ranks, done, dies_at in (("start", 2, 0, 3), ("resume", 2, 2, 5), ("finish", 1, 4, None)):
+        log = run.with_name(f"{run.name}_{act}.log")
+        killer = [] if dies_at is None else [str(HERE / "killed_at.py"), commit.tag_of(dies_at)]
+        code = run_command([*killer, *command], log=log, num_ranks=num_ranks)
+        where = f"{name} under {zero}, {act}: {code}\n{tail(log)}"
+        assert code == (0 if dies_at is None else -9), where
+        resumed = f"resumed from {output_dir}/checkpoints/{commit.tag_of(done)}"
+        assert (resumed in log.read_text()) == (done > 0) and "WEIGHTS ONLY" not in log.read_text(), where
+        assert newest(run) == (6 if dies_at is None else dies_at - 1), where
+        counts = re.findall(r" I   (\w+) +([\d,]+) +[\d,]+ +[\d,]+$", log.read_text(), re.MULTILINE)
+        assert counts and "0" not in dict(counts).values(), counts
+    records = read_metrics(run / "metrics.jsonl")
+    losses = [value for record in records for key, value in record.items() if key.startswith("loss/")]
+    assert losses and all(map(math.isfinite, losses))
+    return run
+
+
+def speak(run, workspace, run_command):
+    """The export of the newest commit is the result, number by number; both load and answer a question on an image."""
+    log, export, result = (
+        run.with_name(f"{run.name}_export.log"),
+        run.with_name(f"{run.name}_export"),
+        run / "result",
+    )
+
+    def vlgpt(*words):
+        code = run_command(["-m", "vlgpt", *map(str, words)], log=log)
+        assert code == 0, f"{words}: {code}\n{tail(log)}"
+
+    vlgpt("export", run.relative_to(workspace), "--output", export, "--picture-decoder", DECODER)
+    exported, finished = (load_file(folder / "model.safetensors") for folder in (export, result))
+    assert exported.keys() == finished.keys()
+    assert [name for name in exported if not torch.equal(exported[name], finished[name])] == []
     for folder in (export, result):
         state = AutoModel.from_pretrained(folder).state_dict()
-        assert all(torch.equal(tensor, first[name]) for name, tensor in state.items())
-    (workspace.folder / "photo.jpg").write_bytes(jpeg(3)[1])
-    ask = ["--prompt", "<image> What is this?", "--image", "photo.jpg", "--max-new-tokens", "8"]
-    command("generate", "--model", export, *ask, "--images", "force", "--output", f"{run.name}_said")
-    command("generate", "--model", result, *ask, "--images", "never", "--output", f"{run.name}_text")
-    drawn, text = (
-        json.loads((workspace.folder / f"{run.name}_{how}" / "reply.json").read_text()) for how in ("said", "text")
-    )
-    assert len(drawn["images"]) == 1 and text["images"] == []
+        assert all(torch.equal(tensor, exported[name]) for name, tensor in state.items())
+    ask = ("--prompt", "<image> What is this?", "--image", "photo.jpg", "--max-new-tokens", "8")
+    for folder, images, num_drawn in ((export, "force", 1), (result, "never", 0)):
+        said = run.with_name(f"{run.name}_said_{images}")
+        vlgpt("generate", "--model", folder, *ask, "--images", images, "--output", said)
+        assert len(json.loads((said / "reply.json").read_text())["images"]) == num_drawn
 
 
-@pytest.mark.parametrize("zero", ZERO)
-@pytest.mark.parametrize("name", NAMES)
-def test_a_shipped_configuration_lives_its_whole_life(name, zero, workspaces, forks):
-    workspace = workspaces(zero)
-    run = lived(name, workspace, forks)
-    if isinstance(load_run(config_of(name)).stage, s.LanguageStage):
-        speak(run, workspace, forks)
+@pytest.fixture(scope="module")
+def lived(workspace, forks):
+    """A whole life as forks, once: `lived(name, zero, *changes)`. The documented ZeRO-2 has the YAML's own folder."""
+    known = set()
+
+    def whole(name, zero="zero2", *changes):
+        if (name, zero, changes) in known:
+            return
+        stage = live_before(name, whole)
+        where = () if zero == "zero2" or changes else (f"output_dir=runs/{zero}/{name}",)
+        run = live(name, zero, workspace, forked(forks, workspace), *changes, *where)
+        if isinstance(stage, s.LanguageStage):
+            speak(run, workspace, forked(forks, workspace))
+        known.add((name, zero, changes))
+
+    return whole
+
+
+def live_before(name, whole):
+    """First the lives of the runs that this one reads, as its YAML says. Returns its stage."""
+    stage = load_run(CONFIG_OF[name]).stage
+    for path in (getattr(stage, "image_tokenizer", None), getattr(stage, "init_from", None)):
+        for other, config in CONFIG_OF.items():
+            if path and path.startswith(load_run(config).output_dir):
+                whole(other)
+    return stage
+
+
+@pytest.mark.parametrize("name, zero", LIVES)
+def test_a_shipped_configuration_lives_its_whole_life(name, zero, lived):
+    lived(name, zero)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_parts_that_the_documentation_offers_live_too(variant, workspaces, forks):
+def test_the_parts_that_the_documentation_offers_live_too(variant, lived):
     name, changes = VARIANTS[variant]
-    workspace = workspaces("zero2")
-    run = lived(name, workspace, forks, *changes, f"output_dir=runs/{variant}/run")
-    if isinstance(load_run(config_of(name)).stage, s.LanguageStage):
-        speak(run, workspace, forks)
+    lived(name, "zero2", *changes, f"output_dir=runs/{variant}/run")
+
+
+@pytest.mark.launcher
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name, zero", LAUNCHED)
+def test_the_deepspeed_command_takes_a_shipped_configuration_through_its_life(name, zero, workspace, lived):
+    stage = live_before(name, lived)
+    run = live(name, zero, workspace, launched(workspace), f"output_dir=runs/launched/{name}_{zero}")
+    if isinstance(stage, s.LanguageStage):
+        speak(run, workspace, launched(workspace))
+
+
+# --------------------------------------------------------------------------------------------------------- full size
+
+
+@pytest.mark.parametrize(
+    "name, zero",
+    [("pretrain/vlgpt_7b", "zero2"), ("pretrain/vlgpt_7b", "zero3"), ("pretrain/vlgpt_13b", "zero2")],
+)
+def test_deepspeeds_start_accepts_every_parameter_at_full_size(name, zero, tmp_path, forks):
+    json_path = ROOT / "ds_configs" / f"{zero}.json"
+    command = [str(HERE / "full_size.py"), str(CONFIG_OF[name]), str(json_path), str(tmp_path / "save")]
+    assert forks.run(command, folder=ROOT, log=tmp_path / "log") == [0], tail(tmp_path / "log")
