@@ -3,6 +3,8 @@
 Reads acts from stdin, one JSON a line, and answers each with the exit codes of its ranks, as `Forks` below does it.
 """
 
+import atexit
+import gc
 import json
 import os
 import runpy
@@ -10,6 +12,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -53,7 +57,7 @@ class Forks:
 
 
 def serve():
-    """Import, then fork and wait, act after act. Returns in the children only: the rank that they are to be."""
+    """Import, then fork and wait, act after act. Returns in the children only: their act and rank."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # libraries print while they are imported
 
@@ -62,10 +66,12 @@ def serve():
     import torch.utils.tensorboard  # noqa: F401
     from transformers import AutoModelForCausalLM, CLIPModel, LlamaForCausalLM  # noqa: F401
 
-    import evaluation.training_probe
+    import evaluation.training_probe  # noqa: F401
     import vlgpt.export
     import vlgpt.train.run  # noqa: F401
 
+    gc.collect()
+    gc.freeze()
     for line in sys.stdin:
         act, children = json.loads(line), {}
         for rank in range(act["ranks"]):
@@ -81,7 +87,7 @@ def serve():
                 os.kill(other, signal.SIGKILL)
         answers.write(json.dumps(codes) + "\n")
         answers.flush()
-    sys.exit(0)
+    os._exit(0)
 
 
 def become(act, rank):
@@ -108,5 +114,22 @@ def become(act, rank):
         runpy.run_path(sys.argv[0], run_name="__main__")
 
 
+def leave(code):
+    """End as the interpreter would, but for taking apart what the fork shares: that copies all of its memory."""
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    become(*serve())
+    place = serve()
+    try:
+        become(*place)
+    except SystemExit as stopped:
+        leave(stopped.code or 0)
+    except BaseException:
+        traceback.print_exc()
+        leave(1)
+    leave(0)

@@ -1,7 +1,7 @@
 """`full_size.py YAML JSON FOLDER`: DeepSpeed starts a shipped run of stage 2 at its full size, without weights.
 
-The parts have the published shapes, in memory that nobody touches (a 13B model takes a gigabyte); torch's `fake` process
-group has the number of ranks that the YAML is written for and sends nothing. Everything else is the real start and save.
+The parts have the published shapes, in memory that is reserved and not touched: a 13B model takes 1.5 GB. torch's
+`fake` process group has the ranks that the YAML is written for and sends nothing. The rest is the real start and save.
 """
 
 import json

@@ -1,6 +1,6 @@
 """`killed_at.py PLACE SCRIPT ARGUMENTS...`: run a script, and kill -9 its process at a chosen moment.
 
-The moment is the first renaming of a file whose new path holds PLACE: the same in every run, whatever the machine's speed.
+The moment is the first renaming of a file whose new path holds PLACE: the same in every run, on any machine.
 """
 
 import os
@@ -8,7 +8,9 @@ import runpy
 import signal
 import sys
 
-_, PLACE, *sys.argv = sys.argv
+LAUNCHERS = [word for word in sys.argv[1:] if word.startswith("--local_rank")]  # deepspeed puts it first
+PLACE, SCRIPT, *rest = (word for word in sys.argv[1:] if word not in LAUNCHERS)
+sys.argv = [SCRIPT, *LAUNCHERS, *rest]
 
 
 def kill_at_rename(event, arguments):
@@ -17,4 +19,4 @@ def kill_at_rename(event, arguments):
 
 
 sys.addaudithook(kill_at_rename)
-runpy.run_path(sys.argv[0], run_name="__main__")
+runpy.run_path(SCRIPT, run_name="__main__")

@@ -1,7 +1,7 @@
 """A folder in which the paths and hub names of the shipped configurations lead to miniatures of what they mean.
 
-Run from there, a shipped YAML needs no path changed: `huggyllama/llama-7b` is a folder with LLaMA's classes, fp16 shards
-and tokenizer, `openai/clip-vit-large-patch14` one with CLIP's, `data/cc3m` a data set of our writer with real JPEGs.
+Run from there, a shipped YAML needs no other path: `huggyllama/llama-7b` is a folder with LLaMA's classes, fp16 shards
+and tokenizer, `openai/clip-vit-large-patch14` has CLIP's, and `data/cc3m` is a data set of our writer with real JPEGs.
 """
 
 import json
@@ -12,8 +12,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM
 
-for folder in ("data", "models"):
-    sys.path.append(str(Path(__file__).parents[1] / folder))
+sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("data", "models")]
 
 import miniatures as mini
 import tiny_diffusion_parts as tiny
@@ -29,6 +28,12 @@ ROOT = Path(__file__).parents[2]
 CONFIGS = sorted(p for p in ROOT.glob("launchers/configs/*/*.yaml") if p.parent.name != "demo")
 NUM_VISUAL, VISUAL_WIDTH, VOCABULARY, NUM_DOCUMENTS = 4, 32, 512, 24
 DECODER = "decoders/sd15/diffusion.json"  # docs/decoders.md
+ZERO_SIZES = {  # small parameters must be taken apart as large ones are
+    "reduce_bucket_size": 1_000_000,
+    "allgather_bucket_size": 1_000_000,
+    "stage3_prefetch_bucket_size": 100_000,
+    "stage3_param_persistence_threshold": 100,
+}
 
 
 def edit(number: int) -> Document:
@@ -85,8 +90,8 @@ def write_workspace(folder: Path) -> None:
     (folder / "ds_configs").mkdir(parents=True)
     for path in sorted((ROOT / "ds_configs").glob("*.json")):
         record = json.loads(path.read_text())
-        sizes = {key: 1000 for key in record["zero_optimization"] if key in ZERO_SIZES}
-        record["zero_optimization"] |= sizes
+        zero = record["zero_optimization"]
+        zero |= {key: size for key, size in ZERO_SIZES.items() if key in zero}
         (folder / "ds_configs" / path.name).write_text(json.dumps(record))
     mini.write_diffusion(folder / Path(DECODER).parent)
     mini.write_open_clip(folder / "laion" / "open_clip", mini.OPEN_CLIP)
@@ -110,14 +115,6 @@ def write_workspace(folder: Path) -> None:
                 assert index.main([str(folder / source.path), *lengths]) == 0
 
 
-ZERO_SIZES = (
-    "reduce_bucket_size",
-    "allgather_bucket_size",
-    "stage3_prefetch_bucket_size",
-    "stage3_param_persistence_threshold",
-)
-
-
 def lm_width(stage: s.LanguageStage) -> int:
     """As published, LLaMA-7B is as wide as the visual embeddings and other sizes are not."""
     return VISUAL_WIDTH if stage.language_model.endswith("7b") else VISUAL_WIDTH + 16
@@ -130,7 +127,7 @@ def jpeg(number: int) -> tuple[str, bytes]:
 def sizes(run: s.RunSettings) -> dict[str, object]:
     """The only settings that the miniatures change: widths, depths, shapes and counts."""
     values: dict[str, object] = {
-        "steps": 6,
+        "steps": 4,
         "global_batch": 8,
         "micro_batch": 2,
         "optimizer.warmup_steps": 2,
