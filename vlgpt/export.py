@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from vlgpt import config as run_config
-from vlgpt.decoding.load import DIFFUSION_PATHS, located
+from vlgpt.decoding.load import DIFFUSION_PATHS, cast_parameters, located
 from vlgpt.generate import Generator
 from vlgpt.log import UserError, get_logger
 from vlgpt.model_card import write_card
@@ -201,6 +201,7 @@ def export_run(
     )
     trained = newest_trainable(run)
     load_trainable(stage, trained)
+    cast_parameters(stage.model.lm, dtype_of(settings))  # type: ignore[union-attr,arg-type]  # its result has the same
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     export_model(

@@ -90,7 +90,7 @@ class VLGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):
     main_input_name = "input_ids"
     _supports_sdpa = True
     _supports_flash_attn = True
-    _keep_in_fp32_modules_strict = {"image_tokenizer", "image_detokenizer"}  # noqa: RUF012
+    _keep_in_fp32_modules_strict = {"image_tokenizer", "image_detokenizer", "visual_scale"}  # noqa: RUF012
 
     def __init__(self, config: VLGPTConfig):
         super().__init__(config)

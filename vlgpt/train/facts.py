@@ -124,8 +124,9 @@ def describe(stage: torch.nn.Module) -> None:
     rows: dict[str, list[int]] = {}
     for name, parameter in stage.named_parameters():
         row = rows.setdefault(part_of(name), [0, 0])
-        row[0] += parameter.numel()
-        row[1] += parameter.numel() if parameter.requires_grad else 0
+        count = getattr(parameter, "ds_numel", parameter.numel())  # ZeRO-3 has taken it apart
+        row[0] += count
+        row[1] += count if parameter.requires_grad else 0
     rows["together"] = [sum(column) for column in zip(*rows.values())]
     logger = log.get_logger()
     logger.info("  %-20s %15s %15s %15s", "part", "parameters", "trained", "frozen")
