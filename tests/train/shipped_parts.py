@@ -22,7 +22,7 @@ from data_prep import features, index
 from vlgpt import settings as s
 from vlgpt.config import load_run
 from vlgpt.document import Document, ImagePart, TextPart
-from vlgpt.tokens import SYSTEM_MESSAGE
+from vlgpt.turns import SYSTEM_MESSAGE
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted(p for p in ROOT.glob("launchers/configs/*/*.yaml") if p.parent.name != "demo")
