@@ -95,7 +95,9 @@ class DocumentTokenizer:
         self.start_ids = (self.bos_id,) if rendering == "parts" else self._added_before()
         if rendering == "template" and template != OWN:
             bos = "".join(tokenizer.convert_ids_to_tokens(list(self.start_ids)))
-            tokenizer.chat_template = TEMPLATES[template].jinja(bos=bos, eos=tokenizer.eos_token)
+            tokenizer.chat_template = TEMPLATES[template].jinja(
+                bos=bos, eos=tokenizer.eos_token, space=self._space_after_control
+            )
         if rendering != "parts" and tokenizer.chat_template is None:
             raise UserError(
                 f"chat template {template!r}: the tokenizer has none of its own (no chat_template.jinja beside it); "
@@ -160,6 +162,15 @@ class DocumentTokenizer:
         """Whether the tokenizer itself puts a space before the first word (LLaMA's sentencepiece does)."""
         ids = self._encode_raw("a")
         return self.text_tokenizer.decode(ids + ids).strip() == "a a"
+
+    @property
+    def _space_after_control(self) -> str:
+        """Text that makes a word after a control token what it is at the start of a text."""
+        alone, after = (
+            self.text_tokenizer.encode(text, add_special_tokens=False)
+            for text in ("a", f"{self.text_tokenizer.eos_token}a")
+        )
+        return " " if self._adds_space and after[1:] != alone else ""
 
     def _encode_raw(self, text: str) -> list[int]:
         return self.text_tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)

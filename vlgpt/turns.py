@@ -35,7 +35,11 @@ VICUNA_MESSAGE = (
 
 @dataclass(frozen=True, slots=True)
 class ChatTemplate:
-    """The text around the turns of a chat. {bos} is what the tokenizer puts before a text, {eos} its EOS token."""
+    """The text around the turns of a chat.
+
+    {bos} is what the tokenizer puts before a text, {eos} its EOS token, {space} what a first word needs after these to
+    be the token that it is in a text of its own: sentencepiece put a space before it when the model was trained.
+    """
 
     first: str  # before what the user says first
     user: str  # before what the user says later
@@ -49,33 +53,44 @@ class ChatTemplate:
         before: dict[TextPlace, str] = {"first": self.first, "user": self.user, "assistant": self.assistant}
         return frozenset(place for place, text in before.items() if not text.endswith(" "))
 
-    def jinja(self, *, bos: str, eos: str) -> str:
+    def jinja(self, *, bos: str, eos: str, space: str) -> str:
         """The template as transformers wants it."""
+        reply = self.user_end + self.assistant
+        texts = {"first": self.first, "user": self.user, "user_end": self.user_end, "end": self.end}
+        texts |= {"reply": reply, "prompt": reply.rstrip(" ")}
+        known = {"{bos}": bos, "{eos}": eos, "{space}": space}
+        result = ""
+        for name, text in texts.items():
+            for mark, value in known.items():
+                text = text.replace(mark, value)
+            result += f"{{% set {name} = {json.dumps(text)} %}}"
+        return result + LOOP
 
-        def literal(text: str) -> str:
-            return json.dumps(text.replace("{bos}", bos).replace("{eos}", eos))
 
-        assistant = self.user_end + self.assistant
-        return (
-            "{% for message in messages %}"
-            "{% if message.role != ('assistant' if loop.index0 % 2 else 'user') %}"
-            "{{ raise_exception('wanted are turns of user and assistant; the system message is fixed') }}{% endif %}"
-            f"{{% if message.role == 'assistant' %}}{{{{ {literal(assistant)} + message.content + {literal(self.end)} }}}}"
-            f"{{% else %}}{{{{ ({literal(self.first)} if loop.first else {literal(self.user)}) + message.content }}}}"
-            f"{{% if loop.last %}}{{{{ {literal(assistant.rstrip(' '))} if add_generation_prompt else "
-            f"{literal(self.user_end)} }}}}{{% endif %}}{{% endif %}}{{% endfor %}}"
-        )
-
+LOOP = (
+    "{% for message in messages %}"
+    "{% if message.role != ('assistant' if loop.index0 % 2 else 'user') %}"
+    "{{ raise_exception('wanted are turns of user and assistant; the system message is fixed') }}{% endif %}"
+    "{% if message.role == 'assistant' %}{{ reply + message.content + end }}"
+    "{% else %}{{ (first if loop.first else user) + message.content }}"
+    "{% if loop.last %}{{ prompt if add_generation_prompt else user_end }}{% endif %}{% endif %}{% endfor %}"
+)
 
 TEMPLATES: dict[str, ChatTemplate] = {
     # PAPER: not stated how turns are joined (Table 6 gives the words); here as Vicuna 1.1 joins them
-    "vlgpt": ChatTemplate(f"{{bos}}{SYSTEM_MESSAGE} USER: ", "USER: ", "", " ASSISTANT: ", "{eos}"),
-    "short": ChatTemplate("{bos}USER: ", "USER: ", "", " ASSISTANT: ", "{eos}"),
+    "vlgpt": ChatTemplate(
+        f"{{bos}}{{space}}{SYSTEM_MESSAGE} USER: ", "{space}USER: ", "", " ASSISTANT: ", "{eos}"
+    ),
+    "short": ChatTemplate("{bos}{space}USER: ", "{space}USER: ", "", " ASSISTANT: ", "{eos}"),
     "vicuna": ChatTemplate(  # FastChat, vicuna_v1.1
-        f"{{bos}}{VICUNA_MESSAGE} USER: ", "USER: ", "", " ASSISTANT: ", "{eos}"
+        f"{{bos}}{{space}}{VICUNA_MESSAGE} USER: ", "{space}USER: ", "", " ASSISTANT: ", "{eos}"
     ),
     "llama2": ChatTemplate(  # Meta, llama/generation.py
-        f"{{bos}}[INST] <<SYS>>\n{SYSTEM_MESSAGE}\n<</SYS>>\n\n", "{bos}[INST] ", " [/INST]", " ", " {eos}"
+        f"{{bos}}{{space}}[INST] <<SYS>>\n{SYSTEM_MESSAGE}\n<</SYS>>\n\n",
+        "{bos}{space}[INST] ",
+        " [/INST]",
+        " ",
+        " {eos}",
     ),
     "chatml": ChatTemplate(
         f"{{bos}}<|im_start|>system\n{SYSTEM_MESSAGE}<|im_end|>\n<|im_start|>user\n",
@@ -232,7 +247,8 @@ class _Cutter:
         """What is wrong with the template whatever the tokens."""
         texts = PROBES[:6]
         whole = self.render(texts, tokenize=False)
-        if whole != self.render(texts, tokenize=False, strftime_now=lambda _: ""):
+        undated = "{% macro strftime_now(format) %}{% endmacro %}" + self.tokenizer.get_chat_template()
+        if whole != self.render(texts, tokenize=False, chat_template=undated):
             raise _Unfit(
                 "it writes today's date into the chat, so that a rendering changes from day to day (put a fixed "
                 "date in place of strftime_now in chat_template.jinja)"
