@@ -15,7 +15,6 @@ from vlgpt.document import TextPart
 from vlgpt.models.tiny import save_language_model, train_text_tokenizer
 from vlgpt.seeds import seed_everything
 from vlgpt.shards.reader import ShardSet
-from vlgpt.turns import TEMPLATES
 
 
 def texts_of(folders: Sequence[Path]) -> Iterator[str]:
@@ -27,8 +26,7 @@ def texts_of(folders: Sequence[Path]) -> Iterator[str]:
                 for part in shards.read(number, sample).document.parts:
                     if isinstance(part, TextPart):
                         yield part.text
-    short = TEMPLATES["short"]
-    yield from [f"{short.user.strip()} {short.assistant.strip()}"] * 1000
+    yield from ["USER: ASSISTANT:"] * 1000
 
 
 def run(argv: Sequence[str] | None = None) -> int:

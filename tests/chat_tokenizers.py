@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 TEXTS = [
     "The quick brown fox jumps over the lazy dog. What is in the picture? Draw a red circle, please!",
     "USER: ASSISTANT: [INST] <<SYS>> system user assistant model You are a helpful assistant. 1984 2001 (yes)",
+    "Is it so?\nIt is.\nIs it so?\nIt is.\n",
     "- one\n- two\n\nHere's the image: f(x) = y; \u4f60\u597d\u5417 \u00e9tude d\u00e9j\u00e0 na\u00efve caf\u00e9",
 ]
 # transformers' Qwen2Tokenizer; LLaMA 3 takes up to three digits together
@@ -106,7 +107,8 @@ QWEN25 = """{%- if messages[0]['role'] == 'system' %}
     {{- '<|im_start|>system\\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\\n' }}
 {%- endif %}
 {%- for message in messages %}
-    {%- if (message.role == "user") or (message.role == "system" and not loop.first) or (message.role == "assistant" and not message.tool_calls) %}
+    {%- if message.role == "user" or (message.role == "system" and not loop.first)
+        or (message.role == "assistant" and not message.tool_calls) %}
         {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}
     {%- endif %}
 {%- endfor %}
@@ -123,9 +125,10 @@ LLAMA3_CHAT = (
 LLAMA31_CHAT = (
     "{{- bos_token }}{%- if not date_string is defined %}{%- if strftime_now is defined %}"
     "{%- set date_string = strftime_now('%d %b %Y') %}{%- else %}{%- set date_string = '26 Jul 2024' %}{%- endif %}"
-    "{%- endif %}{{- '<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\nToday Date: ' "
-    "+ date_string + '\n\n<|eot_id|>' }}{%- for message in messages %}{{- '<|start_header_id|>' + message['role'] + "
-    "'<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' }}{%- endfor %}{%- if add_generation_prompt %}"
+    "{%- endif %}{{- '<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n' "
+    "+ 'Today Date: ' + date_string + '\n\n<|eot_id|>' }}{%- for message in messages %}"
+    "{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + "
+    "'<|eot_id|>' }}{%- endfor %}{%- if add_generation_prompt %}"
     "{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif %}"
 )
 LLAMA2_CHAT = (
@@ -146,7 +149,8 @@ MISTRAL = (
     "{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
 )
 GEMMA = (
-    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
+    "{% endif %}"
     "{% for message in messages %}"
     + ALTERNATE
     + "{% if (message['role'] == 'assistant') %}{% set role = 'model' %}{% else %}{% set role = message['role'] %}"

@@ -110,7 +110,9 @@ def test_prompts_are_those_of_table_6():
         "Here is the edited image:",
     ):
         assert prompt in words
-    assert TEMPLATES["vlgpt"].first.startswith("{bos}You are a helpful, respectful and honest assistant.")
+    assert TEMPLATES["vlgpt"].first.startswith(
+        "{bos}{space}You are a helpful, respectful and honest assistant."
+    )
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*/*.yaml")), ids=lambda p: f"{p.parent.name}/{p.stem}")

@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import chat_tokenizers
 import numpy as np
 import pytest
+import torch
 from chat_tokenizers import make
 from tiny_unified import new_document_tokenizer, new_model
 
+from data_prep import index
 from vlgpt import hf
 from vlgpt.data.assemble import Assembler, ShardLengths
 from vlgpt.data.draws import Draws
+from vlgpt.data.sources import OpenSource
 from vlgpt.decoding.prompts import empty_prompt, render
 from vlgpt.document import Document, ImagePart, Part, TextPart
 from vlgpt.export import export_model
 from vlgpt.generate import Generator
 from vlgpt.log import UserError
-from vlgpt.settings import SourceSettings
+from vlgpt.models.encoders import load_clip
+from vlgpt.models.tiny import train_text_tokenizer
+from vlgpt.settings import DemoClipStage, SourceSettings
+from vlgpt.shards import ShardSet, ShardWriter, write_manifest
 from vlgpt.shards.index import IndexBuilder
+from vlgpt.stages.build import build_demo_clip
 from vlgpt.tokens import DocumentTokenizer, flatten
 from vlgpt.turns import SYSTEM_MESSAGE, TEMPLATES
 
@@ -150,18 +158,18 @@ REFUSED = {
         "it writes later turns differently from the first",
     ),
     "a system message is wanted": (
-        {**GPT2, "template": "{% if messages[0].role != 'system' %}{{ raise_exception('a system message comes first') }}"
+        {**GPT2, "template": "{% if messages[0].role != 'system' %}{{ raise_exception('system comes first') }}"
          "{% endif %}"},
-        r"it refuses a dialogue of 6 turns of user and assistant \(a system message comes first\)",
+        r"it refuses a dialogue of 6 turns of user and assistant \(system comes first\)",
     ),
     "long chats are refused": (
-        {**GPT2, "template": "{% if messages | length > 2 %}{{ raise_exception('one question at a time') }}{% endif %}"},
-        r"it refuses a dialogue of 6 turns of user and assistant \(one question at a time\)",
+        {**GPT2, "template": "{% if messages | length > 2 %}{{ raise_exception('one question only') }}{% endif %}"},
+        r"it refuses a dialogue of 6 turns of user and assistant \(one question only\)",
     ),
     "line breaks stick to the text before them": (
         {"kind": "qwen", "template": "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
          "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"},
-        "makes other tokens together with what stands around it than alone",
+        "'why is that so.' makes other tokens together with what stands around it than alone",
     ),
     "nothing closes a reply": (
         {**GPT2, "template": "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
@@ -182,6 +190,27 @@ def test_a_template_that_cannot_be_cut_at_the_borders_of_turns_is_refused_with_t
 
 
 # --- the templates that we bring
+
+
+def test_a_built_in_template_serves_every_tokenizer(caplog, tmp_path):
+    """Words that were merged across spaces are other tokens inside a text than alone: no reason to refuse a run."""
+    sys.path.append(str(Path(__file__).parent / "train"))
+    from shipped_parts import write_llama_tokenizer
+
+    write_llama_tokenizer(tmp_path)
+    with pytest.raises(UserError, match="has none of its own"):
+        DocumentTokenizer.load(tmp_path, num_visual=NUM_VISUAL, template="own")
+    for name in TEMPLATES:
+        tokenizer = DocumentTokenizer.load(tmp_path, num_visual=NUM_VISUAL, template=name)
+        spans = tokenizer.spans(document_of(["w0 w1", "w2 w3"]))
+        assert [span.ids for span in spans if span.role == "user"] == [
+            tuple(tokenizer.encode_text("w0 w1", "first"))
+        ]
+        assert spans[-1].ids == tokenizer.reply_end_ids and tokenizer.reply_end_ids
+        assert spans[0].ids[0] == tokenizer.bos_id
+        shown = tokenizer.text_tokenizer.decode([i for span in spans for i in span.ids])
+        assert "w0 w1" in shown and "w2 w3" in shown
+
 
 KINDS = {
     "prefix": {"bos": "<s>", "add_bos": True},
@@ -209,7 +238,7 @@ def test_a_saved_tokenizer_carries_the_template_and_speaks_as_in_training(kind, 
 def test_templates_read_as_their_models_were_trained():
     """FastChat's vicuna_v1.1, Meta's llama/generation.py, OpenAI's ChatML, and Table 6 of the paper."""
     system = {name: TEMPLATES[name].first for name in TEMPLATES}
-    vicuna = system["vicuna"].removeprefix("{bos}").removesuffix("USER: ")
+    vicuna = system["vicuna"].removeprefix("{bos}{space}").removesuffix("USER: ")
     wanted = {
         "vlgpt": f"<s>{SYSTEM_MESSAGE} USER: q1 ASSISTANT: a1</s>USER: q2 ASSISTANT: a2</s>",
         "short": "<s>USER: q1 ASSISTANT: a1</s>USER: q2 ASSISTANT: a2</s>",
@@ -225,19 +254,22 @@ def test_templates_read_as_their_models_were_trained():
     ]
     for name, text in wanted.items():
         tokenizer = DocumentTokenizer(
-            make("first", **chat_tokenizers.LLAMA), num_visual=NUM_VISUAL, template=name
+            make("legacy", **chat_tokenizers.LLAMA), num_visual=NUM_VISUAL, template=name
         )
         assert tokenizer.text_tokenizer.apply_chat_template(messages, tokenize=False) == text
     with pytest.raises(Exception, match="the system message is fixed"):
         tokenizer.text_tokenizer.apply_chat_template([{"role": "system", "content": "x"}], tokenize=False)
 
 
+@pytest.mark.parametrize("kind", ["prefix", "first", "legacy"])
 @pytest.mark.parametrize("template", ["vlgpt", "short", "vicuna"])
-def test_a_tokenizer_that_puts_spaces_itself_is_spoken_to_as_before(template):
-    """The demo's tokenizer: nothing changes for runs and exports made with these three templates."""
-    now, before = new_document_tokenizer(template=template), new_document_tokenizer(template=template)
-    before = DocumentTokenizer(
-        before.text_tokenizer, num_visual=NUM_VISUAL, template=template, rendering="parts"
+def test_a_tokenizer_that_puts_spaces_itself_is_spoken_to_as_before(template, kind):
+    """The demo's tokenizer (prefix) and LLaMA's: nothing changes for runs and exports made with these templates."""
+    now, before = (
+        DocumentTokenizer(
+            make(kind, **KINDS[kind]), num_visual=NUM_VISUAL, template=template, rendering=rendering
+        )
+        for rendering in ("template", "parts")
     )
     random = np.random.default_rng(5)
     for number in range(30):
@@ -275,6 +307,7 @@ def test_what_stands_first_is_never_predicted_and_an_empty_prompt_has_one_positi
         assert not sequence.is_target[0] and sequence.is_target[1:].all()
     empty = empty_prompt(Document("d", "s", (TextPart("x"),)), tokenizer=tokenizer)
     assert empty.token_ids.tolist() == [tokenizer.eos_id]
+    tokenizer = own("SmolLM2")
     chat = empty_prompt(document_of(["x"]), tokenizer=tokenizer)
     assert chat.token_ids.tolist() == official(tokenizer.text_tokenizer, [""], add_generation_prompt=True)
 
@@ -324,8 +357,6 @@ def test_what_is_planned_from_the_index_is_what_is_rendered(name):
             assert len(sequence.token_ids) == plan.length <= length
             num_cut += not plan.has_end
             num_whole += plan.has_end
-            if plan.has_end and len(plan.parts) == len(document.parts) and maker.source.image_first == 1:
-                assert sequence.token_ids.tolist() == flatten(tokenizer.spans(document)).token_ids.tolist()
     assert num_whole > 20 and num_cut > 3
 
 
@@ -352,7 +383,58 @@ def test_lengths_of_chats_belong_to_the_template_and_those_of_plain_documents_to
     assert chat.fingerprint == f"{named.fingerprint}+assistant+first+user"
     assert chat.fits(named.fingerprint, has_chats=False) and named.fits(chat.fingerprint, has_chats=False)
     assert not chat.fits(named.fingerprint, has_chats=True)
-    assert not chat.fits(own("Granite").fingerprint, has_chats=False)
+    assert not chat.fits(own("Qwen2.5").fingerprint, has_chats=False)
+
+
+def test_a_run_with_its_own_template_asks_for_its_lengths_and_the_command_writes_them(tmp_path):
+    chat_tokenizers.model("SmolLM2").save_pretrained(tmp_path / "model")
+    tokenizer = own("SmolLM2")
+    random = np.random.default_rng(2)
+    sources = {
+        "chats": [document_of(dialogue(random, 4)) for _ in range(6)],
+        "plain": [Document("p", "s", (TextPart(text),)) for text in dialogue(random, 6)],
+    }
+    named = DocumentTokenizer.load(tmp_path / "model", num_visual=NUM_VISUAL)
+    for name, documents in sources.items():
+        (tmp_path / name).mkdir()
+        writer = ShardWriter(tmp_path / name, 0, tokenizer=named)
+        for document in documents:
+            writer.add(document, [])
+        writer.close()
+        write_manifest(tmp_path / name, name=name, licence="", versions={}, build={}, num_shards=1)
+
+    def opened(name: str) -> OpenSource:
+        settings = SourceSettings(name=name, path=str(tmp_path / name))
+        return OpenSource(settings, shards=ShardSet.open(tmp_path / name), features={})
+
+    opened("plain").lengths(0, tokenizer=tokenizer)
+    with pytest.raises(UserError, match=r"data_prep.index .*chats --tokenizer PATH --template own"):
+        opened("chats").lengths(0, tokenizer=tokenizer)
+    command = [str(tmp_path / "chats"), "--tokenizer", str(tmp_path / "model"), "--template", "own"]
+    assert index.main(command) == 0
+    lengths = opened("chats").lengths(0, tokenizer=tokenizer)
+    places = ("first", "assistant", "user", "assistant")
+    texts = [part.text for part in sources["chats"][0].parts if isinstance(part, TextPart)]
+    wanted = [len(tokenizer.encode_text(text, place)) for text, place in zip(texts, places)]  # type: ignore[arg-type]
+    assert list(lengths.parts(0).lengths) == wanted
+    assert wanted != [len(named.encode_text(text, "user")) for text in texts]
+
+
+def test_the_demos_clip_reads_texts_without_a_start_token(tmp_path):
+    """Its language model's tokenizer puts one before a text."""
+    tokenizer = train_text_tokenizer(chat_tokenizers.TEXTS, vocabulary_size=300)
+    tokenizer.save_pretrained(tmp_path / "text")
+    assert tokenizer.encode("a")[0] == tokenizer.bos_token_id
+    stage = build_demo_clip(
+        DemoClipStage(
+            kind="demo_clip", text_tokenizer=str(tmp_path / "text"), width=32, image_depth=1, text_depth=1
+        )
+    )
+    wanted = [*tokenizer.encode("the fox", add_special_tokens=False), tokenizer.eos_token_id]
+    assert stage.text_ids(("the fox",))[0, : len(wanted)].tolist() == wanted
+    stage.save(tmp_path / "clip")
+    read = load_clip(str(tmp_path / "clip"), library="open_clip", layer=-1)._text_ids(["the fox"])
+    assert torch.equal(read, stage.text_ids(("the fox",)))
 
 
 # --- exports

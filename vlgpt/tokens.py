@@ -17,8 +17,8 @@ from typing import Any, Literal
 import numpy as np
 
 from vlgpt.document import Document, ImagePart, Role, TextPlace, text_places
-from vlgpt.log import UserError
-from vlgpt.turns import OWN, TEMPLATES, Turns, cut, of_parts
+from vlgpt.log import UserError, get_logger
+from vlgpt.turns import OWN, TEMPLATES, Turns, cut, of_parts, of_texts
 
 BEGIN_IMAGE, END_IMAGE = "[IMG]", "[/IMG]"
 NUM_IMAGE_TOKENS = 2  # they are the last tokens of the vocabulary
@@ -96,7 +96,9 @@ class DocumentTokenizer:
         self.start_ids = (self.bos_id,) if rendering == "parts" else self._added_before()
         if rendering == "template" and template != OWN:
             bos = "".join(tokenizer.convert_ids_to_tokens(list(self.start_ids)))
-            tokenizer.chat_template = TEMPLATES[template].jinja(bos=bos, eos=tokenizer.eos_token)
+            tokenizer.chat_template = TEMPLATES[template].jinja(
+                bos=bos, eos=tokenizer.eos_token, space=self._space_after_control
+            )
         if rendering != "parts" and tokenizer.chat_template is None:
             raise UserError(
                 f"chat template {template!r}: the tokenizer has none of its own (no chat_template.jinja beside it); "
@@ -162,6 +164,15 @@ class DocumentTokenizer:
         ids = self._encode_raw("a")
         return self.text_tokenizer.decode(ids + ids).strip() == "a a"
 
+    @property
+    def _space_after_control(self) -> str:
+        """Text that makes a word after a control token what it is at the start of a text."""
+        alone, after = (
+            self.text_tokenizer.encode(text, add_special_tokens=False)
+            for text in ("a", f"{self.text_tokenizer.eos_token}a")
+        )
+        return " " if self._adds_space and after[1:] != alone else ""
+
     def _encode_raw(self, text: str) -> list[int]:
         return self.text_tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
@@ -205,16 +216,25 @@ class DocumentTokenizer:
     @cached_property
     def turns(self) -> Turns:
         """The ids around the turns of a chat. Raises UserError when the template does not fit the tokenizer."""
+        marks = {"bos": self.start_ids, "eos": (self.eos_id,)}
         if self.rendering == "parts":
-            encode = self.text_tokenizer.encode
-            return of_parts(
-                self.template_name,
-                encode=lambda text: tuple(encode(text, add_special_tokens=False)) if text else (),
-                bos=self.start_ids,
-                eos=(self.eos_id,),
-            )
-        bare = None if self.template_name == OWN else self.bare
-        return cut(self.text_tokenizer, encode=self._encode, name=self.template_name, bare=bare)
+            return of_parts(self.template_name, encode=self._encode_fixed, **marks)
+        if self.template_name == OWN:
+            return cut(self.text_tokenizer, encode=self._encode, name=OWN)
+        template = TEMPLATES[self.template_name]
+        try:
+            return cut(self.text_tokenizer, encode=self._encode, name=self.template_name, bare=template.bare)
+        except UserError as error:
+            get_logger().warning("every text of the chat template is tokenised on its own: %s", error)
+            return of_texts(template, encode=self._encode_apart, **marks)
+
+    def _encode_fixed(self, text: str) -> tuple[int, ...]:
+        """Ids of a fixed text; control tokens in it count as tokens."""
+        return tuple(self.text_tokenizer.encode(text, add_special_tokens=False)) if text else ()
+
+    def _encode_apart(self, text: str) -> tuple[int, ...]:
+        """The same, one space before it."""
+        return self._encode_fixed(text.lstrip(" ") if self._adds_space else text)
 
     @cached_property
     def _between_texts(self) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, combinations
+from itertools import combinations
 from typing import Any, Protocol
 
 import jinja2
@@ -35,7 +35,11 @@ VICUNA_MESSAGE = (
 
 @dataclass(frozen=True, slots=True)
 class ChatTemplate:
-    """The text around the turns of a chat. {bos} is what the tokenizer puts before a text, {eos} its EOS token."""
+    """The text around the turns of a chat.
+
+    {bos} is what the tokenizer puts before a text, {eos} its EOS token, {space} what a first word needs after these to
+    be the token that it is in a text of its own: sentencepiece put a space before it when the model was trained.
+    """
 
     first: str  # before what the user says first
     user: str  # before what the user says later
@@ -49,33 +53,44 @@ class ChatTemplate:
         before: dict[TextPlace, str] = {"first": self.first, "user": self.user, "assistant": self.assistant}
         return frozenset(place for place, text in before.items() if not text.endswith(" "))
 
-    def jinja(self, *, bos: str, eos: str) -> str:
+    def jinja(self, *, bos: str, eos: str, space: str) -> str:
         """The template as transformers wants it."""
+        reply = self.user_end + self.assistant
+        texts = {"first": self.first, "user": self.user, "user_end": self.user_end, "end": self.end}
+        texts |= {"reply": reply, "prompt": reply.rstrip(" ")}
+        known = {"{bos}": bos, "{eos}": eos, "{space}": space}
+        result = ""
+        for name, text in texts.items():
+            for mark, value in known.items():
+                text = text.replace(mark, value)
+            result += f"{{% set {name} = {json.dumps(text)} %}}"
+        return result + LOOP
 
-        def literal(text: str) -> str:
-            return json.dumps(text.replace("{bos}", bos).replace("{eos}", eos))
 
-        assistant = self.user_end + self.assistant
-        return (
-            "{% for message in messages %}"
-            "{% if message.role != ('assistant' if loop.index0 % 2 else 'user') %}"
-            "{{ raise_exception('wanted are turns of user and assistant; the system message is fixed') }}{% endif %}"
-            f"{{% if message.role == 'assistant' %}}{{{{ {literal(assistant)} + message.content + {literal(self.end)} }}}}"
-            f"{{% else %}}{{{{ ({literal(self.first)} if loop.first else {literal(self.user)}) + message.content }}}}"
-            f"{{% if loop.last %}}{{{{ {literal(assistant.rstrip(' '))} if add_generation_prompt else "
-            f"{literal(self.user_end)} }}}}{{% endif %}}{{% endif %}}{{% endfor %}}"
-        )
-
+LOOP = (
+    "{% for message in messages %}"
+    "{% if message.role != ('assistant' if loop.index0 % 2 else 'user') %}"
+    "{{ raise_exception('wanted are turns of user and assistant; the system message is fixed') }}{% endif %}"
+    "{% if message.role == 'assistant' %}{{ reply + message.content + end }}"
+    "{% else %}{{ (first if loop.first else user) + message.content }}"
+    "{% if loop.last %}{{ prompt if add_generation_prompt else user_end }}{% endif %}{% endif %}{% endfor %}"
+)
 
 TEMPLATES: dict[str, ChatTemplate] = {
     # PAPER: not stated how turns are joined (table 6 gives the words); here as Vicuna 1.1 joins them
-    "vlgpt": ChatTemplate(f"{{bos}}{SYSTEM_MESSAGE} USER: ", "USER: ", "", " ASSISTANT: ", "{eos}"),
-    "short": ChatTemplate("{bos}USER: ", "USER: ", "", " ASSISTANT: ", "{eos}"),
+    "vlgpt": ChatTemplate(
+        f"{{bos}}{{space}}{SYSTEM_MESSAGE} USER: ", "{space}USER: ", "", " ASSISTANT: ", "{eos}"
+    ),
+    "short": ChatTemplate("{bos}{space}USER: ", "{space}USER: ", "", " ASSISTANT: ", "{eos}"),
     "vicuna": ChatTemplate(  # FastChat, vicuna_v1.1
-        f"{{bos}}{VICUNA_MESSAGE} USER: ", "USER: ", "", " ASSISTANT: ", "{eos}"
+        f"{{bos}}{{space}}{VICUNA_MESSAGE} USER: ", "{space}USER: ", "", " ASSISTANT: ", "{eos}"
     ),
     "llama2": ChatTemplate(  # Meta, llama/generation.py
-        f"{{bos}}[INST] <<SYS>>\n{SYSTEM_MESSAGE}\n<</SYS>>\n\n", "{bos}[INST] ", " [/INST]", " ", " {eos}"
+        f"{{bos}}{{space}}[INST] <<SYS>>\n{SYSTEM_MESSAGE}\n<</SYS>>\n\n",
+        "{bos}{space}[INST] ",
+        " [/INST]",
+        " ",
+        " {eos}",
     ),
     "chatml": ChatTemplate(
         f"{{bos}}<|im_start|>system\n{SYSTEM_MESSAGE}<|im_end|>\n<|im_start|>user\n",
@@ -118,6 +133,29 @@ def of_parts(name: str, *, encode: Callable[[str], Ids], bos: Ids, eos: Ids) -> 
     """How chats were rendered before: every string of `PARTS` tokenised on its own, BOS before the chat."""
     system, user, user_end, assistant, end = (encode(text) for text in PARTS[name])
     return Turns(bos + system, user, user, user_end, user_end + assistant, end or eos)
+
+
+def of_texts(template: ChatTemplate, *, encode: Callable[[str], Ids], bos: Ids, eos: Ids) -> Turns:
+    """The ids of a built-in template when every text of it is tokenised on its own.
+
+    For tokenizers that join what is said with what stands around it. Nothing is lost, since parts are tokenised on
+    their own in training and in use, but `apply_chat_template` of an export may give other tokens.
+    """
+
+    def ids(text: str) -> Ids:
+        plain = encode(text.replace("{space}", "").replace("{bos}", "").replace("{eos}", "").rstrip(" "))
+        return (bos if "{bos}" in text else ()) + plain + (eos if "{eos}" in text else ())
+
+    user_end = ids(template.user_end)
+    return Turns(
+        system=(),
+        first=ids(template.first),
+        user=ids(template.user),
+        user_end=user_end,
+        reply=user_end + ids(template.assistant),
+        end=ids(template.end),
+        bare=template.bare,
+    )
 
 
 # What a template is tried on: every kind of character at both ends of a text.
@@ -163,10 +201,10 @@ def cut(tokenizer: Any, *, encode: Encode, name: str, bare: frozenset[TextPlace]
     text follows without a space; it is found out when not given. Raises UserError, with the reason, for a template that
     cannot be rendered turn by turn.
     """
-    choices = [bare]
+    choices = [] if bare is None else [bare]
     if bare is None:
-        sets = (combinations(("first", "user", "assistant"), size) for size in range(4))
-        choices = [frozenset(places) for places in chain.from_iterable(sets)]
+        places: tuple[TextPlace, ...] = ("first", "user", "assistant")
+        choices = [frozenset(chosen) for size in range(4) for chosen in combinations(places, size)]
     try:
         return _Cutter(tokenizer, encode).turns(choices)
     except _Unfit as error:
@@ -232,7 +270,8 @@ class _Cutter:
         """What is wrong with the template whatever the tokens."""
         texts = PROBES[:6]
         whole = self.render(texts, tokenize=False)
-        if whole != self.render(texts, tokenize=False, strftime_now=lambda _: ""):
+        undated = "{% macro strftime_now(format) %}{% endmacro %}" + self.tokenizer.get_chat_template()
+        if whole != self.render(texts, tokenize=False, chat_template=undated):
             raise _Unfit(
                 "it writes today's date into the chat, so that a rendering changes from day to day (put a fixed "
                 "date in place of strftime_now in chat_template.jinja)"
@@ -247,7 +286,8 @@ class _Cutter:
 
     def gaps(self, ids: list[int], texts: Sequence[str], bare: frozenset[TextPlace]) -> Gaps:
         """The ids before, between and after the texts of a dialogue; ends early where a text is not found."""
-        found, at = [], 0
+        found: Gaps = []
+        at = 0
         for text, place in zip(texts, PLACES):
             said = list(self.encode(text, is_bare=place in bare))
             begins = (i for i in range(at, len(ids) - len(said) + 1) if ids[i : i + len(said)] == said)

@@ -183,7 +183,7 @@ def speak(run, workspace, run_command):
 
 @pytest.fixture(scope="module")
 def lived(workspace, forks):
-    """A life as forks, once: `lived(name, zero, *changes)` -> the run. The documented ZeRO-2 has the YAML's own folder."""
+    """A life as forks, once: `lived(name, zero, *changes)` -> the run. ZeRO-2 has the folder that the YAML names."""
     runs = {}
 
     def lived_once(name, zero="zero2", *changes):

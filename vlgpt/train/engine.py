@@ -51,8 +51,8 @@ def start_process_group(*, timeout_s: float, facts: Mapping[str, Any] | None = N
     ).isdigit():  # an empty LOCAL_SIZE breaks deepspeed's CPU accelerator
         os.environ["LOCAL_SIZE"] = os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])
     store, rank, world_size = join_ranks(facts or {}, timeout_s=timeout_s)  # refuses before the slow import
-    # deepspeed decorates an optimizer with torch.compile; up to torch 2.6 at least that alone starts a pool of compilers
-    # of 0.4 GB in every rank. Nothing here is compiled.
+    # deepspeed decorates an optimizer with torch.compile, which alone starts a pool of compilers in every rank (0.4 GB,
+    # up to torch 2.6 at least). Nothing here is compiled.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     import deepspeed
 
