@@ -79,7 +79,9 @@ def varlen(monkeypatch):
     padding = types.SimpleNamespace(pad_input=None, unpad_input=None)
     monkeypatch.setitem(sys.modules, "flash_attn.bert_padding", padding)
     monkeypatch.setattr(flash_utils, "is_flash_attn_2_available", lambda *_, **__: True)
-    monkeypatch.setattr(flash_utils, "_loaded_implementation", None)  # transformers looks for the package once
+    monkeypatch.setattr(
+        flash_utils, "_loaded_implementation", None
+    )  # transformers looks for the package once
     return function
 
 
@@ -214,7 +216,9 @@ def test_a_flash_attn_that_cannot_run_gives_way_to_sdpa_with_its_reason_in_one_l
     for cached in (layers.flash_fault, layers.has_flash):
         cached.cache_clear()
         monkeypatch.setattr(layers, cached.__name__, cached)
-    lines: list[str] = []  # caplog sees a line once or twice, as other tests have configured the logger or not
+    lines: list[
+        str
+    ] = []  # caplog sees a line once or twice, as other tests have configured the logger or not
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())
     logging.getLogger("vlgpt").addHandler(handler)
