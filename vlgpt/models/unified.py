@@ -107,6 +107,8 @@ class UnifiedModel(nn.Module):
     @classmethod
     def from_folder(cls, folder: str | Path, *, attention: Attention = "auto") -> UnifiedModel:
         """Load an export, mapped from its files. Raises UserError when files or tensors are missing or differ."""
+        from transformers import AutoModelForCausalLM  # noqa: F401 - torch 2.6 cannot import it on the meta device
+
         folder = Path(folder)
         config = UnifiedConfig.from_folder(folder)
         with torch.device("meta"):
