@@ -38,7 +38,7 @@ def produced_ahead(*, prefetch_batches: int, prefetch_bytes: int, at_least: int)
     pool = WorkerPool(produce, start=Position(), num_workers=1, **limits, **options)
     batches = iter(pool)
     next(batches), next(batches)
-    deadline_s = time.monotonic() + 30
+    deadline_s = time.monotonic() + 200
     while made[0] < at_least + 2 and time.monotonic() < deadline_s:
         time.sleep(0.01)
     time.sleep(0.3)  # would it go on?
