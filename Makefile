@@ -1,17 +1,19 @@
 # Two commands on a fresh machine: `make demo` and `make test`. Both set up .venv/ first, and only once.
 PYTHON ?= python3
-VENV := .venv
+# Another environment: make test VENV=FOLDER CONSTRAINTS=FILE
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-slow lint setup clean
+.PHONY: demo test test-slow test-oldest test-newest lint setup clean
 
 setup: $(VENV)/.installed
 
-$(VENV)/.installed: setup.py
+$(VENV)/.installed: setup.py $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev]'
 	# deepspeed's own script cannot start in a path with spaces: its first line names the interpreter unquoted
 	printf '%s\n' '#!/bin/sh' 'exec "$$(dirname "$$0")/python" -m deepspeed.launcher.runner "$$@"' > $(BIN)/deepspeed
 	touch $(VENV)/.installed
@@ -21,6 +23,15 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+# with the lowest versions that setup.py allows
+test-oldest:
+	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
+
+# with what the package registry has today, resolved anew each time
+test-newest:
+	rm -rf .venv-newest
+	$(MAKE) test VENV=.venv-newest CONSTRAINTS=/dev/null
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow

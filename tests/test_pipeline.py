@@ -12,6 +12,8 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
+from vlgpt.train.supervise import with_fresh_port
+
 ROOT = Path(__file__).parents[1]
 SMALL = [
     "steps=4",
@@ -127,7 +129,7 @@ def train_all(folder, shards, model):
         "stage.num_visual=3",
         "stage.visual_width=16",
     ]
-    two = ("deepspeed", "--num_accelerators", "2", "--master_port", "29633")
+    two = with_fresh_port(["deepspeed", "--num_accelerators", "2", "--master_port", "{port}"])
     tokenizer += ["global_batch=8", "micro_batch=2", f"output_dir={folder}/tokenizer"]
     train("train_tokenizer", "tokenizer", folder, *shapes, *tokenizer, through=two)
     common = [source, "global_batch=2", "micro_batch=2", "data.sequence_length=64"]

@@ -67,7 +67,7 @@ def made_ahead(at_least: tuple[int, int], *, num_ahead: int = 0, **limits: int) 
     batches: Iterator[Any] = iter(pool)
     pool.targets(num_ahead)
     next(batches), next(batches)
-    deadline_s = time.monotonic() + 30
+    deadline_s = time.monotonic() + 200
     while any(maker.made < np.array(at_least) + 2) and time.monotonic() < deadline_s:
         time.sleep(0.01)
     time.sleep(0.3)  # would it go on?

@@ -56,7 +56,7 @@ def wait_for_changes(output: Path, processes: list[subprocess.Popen], *, number:
         return {(entry.name, entry.inode()) for entry in os.scandir(output)} if output.exists() else set()
 
     seen = files()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 200
     while number and time.monotonic() < deadline and all(process.poll() is None for process in processes):
         now = files()
         number -= now != seen
@@ -120,7 +120,7 @@ def test_sigterm_stops_cleanly_with_the_code_that_asks_for_a_restart(tmp_path):
         os.link(_first(folder, number), folder / f"{number:04d}.jpg")
     (folder / "first.dat").unlink()
     process = start(command(folder, output))
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 200
     while not list(output.glob(".*.partial")) and time.monotonic() < deadline:
         time.sleep(0.005)
     process.send_signal(signal.SIGTERM)

@@ -227,7 +227,7 @@ def test_sigterm_leaves_no_processes_and_asks_for_a_restart(folder, clip):
         "cpu",
     ]
     process = subprocess.Popen([*command, "--num-workers", "2"], cwd=ROOT, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 200
     children: list[str] = []
     while len(children) < 2 and time.monotonic() < deadline:
         listed = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -235,7 +235,7 @@ def test_sigterm_leaves_no_processes_and_asks_for_a_restart(folder, clip):
         time.sleep(0.01)
     process.terminate()
     assert process.wait(timeout=60) == 75
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 200
     while any(os.path.exists(f"/proc/{pid}") for pid in children) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(os.path.exists(f"/proc/{pid}") for pid in children)

@@ -68,7 +68,7 @@ def test_sigterm_reaches_the_build_and_asks_for_a_requeue(tmp_path):
     variables |= {"SLURM_ARRAY_TASK_COUNT": "1", "SLURM_CPUS_PER_TASK": "1"}
     script = ["bash", str(ROOT / "data_prep/slurm/build.sbatch"), *build_arguments(folder, tmp_path / "out")]
     process = subprocess.Popen(script, env=variables, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 200
     while not list((tmp_path / "out").glob(".*.partial")) and time.monotonic() < deadline:
         time.sleep(0.01)
     process.terminate()

@@ -298,10 +298,10 @@ def test_remote_shards_are_cached_bounded_and_checked(tmp_path):
 def test_prefetch_brings_whole_shards(tmp_path):
     write(tmp_path / "data")
     remote = ShardSet.open(f"file://{tmp_path / 'data'}", cache_dir=tmp_path / "cache")
+    others = threading.enumerate()
     remote.prefetch([1])
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread() and thread.daemon:
-            thread.join(timeout=10)
+    for thread in set(threading.enumerate()).difference(others):
+        thread.join()
     assert [path.name for path in sorted((tmp_path / "cache").rglob("0*.???"))] == ["00001.idx", "00001.tar"]
 
 

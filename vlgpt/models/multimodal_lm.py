@@ -93,7 +93,8 @@ class MultimodalLM(KeepsBuffers):
 
     @property
     def has_lora(self) -> bool:
-        return hasattr(self.language_model, "peft_config")
+        # not `peft_config`: peft < 0.19 leaves that behind when it merges
+        return hasattr(self.language_model, "get_base_model")
 
     def embed(self, token_ids: Tensor, is_visual: Tensor, visual: Tensor | None) -> Tensor:
         """Input embeddings: (B, L), (B, L), (M, N, d) | None -> (B, L, D)."""

@@ -278,7 +278,7 @@ async def _read_body(request: Request, limits: ServerLimits) -> bytes:
         await asyncio.wait_for(read(), limits.read_timeout_s)
     except ClientDisconnect as error:
         raise HTTPFailure(499, "the client has gone", "cancelled") from error
-    except asyncio.TimeoutError as error:
+    except TimeoutError as error:
         raise HTTPFailure(
             408, f"the body did not arrive within {limits.read_timeout_s:g} s", "slow"
         ) from error
