@@ -215,7 +215,7 @@ def _bleu(counts: _NgramCounts) -> tuple[Floats, Floats]:
     correct = np.bincount(slot, matched, minlength=num_images * MAX_ORDER).reshape(num_images, MAX_ORDER).T
 
     length = counts.num_words[:num_images]
-    guesses = np.maximum(length[None] - np.arange(MAX_ORDER)[:, None], 0)
+    guesses = np.maximum(length[None] - np.arange(MAX_ORDER)[:, None], 0).astype(np.float64)
     closest = _closest_reference_length(counts)
     images = _bleu_of_counts(correct, guesses, length, closest)
     total = _bleu_of_counts(correct.sum(1), guesses.sum(1), length.sum(), closest.sum())
