@@ -212,10 +212,11 @@ def _bleu(counts: _NgramCounts) -> tuple[Floats, Floats]:
     is_shared, place = _find(unique, answer * width + ngram)
     matched = np.minimum(count[is_shared], largest[place[is_shared]])
     slot = answer[is_shared] * MAX_ORDER + counts.order_of[ngram[is_shared]] - 1
-    correct = np.bincount(slot, matched, minlength=num_images * MAX_ORDER).reshape(num_images, MAX_ORDER).T
+    sums = np.bincount(slot, matched, minlength=num_images * MAX_ORDER).astype(np.float64)
+    correct = sums.reshape(num_images, MAX_ORDER).T
 
     length = counts.num_words[:num_images]
-    guesses = np.maximum(length[None] - np.arange(MAX_ORDER)[:, None], 0).astype(np.float64)
+    guesses = np.maximum(length[None] - np.arange(MAX_ORDER)[:, None], 0)
     closest = _closest_reference_length(counts)
     images = _bleu_of_counts(correct, guesses, length, closest)
     total = _bleu_of_counts(correct.sum(1), guesses.sum(1), length.sum(), closest.sum())
