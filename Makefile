@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-slow lint setup clean
+.PHONY: demo demo-lm test test-slow lint setup clean
 
 setup: $(VENV)/.installed
 
@@ -18,6 +18,9 @@ $(VENV)/.installed: setup.py
 
 demo: setup
 	$(BIN)/python launchers/demo.py
+
+demo-lm: setup
+	$(BIN)/python launchers/demo_lm.py
 
 test: setup
 	$(BIN)/python -m pytest
