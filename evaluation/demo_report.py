@@ -181,7 +181,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p.add_argument("--also", type=Path, nargs="*", default=(), help="more metrics (evaluation.text_nll)")
     args = p.parse_args(arguments)
     evaluation = args.evaluation or find_evaluation(args.run)
-    metrics = {name: entry for path in (evaluation / METRICS, *args.also) for name, entry in read_json(path).items()}
+    metrics = {
+        name: entry for path in (evaluation / METRICS, *args.also) for name, entry in read_json(path).items()
+    }
     demo = read_json(args.demo / METRICS) if args.demo else {}
     marks = marks_beside(demo) if args.demo else PASS_MARKS
     page = render(

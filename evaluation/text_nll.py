@@ -71,7 +71,9 @@ def compare(export: Path, base: Path, data: Path, *, template: str) -> dict[str,
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, write the metrics and print them."""
-    p = argparse.ArgumentParser(prog="python -m evaluation.text_nll", description=(__doc__ or "").split("\n")[0])
+    p = argparse.ArgumentParser(
+        prog="python -m evaluation.text_nll", description=(__doc__ or "").split("\n")[0]
+    )
     p.add_argument("model", type=Path, help="export folder (stage 2 or 3)")
     p.add_argument("--base", type=Path, required=True, help="the language model that it was trained from")
     p.add_argument("--data", type=Path, required=True, help="folder of shards with text chats")

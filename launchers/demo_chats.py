@@ -59,7 +59,13 @@ def prompts() -> dict[str, list[str]]:
 
 
 def replies(
-    model: Any, tokenizer: Any, asked: Sequence[str], *, max_new_tokens: int, batch_size: int, temperature: float
+    model: Any,
+    tokenizer: Any,
+    asked: Sequence[str],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    temperature: float,
 ) -> Iterator[str | None]:
     """A reply to every prompt, asked in the model's own chat template; None where it does not end in time."""
     for start in track(range(0, len(asked), batch_size), description="replies"):
@@ -74,7 +80,7 @@ def replies(
             temperature=temperature or None,
             top_k=0 if temperature > 0 else None,
             eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
         )
         for ids in made[:, given["input_ids"].shape[1] :]:
             text = tokenizer.decode(ids, skip_special_tokens=True).strip()
@@ -99,7 +105,9 @@ def write(
     write_manifest(partial, name=folder.name, licence=LICENCE, versions={}, build={}, num_shards=1)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
-    get_logger().info("%s: %d chats, %d replies too long", folder, report.num_samples, sum(report.dropped.values()))
+    get_logger().info(
+        "%s: %d chats, %d replies too long", folder, report.num_samples, sum(report.dropped.values())
+    )
     return report.num_samples
 
 
@@ -107,8 +115,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Ask, and write both folders. Raises UserError when too few of the held-out replies end in time."""
     p = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     p.add_argument("--model", type=Path, required=True, help="transformers folder of a chat model")
-    p.add_argument("--output", type=Path, required=True, help="folder that gets chats-train and chats-held-out")
-    p.add_argument("--template", default="own", help="chat template of the run that reads them (default: own)")
+    p.add_argument(
+        "--output", type=Path, required=True, help="folder that gets chats-train and chats-held-out"
+    )
+    p.add_argument(
+        "--template", default="own", help="chat template of the run that reads them (default: own)"
+    )
     p.add_argument("--max-new-tokens", type=int, default=64)
     p.add_argument("--temperature", type=float, default=0.7)
     p.add_argument("--batch-size", type=int, default=32)
@@ -122,6 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     seeds.seed_everything(0, "chats")
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16).eval()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
+    tokenizer.pad_token = tokenizer.eos_token  # never read: padding is masked
     indexer = DocumentTokenizer.load(args.model, template=args.template)
     options = {name: getattr(args, name) for name in ("max_new_tokens", "batch_size", "temperature")}
     for split, asked in prompts().items():

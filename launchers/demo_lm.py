@@ -38,11 +38,15 @@ def own_steps() -> list[Step]:
     ask = f"python launchers/demo_chats.py --model {model} --output {data} --threads 2"
     # Chats have no images: their features are empty, but the loader asks every source for them.
     empty = f"python -m data_prep.features {chats}-train --encoder {demo.ROOT}/clip/result --features patches"
-    evaluate = f"python -m evaluation.run emoji --model {ROOT}/finetune/result --pretrained {ROOT}/pretrain/result"
+    evaluate = (
+        f"python -m evaluation.run emoji --model {ROOT}/finetune/result --pretrained {ROOT}/pretrain/result"
+    )
     evaluate += f" --judge {demo.ROOT}/judge/result --data {demo.ROOT}/data --output {ROOT}/evaluation"
     # The demo has built all held-out shards for its own evaluation.
     nll = f"python -m evaluation.text_nll {ROOT}/finetune/result --base {model} --data {chats}-held-out"
-    report = f"python -m evaluation.demo_report --run {ROOT} --output {ROOT}/report.html --data {demo.ROOT}/data"
+    report = (
+        f"python -m evaluation.demo_report --run {ROOT} --output {ROOT}/report.html --data {demo.ROOT}/data"
+    )
     return [
         Step("lm-model", f"python launchers/fetch_smollm2.py {model}", model),
         Step("lm-data", link, " ".join(f"{data}/{name}" for name in TRAINED), ("features", "features-2")),

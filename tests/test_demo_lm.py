@@ -91,7 +91,12 @@ def test_a_topic_is_trained_or_held_out(launchers):
     assert len(set(topics)) == len(topics)
     for questions in zip(*[iter(topics)]):
         (topic,) = questions
-        found = {split for split, asked in prompts.items() for q in launchers[1].QUESTIONS if q.format(topic) in asked}
+        found = {
+            split
+            for split, asked in prompts.items()
+            for q in launchers[1].QUESTIONS
+            if q.format(topic) in asked
+        }
         assert len(found) == 1, topic
     assert not set(prompts["train"]) & set(prompts["held-out"])
     assert len(prompts["held-out"]) >= 2 * launchers[1].NUM_HELD_OUT
@@ -136,8 +141,22 @@ def test_an_untouched_adapter_leaves_the_nll_of_text_as_it_was_and_a_touched_one
         if "lora_B" in name:
             parameter.data.normal_(std=0.3)
     export_model(model, folder / "export", tokenizer=tokenizer)
-    assert text_nll.main([str(folder / "export"), "--base", str(folder / "base"), "--data", str(data),
-                          "--template", "short", "--output", str(folder / "text.json")]) == 0
+    assert (
+        text_nll.main(
+            [
+                str(folder / "export"),
+                "--base",
+                str(folder / "base"),
+                "--data",
+                str(data),
+                "--template",
+                "short",
+                "--output",
+                str(folder / "text.json"),
+            ]
+        )
+        == 0
+    )
     assert abs(json.loads((folder / "text.json").read_text())["text/nll_ratio"]["value"] - 1) > 0.01
 
 
@@ -146,4 +165,6 @@ def test_another_language_models_chats_are_refused(launchers, base):
     other = new_document_tokenizer(vocabulary_size=382)
     other.save(folder / "base")
     with pytest.raises(UserError, match="another language model"):
-        text_nll.compare(folder / "export", folder / "base", chats(launchers, folder / "chats"), template="short")
+        text_nll.compare(
+            folder / "export", folder / "base", chats(launchers, folder / "chats"), template="short"
+        )

@@ -57,7 +57,9 @@ PARTS = (
     Part("edit", "emoji_edit"),
     Part("label_pages", "emoji_label_pages", is_pretrained=True),
 )
-RANDOM_LABELS = Part("label_pages_random", "emoji_label_pages", {"has_random_labels": True}, is_pretrained=True)
+RANDOM_LABELS = Part(
+    "label_pages_random", "emoji_label_pages", {"has_random_labels": True}, is_pretrained=True
+)
 
 
 class CountedResponder:
