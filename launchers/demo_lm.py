@@ -1,8 +1,8 @@
-"""`make demo-lm`: stages 2 and 3 of the paper on a real language model, SmolLM2-135M-Instruct with LoRA, on 2 CPU cores.
+"""`make demo-lm`: stages 2 and 3 of the paper on a real language model, SmolLM2-135M-Instruct, on 2 CPU cores.
 
-Runs like `make demo` (launchers/demo.py) and builds on what that has made: shards, image tokenizer, encoders and judge are
-taken when they are finished and made when not. Everything new lies in runs/demo-lm. Text ability is kept by replaying
-the language model's own replies, and measured.
+Runs like `make demo` (launchers/demo.py) and builds on what that has made: shards, image tokenizer, encoders and judge
+are taken when they are finished and made when not. Everything new lies in runs/demo-lm. Text ability is kept by
+replaying the language model's own replies, and measured.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ def own_steps() -> list[Step]:
     # An index holds the lengths of one tokenizer: files are linked, and indexes replaced beside the demo's own.
     link = f"sh -c 'mkdir -p {data} && cp --archive --link --force {shards} {data}'"
     index = f"python -m data_prep.index {' '.join(f'{data}/{name}' for name in TRAINED)} --tokenizer {model}"
+    index += " --template own"
     ask = f"python launchers/demo_chats.py --model {model} --output {data} --threads 2"
     # Chats have no images: their features are empty, but the loader asks every source for them.
     empty = f"python -m data_prep.features {chats}-train --encoder {demo.ROOT}/clip/result --features patches"
@@ -57,7 +58,7 @@ def own_steps() -> list[Step]:
         training("finetune", after=("lm-pretrain", "decoder"), port=29522),
         Step(
             "lm-evaluation",
-            f"{evaluate} --max-shots 8 --threads 2",
+            f"{evaluate} --max-shots 8 --threads 2 --dtype bfloat16",
             f"{ROOT}/evaluation",
             ("lm-finetune", "evaluation"),
         ),
