@@ -37,7 +37,7 @@ def read_chats(folder: Path) -> list[Document]:
 
 @torch.no_grad()
 def target_nll(language_model: Any, chats: Sequence[TokenSequence], *, num_tokens: int) -> tuple[float, int]:
-    """Mean negative log-likelihood of all targets, and their number; rows of the table after `num_tokens` are padding."""
+    """Mean negative log-likelihood of all targets, and their number; logits after `num_tokens` are padding."""
     total, count = 0.0, 0
     for chat in chats:
         ids, is_target = torch.from_numpy(chat.token_ids), torch.from_numpy(chat.is_target)

@@ -3,7 +3,7 @@
 python launchers/demo_chats.py --model FOLDER --output DIR     writes DIR/chats-train and DIR/chats-held-out
 
 Nothing but the model is needed: what it says before training is what training must not take from it. Replies are
-sampled at a low temperature; those that do not end within the limit are left out. Topics are either trained or held out.
+sampled at a low temperature; those that do not end within the limit are left out. A topic is trained or held out.
 """
 
 from __future__ import annotations
@@ -37,15 +37,16 @@ QUESTIONS = (
     "Suggest a short title for a book about {}.",
     "Translate to French: I like to read about {}.",
 )
-TOPICS = tuple(
-    "rain, bread, the moon, bicycles, chess, bees, rivers, the violin, coffee, glass, mountains, sleep, trains, paper, "
-    "salt, dogs, the printing press, gravity, tea, volcanoes, swimming, maps, honey, the internet, clouds, birds, wool, "
-    "football, electricity, gardens, cheese, the Roman Empire, dreams, whales, poetry, bridges, numbers, wind, "
-    "chocolate, libraries, the heart, robots, snow, apples, painting, the desert, money, languages, stars, cooking, "
-    "friendship, steel, ants, the piano, oceans, clocks, running, history, forests, soap, medicine, dancing, light, "
-    "farms, the alphabet, islands, cats, computers, ice, shoes, democracy, fire, horses, movies, rice, sound, spiders, "
-    "time, trees, vaccines".split(", ")
+WORDS = (
+    "rain, bread, the moon, bicycles, chess, bees, rivers, the violin, coffee, glass, mountains, sleep, trains, "
+    "paper, salt, dogs, the printing press, gravity, tea, volcanoes, swimming, maps, honey, the internet, clouds, "
+    "birds, wool, football, electricity, gardens, cheese, the Roman Empire, dreams, whales, poetry, bridges, numbers, "
+    "wind, chocolate, libraries, the heart, robots, snow, apples, painting, the desert, money, languages, stars, "
+    "cooking, friendship, steel, ants, the piano, oceans, clocks, running, history, forests, soap, medicine, dancing, "
+    "light, farms, the alphabet, islands, cats, computers, ice, shoes, democracy, fire, horses, movies, rice, sound, "
+    "spiders, time, trees, vaccines"
 )
+TOPICS = tuple(WORDS.split(", "))
 HELD_OUT_SHARE, NUM_HELD_OUT = 0.25, 100
 LICENCE = "the language model's own replies, under its licence (SmolLM2: Apache-2.0)"
 

@@ -176,7 +176,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--num-processes", type=int, default=1, help="processes that share the work")
     p.add_argument("--rank", type=int, default=0, help="which of them this is")
     p.add_argument("--threads", type=int, default=1, help="torch threads")
-    p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the language model")
+    p.add_argument(
+        "--dtype", default="float32", choices=("float32", "bfloat16"), help="of the language model"
+    )
     return p
 
 
@@ -224,9 +226,7 @@ def _run_parts(parts: Sequence[tuple[Part, Benchmark]], args: argparse.Namespace
             return fake(benchmark, benchmark.examples(args.data))
         export = pretrained if part.is_pretrained else args.model
         if export not in loaded:
-            loaded[export] = ModelResponder.load(
-                export, dtype=args.dtype, draw_batch_size=DRAW_BATCH_SIZE
-            )
+            loaded[export] = ModelResponder.load(export, dtype=args.dtype, draw_batch_size=DRAW_BATCH_SIZE)
         return loaded[export]
 
     columns = (TextColumn("{task.description:26}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
