@@ -50,13 +50,13 @@ def target_nll(language_model: Any, chats: Sequence[TokenSequence], *, num_token
 def compare(export: Path, base: Path, data: Path, *, template: str) -> dict[str, dict[str, float]]:
     """`text/nll` of the export, `text/nll_base`, and `text/nll_ratio`, their quotient.
 
-    Raises UserError when the two tokenizers render the chats differently.
+    Raises UserError when the two tokenizers differ.
     """
-    documents = read_chats(data)
-    tokenizer, other = (DocumentTokenizer.load(folder, template=template) for folder in (base, export))
-    chats, same = ([flatten(t.spans(document)) for document in documents] for t in (tokenizer, other))
-    if any(a.token_ids.tolist() != b.token_ids.tolist() for a, b in zip(chats, same)):
-        raise UserError(f"{export} and {base} render {data} differently: --base is another language model")
+    texts = {DocumentTokenizer.load(folder, template="short").fingerprint for folder in (base, export)}
+    if len(texts) > 1:
+        raise UserError(f"{export} cuts text into other tokens than {base}: --base is another language model")
+    tokenizer = DocumentTokenizer.load(base, template=template)
+    chats = [flatten(tokenizer.spans(document)) for document in read_chats(data)]
     num_tokens = tokenizer.num_tokens
     before, count = target_nll(load_language_model(base), chats, num_tokens=num_tokens)
     after, _ = target_nll(

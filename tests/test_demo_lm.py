@@ -7,18 +7,19 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_unified import new_document_tokenizer, new_model
+from tiny_unified import NUM_VISUAL, new_document_tokenizer, new_model
 
 from evaluation import text_nll
 from vlgpt.config import load_run
 from vlgpt.log import UserError
 from vlgpt.models.multimodal_lm import LoraSettings
 from vlgpt.shards import ShardSet
+from vlgpt.tokens import DocumentTokenizer
 
 ROOT = Path(__file__).parents[1]
 CHAT_TEMPLATE = (
-    "{% for m in messages %}{{ '<s>' + m['role'] + ':' + m['content'] + '</s>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<s>assistant:' }}{% endif %}"
+    "{% for m in messages %}{{ '<s>' + m['role'] + '\n' + m['content'] + '</s>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<s>assistant\n' }}{% endif %}"
 )
 
 
@@ -43,8 +44,9 @@ def base(tmp_path):
     """A tiny chat model as a transformers folder, and the same under an untouched adapter as an export."""
     from vlgpt.export import export_model
 
-    tokenizer = new_document_tokenizer()
-    tokenizer.text_tokenizer.chat_template = CHAT_TEMPLATE
+    text = new_document_tokenizer().text_tokenizer
+    text.chat_template = CHAT_TEMPLATE
+    tokenizer = DocumentTokenizer(text, num_visual=NUM_VISUAL, template="own")
     model = new_model(tokenizer, end_wish=3.0)
     model.lm.language_model.save_pretrained(tmp_path / "base")
     tokenizer.save(tmp_path / "base")
@@ -105,7 +107,7 @@ def test_chats_are_the_models_own_replies_that_end_in_time(launchers, base, monk
     folder, _, tokenizer = base
     monkeypatch.setattr(launchers[1], "TOPICS", launchers[1].TOPICS[:8])
     monkeypatch.setattr(launchers[1], "NUM_HELD_OUT", 5)
-    arguments = ["--model", str(folder / "base"), "--output", str(folder / "data"), "--template", "short"]
+    arguments = ["--model", str(folder / "base"), "--output", str(folder / "data")]
     assert launchers[1].main([*arguments, "--max-new-tokens", "8"]) == 0
     asked = launchers[1].prompts()
     for split in ("train", "held-out"):
@@ -121,7 +123,7 @@ def test_chats_are_the_models_own_replies_that_end_in_time(launchers, base, monk
 
 def test_too_few_held_out_replies_are_an_error_that_says_how_many(launchers, base, monkeypatch):
     monkeypatch.setattr(launchers[1], "TOPICS", launchers[1].TOPICS[:4])
-    arguments = ["--model", str(base[0] / "base"), "--output", str(base[0] / "data"), "--template", "short"]
+    arguments = ["--model", str(base[0] / "base"), "--output", str(base[0] / "data")]
     with pytest.raises(UserError, match="only 0 held-out replies end in time, wanted 100"):
         launchers[1].main([*arguments, "--max-new-tokens", "1"])
 
@@ -131,7 +133,7 @@ def test_an_untouched_adapter_leaves_the_nll_of_text_as_it_was_and_a_touched_one
 
     folder, model, tokenizer = base
     data = chats(launchers, folder / "chats")
-    metrics = text_nll.compare(folder / "export", folder / "base", data, template="short")
+    metrics = text_nll.compare(folder / "export", folder / "base", data, template="own")
     assert metrics["text/nll_ratio"]["value"] == pytest.approx(1, abs=1e-6)
     assert metrics["text/nll_ratio"]["n"] == 1
     rendered = tokenizer.spans(text_nll.read_chats(data)[0])
@@ -148,8 +150,6 @@ def test_an_untouched_adapter_leaves_the_nll_of_text_as_it_was_and_a_touched_one
                 str(folder / "base"),
                 "--data",
                 str(data),
-                "--template",
-                "short",
                 "--output",
                 str(folder / "text.json"),
             ]

@@ -79,7 +79,9 @@ def varlen(monkeypatch):
     padding = types.SimpleNamespace(pad_input=None, unpad_input=None)
     monkeypatch.setitem(sys.modules, "flash_attn.bert_padding", padding)
     monkeypatch.setattr(flash_utils, "is_flash_attn_2_available", lambda *_, **__: True)
-    monkeypatch.setattr(flash_utils, "_loaded_implementation", None)  # transformers looks for the package once
+    monkeypatch.setattr(
+        flash_utils, "_loaded_implementation", None
+    )  # transformers looks for the package once
     return function
 
 
