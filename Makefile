@@ -6,7 +6,7 @@ CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-slow test-oldest test-newest lint setup clean
+.PHONY: demo demo-lm test test-slow test-oldest test-newest lint setup clean
 
 setup: $(VENV)/.installed
 
@@ -20,6 +20,9 @@ $(VENV)/.installed: setup.py $(CONSTRAINTS)
 
 demo: setup
 	$(BIN)/python launchers/demo.py
+
+demo-lm: setup
+	$(BIN)/python launchers/demo_lm.py
 
 test: setup
 	$(BIN)/python -m pytest

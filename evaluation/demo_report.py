@@ -1,5 +1,7 @@
 """The demo's page of pictures: `python -m evaluation.demo_report --run runs/demo --output runs/demo/report.html`.
 
+With `--demo FOLDER` a run on a pre-trained language model is set beside that demo: its values, and marks made of them.
+
 One self-contained HTML file: pictures are data: URIs, curves are inline SVG, there is no script and no external
 resource, and everything that a model or a data set wrote is escaped. Also writes metrics.json beside the runs
 and prints the table.
@@ -25,7 +27,7 @@ from evaluation.benchmarks.emoji import METRICS, print_table
 from evaluation.core import read_json
 from evaluation.demo_curves import Chart, loss_chart
 from evaluation.demo_samples import Answered
-from evaluation.pass_marks import PASS_MARKS
+from evaluation.pass_marks import PASS_MARKS, PassMark, marks_beside
 from vlgpt.files import write_atomic
 from vlgpt.log import UserError, run_command
 
@@ -81,16 +83,21 @@ def charts(run: Path) -> list[Chart]:
     return [chart for chart in found if chart is not None]
 
 
-def metric_rows(metrics: Mapping[str, Mapping[str, float]]) -> list[dict[str, Any]]:
-    """Rows of the table; `is_met` is None where nothing is demanded."""
+def metric_rows(
+    metrics: Mapping[str, Mapping[str, float]],
+    marks: Mapping[str, PassMark],
+    demo: Mapping[str, Mapping[str, float]],
+) -> list[dict[str, Any]]:
+    """Rows of the table; `is_met` is None where nothing is demanded, `demo` where that run did not measure."""
     rows = []
     for name, entry in metrics.items():
-        mark = PASS_MARKS.get(name)
+        mark = marks.get(name)
         rows.append(
             {
                 "name": name,
                 "value": entry["value"],
                 "chance": entry.get("chance"),
+                "demo": demo.get(name, {}).get("value"),
                 "n": int(entry["n"]),
                 "mark": mark.text if mark else "",
                 "is_met": mark.is_met(entry) if mark else None,
@@ -135,13 +142,15 @@ def render(
     curves: Sequence[Chart],
     timings: Mapping[str, float],
     who: str,
+    marks: Mapping[str, PassMark],
+    demo: Mapping[str, Any],
 ) -> str:
-    """The page."""
+    """The page; `demo` holds the metrics of the run that this one is set beside, or nothing."""
     style = (TEMPLATES / "demo_report.css").read_text(encoding="utf-8")
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    rows = metric_rows(metrics)
+    rows = metric_rows(metrics, marks, demo)
     return environment.get_template("demo_report.html").render(
         style=style,
         style_hash=base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
@@ -153,6 +162,7 @@ def render(
         attribution=ATTRIBUTION,
         caveat=CAVEAT,
         who=who,
+        has_demo=bool(demo),
         date=datetime.now(UTC).strftime("%Y-%m-%d"),
         **shown,
     )
@@ -167,20 +177,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p.add_argument("--output", type=Path, required=True, help="report.html")
     p.add_argument("--evaluation", type=Path, help="what the emoji suite wrote (default: RUN/evaluation)")
     p.add_argument("--data", type=Path, help="the demo's shards (default: RUN/data)")
+    p.add_argument("--demo", type=Path, help="folder of a finished demo to be set beside, such as runs/demo")
+    p.add_argument("--also", type=Path, nargs="*", default=(), help="more metrics (evaluation.text_nll)")
     args = p.parse_args(arguments)
     evaluation = args.evaluation or find_evaluation(args.run)
-    metrics = read_json(evaluation / METRICS)
+    metrics = {
+        name: entry for path in (evaluation / METRICS, *args.also) for name, entry in read_json(path).items()
+    }
+    demo = read_json(args.demo / METRICS) if args.demo else {}
+    marks = marks_beside(demo) if args.demo else PASS_MARKS
     page = render(
         metrics=metrics,
         shown=sections(evaluation, args.data or args.run / "data"),
         curves=charts(args.run),
         timings=read_timings(args.run),
         who=answered_by(evaluation),
+        marks=marks,
+        demo=demo,
     )
     args.output.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(args.output, page.encode())
     write_atomic(args.run / METRICS, (json.dumps(metrics, indent=1) + "\n").encode())
-    print_table(metrics)
+    print_table(metrics, marks)
     print(args.output)
     return 0
 

@@ -1,4 +1,4 @@
-"""What the demo must reach: floors measured on a prototype, one for each metric that is judged."""
+"""What the demos must reach. `make demo`: floors measured on a prototype; `make demo-lm`: what `make demo` reached."""
 
 from __future__ import annotations
 
@@ -41,3 +41,18 @@ PASS_MARKS: Mapping[str, PassMark] = {
     "edit/gender_accuracy": PassMark(">=", 0.55),
     "fewshot/label_gain": PassMark(">=", 0.25),
 }
+
+
+def marks_beside(demo: Mapping[str, Mapping[str, float]]) -> dict[str, PassMark]:
+    """The marks of a pre-trained language model on the same data, from the metrics of `make demo`, to three digits."""
+
+    def at_least(name: str, share: float = 1.0) -> PassMark:
+        return PassMark(">=", round(share * demo[name]["value"], 3))
+
+    return {
+        "caption/word_f1": PassMark(">=", 0.45),
+        "vqa/tone": at_least("vqa/tone"),
+        "vqa/gender": at_least("vqa/gender"),
+        "draw/real_r5": at_least("draw/real_r5", 0.8),
+        "text/nll_ratio": PassMark("<=", 1.05),
+    }

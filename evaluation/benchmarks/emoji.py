@@ -22,7 +22,7 @@ from rich.table import Table
 
 from evaluation import benchmarks
 from evaluation.core import Benchmark, Decoding, Prompt, Responder, read_json
-from evaluation.pass_marks import PASS_MARKS
+from evaluation.pass_marks import PASS_MARKS, PassMark
 from evaluation.responders import ModelResponder, OracleResponder, ShuffledResponder
 from evaluation.run import run
 from evaluation.score import score_folder
@@ -32,6 +32,7 @@ from vlgpt.log import UserError, configure
 METRICS = "metrics.json"
 LOG_WIDTH = 110
 NUM_IMAGE_SEEDS = 3
+MAX_SHOTS = 4  # pictures that the demo's label pages show
 DRAW_BATCH_SIZE = 32  # pictures made at a time: part of the protocol, see ModelResponder
 DETERMINISTIC_HEADS, DETERMINISTIC_DECODERS = ("linear", "mlp"), ("ConvDecoder",)
 
@@ -55,6 +56,9 @@ PARTS = (
     Part("draw", "emoji_draw"),
     Part("edit", "emoji_edit"),
     Part("label_pages", "emoji_label_pages", is_pretrained=True),
+)
+RANDOM_LABELS = Part(
+    "label_pages_random", "emoji_label_pages", {"has_random_labels": True}, is_pretrained=True
 )
 
 
@@ -85,13 +89,15 @@ class CountedResponder:
 
 
 def plan(
-    *, judge: Path, has_pretrained: bool, image_seeds: int, limit: int | None
+    *, judge: Path, has_pretrained: bool, image_seeds: int, limit: int | None, max_shots: int = MAX_SHOTS
 ) -> Iterator[tuple[Part, Benchmark]]:
-    """The parts of this run with their benchmarks."""
-    for part in PARTS:
+    """The parts of this run with their benchmarks; more pictures a page than the demo's bring random labels along."""
+    for part in PARTS if max_shots <= MAX_SHOTS else (*PARTS, RANDOM_LABELS):
         if part.is_pretrained and not has_pretrained:
             continue
         options = {**part.options, "judge": str(judge)}
+        if part.is_pretrained:
+            options["max_shots"] = max_shots
         if part.benchmark == "emoji_draw":
             options["image_seeds"] = image_seeds
         if limit is not None:
@@ -136,7 +142,7 @@ def num_image_seeds(export: Path) -> int:
 
 def part_names(output: Path) -> list[str]:
     """Folders of the parts that a run has begun below `output`, in the suite's order."""
-    return [part.name for part in PARTS if (output / part.name / "run.json").is_file()]
+    return [part.name for part in (*PARTS, RANDOM_LABELS) if (output / part.name / "run.json").is_file()]
 
 
 def has_data(data: Path) -> bool:
@@ -159,11 +165,20 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--output", type=Path, required=True)
     p.add_argument("--limit", type=int, help="examples of each kind and split at most (0: all there are)")
+    p.add_argument(
+        "--max-shots",
+        type=int,
+        default=MAX_SHOTS,
+        help=f"pictures on a label page (default: {MAX_SHOTS}); 8 also asks pages with random labels",
+    )
     p.add_argument("--batch-size", type=int, default=64)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--num-processes", type=int, default=1, help="processes that share the work")
     p.add_argument("--rank", type=int, default=0, help="which of them this is")
     p.add_argument("--threads", type=int, default=1, help="torch threads")
+    p.add_argument(
+        "--dtype", default="float32", choices=("float32", "bfloat16"), help="of the language model"
+    )
     return p
 
 
@@ -188,6 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             has_pretrained=pretrained.is_dir() or args.responder is not None,
             image_seeds=num_image_seeds(args.model) if args.model else 1,
             limit=args.limit,
+            max_shots=args.max_shots,
         )
     )
     _run_parts(parts, args, pretrained)
@@ -210,7 +226,7 @@ def _run_parts(parts: Sequence[tuple[Part, Benchmark]], args: argparse.Namespace
             return fake(benchmark, benchmark.examples(args.data))
         export = pretrained if part.is_pretrained else args.model
         if export not in loaded:
-            loaded[export] = ModelResponder.load(export, draw_batch_size=DRAW_BATCH_SIZE)
+            loaded[export] = ModelResponder.load(export, dtype=args.dtype, draw_batch_size=DRAW_BATCH_SIZE)
         return loaded[export]
 
     columns = (TextColumn("{task.description:26}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -233,14 +249,16 @@ def _run_parts(parts: Sequence[tuple[Part, Benchmark]], args: argparse.Namespace
             )
 
 
-def print_table(metrics: Mapping[str, Mapping[str, float]]) -> None:
+def print_table(
+    metrics: Mapping[str, Mapping[str, float]], marks: Mapping[str, PassMark] = PASS_MARKS
+) -> None:
     """The metrics on the terminal: value, chance, n and, where the demo has one, the pass mark."""
     result = Table("metric", "value", "chance", "n", "pass mark", "", box=box.SIMPLE_HEAD)
     result.columns[0].no_wrap = True
     for column in result.columns[1:4]:
         column.justify = "right"
     for name, entry in metrics.items():
-        mark = PASS_MARKS.get(name)
+        mark = marks.get(name)
         chance = f"{entry['chance']:.3f}" if "chance" in entry else ""
         verdict = "" if mark is None else "[green]pass[/green]" if mark.is_met(entry) else "[red]below[/red]"
         row = (name, f"{entry['value']:.3f}", chance, str(entry["n"]), mark.text if mark else "", verdict)

@@ -32,7 +32,7 @@ from vlgpt.log import UserError
 
 FAMILIES = ("tone", "gender", "category", "subcategory", "flag", "style", "is_a")
 ATTRIBUTES = ("category", "tone", "gender", "style", "subcategory")
-SHOTS = (0, 2, 4)
+SHOTS = (0, 2, 4, 8)
 
 
 class WordAnswers(EmojiBenchmark):
@@ -151,7 +151,9 @@ class EmojiVqa(WordAnswers):
 class EmojiLabelPages(WordAnswers):
     """In-context learning: k training pictures, each with one attribute word, then a held-out picture.
 
-    Which attribute is asked for can only be read from the page. Meant for the pre-trained model (stage 2).
+    Which attribute is asked for can only be read from the page. Meant for the pre-trained model (stage 2). With
+    `has_random_labels` every shown picture gets a random word of the attribute: a model that still answers well reads
+    which words are wanted, not which picture has which (Min et al. 2022, arXiv 2202.12837).
     """
 
     name: ClassVar[str] = "emoji_label_pages"
@@ -160,35 +162,46 @@ class EmojiLabelPages(WordAnswers):
 
     prompt: str = "label_page"
     limit: int = 200
+    max_shots: int = 4
+    has_random_labels: bool = False
     seed: int = 0
+
+    @property
+    def shots(self) -> tuple[int, ...]:
+        """How many pictures the pages show. Without any there are no labels to be random."""
+        return tuple(k for k in SHOTS if k <= self.max_shots and (k > 0 or not self.has_random_labels))
 
     def examples(self, data: Path) -> Sequence[Example]:
         pools = _pictures_by_word(load(data / "pairs-train"))
         result = []
         for item, attribute in _queries(subset(load(data / "pairs-seen"), self.limit)):
             shots = self._shots(item, pools[attribute], attribute)
-            result += [self._example(item, attribute, shots[:k]) for k in SHOTS]
+            words = [shot.info["labels"][attribute] for shot in shots]
+            if self.has_random_labels:
+                random = seeds.generator(self.seed, "emoji-random-label", item.document.id)
+                words = random.choice(sorted(pools[attribute]), size=len(words)).tolist()
+            result += [self._example(item, attribute, shots[:k], words[:k]) for k in self.shots]
         return result
 
     def _shots(self, query: Item, words: Mapping[str, list[Item]], attribute: str) -> list[Item]:
-        """As label pages are made: a word at random, then a picture with it; k = 2 is the start of k = 4."""
+        """As label pages are made: a word at random, then a picture with it; smaller k are the start of larger ones."""
         random = seeds.generator(self.seed, "emoji-label-page", query.document.id)
         shots: dict[str, Item] = {}
         names = sorted(words)
-        for _ in range(100 * max(SHOTS)):
+        for _ in range(100 * self.max_shots):
             candidates = words[names[int(random.integers(len(names)))]]
             item = candidates[int(random.integers(len(candidates)))]
             shots.setdefault(item.document.id, item)
-            if len(shots) == max(SHOTS):
+            if len(shots) == self.max_shots:
                 return list(shots.values())
         raise UserError(
-            f"pairs-train has only {len(shots)} pictures with the attribute {attribute}; wanted {max(SHOTS)}"
+            f"pairs-train has only {len(shots)} pictures with the attribute {attribute}; wanted {self.max_shots}"
         )
 
-    def _example(self, query: Item, attribute: str, shots: Sequence[Item]) -> Example:
+    def _example(self, query: Item, attribute: str, shots: Sequence[Item], words: Sequence[str]) -> Example:
         parts: list[Part] = []
-        for number, shot in enumerate(shots):
-            parts += [ImagePart(number), TextPart(f"{shot.info['labels'][attribute]}.")]
+        for number, word in enumerate(words):
+            parts += [ImagePart(number), TextPart(f"{word}.")]
         id = f"k{len(shots)}/{attribute}/{query.document.id}"
         document = Document(id, self.name, (*parts, ImagePart(len(shots))))
         images = tuple(item.images[0] for item in (*shots, query))
@@ -197,7 +210,7 @@ class EmojiLabelPages(WordAnswers):
             "attribute": attribute,
             "picture": query.document.id,
             "shown": [shot.document.id for shot in shots],
-            "words": [shot.info["labels"][attribute] for shot in shots],
+            "words": list(words),
         }
         return Example(id, Prompt(document, images, id), query.info["labels"][attribute], info)
 
@@ -205,11 +218,12 @@ class EmojiLabelPages(WordAnswers):
         examples, answers = self.answered(predictions, data)
         right = {e.id: float(answers[e.id] == e.truth) for e in examples}
         metrics: dict[str, dict[str, float]] = {}
-        for k in SHOTS:
+        kind = "random_label" if self.has_random_labels else "label"
+        for k in self.shots:
             chosen = [e for e in examples if e.info["shots"] == k]
             if chosen:
                 value = float(np.mean([right[e.id] for e in chosen]))
-                metrics[f"fewshot/label_k{k}"] = metric(value, len(chosen), chance=_guess(chosen))
+                metrics[f"fewshot/{kind}_k{k}"] = metric(value, len(chosen), chance=_guess(chosen))
         if {"fewshot/label_k0", "fewshot/label_k2"} <= set(metrics):
             gain = metrics["fewshot/label_k2"]["value"] - metrics["fewshot/label_k0"]["value"]
             n = int(metrics["fewshot/label_k2"]["n"])

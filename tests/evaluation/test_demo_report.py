@@ -96,6 +96,31 @@ def test_the_numbers_are_those_of_the_evaluation(report, text):
     assert all(name in words for name in written)
 
 
+def test_a_run_beside_the_demo_shows_its_values_and_is_judged_by_them(report, emoji_data, tmp_path):
+    demo = json.loads((report / "metrics.json").read_text())
+    for name, value in (("vqa/tone", 0.5), ("draw/real_r5", 2.0), ("vqa/gender", 1.0)):
+        demo[name]["value"] = value
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "metrics.json").write_text(json.dumps(demo))
+    (tmp_path / "text.json").write_text(json.dumps({"text/nll_ratio": {"value": 1.06, "n": 100}}))
+    (tmp_path / "evaluation").symlink_to(report / "evaluation")
+    arguments = ["--run", str(tmp_path), "--output", str(tmp_path / "report.html"), "--data", str(emoji_data)]
+    assert main([*arguments, "--demo", str(tmp_path / "demo"), "--also", str(tmp_path / "text.json")]) == 0
+    written = json.loads((tmp_path / "metrics.json").read_text())
+    assert written["text/nll_ratio"]["value"] == 1.06
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    cells = [
+        [word for word in Page(row.split("</tr>")[0]).words if word.strip()] for row in page.split("<tr>")
+    ]
+    rows = {first: rest for first, *rest in cells}
+    assert rows["vqa/tone"][-3:] == ["0.500", ">= 0.5", "reached"]
+    assert rows["vqa/gender"][-3:] == ["1.000", ">= 1", "reached"]
+    assert rows["draw/real_r5"][-3:] == ["2.000", ">= 1.6", "below"]
+    assert rows["caption/word_f1"][-2:] == [">= 0.45", "reached"]
+    assert rows["text/nll_ratio"][-2:] == ["<= 1.05", "below"]
+    assert "make demo" in Page(page).words
+
+
 def test_a_report_without_an_evaluation_names_the_command(tmp_path):
     with pytest.raises(UserError, match=r"evaluation\.run emoji"):
         main(["--run", str(tmp_path), "--output", str(tmp_path / "report.html")])

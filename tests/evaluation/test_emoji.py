@@ -10,6 +10,7 @@ from test_model import export  # noqa: F401 - a fixture
 from evaluation import benchmarks
 from evaluation.benchmarks.emoji import num_image_seeds, plan, run_part
 from evaluation.benchmarks.emoji_pictures import draw_candidates
+from evaluation.benchmarks.emoji_text import ATTRIBUTES
 from evaluation.core import read_image
 from evaluation.pass_marks import PASS_MARKS
 from evaluation.responders import OracleResponder
@@ -123,6 +124,36 @@ def test_label_pages_show_training_pictures_with_one_kind_of_word(emoji_data):
         pictures = [part for part in example.prompt.document.parts if isinstance(part, ImagePart)]
         assert len(pictures) == example.info["shots"] + 1
         assert example.prompt.document.parts[-1] == pictures[-1]
+
+
+def test_pages_of_eight_begin_with_those_of_four_and_random_labels_change_words_only(emoji_data):
+    def pages(**options):
+        found = benchmarks.make("emoji_label_pages", **options).examples(emoji_data)
+        return {e.id: e for e in found}
+
+    few, many = pages(), pages(max_shots=8)
+    random = pages(max_shots=8, has_random_labels=True)
+    assert few.items() <= many.items() and {e.info["shots"] for e in many.values()} == {0, 2, 4, 8}
+    assert set(random) == {id for id, e in many.items() if e.info["shots"]}
+    words = {attribute: set() for attribute in ATTRIBUTES}
+    for example in many.values():
+        words[example.info["attribute"]] |= {*example.info["words"], example.truth}
+    num_right = num_shown = 0
+    for id, example in random.items():
+        assert example.info["shown"] == many[id].info["shown"] and example.truth == many[id].truth
+        assert example.prompt.images == many[id].prompt.images
+        assert set(example.info["words"]) <= words[example.info["attribute"]]
+        num_right += sum(a == b for a, b in zip(example.info["words"], many[id].info["words"]))
+        num_shown += example.info["shots"]
+    assert num_right < 0.6 * num_shown
+
+
+def test_more_pictures_a_page_bring_pages_with_random_labels_into_the_suite(tmp_path):
+    def names(max_shots):
+        options = {"has_pretrained": True, "image_seeds": 1, "limit": None, "max_shots": max_shots}
+        return [part.name for part, _ in plan(judge=tmp_path, **options)]
+
+    assert names(8) == [*names(4), "label_pages_random"]
 
 
 def test_handing_the_source_back_scores_the_chance_of_an_edit(emoji_data, clip_folder, tmp_path):

@@ -1,0 +1,104 @@
+"""`make demo-lm`: stages 2 and 3 of the paper on a real language model, SmolLM2-135M-Instruct, on 2 CPU cores.
+
+Runs like `make demo` (launchers/demo.py) and builds on what that has made: shards, image tokenizer, encoders and judge
+are taken when they are finished and made when not. Everything new lies in runs/demo-lm. Text ability is kept by
+replaying the language model's own replies, and measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import demo
+from demo import ZERO2, Step, console
+
+ROOT = Path("runs/demo-lm")
+CONFIGS = "launchers/configs/demo_lm"
+TRAINED = ("pairs-train", "documents-train", "instructions-train")
+
+
+def training(name: str, *, after: tuple[str, ...], port: int) -> Step:
+    """Stage 2 or 3 through the deepspeed launcher."""
+    config = f"{CONFIGS}/{name}.yaml"
+    command = f"deepspeed --master_port {port} launchers/{name}.py {ZERO2} --config {config}"
+    return Step(f"lm-{name}", command, f"{ROOT}/{name}", after, (config,))
+
+
+def own_steps() -> list[Step]:
+    """What comes on top of the demo."""
+    model, chats, data = f"{ROOT}/smollm2", f"{ROOT}/data/chats", f"{ROOT}/data"
+    shards = " ".join(f"{demo.ROOT}/data/{name}" for name in TRAINED)
+    # An index holds the lengths of one tokenizer: files are linked, and indexes replaced beside the demo's own.
+    link = f"sh -c 'mkdir -p {data} && cp --archive --link --force {shards} {data}'"
+    index = f"python -m data_prep.index {' '.join(f'{data}/{name}' for name in TRAINED)} --tokenizer {model}"
+    index += " --template own"
+    ask = f"python launchers/demo_chats.py --model {model} --output {data} --threads 2"
+    # Chats have no images: their features are empty, but the loader asks every source for them.
+    empty = f"python -m data_prep.features {chats}-train --encoder {demo.ROOT}/clip/result --features patches"
+    evaluate = (
+        f"python -m evaluation.run emoji --model {ROOT}/finetune/result --pretrained {ROOT}/pretrain/result"
+    )
+    evaluate += f" --judge {demo.ROOT}/judge/result --data {demo.ROOT}/data --output {ROOT}/evaluation"
+    # The demo has built all held-out shards for its own evaluation.
+    nll = f"python -m evaluation.text_nll {ROOT}/finetune/result --base {model} --data {chats}-held-out"
+    report = (
+        f"python -m evaluation.demo_report --run {ROOT} --output {ROOT}/report.html --data {demo.ROOT}/data"
+    )
+    return [
+        Step("lm-model", f"python launchers/fetch_smollm2.py {model}", model),
+        Step("lm-data", link, " ".join(f"{data}/{name}" for name in TRAINED), ("features", "features-2")),
+        Step("lm-lengths", index, "", ("lm-data", "lm-model")),
+        Step("lm-chats", ask, f"{chats}-train {chats}-held-out", ("lm-model",), ("launchers/demo_chats.py",)),
+        Step("lm-chat-features", empty, f"{chats}-train/features", ("lm-chats", "clip")),
+        training("pretrain", after=("lm-lengths", "lm-chat-features", "tokenizer"), port=29521),
+        training("finetune", after=("lm-pretrain", "decoder"), port=29522),
+        Step(
+            "lm-evaluation",
+            f"{evaluate} --max-shots 8 --threads 2 --dtype bfloat16",
+            f"{ROOT}/evaluation",
+            ("lm-finetune", "evaluation"),
+        ),
+        Step(
+            "lm-text",
+            f"{nll} --output {ROOT}/text.json",
+            f"{ROOT}/text.json",
+            ("lm-finetune", "lm-chats"),
+        ),
+        Step(
+            "lm-report",
+            f"{report} --demo {demo.ROOT} --also {ROOT}/text.json",
+            f"{ROOT}/report.html",
+            ("lm-evaluation", "lm-text", "report"),
+        ),
+    ]
+
+
+def steps() -> list[Step]:
+    """The demo's steps, then the new ones, in the order in which they are printed."""
+    return [*demo.steps("conv"), *own_steps()]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--jobs", type=int, default=2, help="steps side by side")
+    arguments = parser.parse_args()
+    began = time.monotonic()
+    try:
+        timings = demo.run(steps(), jobs=arguments.jobs)
+    except KeyboardInterrupt:
+        console.print("interrupted; `make demo-lm` goes on from here")
+        return 130
+    own = {name: seconds for name, seconds in timings.items() if name.startswith("lm-")}
+    (ROOT / "timings.json").write_text(json.dumps(own, indent=1))
+    console.print(f"finished in {time.monotonic() - began:.0f} s: open {ROOT}/report.html")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
