@@ -198,7 +198,7 @@ class VLGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):
         hidden = output.last_hidden_state[:, -logits_to_keep:] if logits_to_keep else output.last_hidden_state
         return CausalLMOutputWithPast(
             logits=self.lm.logits(hidden),
-            past_key_values=output.past_key_values,
+            past_key_values=output.past_key_values,  # type: ignore[call-arg]  # `cache` in 5.24: both until 5.40
             hidden_states=(self.lm.regression_head(hidden),),
         )
 
