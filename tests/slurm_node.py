@@ -83,7 +83,9 @@ def start(folder):
     text = CONFIGURATION.format(host=host, folder=folder, cpus=os.cpu_count())
     Path("/etc/slurm/slurm.conf").write_text(text)
     for command in (["runuser", "-u", "munge", "--", "/usr/sbin/munged"], ["slurmctld"], ["slurmd"]):
-        subprocess.run(command, timeout=30, check=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        subprocess.run(
+            command, timeout=600, check=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
     deadline_s = time.monotonic() + 30
     while not is_idle():
         if time.monotonic() > deadline_s:

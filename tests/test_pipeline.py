@@ -25,7 +25,7 @@ SHAPES = "{num_patches: 5, patch_width: 32, image_tokens: 5, image_width: 32, te
 TINY = "{width: 32, depth: 1, num_heads: 2, mlp_ratio: 2.0, init_std: 1.0}"
 
 
-def run(*command, folder, timeout_s=240):
+def run(*command, folder, timeout_s=800):
     """Run a command from the repository root; returns its stdout."""
     environment = {
         **os.environ,

@@ -58,7 +58,7 @@ def address(generator):
 
 
 def post(address: str, **body) -> httpx.Response:
-    return httpx.post(f"{address}{CHAT}", json=body, timeout=60)
+    return httpx.post(f"{address}{CHAT}", json=body, timeout=600)
 
 
 def test_a_reply_holds_text_and_pictures_as_the_generator_gives_them(address, generator):

@@ -199,11 +199,10 @@ class VLGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):
             use_cache=bool(use_cache) or past_key_values is not None,
         )
         hidden = output.last_hidden_state[:, -logits_to_keep:] if logits_to_keep else output.last_hidden_state
-        cache: Any = {
-            "past_key_values": output.past_key_values
-        }  # renamed to `cache` in 5.24, which takes both
         return CausalLMOutputWithPast(
-            logits=self.lm.logits(hidden), hidden_states=(self.lm.regression_head(hidden),), **cache
+            logits=self.lm.logits(hidden),
+            past_key_values=output.past_key_values,  # type: ignore[call-arg]  # `cache` in 5.24: both until 5.40
+            hidden_states=(self.lm.regression_head(hidden),),
         )
 
     def generate(self, *args: Any, streamer: Any = None, **kwargs: Any) -> Any:

@@ -443,7 +443,7 @@ time.sleep(2)""",
 @pytest.mark.parametrize("script", [ORPHAN, STUCK], ids=["waiting", "stuck in a decoder"])
 def test_workers_do_not_outlive_a_killed_trainer(killer: Path, script: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", script, str(killer)], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", script, str(killer)], capture_output=True, text=True, timeout=600
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
     pids = [int(pid) for pid in done.stdout.split()]
@@ -466,7 +466,7 @@ UNCLOSED = ORPHAN.replace("os.kill(os.getpid(), signal.SIGKILL)", "")
 
 def test_a_trainer_that_forgets_to_close_ends_nevertheless(killer: Path) -> None:
     command = [sys.executable, "-c", UNCLOSED, str(killer)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert not any(is_running(int(pid)) for pid in done.stdout.split())
 

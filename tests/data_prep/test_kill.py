@@ -124,7 +124,7 @@ def test_sigterm_stops_cleanly_with_the_code_that_asks_for_a_restart(tmp_path):
     while not list(output.glob(".*.partial")) and time.monotonic() < deadline:
         time.sleep(0.005)
     process.send_signal(signal.SIGTERM)
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=600)
     assert process.returncode == 75, error.decode()
     assert b"run the same command again" in error
     assert not list(output.glob(".*.partial"))

@@ -54,6 +54,6 @@ def test_figures_with_an_original_become_edits_named_by_their_filter(manual):
 
 def test_the_fetching_script_is_skipped_with_a_line_where_there_is_no_apt(tmp_path):
     command = ["/bin/sh", str(SCRIPT), str(tmp_path / "manual")]
-    result = subprocess.run(command, env={"PATH": ""}, capture_output=True, text=True, timeout=30)
+    result = subprocess.run(command, env={"PATH": ""}, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0 and result.stderr.startswith("skipped:")
     assert not list(tmp_path.iterdir())

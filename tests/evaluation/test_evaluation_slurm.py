@@ -21,7 +21,7 @@ def test_there_is_one_script_for_a_benchmark_and_one_for_all():
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
 def test_scripts_are_valid_bash_requeued_and_keep_their_log(path):
-    subprocess.run(["bash", "-n", str(path)], check=True, timeout=30)
+    subprocess.run(["bash", "-n", str(path)], check=True, timeout=600)
     text = path.read_text()
     assert {"#SBATCH --requeue", "#SBATCH --open-mode=append"} <= set(text.splitlines())
     for name in ("EXPORT", "DATA", "OUT"):
@@ -32,7 +32,11 @@ def test_scripts_are_valid_bash_requeued_and_keep_their_log(path):
 def test_a_missing_setting_is_named(path):
     variables = {key: value for key, value in os.environ.items() if key not in ("EXPORT", "DATA", "OUT")}
     done = subprocess.run(
-        ["bash", str(path)], env={**variables, "BENCHMARK": "gqa"}, capture_output=True, text=True, timeout=30
+        ["bash", str(path)],
+        env={**variables, "BENCHMARK": "gqa"},
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
     assert done.returncode != 0 and "EXPORT: export folder" in done.stderr
 

@@ -263,7 +263,7 @@ def test_threads_and_pickled_copies_read_the_same(tmp_path):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=60)
+        thread.join(timeout=600)
     assert results == [expected] * 8
 
 

@@ -42,7 +42,7 @@ from vlgpt.train.agreement import join_ranks
 from vlgpt.log import UserError
 started_s = time.monotonic()
 try:
-    join_ranks(json.loads(sys.argv[1]), timeout_s=60)
+    join_ranks(json.loads(sys.argv[1]), timeout_s=300)
     said = "joined"
 except UserError as error:
     said = str(error)
@@ -58,7 +58,7 @@ def python(code, *arguments, **environment):
 
 def test_a_hang_ends_the_process_with_stacks_of_all_threads(tmp_path):
     process = python(HANG, tmp_path)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode == 72
     assert "stuck_in_a_collective" in (tmp_path / "stacks_rank_3.txt").read_text()
     assert "stuck_in_a_collective" in errors and "after step 17" in errors
@@ -95,7 +95,7 @@ def join(processes):
         )
         for rank, world, facts in processes
     ]
-    return [json.loads(process.communicate(timeout=120)[0].strip().splitlines()[-1]) for process in started]
+    return [json.loads(process.communicate(timeout=600)[0].strip().splitlines()[-1]) for process in started]
 
 
 def test_equal_ranks_meet():
@@ -115,7 +115,7 @@ def test_equal_ranks_meet():
 def test_wrong_ranks_and_other_settings_are_refused_before_the_timeout(processes, reason):
     for said, seconds in join(processes):
         assert reason in said
-        assert seconds < 50, "join_ranks waited for its 60 s"
+        assert seconds < 250, "join_ranks waited for its 300 s"
 
 
 def test_a_flipped_bit_in_one_replica_is_found_and_its_rank_named():
@@ -227,7 +227,7 @@ def signalled(folder, number):
         time.sleep(0.02)
     process.send_signal(number)
     try:
-        return process.wait(timeout=60)
+        return process.wait(timeout=600)
     finally:
         (folder / "STOP_REQUEST").touch()  # ends the command, should the supervisor have left it running
         process.kill()

@@ -100,7 +100,7 @@ def start(folder, command, *, pause_s=3.0, max_restarts=3):
     )
 
 
-def finished(process, folder, *, code=0, timeout_s=280):
+def finished(process, folder, *, code=0, timeout_s=600):
     try:
         found = process.wait(timeout=timeout_s)
     finally:
@@ -174,7 +174,7 @@ def kill_at_the_moment(supervisor, folder, number, rng):
         time.sleep(rng.random() * 0.1)
     victims[rng.randrange(2)].send_signal(signal.SIGKILL)
     for process in victims.values():
-        process.wait(timeout=60)
+        process.wait(timeout=600)
     return committed(folder)[0]
 
 
@@ -244,7 +244,7 @@ def by_hand(commands, folders):
         )
         for rank, (command, folder) in enumerate(zip(commands, folders))
     ]
-    said = [process.communicate(timeout=120)[1] for process in processes]
+    said = [process.communicate(timeout=600)[1] for process in processes]
     return said, [process.returncode for process in processes], time.monotonic() - started_s
 
 

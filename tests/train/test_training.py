@@ -21,7 +21,7 @@ TOKENIZER = new_document_tokenizer()
 WORKER = Path(__file__).with_name("worker.py")
 
 
-def run_workers(task, folder, *, world_size=1, timeout_s=150, is_killed=False, code=0, **options):
+def run_workers(task, folder, *, world_size=1, timeout_s=600, is_killed=False, code=0, **options):
     """Start `world_size` processes of worker.py side by side, without the launcher; returns their results.
 
     `task` may be several with commas between, run one after the other in the same processes.
@@ -159,7 +159,7 @@ def pair(tmp_path_factory):
     for source in data.iterdir():
         write_feature(source, "patches", shape=(NUM_PATCHES, PATCH_WIDTH))
     options = {"kind": "full", "data": str(data)}
-    return run_workers(PAIR_TASKS, folder, world_size=2, code=70, timeout_s=280, **options)
+    return run_workers(PAIR_TASKS, folder, world_size=2, code=70, timeout_s=600, **options)
 
 
 def test_a_non_finite_step_is_skipped_on_all_ranks_and_counted(pair):

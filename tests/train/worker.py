@@ -339,7 +339,7 @@ def main():
     import loop_tasks
 
     names, folder, options = sys.argv[1].split(","), Path(sys.argv[2]), json.loads(sys.argv[3])
-    start_process_group(timeout_s=60)
+    start_process_group(timeout_s=300)
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     tasks = {f.__name__: f for f in (*TASKS, *loop_tasks.TASKS)}
     results = {}
