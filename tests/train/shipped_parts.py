@@ -25,7 +25,7 @@ from vlgpt.document import Document, ImagePart, TextPart
 from vlgpt.turns import SYSTEM_MESSAGE
 
 ROOT = Path(__file__).parents[2]
-CONFIGS = sorted(p for p in ROOT.glob("launchers/configs/*/*.yaml") if p.parent.name != "demo")
+CONFIGS = sorted(p for p in ROOT.glob("launchers/configs/*/*.yaml") if not p.parent.name.startswith("demo"))
 NUM_VISUAL, VISUAL_WIDTH, VOCABULARY, NUM_DOCUMENTS = 4, 32, 512, 24
 DECODER = "decoders/sd15/diffusion.json"  # docs/decoders.md
 ZERO_SIZES = {  # small parameters must be taken apart as large ones are
