@@ -24,8 +24,9 @@ demo: setup
 demo-lm: setup
 	$(BIN)/python launchers/demo_lm.py
 
+# two test files side by side: their processes mostly wait for each other
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 # with the lowest versions that setup.py allows
 test-oldest:
