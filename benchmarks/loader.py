@@ -9,7 +9,8 @@ memory over 50,000 samples. Every contender runs in a process of its own, `round
 counts: a busy machine disturbs all alike. Peers that are not installed are named and left out.
 
 `--against` compares this checkout with another one where training meets the loader: two worker processes, steps of 1
-to 256 micro-batches whose targets are counted first, pixels ready in [-1, 1]; and what the trainer's process holds.
+to 256 micro-batches whose targets are counted first, pixels ready in [-1, 1]; and what the loader adds to the trainer's
+process.
 """
 
 from __future__ import annotations
@@ -146,7 +147,8 @@ def measure_steps(decoder: str, folder: Path, *, accumulation: int, num_samples:
     options: dict[str, Any] = {"count_targets": lambda batch: {"x": 1.0}} if counts_ahead else {}
     loader = Loader(settings, kind="conditions", micro_batch=BATCH, **options)
     batches = iter(loader)
-    held = {"descriptors": 0.0, "shm_mb": 0.0, "memory_mb": 0.0}
+    before = held_now()
+    held = dict.fromkeys(before, 0.0)
 
     def step() -> None:
         if counts_ahead:
@@ -156,7 +158,7 @@ def measure_steps(decoder: str, folder: Path, *, accumulation: int, num_samples:
             micro_batches = iter([next(batches) for _ in range(accumulation)])
         for number, batch in enumerate(micro_batches):
             if number % 64 == 0:
-                held.update({name: max(held[name], value) for name, value in held_now().items()})
+                held.update({name: max(held[name], now - before[name]) for name, now in held_now().items()})
             to_device(batch, "cpu", torch.float32)
         loader.advance(accumulation)
 
@@ -180,19 +182,19 @@ def cpu_seconds(pid: int) -> float:
 
 
 def held_now() -> dict[str, float]:
-    """Open descriptors, mapped files of /dev/shm and memory of this process."""
+    """Open descriptors, mapped files of /dev/shm (in memory only once they are read) and memory of this process."""
     maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if "/dev/shm" in line]
     ranges = [[int(end, 16) for end in line[0].split("-")] for line in maps]
     shm_mb = sum(end - start for start, end in ranges) / 1e6
-    num_descriptors = len(os.listdir("/proc/self/fd"))
-    return {"descriptors": num_descriptors, "shm_mb": shm_mb, "memory_mb": resident_mb(os.getpid())}
+    memory_mb = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1e6
+    return {"descriptors": len(os.listdir("/proc/self/fd")), "shm_mb": shm_mb, "memory_mb": memory_mb}
 
 
 def compare_checkouts(folder: Path, other: Path, *, num_samples: int, rounds: int) -> None:
     """Both in turns, the best round of each; memory and descriptors are the most of all rounds."""
     print(
-        f"{'decoder, micro-batches':24s} {'':6s} {'images/s':>9s} {'per CPU-s':>10s} {'files':>6s} {'shm MB':>7s} "
-        f"{'RSS MB':>7s}"
+        f"{'decoder, micro-batches':24s} {'':6s} {'images/s':>9s} {'per CPU-s':>10s} {'+files':>6s} {'+shm MB':>7s} "
+        f"{'+RSS MB':>7s}"
     )
     for decoder in ("pillow", "fast"):
         for accumulation in ACCUMULATIONS:

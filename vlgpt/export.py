@@ -148,7 +148,9 @@ def _write_transformers_files(folder: Path, tokenizer: DocumentTokenizer, config
     }
     (folder / "processor_config.json").write_text(json.dumps(processor, indent=1) + "\n")
     ends = [tokenizer.eos_id]
-    if not tokenizer.reply_end_text:  # its last token is a control token and ends a reply by itself
+    if (
+        len(tokenizer.reply_end_ids) == 1 or not tokenizer.reply_end_text
+    ):  # the last token ends a reply by itself
         ends.append(tokenizer.reply_end_ids[-1])
     GenerationConfig(
         bos_token_id=tokenizer.bos_id,

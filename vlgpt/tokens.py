@@ -109,7 +109,7 @@ class DocumentTokenizer:
         """What the tokenizer itself puts before a text: BOS for LLaMA, nothing for GPT-2 or Qwen."""
         text = self.text_tokenizer.encode("a", add_special_tokens=False)
         whole = self.text_tokenizer.encode("a", add_special_tokens=True)
-        size = next(n for n in range(len(whole)) if whole[n : n + len(text)] == text)
+        size = next((n for n in range(len(whole)) if whole[n : n + len(text)] == text), 0)
         return tuple(whole[:size])
 
     @classmethod
