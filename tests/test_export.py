@@ -409,11 +409,11 @@ def write_run(folder: Path, parts: Path, *, trained_parts: str = "lora") -> Lang
 @pytest.mark.parametrize("trained_parts", ["lora", "all"])
 def test_the_export_of_a_run_is_its_newest_commit(trained_parts, parts, tmp_path):
     stage = write_run(tmp_path, parts, trained_parts=trained_parts)
+    cast_parameters(stage.model.lm, torch.bfloat16)  # as training held them: the run's own result is the same
     kept = tmp_path / "kept"
     export_run(tmp_path / "run", kept, merge_lora=False)
     assert_equal(outputs(UnifiedModel.from_folder(kept)), outputs(stage.model))
     export_run(tmp_path / "run", tmp_path / "merged")
-    cast_parameters(stage.model.lm, torch.bfloat16)  # as training held them: the run's own result is the same
     stage.model.lm.merge_lora()
     assert_equal(outputs(UnifiedModel.from_folder(tmp_path / "merged")), outputs(stage.model.eval()))
     card = (tmp_path / "merged" / "README.md").read_text()
