@@ -114,6 +114,8 @@ class UnifiedModel(nn.Module):
         with empty_parameters():
             model = cls.from_config(config, attention=attention)
         load_weights(model, folder / "model.safetensors")
+        for parameter in model.lm.parameters():  # peft makes adapters in fp32, whatever they lie on
+            parameter.data = parameter.data.to(model.lm.dtype)
         restore_original_rows(model)
         return model.eval()
 
