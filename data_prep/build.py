@@ -24,7 +24,8 @@ from data_prep.options import Option, add_options, chosen, constructor_options, 
 from data_prep.pictures import PictureSettings
 from data_prep.sources import SOURCES, source_class
 from data_prep.workers import STOPPED, Stopped, WorkerDied, run_shards
-from vlgpt.log import UserError, configure, run_command
+from vlgpt.errors import UserError, run_command
+from vlgpt.log import configure
 from vlgpt.shards import Manifest, ShardReport, write_manifest
 from vlgpt.shards.manifest import MANIFEST, SUCCESS, read_manifest, read_report
 from vlgpt.shards.schema import MAX_RECORDS_PER_SHARD, MAX_SHARDS

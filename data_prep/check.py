@@ -23,8 +23,9 @@ from rich.progress import track
 from data_prep.index import load_tokenizer
 from data_prep.report import write_report
 from vlgpt.document import ROLES, Document
+from vlgpt.errors import UserError, run_command
 from vlgpt.images import BadImage, decode_image
-from vlgpt.log import UserError, configure, run_command
+from vlgpt.log import configure
 from vlgpt.shards import FeatureSpec, Manifest, ShardIndex, ShardSet, read_spec
 from vlgpt.shards.index import crc32
 from vlgpt.shards.manifest import MANIFEST, SUCCESS, read_manifest, read_report

@@ -25,7 +25,8 @@ from rich.progress import track
 from data_prep.duplicates import REASONS, find
 from data_prep.hashes import hash_shard, load_hashes, store_hashes
 from data_prep.rewrite import copy_without, require_copyable
-from vlgpt.log import UserError, configure, run_command
+from vlgpt.errors import UserError, run_command
+from vlgpt.log import configure
 from vlgpt.shards import ShardSet
 
 console = Console(stderr=True)

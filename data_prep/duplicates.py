@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from data_prep.hashes import PICTURE, Hashes, first_equal, load_hashes, near_pairs
+from vlgpt.errors import UserError
 from vlgpt.files import write_atomic
-from vlgpt.log import UserError
 from vlgpt.shards import ShardSet
 
 REASONS = ("", "filtered:duplicate", "filtered:near_duplicate", "filtered:contaminated")

@@ -16,8 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from vlgpt import seeds
 from vlgpt.data.pixels import read_square, to_pixels
 from vlgpt.document import TextPart
+from vlgpt.errors import UserError
 from vlgpt.images import BadImage
-from vlgpt.log import UserError
 from vlgpt.models.augment import random_views
 from vlgpt.models.encoders import ClipEncoder, hash_weights
 from vlgpt.models.image_tokenizer import ImageTokenizer

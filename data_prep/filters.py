@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from data_prep.sources import Record
 from vlgpt.document import Document, ImagePart, TextPart
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 from vlgpt.seeds import generator
 
 

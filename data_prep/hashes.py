@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.pictures import perceptual_hash
+from vlgpt.errors import UserError
 from vlgpt.files import write_atomic
 from vlgpt.images import BadImage, decode_image
-from vlgpt.log import UserError
 from vlgpt.shards import BadSample, ShardSet
 
 PICTURE, TEXT = 0, 1

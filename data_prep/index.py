@@ -19,8 +19,9 @@ from rich.console import Console
 from rich.progress import track
 
 from data_prep.job import SETTINGS
+from vlgpt.errors import UserError, run_command
 from vlgpt.files import write_atomic
-from vlgpt.log import UserError, configure, run_command
+from vlgpt.log import configure
 from vlgpt.shards import ShardIndex, ShardSet
 from vlgpt.shards.manifest import MANIFEST, read_manifest
 from vlgpt.shards.reindex import rebuild_index, retokenise

@@ -20,9 +20,9 @@ from data_prep.filters import FilterSettings, RecordFilter
 from data_prep.pictures import PicturePreparer, PictureSettings, StoredPicture
 from data_prep.sources import Dropped, ImageOpener, Record, Source
 from vlgpt.document import Document, ImagePart, Part
+from vlgpt.errors import UserError
 from vlgpt.files import fsync_folder
 from vlgpt.images import BadImage
-from vlgpt.log import UserError
 from vlgpt.shards import ShardReport, ShardWriter
 from vlgpt.shards.manifest import read_report
 from vlgpt.shards.schema import TextTokenizer, UnstorableDocument

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union
 
 from pydantic import BaseModel, ValidationError
 
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 
 Settings = TypeVar("Settings", bound=BaseModel)
 REQUIRED = inspect.Parameter.empty

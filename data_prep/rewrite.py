@@ -17,8 +17,8 @@ from rich.progress import track
 
 from data_prep.job import SETTINGS
 from vlgpt.document import Document, TextPart, TextPlace, text_places
+from vlgpt.errors import UserError
 from vlgpt.files import write_atomic
-from vlgpt.log import UserError
 from vlgpt.shards import Manifest, ShardIndex, ShardSet, ShardWriter, write_manifest
 from vlgpt.shards.manifest import read_report
 from vlgpt.shards.stored import read_stored_samples

@@ -24,8 +24,9 @@ import numpy as np
 
 from data_prep.feature_jobs import in_batches, read_images, read_texts
 from data_prep.rewrite import copy_without
+from vlgpt.errors import UserError, run_command
 from vlgpt.files import write_atomic
-from vlgpt.log import UserError, configure, get_logger, run_command
+from vlgpt.log import configure, get_logger
 from vlgpt.shards import ShardIndex, ShardSet
 
 BELOW, UNKNOWN = "filtered:similarity", "filtered:no_similarity"

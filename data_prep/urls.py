@@ -22,7 +22,8 @@ from data_prep.sources.fetch import fetch_commands
 from data_prep.sources.json_records import JsonRecords
 from data_prep.sources.obelics import page_items
 from data_prep.sources.tables import TableRows
-from vlgpt.log import UserError, configure, run_command
+from vlgpt.errors import UserError, run_command
+from vlgpt.log import configure
 
 console = Console()
 

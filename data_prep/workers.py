@@ -15,7 +15,8 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from data_prep.job import Job, ShardBuilder
-from vlgpt.log import UserError, get_logger
+from vlgpt.errors import UserError
+from vlgpt.log import get_logger
 from vlgpt.shards import ShardReport
 
 CRASH_SIGNALS = {signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL}

@@ -23,7 +23,7 @@ from evaluation import manifest
 from evaluation.core import read_json
 from evaluation.metrics.bootstrap import paired_bootstrap
 from evaluation.score import per_example_path
-from vlgpt.log import UserError, run_command
+from vlgpt.errors import UserError, run_command
 
 PROTOCOL = ("benchmark", "split", "shots", "n", "num_examples", "ids", "scoring", "notes", "run")
 

@@ -25,8 +25,8 @@ from PIL import Image
 
 from evaluation import prompts
 from vlgpt.document import Document, Part, join
+from vlgpt.errors import UserError
 from vlgpt.images import BadImage, decode_image
-from vlgpt.log import UserError
 
 try:
     import orjson

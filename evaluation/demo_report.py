@@ -28,8 +28,8 @@ from evaluation.core import read_json
 from evaluation.demo_curves import Chart, loss_chart
 from evaluation.demo_samples import Answered
 from evaluation.pass_marks import PASS_MARKS, PassMark, marks_beside
+from vlgpt.errors import UserError, run_command
 from vlgpt.files import write_atomic
-from vlgpt.log import UserError, run_command
 
 TEMPLATES = Path(__file__).with_name("templates")
 RUNS = {

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 
 BATCH_SIZE = 32
 

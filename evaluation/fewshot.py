@@ -19,7 +19,7 @@ from PIL import Image
 
 from evaluation.core import Benchmark, DataNotFound, Example, Prompt, read_image, with_demonstrations
 from vlgpt import seeds
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 
 ImageFeatures = Callable[[Sequence[Image.Image]], np.ndarray]
 """Pictures -> (num_pictures, dim) features."""

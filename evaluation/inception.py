@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torchvision.models import inception
 
 from evaluation.metrics.resize import ResizeMode, resize
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 from vlgpt.models.encoders import hash_weights
 
 NUM_CLASSES = 1008

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from evaluation.metrics.ptb import tokenize
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 
 
 def java_scores(captions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> dict[str, float]:

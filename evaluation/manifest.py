@@ -15,7 +15,7 @@ from typing import Any
 
 from evaluation.core import Benchmark, Decoding, Example, ImageSource, Responder
 from evaluation.prompts import PromptTemplate
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 
 PACKAGES = (
     "vlgpt",

@@ -22,7 +22,7 @@ from PIL import Image
 
 from evaluation.core import Prediction, png_bytes
 from vlgpt import seeds
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 
 SHOWN_IDS = 10
 

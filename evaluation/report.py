@@ -27,8 +27,8 @@ from evaluation.core import read_json
 from evaluation.pass_marks import PASS_MARKS
 from evaluation.report_examples import pick, view
 from evaluation.score import per_example_path, read_predictions
+from vlgpt.errors import UserError, run_command
 from vlgpt.files import write_atomic
-from vlgpt.log import UserError, run_command
 
 PAPER = Path(__file__).with_name("paper_values.yaml")
 TEMPLATES = Path(__file__).with_name("templates")

@@ -16,7 +16,7 @@ from PIL import Image
 
 from evaluation.core import Benchmark, Decoding, Example, Prompt, read_image
 from vlgpt import seeds
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -33,7 +33,8 @@ from evaluation.predictions import (
 )
 from evaluation.responders import ModelResponder, OracleResponder, ShuffledResponder
 from vlgpt import seeds
-from vlgpt.log import UserError, configure, get_logger, run_command
+from vlgpt.errors import UserError, run_command
+from vlgpt.log import configure, get_logger
 
 PICTURE_KINDS = ("image", "reconstruction")
 

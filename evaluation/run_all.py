@@ -22,7 +22,8 @@ from evaluation.fewshot import Demonstrator, FewShot
 from evaluation.responders import ModelResponder, OracleResponder, ShuffledResponder
 from evaluation.run import require_rank, run, select, start_processes, write_submission
 from evaluation.score import score_folder
-from vlgpt.log import UserError, configure, get_logger, run_command
+from vlgpt.errors import UserError, run_command
+from vlgpt.log import configure, get_logger
 
 JOBS = Path(__file__).with_name("jobs.yaml")
 

@@ -21,8 +21,8 @@ from evaluation.core import Benchmark, Prediction, no_garbage_collection, read_j
 from evaluation.fewshot import label_of
 from evaluation.predictions import IdCheck, check_ids, read_jsonl
 from evaluation.run import pairs, select
+from vlgpt.errors import UserError, run_command
 from vlgpt.files import sha256_file, write_atomic
-from vlgpt.log import UserError, run_command
 
 IMAGE_KINDS = ("image", "reconstruction")
 

@@ -18,8 +18,9 @@ import torch.nn.functional as F
 
 from evaluation.core import metric
 from vlgpt.document import Document
+from vlgpt.errors import UserError, run_command
 from vlgpt.files import write_atomic
-from vlgpt.log import UserError, configure, run_command
+from vlgpt.log import configure
 from vlgpt.models.language_models import load_language_model
 from vlgpt.models.unified import UnifiedModel
 from vlgpt.shards import ShardSet

@@ -15,7 +15,8 @@ from evaluation import benchmarks
 from evaluation.core import Benchmark, Prediction
 from evaluation.responders import ModelResponder
 from evaluation.run import answer, select
-from vlgpt.log import UserError, get_logger
+from vlgpt.errors import UserError
+from vlgpt.log import get_logger
 from vlgpt.settings import LanguageStage, ProbeSettings, RunSettings
 
 TEXT_KINDS = ("text", "rank")

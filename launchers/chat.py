@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from vlgpt import log
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 
 DEMO = Path("runs/demo/finetune/result")
 DEMO_EXAMPLES = (

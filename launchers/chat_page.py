@@ -20,8 +20,8 @@ from vlgpt.chat import files
 from vlgpt.chat.batching import Batcher, QueueFull, ShuttingDown
 from vlgpt.chat.dialogue import Content, Dialogue, Picture, Turn, interleave, png_bytes
 from vlgpt.chat.reply import Drawn, Event, Failed, Finished, Notice, ReplySettings, Request, TextPiece
+from vlgpt.errors import UserError
 from vlgpt.generate import DecodeSettings
-from vlgpt.log import UserError
 
 IMAGES: dict[str, Literal["free", "never", "force"]] = {
     "words and pictures": "free",

@@ -19,7 +19,8 @@ from rich.progress import track
 
 from vlgpt import seeds
 from vlgpt.document import Document, TextPart
-from vlgpt.log import UserError, configure, get_logger, run_command
+from vlgpt.errors import UserError, run_command
+from vlgpt.log import configure, get_logger
 from vlgpt.shards import ShardWriter, write_manifest
 from vlgpt.tokens import DocumentTokenizer
 

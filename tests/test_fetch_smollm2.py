@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from launchers.fetch_smollm2 import smollm2
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 
 
 def test_smollm2_is_a_trained_chat_model(smollm2_folder):

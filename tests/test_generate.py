@@ -16,8 +16,8 @@ from vlgpt.decoding.ranking import log_likelihoods
 from vlgpt.decoding.stepwise import Hooks, ids_of
 from vlgpt.decoding.stream import RenderedPrompt, Stream
 from vlgpt.document import Document, ImagePart, TextPart
+from vlgpt.errors import UserError
 from vlgpt.generate import DecodeSettings, Generator, Prompt, Reply
-from vlgpt.log import UserError
 from vlgpt.tokens import PLACEHOLDER_ID
 
 SENTENCE = "the quick brown fox draws three blue circles beside a lazy elephant what is in picture"

@@ -17,7 +17,7 @@ sys.path.append(str(Path(__file__).parent / "models"))
 import miniatures as mini
 
 from vlgpt.batch import ConditionBatch
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 from vlgpt.models.image_detokenizer import ImageDetokenizer
 from vlgpt.models.image_tokenizer import ImageTokenizer
 from vlgpt.models.language_models import from_configuration

@@ -21,9 +21,9 @@ from vlgpt.data.draws import Draws
 from vlgpt.data.sources import OpenSource
 from vlgpt.decoding.prompts import empty_prompt, render
 from vlgpt.document import Document, ImagePart, Part, TextPart
+from vlgpt.errors import UserError
 from vlgpt.export import export_model
 from vlgpt.generate import Generator
-from vlgpt.log import UserError
 from vlgpt.models.encoders import load_clip
 from vlgpt.models.tiny import train_text_tokenizer
 from vlgpt.settings import DemoClipStage, SourceSettings

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from vlgpt import log
 from vlgpt.document import IMAGE_MARK, Document, ImagePart, Part, Role, TextPart
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 
 if TYPE_CHECKING:
     from PIL.Image import Image

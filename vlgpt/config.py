@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 from vlgpt.settings import RunSettings
 
 S = TypeVar("S", bound=BaseModel)

@@ -31,7 +31,7 @@ from vlgpt.decoding.ranking import log_likelihoods
 from vlgpt.decoding.stepwise import Hooks, decode_stepwise
 from vlgpt.decoding.stream import RenderedPrompt, Stream
 from vlgpt.decoding.streaming import TextStreams
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 from vlgpt.models.decoders import PictureDecoder
 from vlgpt.models.encoders import ClipEncoder
 from vlgpt.models.unified import UnifiedConfig, UnifiedModel

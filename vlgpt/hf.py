@@ -41,8 +41,8 @@ from vlgpt.decoding.prompts import ImageReader, empty_prompt, render, square_pix
 from vlgpt.decoding.stepwise import Hooks
 from vlgpt.decoding.stream import RenderedPrompt
 from vlgpt.document import Document, TextPart
+from vlgpt.errors import UserError
 from vlgpt.generate import decode
-from vlgpt.log import UserError
 from vlgpt.models.unified import MODEL_TYPE, UnifiedConfig, UnifiedModel
 from vlgpt.tokens import DocumentTokenizer, Rendering
 

@@ -6,13 +6,9 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
-
-
-class UserError(ValueError):
-    """Bad input from the user: command lines print its message as one line and exit with code 2."""
 
 
 def get_logger(name: str = "vlgpt") -> logging.Logger:
@@ -30,15 +26,6 @@ def configure(*, rank: int = 0, level: int = logging.INFO) -> None:
     logger.addHandler(handler)
     logger.setLevel(level if rank == 0 else max(level, logging.WARNING))
     logger.propagate = False
-
-
-def run_command(main: Callable[[], int | None]) -> int:
-    """Run a command line's main; a `UserError` or a missing file becomes one line on stderr and exit code 2."""
-    try:
-        return main() or 0
-    except (UserError, FileNotFoundError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
 
 
 class Mirror(Protocol):

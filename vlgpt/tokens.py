@@ -17,7 +17,8 @@ from typing import Any, Literal
 import numpy as np
 
 from vlgpt.document import Document, ImagePart, Role, TextPlace, text_places
-from vlgpt.log import UserError, get_logger
+from vlgpt.errors import UserError
+from vlgpt.log import get_logger
 from vlgpt.turns import OWN, TEMPLATES, Turns, cut, of_parts, of_texts
 
 BEGIN_IMAGE, END_IMAGE = "[IMG]", "[/IMG]"

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import jinja2
 
 from vlgpt.document import TextPlace
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 
 Ids = tuple[int, ...]
 OWN = "own"  # the name of the template that the tokenizer brings

@@ -15,7 +15,7 @@ from data_prep.sources.inputs import find_files
 from data_prep.sources.join import Pictures
 from data_prep.sources.templates import caption_chat, generation_chat
 from vlgpt.document import Document, ImagePart, Part, TextPart
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 
 Direction = Literal["caption", "generate", "both", "pair"]
 KARPATHY_SPLITS = {"train": ("train", "restval"), "val": ("val",), "test": ("test",)}

@@ -13,7 +13,7 @@ from data_prep.sources.emoji_catalogue import LICENCE, Picture, load_catalogue
 from data_prep.sources.emoji_pages import Page, plan_pages
 from data_prep.sources.emoji_tasks import Task, plan_held_out, plan_held_out_gender, plan_training
 from vlgpt.document import Document, ImagePart, TextPart
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 
 Item = Picture | Page | Task
 

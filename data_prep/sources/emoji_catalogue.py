@@ -18,7 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 from vlgpt.seeds import address
 
 STYLES = {"Goog": "noto", "Twtr": "twemoji"}

@@ -10,7 +10,7 @@ from data_prep.sources import Dropped, Record
 from data_prep.sources.inputs import inside, list_files
 from data_prep.sources.rows import Row, Rows, Table, open_table
 from vlgpt.document import Document, ImagePart, TextPart
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 

@@ -14,8 +14,8 @@ from data_prep.sources.inputs import find_files, inside
 from data_prep.sources.templates import edit_chat
 from data_prep.sources.web_page import Block, captioned_pictures, read_page
 from vlgpt.document import Document, ImagePart, Part, TextPart
+from vlgpt.errors import UserError
 from vlgpt.images import BadImage
-from vlgpt.log import UserError
 
 APPLIED = re.compile(r"\bapplied\b", re.IGNORECASE)
 QUOTED = re.compile("“([^”]+)”")

@@ -9,7 +9,7 @@ from typing import Annotated
 from data_prep.sources import Dropped, Record
 from data_prep.sources.inputs import list_files
 from vlgpt.document import Document, ImagePart
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 

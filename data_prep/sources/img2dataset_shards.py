@@ -16,7 +16,8 @@ from data_prep.sources.fetch import fetch_commands
 from data_prep.sources.inputs import list_files
 from data_prep.sources.sample_tar import SampleTar, open_sample_tar
 from data_prep.sources.tables import Row, TableRows, table_layout
-from vlgpt.log import UserError, get_logger
+from vlgpt.errors import UserError
+from vlgpt.log import get_logger
 
 CAPTION_COLUMNS = ("top_caption", "caption", "txt", "text", "TEXT")
 IMAGE_COLUMNS = ("jpg", "png", "webp")

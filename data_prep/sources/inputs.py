@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from vlgpt.log import UserError, get_logger
+from vlgpt.errors import UserError
+from vlgpt.log import get_logger
 from vlgpt.shards.foreign import INDEX_FOLDER
 
 SHOWN_KEYS = 40

@@ -14,8 +14,8 @@ from data_prep.sources.convert import BadRecord, convert, mapping, numbers, tabl
 from data_prep.sources.tables import Row, TableRows
 from data_prep.sources.templates import edit_chat
 from vlgpt.document import Document
+from vlgpt.errors import UserError
 from vlgpt.images import BadImage
-from vlgpt.log import UserError
 
 SEEDS = "seeds.json"
 SPLITS = {"train": (0.0, 0.9), "val": (0.9, 0.95), "test": (0.95, 1.0), "all": (0.0, 1.0)}

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 
 BLOCK_BYTES = 16 << 20
 MAX_VALUE_CHARS = 128 << 20

@@ -22,7 +22,7 @@ import numpy as np
 from data_prep.sources import Dropped
 from data_prep.sources.inputs import InputFile, find_files, kept_arrays, split_range
 from data_prep.sources.json_list import list_values
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 
 LINES = (".jsonl", ".ndjson")
 """Files with these names hold one value per line, whatever the first line begins with."""

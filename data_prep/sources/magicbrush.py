@@ -15,7 +15,8 @@ from data_prep.sources.inputs import find_files
 from data_prep.sources.tables import SUFFIXES, RowCursor, TableRows
 from data_prep.sources.templates import edit_chat
 from vlgpt.document import Document
-from vlgpt.log import UserError, get_logger
+from vlgpt.errors import UserError
+from vlgpt.log import get_logger
 
 HELD_OUT = ("dev", "test", "validation")
 COLUMNS = {

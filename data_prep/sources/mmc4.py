@@ -17,8 +17,8 @@ from data_prep.sources.join import Pictures
 from data_prep.sources.json_records import JsonRecord, JsonRecords
 from data_prep.sources.matching import Matching, match_pictures, page_parts
 from vlgpt.document import Document
+from vlgpt.errors import UserError
 from vlgpt.images import BadImage
-from vlgpt.log import UserError
 
 DOCUMENTS_TO_JUDGE = 20
 

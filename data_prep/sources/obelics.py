@@ -14,7 +14,7 @@ from data_prep.sources.fetch import fetch_help
 from data_prep.sources.join import Pictures
 from data_prep.sources.tables import Row, TableRows
 from vlgpt.document import Document, ImagePart, Part, TextPart
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 
 PARAGRAPH = re.compile(r"(?=\n\n)")
 MISSING = "missing_file"

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from data_prep.sources import Dropped
 from data_prep.sources.json_records import JsonRecord, JsonRecords, has_lines
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 
 Row = tuple[str, dict[str, Any]]
 

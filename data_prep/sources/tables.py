@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from data_prep.sources import Dropped
 from data_prep.sources.inputs import InputFile, find_files, require_keys, split_range
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 
 SUFFIXES = (".parquet", ".arrow")
 BATCH_ROWS = 32

@@ -10,7 +10,7 @@ from data_prep.sources import Dropped, Record
 from data_prep.sources.inputs import list_files
 from data_prep.sources.json_records import LINES, JsonRecord, JsonRecords
 from vlgpt.document import Document, TextPart
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 
 
 class TextSource:

@@ -20,7 +20,7 @@ from lmms_eval.api.model import lmms
 from evaluation.adapters import prompt_of
 from evaluation.core import Decoding, Prompt, Responder
 from evaluation.responders import ModelResponder
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 
 
 class VlGptLmms(lmms):

@@ -23,7 +23,7 @@ from typing import Any
 from evaluation.adapters import prompt_of
 from evaluation.core import Decoding, Responder, read_image
 from evaluation.responders import ModelResponder
-from vlgpt.log import UserError, run_command
+from vlgpt.errors import UserError, run_command
 
 DECODING = Decoding(max_new_tokens=64)
 

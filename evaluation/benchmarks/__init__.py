@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import Any
 
 from evaluation.core import Benchmark
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 
 REGISTRY: Mapping[str, str] = {
     "coco_caption": "coco_caption:CocoCaption",

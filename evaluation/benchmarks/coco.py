@@ -9,7 +9,7 @@ from pathlib import Path
 
 from evaluation.benchmarks.files import coco_folder, find_file, find_folder, has_file
 from evaluation.core import read_json
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from evaluation.metrics.captions import score_captions
 from evaluation.metrics.postprocess import cut_caption
 from vlgpt import seeds
 from vlgpt.document import Part
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)

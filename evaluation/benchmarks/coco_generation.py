@@ -29,7 +29,7 @@ from evaluation.benchmarks.pictures import (
 from evaluation.core import Benchmark, Example, ImageSource, Prediction, Scores, metric, read_image
 from evaluation.metrics.fid import Moments, frechet_distance, frechet_distance_of_features, kernel_distance
 from vlgpt import seeds
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 
 KID_SUBSET = 1000
 KID_SEED = 2020

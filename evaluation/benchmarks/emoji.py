@@ -26,8 +26,9 @@ from evaluation.pass_marks import PASS_MARKS, PassMark
 from evaluation.responders import ModelResponder, OracleResponder, ShuffledResponder
 from evaluation.run import run
 from evaluation.score import score_folder
+from vlgpt.errors import UserError
 from vlgpt.files import write_atomic
-from vlgpt.log import UserError, configure
+from vlgpt.log import configure
 
 METRICS = "metrics.json"
 LOG_WIDTH = 110

@@ -28,7 +28,7 @@ from evaluation.metrics.captions import score_captions
 from evaluation.metrics.word_f1 import word_f1
 from vlgpt import seeds
 from vlgpt.document import Document, ImagePart, Part, TextPart
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 
 FAMILIES = ("tone", "gender", "category", "subcategory", "flag", "style", "is_a")
 ATTRIBUTES = ("category", "tone", "gender", "style", "subcategory")

@@ -31,7 +31,7 @@ from evaluation.core import (
     read_json,
 )
 from evaluation.metrics.clip_score import pair_cosines
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 
 COLUMNS = ("img_id", "turn_index", "source_img", "instruction", "target_img")
 DESCRIPTIONS = "magicbrush/global_descriptions.json"

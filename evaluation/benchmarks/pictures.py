@@ -11,7 +11,7 @@ from PIL import Image
 
 from evaluation.core import Example, Prediction, read_image
 from evaluation.metrics.clip_score import pair_cosines
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 
 if TYPE_CHECKING:
     from evaluation.features import ClipFeatures

@@ -18,7 +18,7 @@ from evaluation.benchmarks.files import find_file, find_folder, has_file
 from evaluation.core import Benchmark, Example, Prediction, Prompt, Scores, metric, read_json
 from evaluation.metrics.visdial import ndcg_scores, sparse_scores, submission_record
 from vlgpt.document import Document
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)

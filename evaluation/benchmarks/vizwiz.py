@@ -19,7 +19,7 @@ from evaluation.benchmarks.vqa import VqaBenchmark
 from evaluation.core import Example, Prediction, Prompt, Scores, SecondQuestion, metric, read_json
 from evaluation.metrics.vqa import answers_of, vizwiz_answerable_from_answers, vizwiz_unanswerable
 from vlgpt.document import Document
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from evaluation.core import Benchmark, Decoding, Example, Prediction, Scores, me
 from evaluation.metrics.postprocess import cut_answer
 from evaluation.metrics.vqa import ScoredQuestion, question_scorer
 from vlgpt.document import Part
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)

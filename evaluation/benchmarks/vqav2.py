@@ -15,7 +15,7 @@ from evaluation.benchmarks.files import coco_folder, coco_image, find_file, has_
 from evaluation.benchmarks.vqa import VqaBenchmark
 from evaluation.core import NO_PROMPT, Example, Prediction, Prompt, read_json
 from evaluation.metrics.vqa import answers_of
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from vlgpt.document import ImagePart, Part, Role, TextPart
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 
 FOLDER = Path(__file__).parent
 MARKERS = re.compile(r"(<image>|USER:|ASSISTANT:|\[IMG\]$)")

@@ -14,7 +14,7 @@ from small_data import NUM_VISUAL, WORDS, chat, make_tokenizer, page, pair
 from vlgpt.data.assemble import Assembler, LengthMismatch, PartLengths, SequencePlan, ShardLengths
 from vlgpt.data.draws import Draws
 from vlgpt.document import ROLES, Document, ImagePart, Part, TextPart
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 from vlgpt.settings import SourceSettings
 from vlgpt.shards.index import IndexBuilder
 

@@ -20,7 +20,7 @@ from vlgpt.data import Loader
 from vlgpt.data.mixture import SLOTS
 from vlgpt.data.stream import Position, advance
 from vlgpt.document import Document, ImagePart
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 from vlgpt.models.losses import count_targets
 from vlgpt.settings import DataSettings, SourceSettings
 from vlgpt.shards import ShardSet

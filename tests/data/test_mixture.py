@@ -17,7 +17,7 @@ from vlgpt.data.mixture import (
     quotas,
     ramp_factors,
 )
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 from vlgpt.settings import DataSettings, SourceSettings
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from vlgpt.data.buffers import Buffers
 from vlgpt.data.stream import Draft, Position, Production, Report
 from vlgpt.data.workers import WorkerPool
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 
 BATCH_BYTES = 1 << 20
 

@@ -14,7 +14,7 @@ from vlgpt.data.assemble import Assembler, ShardLengths
 from vlgpt.data.mixture import SLOTS, Mixture, Slots, SourceOrder, base_weights
 from vlgpt.data.packing import Packer, WindowPlan
 from vlgpt.document import Document, ImagePart, TextPart
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 from vlgpt.settings import DataSettings, SourceSettings
 from vlgpt.shards.index import IndexBuilder
 

@@ -29,8 +29,8 @@ from vlgpt.data.buffers import Buffers
 from vlgpt.data.tally import TooManyBadSamples
 from vlgpt.data.workers import DataStalled
 from vlgpt.document import Document
+from vlgpt.errors import UserError
 from vlgpt.images import decode_image
-from vlgpt.log import UserError
 from vlgpt.seeds import generator
 from vlgpt.settings import DataSettings, SourceSettings
 

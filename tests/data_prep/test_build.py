@@ -14,8 +14,8 @@ from PIL import Image, ImageDraw
 
 from data_prep.build import main
 from data_prep.pictures import PictureSettings
+from vlgpt.errors import run_command
 from vlgpt.images import decode_image
-from vlgpt.log import run_command
 from vlgpt.shards import ShardSet
 from vlgpt.shards.manifest import read_report
 

@@ -13,7 +13,7 @@ from PIL import Image
 from data_prep import check, dedup
 from data_prep.build import main as build
 from data_prep.hashes import near_pairs
-from vlgpt.log import run_command
+from vlgpt.errors import run_command
 from vlgpt.shards import ShardSet
 
 

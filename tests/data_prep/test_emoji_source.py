@@ -14,8 +14,8 @@ from data_prep.sources.emoji_catalogue import STYLES, TONE_NAMES, load_catalogue
 from data_prep.sources.emoji_pages import MAX_PICTURES, MIN_PICTURES
 from data_prep.sources.emoji_tasks import QUESTIONS
 from vlgpt.document import ImagePart, TextPart
+from vlgpt.errors import UserError
 from vlgpt.images import decode_image
-from vlgpt.log import UserError
 from vlgpt.shards import ShardSet
 
 HELD_OUT = ("seen", "combination", "unseen")

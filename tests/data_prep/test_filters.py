@@ -17,8 +17,8 @@ from data_prep.pictures import (
 )
 from data_prep.sources import Record
 from vlgpt.document import Document, ImagePart, TextPart
+from vlgpt.errors import UserError
 from vlgpt.images import BadImage, decode_image
-from vlgpt.log import UserError
 
 
 def record(text: str = "a dog", *, images: int = 1, name: str = "x", **info) -> Record:

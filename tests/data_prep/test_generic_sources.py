@@ -11,7 +11,7 @@ from data_prep.sources.images import ImagesSource
 from data_prep.sources.inputs import inside
 from data_prep.sources.rows import CsvRows, JsonTable, Rows
 from data_prep.sources.text import TextSource
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 
 
 def everything(source) -> list:

@@ -15,7 +15,7 @@ from data_prep import check, index
 from data_prep.build import main as build
 from data_prep.report import ShownPart
 from vlgpt.document import Document, ImagePart, TextPart
-from vlgpt.log import run_command
+from vlgpt.errors import run_command
 from vlgpt.shards import FeatureSpec, ShardSet, ShardWriter, write_manifest
 from vlgpt.shards.features import write_feature_rows, write_spec
 from vlgpt.tokens import DocumentTokenizer

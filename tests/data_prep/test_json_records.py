@@ -9,7 +9,7 @@ import pytest
 from data_prep.sources import Dropped, inputs, json_list
 from data_prep.sources.inputs import find_files, split_range
 from data_prep.sources.json_records import JsonRecord, JsonRecords
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 
 VALUES = [{"n": n, "text": 'ü\n]}"[' * (n % 7) + "x" * (n * 13 % 101)} for n in range(60)]
 

@@ -19,7 +19,7 @@ from data_prep import check, features
 from data_prep.build import main as build
 from data_prep.feature_jobs import compute_shard, make_job
 from vlgpt.data.pixels import read_square, to_pixels
-from vlgpt.log import UserError, run_command
+from vlgpt.errors import UserError, run_command
 from vlgpt.models.encoders import load_clip
 from vlgpt.shards import ShardSet, write_spec
 

@@ -12,7 +12,7 @@ from tiny_clip import save_tiny_clip
 from data_prep import check, similarity
 from vlgpt.data.pixels import read_square, to_pixels
 from vlgpt.document import Document, ImagePart, TextPart
-from vlgpt.log import run_command
+from vlgpt.errors import run_command
 from vlgpt.models.encoders import load_clip
 from vlgpt.shards import ShardSet, ShardWriter, write_manifest
 

@@ -15,7 +15,7 @@ from source_files import (
     write_tar,
 )
 
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 
 BUS = [
     ("user", 0),

@@ -26,7 +26,7 @@ from data_prep.sources import Dropped
 from data_prep.sources.assignment import best_assignment
 from data_prep.sources.matching import match_pictures
 from data_prep.urls import main as urls_main
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 from vlgpt.shards import ShardSet
 
 NAMES = ["b9040a0dbb22.jpg", "db1c21bc8474.jpg"]

@@ -22,7 +22,7 @@ from source_files import (
 from data_prep.build import main as build_main
 from data_prep.filters import FilterSettings, RecordFilter
 from data_prep.sources import Record
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 from vlgpt.shards import ShardSet
 
 CAPTION = "a brown dog is sleeping on a bed"

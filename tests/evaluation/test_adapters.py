@@ -10,7 +10,7 @@ from official_files import picture
 
 from evaluation.adapters import prompt_of, vlmevalkit
 from vlgpt.document import ImagePart, TextPart
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 
 
 class Recorder:

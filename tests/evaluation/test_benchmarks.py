@@ -15,7 +15,7 @@ from evaluation.predictions import read_jsonl
 from evaluation.responders import OracleResponder, ShuffledResponder
 from evaluation.run import answer, run, write_submission
 from evaluation.score import read_predictions, score
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 
 MAXIMA = {
     "coco_caption": {"Bleu_1": 100.0, "Bleu_4": 100.0, "ROUGE_L": 100.0},

@@ -11,7 +11,7 @@ import pytest
 from evaluation.demo_curves import chart, loss_terms
 from evaluation.demo_report import main, read_timings
 from evaluation.pass_marks import PassMark
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 
 HARMFUL = "<script>alert(1)</script>"
 

@@ -17,7 +17,7 @@ from evaluation.responders import OracleResponder
 from evaluation.run import main
 from evaluation.run_all import main as run_all
 from vlgpt.document import ImagePart
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 
 NAMES = [name for name in benchmarks.REGISTRY if name.startswith("emoji_")]
 

@@ -7,7 +7,7 @@ from official_files import picture
 from PIL import Image
 
 from evaluation.features import ClipFeatures, crop_and_resize, in_batches
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 
 
 def test_clip_features_do_not_depend_on_the_batch(clip_folder):

@@ -7,7 +7,7 @@ from evaluation import benchmarks
 from evaluation.core import Example, Prompt
 from evaluation.fewshot import Demonstrator, FewShot
 from vlgpt.document import Document, ImagePart, TextPart
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 
 
 @pytest.fixture(params=["vlgpt", "vlgpt-i"])

@@ -13,7 +13,7 @@ from evaluation.predictions import read_jsonl
 from evaluation.responders import ModelResponder
 from evaluation.run import run
 from evaluation.run_all import main as run_all
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 
 JOBS = """
 - {benchmark: easy_vqa, shots: 2}

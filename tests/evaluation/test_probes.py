@@ -6,7 +6,7 @@ from emoji_shards import catalogue
 
 from evaluation.benchmarks.emoji_edit import train_probe
 from evaluation.probes import Judge, Probe, RidgeClassifier, blur, histogram, load_judge
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import pytest
 from evaluation import benchmarks, prompts
 from evaluation.prompts import load, merge_text
 from vlgpt.document import Document, ImagePart, TextPart
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 from vlgpt.tokens import DocumentTokenizer
 from vlgpt.turns import SYSTEM_MESSAGE
 

@@ -21,7 +21,7 @@ from evaluation.run_all import main as run_all_main
 from evaluation.score import main as score_main
 from evaluation.score import read_predictions, score
 from vlgpt import seeds
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 

@@ -13,7 +13,7 @@ from batches import pack, random_document
 from tiny_unified import new_document_tokenizer, new_model
 from transformers import modeling_flash_attention_utils as flash_utils
 
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 from vlgpt.models import layers
 from vlgpt.models.image_detokenizer import ImageDetokenizer
 from vlgpt.models.image_tokenizer import ImageTokenizer

@@ -18,8 +18,8 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
+from vlgpt.errors import UserError
 from vlgpt.files import write_once
-from vlgpt.log import UserError
 from vlgpt.models import conditioners, decoder_parts
 from vlgpt.models.conditioners import (
     IpAdapterImageConditioner,

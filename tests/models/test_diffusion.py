@@ -6,7 +6,7 @@ import tiny_diffusion_parts as tiny
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 from vlgpt.models.conditioners import Unconditional, with_pooled
 from vlgpt.models.diffusion import DiffusionDecoder, load_scheduler
 

@@ -7,7 +7,7 @@ import tiny_diffusion_parts as tiny
 import torch
 from diffusers import UNet2DConditionModel
 
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 from vlgpt.models.diffusion import install_image_attention
 from vlgpt.models.ip_adapter import Resampler, load_resampler, read_ip_adapter
 

@@ -6,7 +6,7 @@ from batches import pack, random_document
 from tiny_unified import new_document_tokenizer, new_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 from vlgpt.models.language_models import (
     LogitRule,
     build_language_model,

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from vlgpt.document import Document, ImagePart, TextPart
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 from vlgpt.shards import BadSample, FeatureSpec, ShardIndex, ShardSet, ShardWriter, write_manifest
 from vlgpt.shards.features import dequantise, quantise, write_feature_rows, write_spec
 from vlgpt.shards.manifest import read_report

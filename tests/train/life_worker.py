@@ -13,7 +13,8 @@ import torch
 torch.set_num_threads(1)
 
 from vlgpt.config import parse_yaml, validate  # noqa: E402
-from vlgpt.log import UserError, read_metrics  # noqa: E402
+from vlgpt.errors import UserError  # noqa: E402
+from vlgpt.log import read_metrics  # noqa: E402
 from vlgpt.settings import RunSettings  # noqa: E402
 from vlgpt.stages.weights import newest_trainable  # noqa: E402
 from vlgpt.train.ds_config import merge_config  # noqa: E402

@@ -17,7 +17,7 @@ import signal
 import sys
 from pathlib import Path
 
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 from vlgpt.train import commit, together
 
 STEPS, INTERVAL, KEEP, WORLD = 10, 2, 3, 2

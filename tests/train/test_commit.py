@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from vlgpt import files
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 from vlgpt.train import commit, together
 
 

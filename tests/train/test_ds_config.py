@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from vlgpt.config import load_run
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 from vlgpt.train.ds_config import lint, lint_zero, merge_config, read_config
 
 ROOT = Path(__file__).parents[2]

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 from vlgpt.shards import FeatureSpec
 from vlgpt.train import commit
 from vlgpt.train.agreement import disagreement, replica_digest
@@ -39,7 +39,7 @@ stuck_in_a_collective()
 JOIN = """
 import json, sys, time
 from vlgpt.train.agreement import join_ranks
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 started_s = time.monotonic()
 try:
     join_ranks(json.loads(sys.argv[1]), timeout_s=300)

@@ -18,7 +18,7 @@ from evaluation.run import run, select
 from evaluation.score import score
 from evaluation.training_probe import make_probe
 from vlgpt.config import validate
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 from vlgpt.settings import RunSettings
 
 

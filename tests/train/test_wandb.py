@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from vlgpt.config import load_run
-from vlgpt.log import MetricsLog, UserError, read_metrics
+from vlgpt.errors import UserError
+from vlgpt.log import MetricsLog, read_metrics
 from vlgpt.train.wandb_mirror import WandbMirror
 
 CONFIG = Path(__file__).parents[2] / "launchers/configs/demo/pretrain.yaml"

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from vlgpt.decoding.api import ImageLike, Prompt, Reply
 from vlgpt.document import IMAGE_MARK, Document, ImagePart, Part, TextPart
+from vlgpt.errors import UserError
 from vlgpt.images import BadImage, decode_image
-from vlgpt.log import UserError
 
 MAX_PIXELS = 16_000_000  # of a picture that a user gives
 ADDRESS = "dialogue"  # all prompts draw the same random numbers: a reply follows from the turns and the seed

@@ -21,8 +21,8 @@ from vlgpt.chat.reply import (
     answer,
 )
 from vlgpt.document import IMAGE_MARK
+from vlgpt.errors import UserError
 from vlgpt.generate import Generator
-from vlgpt.log import UserError
 
 HELP = f"""\
 /image PATH    attach a picture to the next message (again for more); {IMAGE_MARK} in the text says where it stands

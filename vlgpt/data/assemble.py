@@ -28,7 +28,7 @@ import numpy as np
 from vlgpt.data import draws as purpose
 from vlgpt.data.draws import Draws
 from vlgpt.document import ROLES, Document, ImagePart, text_places
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 from vlgpt.settings import SourceSettings
 from vlgpt.shards import ShardIndex
 from vlgpt.tokens import DocumentTokenizer, Piece, Span, TokenSequence, flatten

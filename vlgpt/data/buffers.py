@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 
 ALIGNMENT = 64  # bytes, a cache line
 MAX_TENSORS = 16  # of a batch: what aligning them may cost

@@ -43,7 +43,8 @@ from vlgpt.data.stream import (
 )
 from vlgpt.data.tally import Tally, Waits
 from vlgpt.data.workers import Board, WorkerGuard, WorkerPool
-from vlgpt.log import UserError, get_logger
+from vlgpt.errors import UserError
+from vlgpt.log import get_logger
 from vlgpt.settings import DataSettings
 from vlgpt.shards import FeatureSpec
 from vlgpt.tokens import DocumentTokenizer

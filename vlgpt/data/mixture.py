@@ -18,7 +18,7 @@ from typing import Protocol
 
 import numpy as np
 
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 from vlgpt.seeds import generator
 from vlgpt.settings import DataSettings
 

@@ -20,7 +20,7 @@ import numpy as np
 from vlgpt.data.assemble import Assembler, ShardLengths
 from vlgpt.data.draws import Draws
 from vlgpt.data.mixture import SLOTS, Redrawn, SlotPlan, Slots
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 from vlgpt.seeds import generator
 
 MAX_KEPT_WINDOWS = 32  # a global batch of thousands of rows spans several windows

@@ -18,8 +18,8 @@ from vlgpt.data.draws import Draws
 from vlgpt.data.pixels import read_square
 from vlgpt.data.sources import OpenSource, feature_dtype
 from vlgpt.document import Document, TextPart
+from vlgpt.errors import UserError
 from vlgpt.images import BadImage
-from vlgpt.log import UserError
 from vlgpt.settings import DataSettings
 from vlgpt.shards import Sample
 from vlgpt.tokens import TokenSequence

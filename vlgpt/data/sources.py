@@ -14,7 +14,7 @@ import numpy as np
 from vlgpt.data.assemble import ShardLengths
 from vlgpt.data.mixture import Redrawn, SlotPlan, Slots
 from vlgpt.document import ROLES
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 from vlgpt.settings import DataSettings, SourceSettings
 from vlgpt.shards import BadSample, FeatureReader, FeatureSpec, Sample, ShardSet
 from vlgpt.tokens import DocumentTokenizer

@@ -8,7 +8,8 @@ from typing import Any
 from vlgpt.data.mixture import SLOTS
 from vlgpt.data.sources import OpenSource
 from vlgpt.data.stream import Position
-from vlgpt.log import UserError, get_logger
+from vlgpt.errors import UserError
+from vlgpt.log import get_logger
 from vlgpt.settings import DataSettings
 
 SCHEMA = 2

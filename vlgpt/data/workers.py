@@ -34,7 +34,8 @@ import torch
 from vlgpt.data.buffers import Buffers, num_buffers
 from vlgpt.data.samples import Place
 from vlgpt.data.stream import Delivery, Position, Production, Targets
-from vlgpt.log import UserError, get_logger
+from vlgpt.errors import UserError
+from vlgpt.log import get_logger
 
 MAX_POISONED = 64
 _IDLE = -1

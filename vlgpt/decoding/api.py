@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from vlgpt.document import Document, ImagePart, TextPart
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 
 TaggedTensor = tuple[Literal["patches", "visual", "pixels"], Tensor]
 ImageLike = Image.Image | bytes | Tensor | TaggedTensor

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 from vlgpt.models.component import CONFIG_FILE
 from vlgpt.models.decoder_parts import FOR_TARGETS
 from vlgpt.models.decoders import ConvDecoder, PictureDecoder

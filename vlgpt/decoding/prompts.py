@@ -14,7 +14,8 @@ from torch import Tensor
 from vlgpt.decoding.api import ImageLike, Prompt
 from vlgpt.decoding.stream import RenderedPrompt
 from vlgpt.document import Document, ImagePart, Part, Role, TextPart, join
-from vlgpt.log import UserError, get_logger
+from vlgpt.errors import UserError
+from vlgpt.log import get_logger
 from vlgpt.models.encoders import ClipEncoder
 from vlgpt.models.image_tokenizer import ImageTokenizer
 from vlgpt.tokens import DocumentTokenizer, flatten

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from vlgpt import settings as s
 from vlgpt.doctor.lint import Finding
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 from vlgpt.planning.architecture import architecture_of
 from vlgpt.planning.plan import feature_sizes, make_plan
 from vlgpt.shards.features import MAX_OPEN_ARRAYS

@@ -11,7 +11,7 @@ from typing import Literal
 
 from vlgpt import settings as s
 from vlgpt.config import load_run
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 from vlgpt.planning.architecture import image_values
 from vlgpt.planning.shapes import read_export
 from vlgpt.planning.towers import image_tower

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 from vlgpt.models.weights import WEIGHTS_FILE, weight_files
 
 C = TypeVar("C", bound="Component")

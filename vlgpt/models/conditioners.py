@@ -18,8 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from vlgpt.errors import UserError
 from vlgpt.files import write_atomic, write_once
-from vlgpt.log import UserError
 from vlgpt.models.component import freeze
 from vlgpt.models.encoders import PixelEncoder, hash_weights
 from vlgpt.models.ip_adapter import Resampler, load_resampler, read_ip_adapter

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlgpt.log import UserError, get_logger
+from vlgpt.errors import UserError
+from vlgpt.log import get_logger
 from vlgpt.models.component import freeze
 from vlgpt.models.conditioners import (
     IpAdapterImageConditioner,

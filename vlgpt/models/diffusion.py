@@ -19,7 +19,8 @@ from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from vlgpt.log import UserError, get_logger
+from vlgpt.errors import UserError
+from vlgpt.log import get_logger
 from vlgpt.models.component import freeze
 from vlgpt.models.conditioners import Unconditional
 from vlgpt.models.decoder_parts import GUIDANCE, IMAGE_SCALE

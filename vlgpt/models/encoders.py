@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 from vlgpt.models.component import freeze
 from vlgpt.models.weights import load_whole
 

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 
 HEAD_WIDTH = 64
 GROUPS = ("image_proj", "ip_adapter")

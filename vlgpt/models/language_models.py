@@ -16,7 +16,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from vlgpt.log import UserError, get_logger
+from vlgpt.errors import UserError
+from vlgpt.log import get_logger
 from vlgpt.models.layers import has_flash, require_backend
 from vlgpt.models.weights import load_whole
 from vlgpt.tokens import NUM_IMAGE_TOKENS, DocumentTokenizer

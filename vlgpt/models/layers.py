@@ -12,7 +12,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vlgpt.log import UserError, get_logger
+from vlgpt.errors import UserError
+from vlgpt.log import get_logger
 
 Backend = Literal["auto", "flash_attention_2", "sdpa"]
 

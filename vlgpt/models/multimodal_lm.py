@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from vlgpt.batch import Batch
-from vlgpt.log import UserError, get_logger
+from vlgpt.errors import UserError
+from vlgpt.log import get_logger
 from vlgpt.models import packed_attention
 from vlgpt.models.heads import HeadKind, RegressionHead
 from vlgpt.models.language_models import LogitRule, embedding_scale, leave_flash

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 from vlgpt.models.component import empty_parameters, load_weights
 from vlgpt.models.image_detokenizer import ImageDetokenizer
 from vlgpt.models.image_tokenizer import ImageTokenizer

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vlgpt import settings as s
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 from vlgpt.planning.shapes import configuration, read_export
 from vlgpt.planning.towers import Tower, conditioner_towers, image_tower
 

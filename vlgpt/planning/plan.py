@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from vlgpt import settings as s
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 from vlgpt.planning.architecture import Architecture, architecture_of
 from vlgpt.planning.flops import Flops, Work, count
 from vlgpt.planning.memory import (

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 
 
 def _llama(

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from vlgpt.chat.dialogue import Content, Dialogue, Picture, Speaker, Turn
 from vlgpt.chat.reply import Finished, ReplySettings
 from vlgpt.decoding.api import DecodeSettings
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 
 DATA_URL = re.compile(r"data:image/(?:png|jpeg|jpg|webp|gif|bmp|tiff);base64,", re.ASCII)
 FINISH_REASONS = {"end": "stop", "stop": "stop", "length": "length"}

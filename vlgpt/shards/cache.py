@@ -14,8 +14,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from vlgpt.errors import UserError
 from vlgpt.files import CHUNK_BYTES
-from vlgpt.log import UserError, get_logger
+from vlgpt.log import get_logger
 
 DEFAULT_CACHE_BYTES = 64 << 30
 

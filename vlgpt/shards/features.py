@@ -18,8 +18,8 @@ from threading import Lock
 import numpy as np
 from pydantic import ValidationError
 
+from vlgpt.errors import UserError
 from vlgpt.files import fsync_folder, open_locked, write_atomic
-from vlgpt.log import UserError
 from vlgpt.shards.schema import FeatureSpec, ShardIndex
 
 MAX_OPEN_ARRAYS = 256

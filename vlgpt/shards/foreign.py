@@ -15,8 +15,9 @@ from collections import Counter
 from pathlib import Path
 
 from vlgpt.document import Document, ImagePart, Part, TextPart
+from vlgpt.errors import UserError
 from vlgpt.files import sha256_file, write_atomic
-from vlgpt.log import UserError, get_logger
+from vlgpt.log import get_logger
 from vlgpt.shards.index import IndexBuilder, Member, crc32
 from vlgpt.shards.schema import IMAGE_SUFFIXES, ShardIndex, ShardRecord
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from vlgpt.errors import UserError
 from vlgpt.files import sha256_file, write_atomic
-from vlgpt.log import UserError
 from vlgpt.shards.schema import SCHEMA_VERSION, Record, ShardIndex, ShardRecord, ShardReport
 from vlgpt.shards.writer import shard_name
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from threading import Lock
 
 from vlgpt.document import Document
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 from vlgpt.shards.cache import DEFAULT_CACHE_BYTES, LocalFolder, RemoteFolder, is_url
 from vlgpt.shards.features import FeatureReader
 from vlgpt.shards.foreign import TEXT_SUFFIXES, ForeignFolder, foreign_document

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from vlgpt.document import Document, TextPart, text_places
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 from vlgpt.shards.index import IndexBuilder, Member, crc32
 from vlgpt.shards.schema import ShardIndex, TextTokenizer
 

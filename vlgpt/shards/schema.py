@@ -24,7 +24,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from vlgpt.document import ROLES, Document, TextPart, TextPlace, text_places
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 
 SCHEMA_VERSION = 1
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")

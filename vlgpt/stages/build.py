@@ -8,7 +8,8 @@ import torch
 
 from vlgpt import seeds
 from vlgpt import settings as s
-from vlgpt.log import UserError, get_logger
+from vlgpt.errors import UserError
+from vlgpt.log import get_logger
 from vlgpt.models.component import Component, load_weights, read_arguments
 from vlgpt.models.decoders import ConvDecoder
 from vlgpt.models.encoders import ClipEncoder, load_clip

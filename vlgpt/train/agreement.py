@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 
 POLL_S = 0.1
 

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vlgpt import seeds
-from vlgpt.log import UserError, get_logger
+from vlgpt.errors import UserError
+from vlgpt.log import get_logger
 from vlgpt.stages.weights import AVERAGE_FILE, TRAINABLE_FILE
 from vlgpt.train import together
 from vlgpt.train.average import MovingAverage

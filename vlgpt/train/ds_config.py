@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 from vlgpt.settings import RunSettings
 
 # What a JSON may hold beside what the run's YAML decides. DeepSpeed itself ignores misspelt keys in silence.

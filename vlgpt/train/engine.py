@@ -18,7 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vlgpt.batch import LossTerm, tensors_of, to_device
-from vlgpt.log import UserError, get_logger
+from vlgpt.errors import UserError
+from vlgpt.log import get_logger
 from vlgpt.settings import RunSettings
 from vlgpt.stages.base import Stage, parameter_groups
 from vlgpt.stages.build import dtype_of

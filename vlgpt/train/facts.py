@@ -17,8 +17,8 @@ from pydantic import ValidationError
 
 from vlgpt import log
 from vlgpt.config import dump
+from vlgpt.errors import UserError
 from vlgpt.files import write_atomic
-from vlgpt.log import UserError
 from vlgpt.settings import RunSettings
 from vlgpt.shards import FeatureSpec
 from vlgpt.stages.base import Stage

@@ -13,7 +13,7 @@ import torch
 
 from vlgpt import log, seeds
 from vlgpt.data.loader import Loader
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 from vlgpt.settings import DataSettings, RunSettings
 from vlgpt.stages import language
 from vlgpt.stages.base import Stage

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
-from vlgpt.log import UserError
+from vlgpt.errors import UserError
 from vlgpt.settings import RunSettings
 
 
