@@ -19,10 +19,10 @@ $(VENV)/.installed: setup.py $(CONSTRAINTS)
 	touch $(VENV)/.installed
 
 demo: setup
-	$(BIN)/python launchers/demo.py
+	$(BIN)/python -m demo.run
 
 demo-lm: setup
-	$(BIN)/python launchers/demo_lm.py
+	$(BIN)/python -m demo.run_lm
 
 # two test files side by side: their processes mostly wait for each other
 test: setup

@@ -31,10 +31,11 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["vlgpt*", "data_prep*", "evaluation*"]),
+    packages=find_packages(include=["vlgpt*", "data_prep*", "evaluation*", "demo*"]),
     package_data={
-        "data_prep": ["*.sh", "sources/*.txt", "slurm/*.sbatch"],
+        "data_prep": ["*.sh", "slurm/*.sbatch"],
         "evaluation": ["*.sh", "*.yaml", "prompts/*.yaml", "templates/*", "slurm/*.sbatch"],
+        "demo": ["*.txt", "templates/*", "configs/*.yaml", "configs/lm/*.yaml"],
         "vlgpt": ["templates/*"],
     },
     install_requires=[

@@ -16,13 +16,13 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from demo.tiny import new_language_model, train_text_tokenizer
 from vlgpt.decoding.stream import RenderedPrompt, Rows
 from vlgpt.document import Document, TextPart
 from vlgpt.generate import DecodeSettings, Generator, Prompt
 from vlgpt.models.image_detokenizer import ImageDetokenizer
 from vlgpt.models.image_tokenizer import ImageTokenizer
 from vlgpt.models.multimodal_lm import MultimodalLM
-from vlgpt.models.tiny import new_language_model, train_text_tokenizer
 from vlgpt.models.unified import UnifiedModel
 from vlgpt.tokens import DocumentTokenizer
 

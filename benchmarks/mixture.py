@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from demo.tiny import train_text_tokenizer
 from vlgpt.config import load_run
 from vlgpt.data.assemble import Assembler, ShardLengths
 from vlgpt.data.mixture import Mixture, Redrawn, SourceOrder, base_weights
 from vlgpt.data.packing import Packer
 from vlgpt.document import Document, ImagePart, Part, TextPart
-from vlgpt.models.tiny import train_text_tokenizer
 from vlgpt.seeds import generator
 from vlgpt.settings import DataSettings, SourceSettings
 from vlgpt.shards.index import IndexBuilder

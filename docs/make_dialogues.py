@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from data_prep.sources.emoji_catalogue import Picture as Emoji
-from data_prep.sources.emoji_catalogue import load_catalogue
+from demo.catalogue import Picture as Emoji
+from demo.catalogue import load_catalogue
 from vlgpt.chat.dialogue import Content, Dialogue, Picture, png_bytes
 from vlgpt.chat.reply import Event, Finished, ReplySettings, Request, answer
 from vlgpt.document import Document, ImagePart, Part, TextPart

@@ -22,9 +22,9 @@ import jinja2
 import numpy as np
 import yaml
 
+from demo.pass_marks import PASS_MARKS
 from evaluation import benchmarks
 from evaluation.core import read_json
-from evaluation.pass_marks import PASS_MARKS
 from evaluation.report_examples import pick, view
 from evaluation.score import per_example_path, read_predictions
 from vlgpt.errors import UserError, run_command

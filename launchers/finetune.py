@@ -9,4 +9,4 @@ from evaluation.training_probe import make_probe
 from vlgpt.cli import launch_training
 
 if __name__ == "__main__":
-    sys.exit(launch_training(default_config="launchers/configs/demo/finetune.yaml", make_probe=make_probe))
+    sys.exit(launch_training(default_config="demo/configs/finetune.yaml", make_probe=make_probe))

@@ -8,4 +8,4 @@ import sys
 from vlgpt.cli import launch_training
 
 if __name__ == "__main__":
-    sys.exit(launch_training(default_config="launchers/configs/demo/tokenizer.yaml"))
+    sys.exit(launch_training(default_config="demo/configs/tokenizer.yaml"))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from launchers.fetch_smollm2 import smollm2
+from demo.smollm2 import smollm2
 from vlgpt.errors import UserError
 
 

@@ -7,7 +7,7 @@ from vlgpt.document import ImagePart, TextPart
 from vlgpt.errors import UserError
 
 ZERO2 = "ds_configs/zero2.json"
-CONFIG = "launchers/configs/demo/pretrain.yaml"
+CONFIG = "demo/configs/pretrain.yaml"
 
 
 @pytest.mark.parametrize(

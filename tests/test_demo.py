@@ -1,24 +1,21 @@
 """The demo driver: README's commands are its own, it resumes, it makes anew what changed, it stops on failure."""
 
-import importlib.util
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 
+from demo import run
+
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
 def demo(tmp_path, monkeypatch):
-    spec = importlib.util.spec_from_file_location("demo", ROOT / "launchers" / "demo.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(__import__("sys").modules, "demo", module)
-    spec.loader.exec_module(module)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(module, "ROOT", tmp_path / "run")
-    return module
+    monkeypatch.setattr(run, "ROOT", tmp_path / "run")
+    return run
 
 
 def plain(command):
@@ -28,12 +25,12 @@ def plain(command):
 def test_the_readme_shows_commands_that_the_demo_runs(demo, monkeypatch):
     monkeypatch.setattr(demo, "ROOT", Path("runs/demo"))
     monkeypatch.setattr(demo, "emoji", lambda code_points: "picture.png")
-    run = {plain(step.command) for step in demo.steps("conv")}
+    commands = {plain(step.command) for step in demo.steps("conv")}
     block = re.search(r"<!-- demo commands.*?-->\n```\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     shown = block.group(1).strip().splitlines()
     assert len(shown) >= 6
     for command in shown:
-        assert command in run, command
+        assert command in commands, command
 
 
 @pytest.mark.parametrize("decoder", ["conv", "diffusion"])
@@ -48,7 +45,7 @@ def test_every_step_comes_after_what_it_needs_and_names_existing_files(demo, mon
     for step in steps:
         assert {*step.after, *step.spare} <= names
         for word in shlex.split(step.command):
-            if word.startswith(("launchers/", "ds_configs/", "evaluation/")):
+            if word.startswith(("launchers/", "demo/", "ds_configs/", "evaluation/")):
                 assert (ROOT / word).is_file(), word
 
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny_unified import NUM_VISUAL, TEXTS, VISUAL_WIDTH, new_document_tokenizer, new_model
 from transformers import AutoModel, AutoProcessor, LogitsProcessor, LogitsProcessorList, StoppingCriteria
 
+from demo.tiny import save_language_model, train_text_tokenizer
 from vlgpt import hf
 from vlgpt.config import dump
 from vlgpt.decoding.load import cast_parameters
@@ -24,7 +25,6 @@ from vlgpt.models.decoders import ConvDecoder
 from vlgpt.models.encoders import load_clip
 from vlgpt.models.image_tokenizer import ImageTokenizer
 from vlgpt.models.multimodal_lm import LoraSettings
-from vlgpt.models.tiny import save_language_model, train_text_tokenizer
 from vlgpt.models.unified import UnifiedModel, is_export
 from vlgpt.models.weights import tensors_of, write_weights
 from vlgpt.settings import LanguageStage as LanguageSettings

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from launchers.fetch_smollm2 import smollm2
+from demo.smollm2 import smollm2
 from vlgpt.errors import UserError
 
 

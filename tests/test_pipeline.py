@@ -51,11 +51,11 @@ def train(launcher, config, folder, *overrides, through=("python",)):
     start = [sys.executable] if through == ("python",) else list(through)
     return run(
         *start,
-        f"launchers/{launcher}.py",
+        f"{launcher}.py",
         "--deepspeed",
         "ds_configs/zero2.json",
         "--config",
-        f"launchers/configs/demo/{config}.yaml",
+        f"demo/configs/{config}.yaml",
         *SMALL,
         *overrides,
         folder=folder,
@@ -101,7 +101,7 @@ def pipeline(tmp_path_factory):
         "--mlp-width",
         "64",
     ]
-    run(sys.executable, "-m", "data_prep.text_tokenizer", shards, "--output", model, *sizes, folder=folder)
+    run(sys.executable, "-m", "demo.text_tokenizer", shards, "--output", model, *sizes, folder=folder)
     run(sys.executable, "-m", "data_prep.index", shards, "--tokenizer", model, folder=folder)
     train_all(folder, shards, model)
     return folder
@@ -117,12 +117,12 @@ def train_all(folder, shards, model):
         f"stage.text_tokenizer={model}",
     ]
     batch = ["global_batch=8", "micro_batch=8"]
-    train("train_demo_parts", "clip", folder, source, *clip, *batch, f"output_dir={folder}/clip")
+    train("demo/train_parts", "clip", folder, source, *clip, *batch, f"output_dir={folder}/clip")
     features = ["--encoder", folder / "clip/result", "--features", "patches,image_condition,text_condition"]
     run(sys.executable, "-m", "data_prep.features", shards, *features, "--views", "2", folder=folder)
     shapes = [source, f"stage.shapes={SHAPES}"]
     decoder = ["stage.size_px=24", "data.image_size_px=24", *batch, f"output_dir={folder}/decoder"]
-    train("train_demo_parts", "decoder", folder, *shapes, *decoder)
+    train("demo/train_parts", "decoder", folder, *shapes, *decoder)
     tokenizer = [
         f"stage.tokenizer={TINY}",
         f"stage.detokenizer={TINY}",
@@ -131,13 +131,13 @@ def train_all(folder, shards, model):
     ]
     two = with_fresh_port(["deepspeed", "--num_accelerators", "2", "--master_port", "{port}"])
     tokenizer += ["global_batch=8", "micro_batch=2", f"output_dir={folder}/tokenizer"]
-    train("train_tokenizer", "tokenizer", folder, *shapes, *tokenizer, through=two)
+    train("launchers/train_tokenizer", "tokenizer", folder, *shapes, *tokenizer, through=two)
     common = [source, "global_batch=2", "micro_batch=2", "data.sequence_length=64"]
     common += [f"stage.encoder.path={folder}/clip/result", f"stage.picture_decoder={folder}/decoder/result"]
     language = [f"stage.language_model={model}", f"stage.image_tokenizer={folder}/tokenizer/result"]
-    train("pretrain", "pretrain", folder, *common, *language, f"output_dir={folder}/pretrain")
+    train("launchers/pretrain", "pretrain", folder, *common, *language, f"output_dir={folder}/pretrain")
     tuned = [f"stage.language_model={folder}/pretrain/result", f"output_dir={folder}/finetune"]
-    train("finetune", "finetune", folder, *common, *tuned)
+    train("launchers/finetune", "finetune", folder, *common, *tuned)
 
 
 @pytest.mark.launcher
@@ -156,7 +156,7 @@ def test_a_finished_stage_does_nothing(pipeline):
     before = (pipeline / "decoder" / "metrics.jsonl").read_text()
     shards = pipeline / "shards"
     train(
-        "train_demo_parts",
+        "demo/train_parts",
         "decoder",
         pipeline,
         f"data.sources=[{{name: a, path: '{shards}'}}]",

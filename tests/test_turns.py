@@ -15,6 +15,7 @@ from chat_tokenizers import make
 from tiny_unified import new_document_tokenizer, new_model
 
 from data_prep import index
+from demo.tiny import train_text_tokenizer
 from vlgpt import hf
 from vlgpt.data.assemble import Assembler, ShardLengths
 from vlgpt.data.draws import Draws
@@ -25,7 +26,6 @@ from vlgpt.errors import UserError
 from vlgpt.export import export_model
 from vlgpt.generate import Generator
 from vlgpt.models.encoders import load_clip
-from vlgpt.models.tiny import train_text_tokenizer
 from vlgpt.settings import DemoClipStage, SourceSettings
 from vlgpt.shards import ShardSet, ShardWriter, write_manifest
 from vlgpt.shards.index import IndexBuilder

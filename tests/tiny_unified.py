@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
+from demo.tiny import new_language_model, train_text_tokenizer
 from vlgpt.models.image_detokenizer import ImageDetokenizer
 from vlgpt.models.image_tokenizer import ImageTokenizer
 from vlgpt.models.multimodal_lm import MultimodalLM
-from vlgpt.models.tiny import new_language_model, train_text_tokenizer
 from vlgpt.models.unified import UnifiedModel
 from vlgpt.tokens import DocumentTokenizer
 

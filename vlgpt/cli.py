@@ -452,7 +452,7 @@ def _parser() -> argparse.ArgumentParser:
     _serve_arguments(add("serve", serve))
     _reconstruct_arguments(add("reconstruct", reconstruct))
     command = add("inspect", inspect, has_model=False)
-    command.add_argument("--config", default="launchers/configs/demo/pretrain.yaml", metavar="YAML")
+    command.add_argument("--config", default="demo/configs/pretrain.yaml", metavar="YAML")
     command.add_argument("--batches", type=int, default=1)
     command.add_argument("--html", type=Path, help="write a page instead of printing")
     command.add_argument("--full", action="store_true", help="print every position")

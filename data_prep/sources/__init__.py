@@ -20,7 +20,7 @@ from vlgpt.document import Document
 ImageOpener = bytes | Path | Callable[[], bytes]
 
 SOURCES: dict[str, str] = {
-    "emoji": "data_prep.sources.emoji:EmojiSource",
+    "emoji": "demo.source:EmojiSource",
     "folder": "data_prep.sources.folder:FolderSource",
     "images": "data_prep.sources.images:ImagesSource",
     "text": "data_prep.sources.text:TextSource",

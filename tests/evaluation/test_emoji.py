@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from test_model import export  # noqa: F401 - a fixture
 
+from demo.benchmarks.images import draw_candidates
+from demo.benchmarks.suite import num_image_seeds, plan, run_part
+from demo.benchmarks.text import ATTRIBUTES
+from demo.pass_marks import PASS_MARKS
 from evaluation import benchmarks
-from evaluation.benchmarks.emoji import num_image_seeds, plan, run_part
-from evaluation.benchmarks.emoji_pictures import draw_candidates
-from evaluation.benchmarks.emoji_text import ATTRIBUTES
 from evaluation.core import read_image
-from evaluation.pass_marks import PASS_MARKS
 from evaluation.responders import OracleResponder
 from evaluation.run import main
 from evaluation.run_all import main as run_all

@@ -41,7 +41,7 @@ def test_a_transformers_clip_is_read_like_its_own_processor(tmp_path):
     """Same embedding as transformers' CLIPModel with its image processor."""
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
-    from vlgpt.models.tiny import train_text_tokenizer
+    from demo.tiny import train_text_tokenizer
 
     torch.manual_seed(0)
     vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}

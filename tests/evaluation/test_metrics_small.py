@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from metric_golden import load
 
+from demo.word_f1 import mean_word_f1, word_f1
 from evaluation.metrics.bootstrap import bootstrap_mean, paired_bootstrap
 from evaluation.metrics.clip_score import clip_score, pair_cosines
 from evaluation.metrics.postprocess import cut_answer, cut_caption
-from evaluation.metrics.word_f1 import mean_word_f1, word_f1
 
 
 def golden_embeddings():

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from emoji_shards import catalogue
 
-from evaluation.benchmarks.emoji_edit import train_probe
-from evaluation.probes import Judge, Probe, RidgeClassifier, blur, histogram, load_judge
+from demo.benchmarks.edit import train_probe
+from demo.probes import Judge, Probe, RidgeClassifier, blur, histogram, load_judge
 from vlgpt.errors import UserError
 
 

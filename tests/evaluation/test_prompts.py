@@ -86,7 +86,7 @@ def test_neighbouring_texts_of_one_speaker_become_one():
 
 def test_chat_prompts_reach_the_model_as_the_papers_text():
     """The instruction-tuned model reads: system message, USER: picture, question, ASSISTANT:."""
-    from vlgpt.models.tiny import train_text_tokenizer
+    from demo.tiny import train_text_tokenizer
 
     text_tokenizer = train_text_tokenizer(
         [SYSTEM_MESSAGE, "USER: ASSISTANT: answer the question"], vocabulary_size=600

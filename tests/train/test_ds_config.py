@@ -9,7 +9,7 @@ from vlgpt.errors import UserError
 from vlgpt.train.ds_config import lint, lint_zero, merge_config, read_config
 
 ROOT = Path(__file__).parents[2]
-SETTINGS = load_run(ROOT / "launchers/configs/demo/pretrain.yaml", ["precision=bf16", "global_batch=32"])
+SETTINGS = load_run(ROOT / "demo/configs/pretrain.yaml", ["precision=bf16", "global_batch=32"])
 
 
 def merged(config, *, world_size=2):

@@ -75,7 +75,7 @@ def arguments(data, folder, **overrides):
     return [
         *RUN,
         "--config",
-        "launchers/configs/demo/tokenizer.yaml",
+        "demo/configs/tokenizer.yaml",
         *(f"{k}={v}" for k, v in values.items()),
     ]
 

@@ -10,7 +10,7 @@ from vlgpt.errors import UserError
 from vlgpt.log import MetricsLog, read_metrics
 from vlgpt.train.wandb_mirror import WandbMirror
 
-CONFIG = Path(__file__).parents[2] / "launchers/configs/demo/pretrain.yaml"
+CONFIG = Path(__file__).parents[2] / "demo/configs/pretrain.yaml"
 
 
 def test_without_the_package_the_setting_is_refused_with_the_command_to_install_it(tmp_path, monkeypatch):

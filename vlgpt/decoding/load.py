@@ -58,7 +58,7 @@ def load_component_decoder(folder: Path) -> PictureDecoder:
     """A saved ConvDecoder or TinyDiffusionDecoder. Raises UserError when the folder holds neither."""
     path = folder / CONFIG_FILE
     if path.is_file() and json.loads(path.read_text()).get("class") == "TinyDiffusionDecoder":
-        from vlgpt.models.tiny_diffusion import TinyDiffusionDecoder
+        from demo.diffusion import TinyDiffusionDecoder
 
         return TinyDiffusionDecoder.from_folder(folder).eval()
     return ConvDecoder.from_folder(folder).eval()

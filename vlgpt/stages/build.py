@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from demo.stages import DemoClipStage, DemoDecoderStage, DemoDiffusionStage
 from vlgpt import seeds
 from vlgpt import settings as s
 from vlgpt.errors import UserError
@@ -21,7 +22,6 @@ from vlgpt.models.multimodal_lm import LoraSettings, MultimodalLM
 from vlgpt.models.unified import UnifiedConfig, UnifiedModel, is_export
 from vlgpt.models.weights import WEIGHTS_FILE
 from vlgpt.stages.base import Stage
-from vlgpt.stages.demo import DemoClipStage, DemoDecoderStage, DemoDiffusionStage
 from vlgpt.stages.language import LanguageStage
 from vlgpt.stages.tokenizer import ImageTokenizerStage
 from vlgpt.stages.weights import load_trainable, newest_trainable
@@ -241,7 +241,7 @@ def build_demo_decoder(stage: s.DemoDecoderStage) -> Stage:
     if stage.decoder == "diffusion":
         if stage.coarse is None:
             raise UserError("decoder=diffusion needs stage.coarse: the folder of a trained direct decoder")
-        from vlgpt.models.tiny_diffusion import TinyDiffusionDecoder
+        from demo.diffusion import TinyDiffusionDecoder
 
         coarse = ConvDecoder.from_folder(stage.coarse)
         options = {

@@ -25,7 +25,7 @@ from rich.console import Console
 
 ROOT = Path("runs/demo")
 ZERO2 = "--deepspeed ds_configs/zero2.json"
-CONFIGS = "launchers/configs/demo"
+CONFIGS = "demo/configs"
 HELD_OUT = ("seen", "combination", "unseen")
 console = Console(highlight=False, soft_wrap=True)
 
@@ -70,7 +70,7 @@ def training(
 ) -> Step:
     """A training run through the deepspeed launcher; ports differ because runs stand side by side."""
     config = f"{CONFIGS}/{'clip' if name == 'judge' else name}.yaml"
-    command = f"deepspeed --master_port {port} launchers/{launcher}.py {ZERO2} --config {config}{options}"
+    command = f"deepspeed --master_port {port} {launcher}.py {ZERO2} --config {config}{options}"
     return Step(name, command, f"{ROOT}/{name}", after, (config,), spare)
 
 
@@ -110,19 +110,19 @@ def steps(decoder: str) -> list[Step]:
         diffusion = f"{ROOT}/diffusion/result"
         export = f"vlgpt export {ROOT}/finetune --output {chat} --picture-decoder {diffusion}"
         extra = [
-            training("diffusion", "train_demo_parts", after=("decoder",), port=29517),
+            training("diffusion", "demo/train_parts", after=("decoder",), port=29517),
             Step("diffusion-export", export, chat, ("diffusion", "finetune")),
         ]
     farmer, hand = emoji("1F9D1-1F3FD-200D-1F33E"), emoji("1F44B-1F3FB")
-    report = f"python -m evaluation.demo_report --run {ROOT} --output {ROOT}/report.html"
+    report = f"python -m demo.report --run {ROOT} --output {ROOT}/report.html"
     return [
         *data,
-        Step("text", f"python -m data_prep.text_tokenizer {folders} --output {model}", model, trained),
+        Step("text", f"python -m demo.text_tokenizer {folders} --output {model}", model, trained),
         Step("lengths", f"python -m data_prep.index {folders} --tokenizer {model}", "", ("text",)),
-        training("clip", "train_demo_parts", after=("text",), port=29511),
+        training("clip", "demo/train_parts", after=("text",), port=29511),
         training(
             "judge",
-            "train_demo_parts",
+            "demo/train_parts",
             after=("text",),
             spare=later,
             port=29512,
@@ -141,10 +141,10 @@ def steps(decoder: str) -> list[Step]:
             f"{ROOT}/data/documents-train/features {ROOT}/data/instructions-train/features",
             ("features",),
         ),
-        training("tokenizer", "train_tokenizer", after=("features",), port=29513),
-        training("decoder", "train_demo_parts", after=("features",), port=29514),
-        training("pretrain", "pretrain", after=("tokenizer", "features-2"), port=29515),
-        training("finetune", "finetune", after=("pretrain", "decoder"), port=29516),
+        training("tokenizer", "launchers/train_tokenizer", after=("features",), port=29513),
+        training("decoder", "demo/train_parts", after=("features",), port=29514),
+        training("pretrain", "launchers/pretrain", after=("tokenizer", "features-2"), port=29515),
+        training("finetune", "launchers/finetune", after=("pretrain", "decoder"), port=29516),
         Step(
             "evaluation",
             f"bash evaluation/run_all.sh {chat} {ROOT}/data {ROOT}/evaluation",

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from data_prep.sources import Dropped, Record
-from data_prep.sources.emoji_catalogue import LICENCE, Picture, load_catalogue
-from data_prep.sources.emoji_pages import Page, plan_pages
-from data_prep.sources.emoji_tasks import Task, plan_held_out, plan_held_out_gender, plan_training
+from demo.catalogue import LICENCE, Picture, load_catalogue
+from demo.pages import Page, plan_pages
+from demo.tasks import Task, plan_held_out, plan_held_out_gender, plan_training
 from vlgpt.document import Document, ImagePart, TextPart
 from vlgpt.errors import UserError
 

@@ -20,7 +20,7 @@ from vlgpt.models.losses import sums_by_source
 from vlgpt.stages.base import Stage
 
 if TYPE_CHECKING:  # importing it takes seconds: diffusers
-    from vlgpt.models.tiny_diffusion import TinyDiffusionDecoder
+    from demo.diffusion import TinyDiffusionDecoder
 
 
 def summed(errors: Tensor) -> LossTerm:

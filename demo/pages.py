@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_prep.sources.emoji_catalogue import Picture
+from demo.catalogue import Picture
 from vlgpt.document import Document, ImagePart, Part, TextPart
 from vlgpt.seeds import generator
 

@@ -1,4 +1,4 @@
-"""Train a text tokenizer on the texts of shards: `python -m data_prep.text_tokenizer DIR... --output FOLDER`.
+"""Train a text tokenizer on the texts of shards: `python -m demo.text_tokenizer DIR... --output FOLDER`.
 
 For models trained from scratch (the demo). A pre-trained language model brings its own tokenizer.
 """
@@ -10,9 +10,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from demo.tiny import save_language_model, train_text_tokenizer
 from vlgpt import log
 from vlgpt.document import TextPart
-from vlgpt.models.tiny import save_language_model, train_text_tokenizer
 from vlgpt.seeds import seed_everything
 from vlgpt.shards.reader import ShardSet
 

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from data_prep.sources.emoji_catalogue import TONE_NAMES, Picture
 from data_prep.sources.templates import CAPTION_REQUEST, EDIT_REPLY, GENERATION_REPLY, GENERATION_REQUEST
+from demo.catalogue import TONE_NAMES, Picture
 from vlgpt.document import Document, ImagePart, Part, TextPart
 from vlgpt.seeds import address, generator
 

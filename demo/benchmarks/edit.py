@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from evaluation.benchmarks.emoji_data import SPLITS, ask, best_constant, chats, load, shuffled_score
-from evaluation.benchmarks.emoji_pictures import PictureAnswers, draw_candidates
+from demo.benchmarks.data import SPLITS, ask, best_constant, chats, load, shuffled_score
+from demo.benchmarks.images import PictureAnswers, draw_candidates
 from evaluation.core import Decoding, Example, Kind, Prediction, Scores, metric
 
 if TYPE_CHECKING:
-    from evaluation.probes import Pictures, Probe
+    from demo.probes import Pictures, Probe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +102,7 @@ class EmojiEdit(PictureAnswers):
 
 def _labelled(data: Path, folders: Sequence[str], attribute: str) -> tuple[list[bytes], list[str]]:
     """Real pictures to which an attribute applies, and its values."""
-    from evaluation.probes import has_label
+    from demo.probes import has_label
 
     items = [item for folder in folders for item in load(data / folder)]
     chosen = [item for item in items if item.info.get("kind", "describe") == "describe"]
@@ -114,7 +114,7 @@ def _labelled(data: Path, folders: Sequence[str], attribute: str) -> tuple[list[
 @lru_cache(maxsize=8)
 def train_probe(data: Path, judge: str, attribute: str) -> Probe:
     """A probe trained on all training pictures to which the attribute applies."""
-    from evaluation.probes import Probe, load_judge
+    from demo.probes import Probe, load_judge
 
     images, labels = _labelled(data, ["pairs-train"], attribute)
     return Probe(attribute, load_judge(judge)).fit(load_judge(judge).squares(images), labels)
@@ -122,7 +122,7 @@ def train_probe(data: Path, judge: str, attribute: str) -> Probe:
 
 def _probe_accuracy(data: Path, judge: str, attribute: str) -> dict[str, float]:
     """How often the probe is right on the real pictures of all held-out splits."""
-    from evaluation.probes import load_judge
+    from demo.probes import load_judge
 
     images, labels = _labelled(data, [f"instructions-{split}" for split in SPLITS], attribute)
     accuracy = train_probe(data, judge, attribute).accuracy(load_judge(judge).squares(images), labels)

@@ -1,4 +1,4 @@
-"""The demo's page of pictures: `python -m evaluation.demo_report --run runs/demo --output runs/demo/report.html`.
+"""The demo's page of pictures: `python -m demo.report --run runs/demo --output runs/demo/report.html`.
 
 With `--demo FOLDER` a run on a pre-trained language model is set beside that demo: its values, and marks made of them.
 
@@ -21,13 +21,13 @@ from typing import Any
 
 import jinja2
 
-from evaluation import demo_samples as samples
+from demo import report_samples as samples
+from demo.benchmarks.suite import METRICS, print_table
+from demo.pass_marks import PASS_MARKS, PassMark, marks_beside
+from demo.report_curves import Chart, loss_chart
+from demo.report_samples import Answered
 from evaluation import manifest
-from evaluation.benchmarks.emoji import METRICS, print_table
 from evaluation.core import read_json
-from evaluation.demo_curves import Chart, loss_chart
-from evaluation.demo_samples import Answered
-from evaluation.pass_marks import PASS_MARKS, PassMark, marks_beside
 from vlgpt.errors import UserError, run_command
 from vlgpt.files import write_atomic
 
@@ -146,12 +146,12 @@ def render(
     demo: Mapping[str, Any],
 ) -> str:
     """The page; `demo` holds the metrics of the run that this one is set beside, or nothing."""
-    style = (TEMPLATES / "demo_report.css").read_text(encoding="utf-8")
+    style = (TEMPLATES / "report.css").read_text(encoding="utf-8")
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined
     )
     rows = metric_rows(metrics, marks, demo)
-    return environment.get_template("demo_report.html").render(
+    return environment.get_template("report.html").render(
         style=style,
         style_hash=base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
         judged=[row for row in rows if row["is_met"] is not None],
@@ -170,9 +170,7 @@ def render(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write report.html and metrics.json, print the table."""
-    p = argparse.ArgumentParser(
-        prog="python -m evaluation.demo_report", description=(__doc__ or "").split("\n")[0]
-    )
+    p = argparse.ArgumentParser(prog="python -m demo.report", description=(__doc__ or "").split("\n")[0])
     p.add_argument("--run", type=Path, required=True, help="the demo's folder, such as runs/demo")
     p.add_argument("--output", type=Path, required=True, help="report.html")
     p.add_argument("--evaluation", type=Path, help="what the emoji suite wrote (default: RUN/evaluation)")

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from demo.word_f1 import words_of
 from evaluation import benchmarks, manifest
 from evaluation.core import Benchmark, Example, Prediction, png_bytes, read_image
-from evaluation.metrics.word_f1 import words_of
 from evaluation.score import read_predictions
 from vlgpt import seeds
 from vlgpt.document import ImagePart

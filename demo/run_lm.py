@@ -1,6 +1,6 @@
 """`make demo-lm`: stages 2 and 3 of the paper on a real language model, SmolLM2-135M-Instruct, on 2 CPU cores.
 
-Runs like `make demo` (launchers/demo.py) and builds on what that has made: shards, image tokenizer, encoders and judge
+Runs like `make demo` (demo/run.py) and builds on what that has made: shards, image tokenizer, encoders and judge
 are taken when they are finished and made when not. Everything new lies in runs/demo-lm. Text ability is kept by
 replaying the language model's own replies, and measured.
 """
@@ -13,11 +13,11 @@ import sys
 import time
 from pathlib import Path
 
-import demo
-from demo import ZERO2, Step, console
+from demo import run as demo
+from demo.run import ZERO2, Step, console
 
 ROOT = Path("runs/demo-lm")
-CONFIGS = "launchers/configs/demo_lm"
+CONFIGS = "demo/configs/lm"
 TRAINED = ("pairs-train", "documents-train", "instructions-train")
 
 
@@ -36,7 +36,7 @@ def own_steps() -> list[Step]:
     link = f"sh -c 'mkdir -p {data} && cp --archive --link --force {shards} {data}'"
     index = f"python -m data_prep.index {' '.join(f'{data}/{name}' for name in TRAINED)} --tokenizer {model}"
     index += " --template own"
-    ask = f"python launchers/demo_chats.py --model {model} --output {data} --threads 2"
+    ask = f"python -m demo.chats --model {model} --output {data} --threads 2"
     # Chats have no images: their features are empty, but the loader asks every source for them.
     empty = f"python -m data_prep.features {chats}-train --encoder {demo.ROOT}/clip/result --features patches"
     evaluate = (
@@ -45,14 +45,12 @@ def own_steps() -> list[Step]:
     evaluate += f" --judge {demo.ROOT}/judge/result --data {demo.ROOT}/data --output {ROOT}/evaluation"
     # The demo has built all held-out shards for its own evaluation.
     nll = f"python -m evaluation.text_nll {ROOT}/finetune/result --base {model} --data {chats}-held-out"
-    report = (
-        f"python -m evaluation.demo_report --run {ROOT} --output {ROOT}/report.html --data {demo.ROOT}/data"
-    )
+    report = f"python -m demo.report --run {ROOT} --output {ROOT}/report.html --data {demo.ROOT}/data"
     return [
-        Step("lm-model", f"python launchers/fetch_smollm2.py {model}", model),
+        Step("lm-model", f"python -m demo.smollm2 {model}", model),
         Step("lm-data", link, " ".join(f"{data}/{name}" for name in TRAINED), ("features", "features-2")),
         Step("lm-lengths", index, "", ("lm-data", "lm-model")),
-        Step("lm-chats", ask, f"{chats}-train {chats}-held-out", ("lm-model",), ("launchers/demo_chats.py",)),
+        Step("lm-chats", ask, f"{chats}-train {chats}-held-out", ("lm-model",), ("demo/chats.py",)),
         Step("lm-chat-features", empty, f"{chats}-train/features", ("lm-chats", "clip")),
         training("pretrain", after=("lm-lengths", "lm-chat-features", "tokenizer"), port=29521),
         training("finetune", after=("lm-pretrain", "decoder"), port=29522),

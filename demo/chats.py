@@ -1,6 +1,6 @@
 """Text chats for replay: a chat model's own replies to made-up prompts, as shards (`make demo-lm`).
 
-python launchers/demo_chats.py --model FOLDER --output DIR     writes DIR/chats-train and DIR/chats-held-out
+python -m demo.chats --model FOLDER --output DIR     writes DIR/chats-train and DIR/chats-held-out
 
 Nothing but the model is needed: what it says before training is what training must not take from it. Replies are
 sampled at a low temperature; those that do not end within the limit are left out. A topic is trained or held out.

@@ -20,9 +20,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from demo.pass_marks import PASS_MARKS, PassMark
 from evaluation import benchmarks
 from evaluation.core import Benchmark, Decoding, Prompt, Responder, read_json
-from evaluation.pass_marks import PASS_MARKS, PassMark
 from evaluation.responders import ModelResponder, OracleResponder, ShuffledResponder
 from evaluation.run import run
 from evaluation.score import score_folder

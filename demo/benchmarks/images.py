@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from evaluation.benchmarks.emoji_data import (
+from demo.benchmarks.data import (
     SPLITS,
     EmojiBenchmark,
     ask,
@@ -29,7 +29,7 @@ from vlgpt import seeds
 from vlgpt.document import Document, ImagePart
 
 if TYPE_CHECKING:
-    from evaluation.probes import Judge, Pictures
+    from demo.probes import Judge, Pictures
 
 NUM_CANDIDATES = 150
 NUM_RECALL = 5
@@ -47,7 +47,7 @@ class PictureAnswers(EmojiBenchmark):
 
     def load_judge(self) -> Judge:
         """Raises UserError without `--option judge=FOLDER`."""
-        from evaluation.probes import load_judge
+        from demo.probes import load_judge
 
         return load_judge(self.judge)
 
@@ -75,7 +75,7 @@ class PictureAnswers(EmojiBenchmark):
 @lru_cache(maxsize=4)
 def mean_picture(data: Path, judge: str) -> np.ndarray:
     """Mean of 1,000 training pictures: -> (S, S, 3) uint8."""
-    from evaluation.probes import load_judge
+    from demo.probes import load_judge
 
     items = subset(load(data / "pairs-train"), MEAN_OF)
     pictures = load_judge(judge).squares([item.images[0] for item in items])

@@ -1,0 +1,11 @@
+"""Demo only: the tiny CLIP and the picture decoder.
+
+deepspeed demo/train_parts.py --deepspeed ds_configs/zero2.json [--config YAML] [KEY=VALUE ...]
+"""
+
+import sys
+
+from vlgpt.cli import launch_training
+
+if __name__ == "__main__":
+    sys.exit(launch_training(default_config="demo/configs/clip.yaml"))
