@@ -44,6 +44,7 @@ from vlgpt.processes import STOPPED, WHOLE, Mark, Share, Stopped, StopSignals, r
 from vlgpt.shards import Manifest, ShardReport, write_manifest
 from vlgpt.shards.manifest import MANIFEST, SUCCESS, read_manifest, read_report
 from vlgpt.shards.schema import MAX_RECORDS_PER_SHARD
+from vlgpt.shards.writer import load_tar_writer
 
 MIN_RECORDS_TO_JUDGE = 1000
 CRASH_SIGNALS = {signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL}
@@ -203,6 +204,7 @@ def _run_shards(
             raise WorkerDied(f"{len(crashed)} input records killed a worker; the last is {record[0]}")
         return work(worker)
 
+    load_tar_writer()
     # forked: sources may hold anything, and nothing is pickled on the way in
     run_workers([work(worker) for worker in range(len(todo))], on_item=on_item, on_death=on_death)
 

@@ -5,21 +5,27 @@ from __future__ import annotations
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from threading import Lock
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from vlgpt.document import Document
 from vlgpt.errors import UserError
+from vlgpt.images import decode_image
 from vlgpt.shards.cache import DEFAULT_CACHE_BYTES, LocalFolder, RemoteFolder, is_url
 from vlgpt.shards.features import FeatureReader
-from vlgpt.shards.foreign import TEXT_SUFFIXES, ForeignFolder, foreign_document
+from vlgpt.shards.foreign import TEXT_SUFFIXES, ForeignFolder, foreign_document, foreign_sample
 from vlgpt.shards.index import crc32
 from vlgpt.shards.manifest import MANIFEST, SUCCESS, Manifest, fingerprint, read_manifest
 from vlgpt.shards.schema import BadSample, Sample, ShardIndex, ShardRecord, ShardReport
+
+if TYPE_CHECKING:
+    from webdataset.compat import FluidWrapper
 
 MAX_OPEN_TARS = 128
 MAX_CACHED_INDEXES = 64
@@ -179,6 +185,30 @@ class ShardSet:
             where=self.folder.where,
         )
 
+    def as_webdataset(self, *, handler: Callable[[Exception], bool] | None = None) -> FluidWrapper:
+        """The samples in sequence, as a webdataset pipeline for training loops of your own.
+
+        It gives dictionaries with `__key__`, `document` and `images` (PIL, RGB, in document order); shards are split
+        over ranks and DataLoader workers. Go on with `.shuffle(1000).map(...).batched(8)`. Samples of foreign tars
+        that have no place in the index are left out. `handler` decides about damaged samples, as
+        `webdataset.warn_and_continue` does; without it BadImage or ValueError is raised.
+        """
+        import webdataset
+        from webdataset.compat import FluidWrapper
+        from webdataset.tariterators import group_by_keys, tar_file_expander
+
+        source = webdataset.SimpleShardList([f"{shard.name}.tar" for shard in self.shards])
+        options = {} if handler is None else {"handler": handler}
+        is_foreign = isinstance(self.folder, ForeignFolder)
+        return (
+            FluidWrapper(source)
+            .compose(
+                webdataset.split_by_node, webdataset.split_by_worker, partial(_open_streams, self.folder)
+            )
+            .compose(partial(tar_file_expander, **options), partial(group_by_keys, **options))
+            .map(partial(_decoded, is_foreign=is_foreign, source=self.name), **options)
+        )
+
     def _open_tar(self, shard: int) -> _OpenTar:
         with self._lock:
             if (tar := self._tars.get(shard)) is not None:
@@ -230,6 +260,30 @@ class _OpenTar:
     def __del__(self) -> None:
         if hasattr(self, "descriptor"):
             os.close(self.descriptor)
+
+
+def _open_streams(
+    folder: LocalFolder | RemoteFolder | ForeignFolder, shards: Iterable[dict[str, str]]
+) -> Iterator[dict[str, object]]:
+    for shard in shards:
+        with folder.path(shard["url"]).open("rb") as stream:
+            yield {"url": shard["url"], "stream": stream}
+
+
+def _decoded(fields: dict[str, bytes], *, is_foreign: bool, source: str) -> dict[str, object] | None:
+    """Members grouped by key -> a document and its decoded images; None for what the index leaves out."""
+    key = str(fields["__key__"])
+    if is_foreign:
+        try:
+            sample = foreign_sample(fields, key=key, source=source)
+        except BadSample:
+            return None
+        document, images = sample.document, list(sample.images)
+    else:
+        document = Document.from_record(json.loads(fields["json"]))
+        numbered = {name.partition(".")[0]: data for name, data in fields.items() if name[0].isdigit()}
+        images = [numbered[str(number)] for number in range(document.num_images)]
+    return {"document": document, "images": [decode_image(data) for data in images]}
 
 
 class BadMember(ValueError):
