@@ -127,7 +127,7 @@ class ShardBuilder:
     """Builds shards of one job, one after the other, in one process."""
 
     def __init__(self, job: Job, *, on_record: Callable[[int], None] = lambda number: None):
-        """`on_record` hears the number of every input record before it is touched."""
+        """`on_record` is called with the number of every input record before it is read."""
         self._job, self._on_record = job, on_record
         self._records = _RecordWriter(job)
 

@@ -10,7 +10,6 @@ best text part; a document's is that of its worst image. Documents without text 
 
 from __future__ import annotations
 
-import io
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,11 +20,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import numpy as np
 from pydantic import Field
 
+from data_prep.arrays import load_arrays, save_arrays
 from data_prep.feature_jobs import Item, in_batches, read_images, read_texts
 from data_prep.options import Folders
 from data_prep.rewrite import copy_without
 from vlgpt.errors import UserError, run_command
-from vlgpt.files import write_atomic
 from vlgpt.log import configure, get_logger
 from vlgpt.options import Argument, ArrayOptions, parse
 from vlgpt.processes import Share
@@ -54,20 +53,14 @@ class Scores:
 
     def store(self, folder: Path, name: str) -> None:
         """Write atomically."""
-        buffer = io.BytesIO()
-        np.savez(buffer, values=self.values, encoder=self.encoder, tar_sha256=self.tar_sha256)
-        self.path(folder, name).parent.mkdir(exist_ok=True)
-        write_atomic(self.path(folder, name), buffer.getvalue())
+        columns = {"values": self.values, "encoder": self.encoder, "tar_sha256": self.tar_sha256}
+        save_arrays(self.path(folder, name), **columns)
 
     @staticmethod
     def load(folder: Path, name: str, *, tar_sha256: str) -> Scores | None:
         """None when they are missing or belong to another tar."""
-        try:
-            with np.load(Scores.path(folder, name), allow_pickle=False) as archive:
-                found = Scores(archive["values"], str(archive["encoder"]), str(archive["tar_sha256"]))
-        except (FileNotFoundError, ValueError, KeyError, OSError):
-            return None
-        return found if found.tar_sha256 == tar_sha256 else None
+        columns = load_arrays(Scores.path(folder, name), tar_sha256=tar_sha256)
+        return None if columns is None else Scores(columns["values"], str(columns["encoder"]), tar_sha256)
 
 
 def document_scores(images: np.ndarray, texts: np.ndarray, index: ShardIndex) -> np.ndarray:
@@ -139,9 +132,7 @@ class Scorer:
 
 
 def score(options: SimilarityOptions) -> None:
-    """Score this task's shards of every folder; logs images per second. Raises UserError for scores of another
-    encoder.
-    """
+    """Score this task's shards of every folder; logs images per second. Raises UserError for scores of another encoder."""
     scorer = Scorer(options)
     for folder in options.folders:
         shards, started, num_images = ShardSet.open(folder), time.monotonic(), 0

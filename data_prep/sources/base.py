@@ -30,9 +30,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Dropped:
-    """An input record that gives no document: `reason` is one word with underscores, `key` names the record for
-    people.
-    """
+    """An input record that gives no document: `reason` is one word with underscores, `key` names the record for people."""
 
     reason: str
     key: str
@@ -50,9 +48,7 @@ class Source(Protocol):
         ...
 
     def read(self, start: int, stop: int) -> Iterator[Record | Dropped]:
-        """Exactly `stop - start` items, always the same for the same range. Raises UserError for unreadable
-        input.
-        """
+        """Exactly `stop - start` items, always the same for the same range. Raises UserError for unreadable input."""
         ...
 
 

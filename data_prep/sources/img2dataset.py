@@ -67,7 +67,7 @@ class Img2datasetSource(ConvertingSource[DownloadedImage]):
 
 
 def _own_similarity(value: Mapping[str, Any], caption: str) -> dict[str, Any]:
-    """That of LAION-COCO's captions, which stand in a list (img2dataset may have renamed the best one's column)."""
+    """The similarity of one of LAION-COCO's captions, which are in a list (img2dataset may have renamed the best one)."""
     captions, similarities = value.get("all_captions"), value.get("all_similarities")
     if not isinstance(captions, list) or not isinstance(similarities, list):
         return {}

@@ -30,9 +30,9 @@ SEEDS = "seeds.json"
 SPLITS = {"train": (0.0, 0.9), "val": (0.9, 0.95), "test": (0.95, 1.0), "all": (0.0, 1.0)}
 SCORES = ("clip_sim_0", "clip_sim_1", "clip_sim_dir", "clip_sim_image", "p2p_threshold", "cfg_scale")
 COLUMNS = {
-    "picture": ("original_image",),
+    "image": ("original_image",),
     "instruction": ("edit_prompt",),
-    "edited picture": ("edited_image",),
+    "edited image": ("edited_image",),
 }
 PROMPTS = ("original_prompt", "edited_prompt")
 

@@ -32,7 +32,7 @@ class Mmc4Source(JsonSource):
     licence = "MMC4: ODC-BY 1.0 (texts: Common Crawl terms, C4); pictures belong to their sites"
     is_image_optional = True
     name, what = "mmc4", "MMC4 file"
-    wanted: ClassVar = {"sentences": ("text_list",), "pictures": ("image_info",)}
+    wanted: ClassVar = {"sentences": ("text_list",), "images": ("image_info",)}
 
     def __init__(
         self,

@@ -23,7 +23,7 @@ class SvitSource(JsonSource):
 
     licence = "SVIT: CC BY 4.0, made with GPT-4 (OpenAI's terms apply); pictures: Visual Genome, CC BY 4.0"
     name, what = "svit", "SVIT file"
-    wanted: ClassVar = {"turns": ("conversations",), "picture": ("image_id", "image", "id")}
+    wanted: ClassVar = {"turns": ("conversations",), "image": ("image_id", "image", "id")}
 
     def _open(
         self,

@@ -1,8 +1,7 @@
 """Foreign webdataset tars (image + caption per key): indexed once and then read like our own shards, or streamed.
 
-Only members named `KEY.jpg|jpeg|png|webp`, `KEY.txt` and `KEY.json` are looked at; nothing is extracted,
-unpickled or decoded here, and keys are never used as paths. As in webdataset, a key ends at the first dot of
-the base name.
+Only members named `KEY.jpg|jpeg|png|webp`, `KEY.txt` and `KEY.json` are looked at; nothing is extracted, unpickled or
+decoded here, and keys are never used as paths. As in webdataset, a key ends at the first dot of the base name.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from vlgpt.document import Document, ImagePart, Part, TextPart
 from vlgpt.errors import UserError
 from vlgpt.files import sha256_file, write_atomic
 from vlgpt.log import get_logger
-from vlgpt.shards.index import IndexBuilder, Member, crc32
+from vlgpt.shards.index import IndexBuilder, Member, crc32, tar_headers
 from vlgpt.shards.schema import IMAGE_SUFFIXES, BadSample, Sample, ShardIndex, ShardRecord
 
 TEXT_SUFFIXES = ("txt", "json")
@@ -101,9 +100,7 @@ class ForeignFolder:
 
 
 def foreign_document(text: bytes | None, suffix: str, *, key: str, source: str) -> Document:
-    """The pair (image, caption), or the image alone. Raises UnicodeDecodeError and ValueError for a bad
-    caption.
-    """
+    """The pair (image, caption), or the image alone. Raises UnicodeDecodeError and ValueError for a bad caption."""
     parts: tuple[Part, ...] = (ImagePart(0),)
     if text is not None:
         caption = text.decode("utf-8").strip() if suffix == "txt" else _json_caption(text)
@@ -228,8 +225,8 @@ def _scan(tar: Path) -> tuple[dict[str, dict[str, Member]], Counter[str]]:
     skipped: Counter[str] = Counter()
     size = tar.stat().st_size
     try:
-        with tar.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
-            for info in archive:
+        with tar.open("rb") as file:
+            for info in tar_headers(tar):
                 key, _, suffix = info.name.rpartition("/")[2].partition(".")
                 key, suffix = f"{info.name.rpartition('/')[0]}/{key}".lstrip("/"), suffix.lower()
                 if info.issparse() or not info.isreg():
@@ -245,7 +242,6 @@ def _scan(tar: Path) -> tuple[dict[str, dict[str, Member]], Counter[str]]:
                     else:
                         data = os.pread(file.fileno(), info.size, info.offset_data)
                         fields[suffix] = Member(suffix, info.offset_data, info.size, crc32(data))
-                archive.members = []  # type: ignore[attr-defined]  # keep memory flat: tarfile remembers every member
             else:
                 return samples, skipped
     except tarfile.TarError:

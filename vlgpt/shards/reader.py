@@ -39,9 +39,7 @@ StoredSample = tuple[Document, list[tuple[str, bytes]]]
 
 
 class ShardSet:
-    """A data set: `num_samples` samples in shards, each readable in any order from any thread or forked
-    worker.
-    """
+    """A data set: `num_samples` samples in shards, each readable in any order from any thread or forked worker."""
 
     def __init__(
         self,
@@ -68,11 +66,10 @@ class ShardSet:
         cache_dir: Path | None = None,
         cache_bytes: int = DEFAULT_CACHE_BYTES,
     ) -> ShardSet:
-        """Open a folder made by data_prep (local or an fsspec URL), or a folder or list of foreign webdataset
-        tars.
+        """Open a folder made by data_prep (local or an fsspec URL), or a folder or list of foreign webdataset tars.
 
-        Raises FileNotFoundError, or UserError for an unfinished or damaged data set and for tars without
-        usable samples.
+        Raises FileNotFoundError, or UserError for an unfinished or damaged data set and for tars without usable
+        samples.
         """
         if isinstance(path, (str, Path)):
             if is_url(str(path)):
@@ -230,9 +227,7 @@ class ShardSet:
         return _OpenTar(self.folder.path(name))
 
     def prefetch(self, shards: Sequence[int]) -> None:
-        """Start to download these shards of a remote data set, in this order; nothing to do for a local
-        one.
-        """
+        """Start to download these shards of a remote data set, in this order; nothing to do for a local one."""
         if not isinstance(self.folder, ForeignFolder):
             names = [self.shards[shard].name for shard in shards]
             self.folder.prefetch([f"{name}.{suffix}" for name in names for suffix in ("idx", "tar")])
@@ -250,9 +245,7 @@ class ShardSet:
 
 
 class _OpenTar:
-    """A file descriptor that is closed when its last user lets go, so a thread never reads from a reused
-    number.
-    """
+    """A file descriptor that is closed when its last user lets go, so a thread never reads from a reused number."""
 
     def __init__(self, path: Path):
         self.descriptor = os.open(path, os.O_RDONLY)

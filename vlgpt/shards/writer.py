@@ -1,4 +1,4 @@
-"""Writes one shard so that a kill at any moment leaves either the whole shard or none."""
+"""Writes one shard so that a kill at any moment leaves either the complete shard or none."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class ShardWriter:
     """Shard number `shard` of `folder`, made from the input records `first_record, first_record + 1, ...`.
 
     Every input record is given either to `add` or to `drop`, in order. The bytes of the tar depend on the
-    samples only. Nothing stands under a final name before `close`, which writes index and report first and
+    samples only. No file has its final name before `close`, which writes index and report first and
     renames the tar last: a tar under its final name always has a valid report and index beside it.
     """
 
@@ -78,13 +78,12 @@ class ShardWriter:
     def add(
         self, document: Document, images: Sequence[tuple[str, bytes]], *, dropped_images: Sequence[str] = ()
     ) -> str:
-        """Write the next record as a sample and return its key; `images` are (suffix, encoded bytes) in
-        document order.
+        """Write the next record as a sample and return its key; `images` are (suffix, encoded bytes) in document order.
 
         `dropped_images` are the reasons of images that the document lost on the way.
 
-        Raises UnstorableDocument, with nothing written, for text that is no Unicode, and ValueError when
-        images and image parts do not match or a suffix is unknown.
+        Raises UnstorableDocument, with nothing written, for text that is no Unicode, and ValueError when images and
+        image parts do not match or a suffix is unknown.
         """
         if len(images) != document.num_images:
             raise ValueError(
@@ -132,7 +131,7 @@ class ShardWriter:
             build=self.build,
         )
         final = self.folder / f"{self.name}.tar"
-        # an older version must never stand beside the report of the new one
+        # an older version must never lie beside the report of the new one
         final.unlink(missing_ok=True)
         write_atomic(self.folder / f"{self.name}.idx", index.save_bytes())
         write_atomic(self.folder / f"{self.name}.json", report.model_dump_json(indent=1).encode())
