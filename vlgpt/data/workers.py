@@ -139,7 +139,7 @@ class WorkerPool:
         batch_bytes: of the largest batch; with the limits on what is prepared ahead it decides the number of buffers.
         num_ahead: how many batches' targets are asked for before the batches themselves; 0 = none.
         pin_memory: deliver tensors from which CUDA can copy asynchronously.
-    Raises (while iterating) UserError from a worker, DataStalled, and RuntimeError when a worker dies for the second time.
+    Raises, while iterating, UserError from a worker, DataStalled, and RuntimeError when a worker dies again.
     """
 
     def __init__(

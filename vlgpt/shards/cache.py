@@ -65,7 +65,7 @@ class RemoteFolder:
             return file.read()
 
     def path(self, name: str) -> Path:
-        """The local copy, downloaded first if need be. Raises FileNotFoundError, or UserError when the hash is wrong."""
+        """The local copy, downloaded first if needed. Raises FileNotFoundError, or UserError for a wrong hash."""
         local = self._local(name)
         if _touch(local):
             return local

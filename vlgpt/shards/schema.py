@@ -65,13 +65,13 @@ class Sample:
     key: str
 
 
-class Record(BaseModel):
+class StoredModel(BaseModel):
     """Base of everything stored as JSON: frozen, unknown fields refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class ShardRecord(Record):
+class ShardRecord(StoredModel):
     """One line of the manifest."""
 
     name: str
@@ -81,7 +81,7 @@ class ShardRecord(Record):
     sha256: str
 
 
-class ShardReport(Record):
+class ShardReport(StoredModel):
     """`NNNNN.json`: what came in, what was written, what was dropped and why. `num_records == num_samples + drops`."""
 
     schema_version: int = SCHEMA_VERSION
@@ -124,7 +124,7 @@ class ShardReport(Record):
         )
 
 
-class FeatureSpec(Record):
+class FeatureSpec(StoredModel):
     """How a feature was computed. `shape` is the shape of one view; a row holds `views` of them."""
 
     name: Literal["patches", "image_condition", "text_condition", "visual"]
