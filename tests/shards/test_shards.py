@@ -421,7 +421,9 @@ def test_a_data_set_is_a_webdataset_of_documents_and_decoded_images(tmp_path, is
         assert [row["document"].text for row in rows[:2]] == ["both 0", "none"]
         assert [image.getpixel((0, 0))[0] for image in rows[2]["images"]] == [1, 11]
         assert rows[1]["images"] == []
-    assert len(list(pipeline.shuffle(4).map(lambda row: row["document"].id).batched(2))) == 3
+    assert (
+        len(list(pipeline.shuffle(4).map(lambda row: row["document"].id).batched(2, collation_fn=None))) == 3
+    )
     loaded = torch.utils.data.DataLoader(pipeline, batch_size=None, num_workers=2)
     assert sorted(row["__key__"] for row in loaded) == [row["__key__"] for row in rows]
 
@@ -495,10 +497,11 @@ def test_foreign_tars_are_streamed_over_http_and_their_damage_is_counted(server)
     folder, url = server
     foreign_tar(folder / "0.tar", pair("a") + pair("x/b", image="webp") + [("c.txt", b"no image")])
     foreign_tar(folder / "1.tar", [*pair("d"), ("e.jpg", b"e"), ("e.txt", b"\xff")])
-    (folder / "2.tar").write_bytes((folder / "0.tar").read_bytes()[:1300])
+    foreign_tar(folder / "2.tar", [("f.jpg", b"f" * 5000)])
+    os.truncate(folder / "2.tar", 2000)
     stream = ForeignStream(f"{url}/{{0..2}}.tar")
     found = [(sample.key, sample.document.text, sample.images) for sample in stream]
-    assert found[:3] == [
+    assert found == [
         ("a", "caption a", (b"image a",)),
         ("x/b", "caption x/b", (b"image x/b",)),
         ("d", "caption d", (b"image d",)),

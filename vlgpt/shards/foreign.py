@@ -169,7 +169,7 @@ class ForeignStream:
                 self.skipped[error.reason] += 1
 
     def _open(self) -> Iterator[dict[str, object]]:
-        """The streams, one after the other. A failure shows when a stream is closed, even if it looked like an end."""
+        """The streams, one after the other. A failed download may look like the end of a tar: `close` tells."""
         for url in self.urls:
             try:
                 if url.startswith("http"):
@@ -187,13 +187,14 @@ class ForeignStream:
                 raise UserError(f"{url} cannot be fetched: {error}") from error
 
     def _skip(self, error: Exception) -> bool:
-        """Count damage and go on with what follows it; anything else is raised."""
+        """Count damage and go on behind it. Raises UserError for anything else, such as a broken connection."""
         if isinstance(error, tarfile.TarError):
             self.skipped["truncated_tar"] += 1
         elif isinstance(error, ValueError) and "duplicate" in str(error):
             self.skipped["duplicate"] += 1
         else:
-            raise error
+            # webdataset appends the stream and the URL to the arguments of the error
+            raise UserError(f"{error.args[-1]} cannot be fetched: {error.args[0]}") from error
         return True
 
 

@@ -186,7 +186,7 @@ class ShardSet:
         """The samples in sequence, as a webdataset pipeline for training loops of your own.
 
         It gives dictionaries with `__key__`, `document` and `images` (PIL, RGB, in document order); shards are split
-        over ranks and DataLoader workers. Go on with `.shuffle(1000).map(...).batched(8)`. Samples of foreign tars
+        over ranks and DataLoader workers. Go on with `.shuffle(1000).map(...)`. Samples of foreign tars
         that have no place in the index are left out. `handler` decides about damaged samples, as
         `webdataset.warn_and_continue` does; without it BadImage or ValueError is raised.
         """
@@ -342,19 +342,19 @@ def read_stored_samples(
 ) -> dict[int, StoredSample]:
     """Record place in the shard -> (document, [(suffix, bytes), ...]).
 
-    Documents that lost an image in the build are left out unless `with_incomplete`.
+    Documents that lost an image in the build are left out unless `with_incomplete`. Raises BadMember when the tar is
+    damaged.
     """
     index = ShardIndex.load(folder / f"{report.name}.idx")
+    layout = Layout.of(index, num_bytes=report.num_bytes)
     incomplete = {place for places in report.dropped_images.values() for place in places}
     samples: dict[int, StoredSample] = {}
     with (folder / f"{report.name}.tar").open("rb") as file:
-        for sample, key in enumerate(index.keys):
-            place = int(str(key)[-5:])
-            if place in incomplete and not with_incomplete:
-                continue
-            members = []
-            for member in range(int(index.member_start[sample]), int(index.member_start[sample + 1])):
-                file.seek(int(index.member_offset[member]))
-                members.append((str(index.member_suffix[member]), file.read(int(index.member_size[member]))))
-            samples[place] = Document.from_record(json.loads(members[0][1])), members[1:]
+        for sample, key in enumerate(index.keys.tolist()):
+            place = int(key[-5:])
+            if with_incomplete or place not in incomplete:
+                record, *images = layout.read(file.fileno(), sample, with_images=True)
+                first, end = index.member_start[sample : sample + 2].tolist()
+                suffixes = index.member_suffix[first + 1 : end].tolist()
+                samples[place] = Document.from_record(json.loads(record)), list(zip(suffixes, images))
     return samples
