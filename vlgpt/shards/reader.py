@@ -342,7 +342,7 @@ def read_stored_samples(
 ) -> dict[int, StoredSample]:
     """Record place in the shard -> (document, [(suffix, bytes), ...]).
 
-    Documents that lost an image in the build are left out unless `with_incomplete`. Raises BadMember when the tar is
+    Documents that lost an image in the build are left out unless `with_incomplete`. Raises UserError when the tar is
     damaged.
     """
     index = ShardIndex.load(folder / f"{report.name}.idx")
@@ -353,7 +353,12 @@ def read_stored_samples(
         for sample, key in enumerate(index.keys.tolist()):
             place = int(key[-5:])
             if with_incomplete or place not in incomplete:
-                record, *images = layout.read(file.fileno(), sample, with_images=True)
+                try:
+                    record, *images = layout.read(file.fileno(), sample, with_images=True)
+                except BadMember as error:
+                    raise UserError(
+                        f"{folder}: shard {report.name}, sample {key}: {error}; remove the tar and run its build again"
+                    ) from error
                 first, end = index.member_start[sample : sample + 2].tolist()
                 suffixes = index.member_suffix[first + 1 : end].tolist()
                 samples[place] = Document.from_record(json.loads(record)), list(zip(suffixes, images))
