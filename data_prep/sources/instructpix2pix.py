@@ -1,17 +1,28 @@
-"""InstructPix2Pix: picture, instruction, edited picture; the original folder or the Parquet copy."""
+"""InstructPix2Pix: image, instruction, edited image; the original folder or the Parquet copy."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from data_prep.sources import Dropped, ImageOpener, Record
-from data_prep.sources.convert import BadRecord, convert, mapping, numbers, table_image, text
-from data_prep.sources.tables import Row, TableRows
+from data_prep.sources.base import (
+    BadRecord,
+    Columns,
+    ConvertingSource,
+    ImageOpener,
+    Info,
+    Listed,
+    Record,
+    mapping,
+    numbers,
+    table_image,
+    text,
+)
+from data_prep.sources.records import RawRecord, TableRows
 from data_prep.sources.templates import edit_chat
 from vlgpt.document import Document
 from vlgpt.errors import UserError
@@ -21,25 +32,25 @@ SEEDS = "seeds.json"
 SPLITS = {"train": (0.0, 0.9), "val": (0.9, 0.95), "test": (0.95, 1.0), "all": (0.0, 1.0)}
 SCORES = ("clip_sim_0", "clip_sim_1", "clip_sim_dir", "clip_sim_image", "p2p_threshold", "cfg_scale")
 COLUMNS = {
-    "picture": ("original_image",),
+    "image": ("original_image",),
     "instruction": ("edit_prompt",),
-    "edited picture": ("edited_image",),
+    "edited image": ("edited_image",),
 }
 PROMPTS = ("original_prompt", "edited_prompt")
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """One pair of pictures in the original folder."""
+    """One pair of images in the original folder."""
 
     key: str
     folder: Path
     seed: str
 
 
-class InstructPix2PixSource:
+class InstructPix2PixSource(ConvertingSource[Pair | RawRecord]):
     """Editing chats (Table 6 of the paper). Input: the folder with `seeds.json`, or Parquet files
-    (timbrooks/instructpix2pix-clip-filtered). Every pair of pictures is a record.
+    (timbrooks/instructpix2pix-clip-filtered). Every pair of images is a record.
     """
 
     licence = (
@@ -59,22 +70,18 @@ class InstructPix2PixSource:
     ):
         seeds = [path / SEEDS if path.is_dir() else path for path in inputs]
         is_folder = bool(seeds) and all(path.name == SEEDS and path.is_file() for path in seeds)
-        self._pairs = [pair for path in seeds for pair in _pairs(path, split, pairs)] if is_folder else None
-        if self._pairs is None:
+        if is_folder:
+            self.records = Listed([pair for path in seeds for pair in _pairs(path, split, pairs)])
+        else:
             what = f"InstructPix2Pix table (a folder is known by its {SEEDS})"
-            self._rows = TableRows(inputs, COLUMNS, optional=PROMPTS, source="instructpix2pix", what=what)
+            self.records = TableRows(inputs, COLUMNS, optional=PROMPTS, source="instructpix2pix", what=what)
 
-    def __len__(self) -> int:
-        return len(self._rows) if self._pairs is None else len(self._pairs)
-
-    def read(self, start: int, stop: int) -> Iterator[Record | Dropped]:
-        """One pair of pictures each."""
-        if self._pairs is None:
-            return convert(self._rows.read(start, stop), _row_record)
-        return convert(self._pairs[start:stop], _pair_record)
+    def make(self, raw: Pair | RawRecord) -> Record:
+        """One pair of images."""
+        return _pair_record(raw) if isinstance(raw, Pair) else _row_record(raw)
 
 
-def _row_record(row: Row) -> Record:
+def _row_record(row: RawRecord) -> Record:
     images = table_image(row.value["original_image"]), table_image(row.value["edited_image"])
     info = {name: row.value[name] for name in PROMPTS if isinstance(row.value.get(name), str)}
     return _record(row.key, text(row.value, "edit_prompt", word="instruction"), images, info)
@@ -92,7 +99,7 @@ def _pair_record(pair: Pair) -> Record:
     return _record(pair.key, text(prompt, "edit", word="instruction"), images, info)
 
 
-def _record(key: str, instruction: str, images: tuple[ImageOpener, ...], info: Mapping[str, Any]) -> Record:
+def _record(key: str, instruction: str, images: tuple[ImageOpener, ...], info: Columns) -> Record:
     parts = edit_chat([(instruction, True)])
     return Record(Document(key, "instructpix2pix", parts, {**info, "instruction": instruction}), images)
 
@@ -114,7 +121,7 @@ def _pairs(seeds: Path, split: str, wanted: str) -> list[Pair]:
     return [Pair(f"{name}/{seed}", seeds.parent / name, seed) for name, seed in pairs]
 
 
-def _json_object(path: Path) -> Mapping[str, Any]:
+def _json_object(path: Path) -> Columns:
     """Raises BadImage(`missing_file`) or BadRecord(`bad_json`)."""
     try:
         return mapping(json.loads(path.read_bytes()))
@@ -124,7 +131,7 @@ def _json_object(path: Path) -> Mapping[str, Any]:
         raise BadRecord("bad_json") from error
 
 
-def _scores(path: Path, seed: str) -> dict[str, Any]:
+def _scores(path: Path, seed: str) -> Info:
     """CLIP scores of this pair, where `metadata.jsonl` is there and has them."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()

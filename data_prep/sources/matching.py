@@ -1,15 +1,15 @@
-"""Pictures of a web page and the sentences that they belong to (MMC4)."""
+"""Images of a web page and the sentences that they belong to (MMC4)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from data_prep.sources.assignment import best_assignment
-from data_prep.sources.convert import BadRecord, number
+from data_prep.sources.base import BadRecord, Columns, number
 from vlgpt.document import ImagePart, Part, TextPart
 
 Matching = Literal["recomputed", "stored"]
@@ -17,15 +17,15 @@ Matching = Literal["recomputed", "stored"]
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """A picture and its sentence."""
+    """An image and its sentence."""
 
     sentence: int
     image: int
     similarity: float
 
 
-def match_pictures(value: Mapping[str, Any], images: Sequence[int], *, matching: Matching) -> list[Match]:
-    """A sentence for each of these pictures, sorted by sentence; the largest sum of similarities wins.
+def match_images(value: Columns, images: Sequence[int], *, matching: Matching) -> list[Match]:
+    """A sentence for each of these images, sorted by sentence; the largest sum of similarities wins.
 
     `stored` takes the published `matched_text_index`, and so do pages without a matrix. Raises
     BadRecord(`bad_matrix`) or BadRecord(`bad_match`).
@@ -39,7 +39,7 @@ def match_pictures(value: Mapping[str, Any], images: Sequence[int], *, matching:
     return sorted(matches, key=lambda match: (match.sentence, match.image))
 
 
-def _stored(value: Mapping[str, Any], image: int) -> Match:
+def _stored(value: Columns, image: int) -> Match:
     entry = value["image_info"][image]
     sentence, similarity = entry.get("matched_text_index"), number(entry, "matched_sim")
     if type(sentence) is not int or not 0 <= sentence < len(value["text_list"]) or similarity is None:
@@ -48,7 +48,7 @@ def _stored(value: Mapping[str, Any], image: int) -> Match:
 
 
 def page_parts(sentences: Sequence[str], matches: Sequence[Match]) -> tuple[Part, ...]:
-    """The sentences as parts, each picture before its own. `matches` are sorted by sentence."""
+    """The sentences as parts, each image before its own. `matches` are sorted by sentence."""
     parts: list[Part] = []
     pending = list(matches)
     num_images = 0
@@ -62,7 +62,7 @@ def page_parts(sentences: Sequence[str], matches: Sequence[Match]) -> tuple[Part
     return tuple(parts)
 
 
-def _matrix(value: Mapping[str, Any]) -> np.ndarray:
+def _matrix(value: Columns) -> np.ndarray:
     """(images, sentences). Raises BadRecord(`bad_matrix`)."""
     try:
         scores = np.array(value["similarity_matrix"], np.float64)

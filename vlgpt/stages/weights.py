@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vlgpt.errors import UserError
+from vlgpt.files import sha256_file
 from vlgpt.log import get_logger
 from vlgpt.stages.base import Stage
 
@@ -53,11 +53,7 @@ def _is_whole(folder: Path, name: str) -> bool:
     if not path.is_file() or not manifest.is_file():
         return False
     recorded = {record["name"]: record["sha256"] for record in json.loads(manifest.read_text())["files"]}
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return recorded.get(name) == digest.hexdigest()
+    return recorded.get(name) == sha256_file(path)
 
 
 def load_trainable(stage: Stage, trained: TrainedWeights) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import socket
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from vlgpt.batch import LossTerm, tensors_of, to_device
 from vlgpt.errors import UserError
+from vlgpt.files import free_port
 from vlgpt.log import get_logger
 from vlgpt.settings import RunSettings
 from vlgpt.stages.base import Stage, parameter_groups
@@ -46,7 +46,7 @@ def start_process_group(*, timeout_s: float, facts: Mapping[str, Any] | None = N
     os.environ.setdefault("WORLD_SIZE", "1")
     os.environ.setdefault("LOCAL_RANK", "0")
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    os.environ.setdefault("MASTER_PORT", str(free_port()))
     if not os.environ.get(
         "LOCAL_SIZE", ""
     ).isdigit():  # an empty LOCAL_SIZE breaks deepspeed's CPU accelerator
@@ -73,12 +73,6 @@ def _skip_shared_memory_extension() -> None:
         import deepspeed.ops
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-
-def _free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
 
 
 class Engine:

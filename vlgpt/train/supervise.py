@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from vlgpt.files import free_port
 from vlgpt.log import get_logger
 from vlgpt.train import commit, faults
 
@@ -62,10 +62,8 @@ def supervise(command: Sequence[str], *, run_dir: Path, max_restarts: int = 3, p
 
 def with_fresh_port(command: Sequence[str]) -> list[str]:
     """The command with `{port}` replaced by a free port; ports of a crashed run may still be held."""
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port = server.getsockname()[1]
-    return [part.replace("{port}", str(port)) for part in command]
+    port = str(free_port())
+    return [part.replace("{port}", port) for part in command]
 
 
 def _run_once(command: Sequence[str], run_dir: Path) -> tuple[int, bool]:
