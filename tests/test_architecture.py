@@ -12,7 +12,7 @@ MAX_FUNCTION_LINES = 80
 
 # Layers of the library: a module imports its own package, lower layers, and names to its left in its own cell.
 LAYERS: list[list[list[str]]] = [
-    [["errors", "seeds", "log", "files", "document", "settings", "config"]],
+    [["errors", "seeds", "log", "files", "commits", "document", "settings", "config"]],
     [["images", "turns", "tokens", "batch", "shards"]],
     [["data"], ["models"]],
     [["stages", "model_card", "decoding", "generate", "chat", "hf", "export"]],

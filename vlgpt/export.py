@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from vlgpt import config as run_config
+from vlgpt.commits import newest_trainable
 from vlgpt.decoding.load import DIFFUSION_PATHS, cast_parameters, located
 from vlgpt.errors import UserError
 from vlgpt.generate import Generator
@@ -24,8 +25,8 @@ from vlgpt.models.decoder_parts import FOR_TARGETS, read_parts
 from vlgpt.models.unified import UnifiedConfig, UnifiedModel, is_export
 from vlgpt.models.weights import tensors_of, write_weights
 from vlgpt.settings import LanguageStage, RunSettings
+from vlgpt.stages.base import load_trainable
 from vlgpt.stages.build import build_language_stage, dtype_of
-from vlgpt.stages.weights import load_trainable, newest_trainable
 from vlgpt.tokens import DocumentTokenizer
 
 MAX_COPIED_BYTES = 200_000_000

@@ -23,7 +23,7 @@ from worker import (
     settings_of,
 )
 
-from vlgpt import seeds
+from vlgpt import commits, seeds
 from vlgpt.batch import LossTerm
 from vlgpt.config import parse_yaml, validate
 from vlgpt.document import Document, TextPart
@@ -31,7 +31,7 @@ from vlgpt.log import MetricsLog, read_metrics
 from vlgpt.models.losses import count_targets
 from vlgpt.settings import DataSettings
 from vlgpt.stages.base import Stage
-from vlgpt.train import checkpoint, commit, faults
+from vlgpt.train import checkpoint, faults
 from vlgpt.train.average import MovingAverage
 from vlgpt.train.ds_config import merge_config
 from vlgpt.train.engine import Engine
@@ -115,7 +115,7 @@ def switches(folder, rank, world_size, options):
 
         run, state = new_run(folder / name, rank, world_size, Stream(rank, world_size, press))
         code = stopped_with(run, state)
-        found[name] = {"code": code, "step": state.step, "tags": commit.tags(folder / name / "checkpoints")}
+        found[name] = {"code": code, "step": state.step, "tags": commits.tags(folder / name / "checkpoints")}
         found[name]["is_request_gone"] = not faults.is_stop_requested(folder / name)
     return found
 

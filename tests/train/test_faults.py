@@ -15,9 +15,9 @@ import pytest
 import torch
 from torch import nn
 
+from vlgpt import commits
 from vlgpt.errors import UserError
 from vlgpt.shards import FeatureSpec
-from vlgpt.train import commit
 from vlgpt.train.agreement import disagreement, replica_digest
 from vlgpt.train.facts import check_features
 from vlgpt.train.faults import SpikeDetector
@@ -140,18 +140,18 @@ def test_a_spike_is_seen_once_the_normal_is_known_and_does_not_shift_it():
 
 
 def test_a_commit_that_does_not_fit_is_refused_with_both_numbers(tmp_path):
-    with pytest.raises(commit.NotEnoughSpace, match=r"needs [\d,]+ bytes, [\d,]+ are free"):
-        commit.check_space(tmp_path, first_estimate=1 << 60)
-    commit.check_space(tmp_path, first_estimate=1)
+    with pytest.raises(commits.CommitFailed, match=r"needs [\d,]+ bytes, [\d,]+ are free"):
+        commits.check_space(tmp_path, first_estimate=1 << 60)
+    commits.check_space(tmp_path, first_estimate=1)
 
 
 def committed(root):
-    folder = root / commit.tag_of(7)
+    folder = root / commits.tag_of(7)
     (folder / "part").mkdir(parents=True)
     path = folder / "part" / "rank_0_data.bin"
     path.write_bytes(b"weights" * 100)
-    commit.write_manifest(folder, 0, [path])
-    commit.commit(folder, world_size=1, facts={"step": 7})
+    commits.write_manifest(folder, 0, [path])
+    commits.commit(folder, world_size=1, facts={"step": 7})
     return folder
 
 
@@ -160,7 +160,7 @@ def test_an_uploaded_commit_verifies_and_a_failed_upload_is_counted(tmp_path):
     uploader = Uploader(f"file://{tmp_path}/there")
     uploader.start(folder)
     uploader.wait()
-    assert commit.verify(tmp_path / "there" / folder.name)["step"] == 7
+    assert commits.verify(tmp_path / "there" / folder.name)["step"] == 7
     broken = Uploader("nosuchprotocol://bucket")
     broken.start(folder)
     broken.wait()

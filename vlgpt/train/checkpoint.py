@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vlgpt import seeds
+from vlgpt.commits import AVERAGE_FILE, TRAINABLE_FILE
 from vlgpt.errors import UserError
 from vlgpt.log import get_logger
-from vlgpt.stages.weights import AVERAGE_FILE, TRAINABLE_FILE
 from vlgpt.train import together
 from vlgpt.train.average import MovingAverage
 from vlgpt.train.engine import Engine, convert_to_universal
@@ -53,7 +53,7 @@ def save(
 ) -> Path:
     """Commit a checkpoint (collective) and prune old ones. Returns its folder.
 
-    Raises commit.NotEnoughSpace, on all ranks alike; nothing of the folder is left then.
+    Raises commit.CommitFailed, on all ranks alike; nothing of the folder is left then.
     """
     is_first = engine.rank == 0
     trainable = engine.trainable_state(is_kept=is_first)  # collective, so before anything that can fail

@@ -17,10 +17,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from vlgpt import commits
 from vlgpt.log import MetricsLog, get_logger
 from vlgpt.settings import RunSettings
 from vlgpt.stages.base import Stage
-from vlgpt.train import checkpoint, commit, faults
+from vlgpt.train import checkpoint, faults
 from vlgpt.train.agreement import disagreement, replica_digest
 from vlgpt.train.average import MovingAverage
 from vlgpt.train.engine import Engine, StepResult
@@ -357,7 +358,7 @@ def save(run: Run, state: RunState) -> Path | None:
             keep=run.settings.checkpoint.keep,
             average=run.average,
         )
-    except commit.NotEnoughSpace as error:
+    except commits.CommitFailed as error:
         if run.log is not None:
             run.log.write(state.step, {"event": "disk_full", "message": str(error)})
         if run.settings.checkpoint.on_disk_full == "stop":
@@ -366,7 +367,7 @@ def save(run: Run, state: RunState) -> Path | None:
         return None
     if run.log is not None:
         seconds = time.monotonic() - started_s
-        run.log.write(state.step, {"commit_s": round(seconds, 3), "commit_bytes": commit.size_of(folder)})
+        run.log.write(state.step, {"commit_s": round(seconds, 3), "commit_bytes": commits.size_of(folder)})
     if run.uploader is not None:
         run.uploader.start(folder)
     return folder

@@ -8,14 +8,13 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from vlgpt import log
+from vlgpt import commits, log
 from vlgpt.data.loader import Loader
 from vlgpt.files import write_atomic
 from vlgpt.models.unified import UnifiedModel
 from vlgpt.settings import LanguageStage, RunSettings
 from vlgpt.stages.build import stored_image_parts
 from vlgpt.tokens import DocumentTokenizer
-from vlgpt.train import commit
 from vlgpt.train.engine import Engine
 from vlgpt.train.facts import RESULT
 from vlgpt.train.loop import Run
@@ -90,7 +89,7 @@ def exporter(settings: RunSettings, tokenizer: DocumentTokenizer) -> Callable[[U
             tokenizer=tokenizer,
             encoder=None if encoder is None else encoder.model_dump(),
             picture_decoder=stage.picture_decoder,
-            card=card_of(settings, tag=commit.tag_of(settings.steps)),
+            card=card_of(settings, tag=commits.tag_of(settings.steps)),
         )
 
     return write

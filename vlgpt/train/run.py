@@ -12,13 +12,13 @@ from typing import Any
 import torch
 
 from vlgpt import log, seeds
+from vlgpt.commits import newest_trainable
 from vlgpt.data.loader import Loader
 from vlgpt.errors import UserError
 from vlgpt.settings import DataSettings, RunSettings
 from vlgpt.stages import language
 from vlgpt.stages.base import Stage
 from vlgpt.stages.build import build_stage
-from vlgpt.stages.weights import newest_trainable
 from vlgpt.tokens import DocumentTokenizer
 from vlgpt.train import checkpoint, faults
 from vlgpt.train.agreement import disagreement

@@ -10,8 +10,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from vlgpt import commits
 from vlgpt.log import get_logger
-from vlgpt.train import commit, faults
+from vlgpt.train import faults
 
 # Codes after which starting again changes nothing, or must not happen. 75 is for the scheduler, which requeues.
 FINAL_CODES = frozenset(
@@ -98,6 +99,4 @@ def _run_once(command: Sequence[str], run_dir: Path) -> tuple[int, bool]:
 
 
 def _newest_step(run_dir: Path) -> int:
-    root = run_dir / "checkpoints"
-    steps = [commit.step_of(tag) for tag in commit.tags(root) if (root / tag / commit.MARKER).is_file()]
-    return max(steps, default=0)
+    return max(map(commits.step_of, commits.committed_tags(run_dir / "checkpoints")), default=0)

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from vlgpt import commits
 from vlgpt.errors import UserError
 from vlgpt.log import get_logger
-from vlgpt.train import commit
 
 T = TypeVar("T")
 PATIENCE_S = 60.0  # for manifests of other nodes on a network file system
@@ -71,15 +71,15 @@ def save(
 ) -> Path:
     """Commit what `write(folder)` writes on every rank (collective), prune old tags, return the folder.
 
-    `owned(folder)`: the files that this rank vouches for, once all have written. Raises commit.NotEnoughSpace on all
+    `owned(folder)`: the files that this rank vouches for, once all have written. Raises commits.CommitFailed on all
     ranks alike when the disk is too full or a rank could not write; what was written is deleted then.
     """
-    folder = root / commit.tag_of(step)
+    folder = root / commits.tag_of(step)
     refusal = on_rank_0(group, lambda: _make_room(root, folder, first_estimate))
     if refusal:
-        raise commit.NotEnoughSpace(refusal)
+        raise commits.CommitFailed(refusal)
     _all_or_none(group, folder, lambda: write(folder))
-    _all_or_none(group, folder, lambda: commit.write_manifest(folder, group.rank, owned(folder)))
+    _all_or_none(group, folder, lambda: commits.write_manifest(folder, group.rank, owned(folder)))
     marker = {"step": step, **(facts or {})}
     _all_or_none(group, folder, lambda: _seal(group, folder, marker))
     on_rank_0(group, lambda: _prune(root, keep))
@@ -88,12 +88,12 @@ def save(
 
 def _seal(group: Group, folder: Path, marker: dict[str, Any]) -> None:
     if group.rank == 0:
-        commit.commit(folder, world_size=group.world_size, facts=marker, patience_s=PATIENCE_S)
+        commits.commit(folder, world_size=group.world_size, facts=marker, patience_s=PATIENCE_S)
 
 
 def _prune(root: Path, keep: int) -> None:
     try:
-        commit.prune(root, keep=keep)
+        commits.prune(root, keep=keep)
     except OSError as error:  # the new commit is safe: no reason to stop
         get_logger().warning("old checkpoints under %s cannot be deleted: %s", root, error)
 
@@ -101,10 +101,10 @@ def _prune(root: Path, keep: int) -> None:
 def _make_room(root: Path, folder: Path, first_estimate: int) -> str:
     """Delete a torn folder of the same step, check the free space, make the folder; returns why not, or nothing."""
     root.mkdir(parents=True, exist_ok=True)
-    commit.discard(folder)
+    commits.discard(folder)
     try:
-        commit.check_space(root, first_estimate=first_estimate)
-    except commit.NotEnoughSpace as error:
+        commits.check_space(root, first_estimate=first_estimate)
+    except commits.CommitFailed as error:
         return str(error)
     folder.mkdir()
     return ""
@@ -119,8 +119,8 @@ def _all_or_none(group: Group, folder: Path, action: Callable[[], None]) -> None
         failure = f"rank {group.rank}: {error}"
     failures = [text for text in group.gather_objects(failure) if text]
     if failures:
-        on_rank_0(group, lambda: commit.discard(folder))
-        raise commit.NotEnoughSpace(f"{folder} could not be written ({'; '.join(failures)}): make room")
+        on_rank_0(group, lambda: commits.discard(folder))
+        raise commits.CommitFailed(f"{folder} could not be written ({'; '.join(failures)}): make room")
 
 
 # ------------------------------------------------------------------------------------------------------------- finding
@@ -143,7 +143,7 @@ def newest(root: Path, group: Group | None = None) -> Found | None:
     group = group or Alone()
     skipped: list[tuple[str, str]] = []
     was_committed = False
-    for tag in on_rank_0(group, lambda: commit.tags(root)):
+    for tag in on_rank_0(group, lambda: commits.tags(root)):
         reports = group.gather_objects(_examine(root / tag, (group.rank, group.world_size)))
         damage = next((report["damage"] for report in reports if "damage" in report), "")
         if not damage and any(report != reports[0] for report in reports):
@@ -164,8 +164,8 @@ def newest(root: Path, group: Group | None = None) -> Found | None:
 
 def _examine(folder: Path, share: tuple[int, int]) -> dict[str, Any]:
     """The marker, or the damage that this rank found in its share of the files."""
-    is_committed = (folder / commit.MARKER).exists()
+    is_committed = (folder / commits.MARKER).exists()
     try:
-        return {"is_committed": is_committed, "marker": commit.verify(folder, share=share)}
+        return {"is_committed": is_committed, "marker": commits.verify(folder, share=share)}
     except (ValueError, OSError) as error:
         return {"is_committed": is_committed, "damage": str(error)}

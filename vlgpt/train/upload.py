@@ -6,8 +6,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from vlgpt import commits
 from vlgpt.log import get_logger
-from vlgpt.train import commit
 
 
 class Uploader:
@@ -41,8 +41,8 @@ def upload(folder: Path, url: str) -> None:
     """Copy a committed folder to url/TAG. Raises OSError, ValueError (unknown protocol) or ImportError."""
     fs, root = _filesystem(url)
     target = f"{root}/{folder.name}"
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != commit.MARKER)
-    for path in [*files, folder / commit.MARKER]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != commits.MARKER)
+    for path in [*files, folder / commits.MARKER]:
         name = f"{target}/{path.relative_to(folder).as_posix()}"
         fs.makedirs(name.rsplit("/", 1)[0], exist_ok=True)
         fs.put_file(str(path), name)
