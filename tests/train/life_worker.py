@@ -20,8 +20,7 @@ from vlgpt.settings import RunSettings  # noqa: E402
 from vlgpt.train.ds_config import merge_config  # noqa: E402
 from vlgpt.train.engine import start_process_group, stop_process_group  # noqa: E402
 from vlgpt.train.loop import TrainingStopped, train  # noqa: E402
-from vlgpt.train.result import finish  # noqa: E402
-from vlgpt.train.run import build_run, close  # noqa: E402
+from vlgpt.train.run import build_run, close, finish  # noqa: E402
 
 DEEPSPEED = {
     "zero_optimization": {"stage": 2, "reduce_bucket_size": 1_000_000},

@@ -27,15 +27,15 @@ from vlgpt import commits, seeds
 from vlgpt.batch import LossTerm
 from vlgpt.config import parse_yaml, validate
 from vlgpt.document import Document, TextPart
-from vlgpt.log import MetricsLog, read_metrics
+from vlgpt.log import MetricsLog, MetricsSink, read_metrics
 from vlgpt.models.losses import count_targets
 from vlgpt.settings import DataSettings
 from vlgpt.stages.base import Stage
 from vlgpt.train import checkpoint, faults
-from vlgpt.train.average import MovingAverage
 from vlgpt.train.ds_config import merge_config
 from vlgpt.train.engine import Engine
 from vlgpt.train.loop import Run, RunState, TrainingStopped, save, train, train_step
+from vlgpt.train.observers import MovingAverage
 
 ANSWERS = {"checkpoint": {"interval_steps": 3, "keep": 2, "on_disk_full": "stop"}, "log_interval_steps": 1}
 
@@ -82,7 +82,7 @@ def new_run(folder, rank, world_size, loader, *, steps=8, **settings):
     chosen = settings_of(folder, steps=steps, global_batch=world_size, micro_batch=1, **values)
     facts = {"frozen": new_stage("lora").frozen_hashes()}
     engine = engine_of(chosen, world_size, kind="lora")
-    log = MetricsLog(folder, use_tensorboard=False) if rank == 0 else None
+    log = MetricsLog(folder, use_tensorboard=False) if rank == 0 else MetricsSink()
     return Run(settings=chosen, engine=engine, loader=loader, log=log, facts=facts), RunState()
 
 
@@ -183,7 +183,7 @@ def averaged(folder, rank, world_size, options):
         for step in range(1, 5):
             batch = pack(rows_of(step, world_size)[rank:][:1], TOKENIZER, length=LENGTH)
             train_step(engine, [batch], 1e-2)
-            average.update(step)
+            average.after_update(step)
             rate = min(0.4, (1 + step) / (10 + step))
             for name, value in engine.trainable_state().items():
                 by_hand[name] = rate * by_hand[name] + (1 - rate) * value
@@ -192,14 +192,13 @@ def averaged(folder, rank, world_size, options):
             settings=settings,
             engine=engine,
             loader=Stream(rank, world_size),
-            log=None,
             facts={},
-            average=average,
+            observers=average,
         )
         save(run, RunState(step=4))
         again = engine_of(settings, world_size, zero=zero, kind="lora")
         other = MovingAverage(again, decay=0.4)
-        checkpoint.resume(again, place / "checkpoints", facts={}, average=other)
+        checkpoint.resume(again, place / "checkpoints", facts={}, observers=other)
         found[zero] = {
             "error": max(float((before[name] - value).abs().max()) for name, value in by_hand.items()),
             "size": max(float(value.abs().max()) for value in by_hand.values()),
@@ -280,6 +279,7 @@ def measured(folder, rank, world_size, options):
                 lambda data, workers: Loader(
                     data, kind="packed", micro_batch=1, rank=rank, world_size=world_size, tokenizer=TOKENIZER
                 ),
+                log=MetricsSink(),
                 probe=probe,
             )
             found[zero] = {"whole": measure(1, partial(beats.append, 1)), "beats": len(beats)}
@@ -321,7 +321,7 @@ def pictured(folder, rank, world_size, options):
         num_on_sheet=4,
     )
     check = ReconstructionCheck(chosen, engine=engine)
-    log = MetricsLog(folder) if rank == 0 else None
+    log = MetricsLog(folder) if rank == 0 else MetricsSink()
     batches = [
         replace(
             conditions([condition_sample(9, 2 * k + j + 6 * rank) for j in range(2)]),
@@ -404,7 +404,7 @@ def accumulating(folder, rank, world_size, options):
             world_size=world_size,
             count_targets=stage.count_targets,
         )
-        train(Run(settings=settings, engine=engine, loader=loader, log=None, facts={}), RunState())
+        train(Run(settings=settings, engine=engine, loader=loader, facts={}), RunState())
         loader.close()
         found[accumulation] = dict(stage.held)
     return found

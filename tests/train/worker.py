@@ -224,7 +224,7 @@ def train(folder, rank, world_size, options):
         loader.position = resumed.data["position"]
     else:
         seeds.seed_everything(0, "training", rank)
-    run = Run(settings=settings, engine=engine, loader=loader, log=None, facts=facts)
+    run = Run(settings=settings, engine=engine, loader=loader, facts=facts)
     engine.train()
     losses, documents = [], []
     for step in range(state.step + 1, options.get("stop_after", options["steps"]) + 1):
@@ -309,7 +309,7 @@ def poisoned_for_good(folder, rank, world_size, options):
     settings = settings_of(folder, steps=9, global_batch=2, micro_batch=1)
     engine = engine_of(settings, world_size)
     poison_gradient(engine, rank, lambda: True)
-    run = Run(settings=settings, engine=engine, loader=Loader(), log=None, facts={})
+    run = Run(settings=settings, engine=engine, loader=Loader(), facts={})
     state = RunState()
     try:
         for step in range(1, 10):

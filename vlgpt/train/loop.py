@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,19 +18,16 @@ import torch
 from torch import Tensor
 
 from vlgpt import commits
-from vlgpt.log import MetricsLog, get_logger
+from vlgpt.log import MetricsSink, get_logger
 from vlgpt.settings import RunSettings
 from vlgpt.stages.base import Stage
 from vlgpt.train import checkpoint, faults
 from vlgpt.train.agreement import disagreement, replica_digest
-from vlgpt.train.average import MovingAverage
 from vlgpt.train.engine import Engine, StepResult
 from vlgpt.train.flops import FlopMeter, counting
-from vlgpt.train.profile import ProfileWindow
+from vlgpt.train.observers import Observer
+from vlgpt.train.progress import Content, Progress
 from vlgpt.train.schedule import learning_rate
-from vlgpt.train.throughput import Content, Progress
-from vlgpt.train.upload import Uploader
-from vlgpt.train.watchdog import Watchdog
 
 
 class TrainingLoader(Protocol):
@@ -44,6 +41,10 @@ class TrainingLoader(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
     def statistics(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def close(self) -> None: ...
+
+
+Validate = Callable[[int, Callable[[], None]], dict[str, float]]
 
 
 class TrainingStopped(RuntimeError):
@@ -63,9 +64,8 @@ class RunState:
     num_skipped_in_row: int = 0
     num_rollbacks: int = 0
     spikes: faults.SpikeDetector | None = None
-    sums: dict[str, Tensor] = field(
-        default_factory=dict
-    )  # per term (2, num_sources), since the last log line
+    # per term (2, num_sources): sums of losses and counts since the last log line
+    sums: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -75,19 +75,13 @@ class Run:
     settings: RunSettings
     engine: Engine
     loader: TrainingLoader
-    log: MetricsLog | None  # rank 0 only
     facts: dict[str, Any]
-    validate: Any = None  # callable(step, on_batch) -> dict of numbers, collective
-    should_stop: Any = None  # callable() -> bool: preemption was asked for on this rank
-    watchdog: Watchdog | None = None
-    profile: ProfileWindow | None = None
-    uploader: Uploader | None = None  # rank 0 only
-    average: MovingAverage | None = None
-
-    def is_alive(self, step: int) -> None:
-        """A sign of life for the watchdog."""
-        if self.watchdog is not None:
-            self.watchdog.beat(step)
+    log: MetricsSink = field(default_factory=MetricsSink)
+    observers: Observer = field(default_factory=Observer)
+    # validate(step, on_batch) -> numbers, collective; None when nothing is to be measured
+    validate: Validate | None = None
+    # whether this rank was asked to stop (preemption)
+    should_stop: Callable[[], bool] = lambda: False
 
 
 class Intake:
@@ -115,11 +109,10 @@ def train(run: Run, state: RunState) -> None:
     state.spikes = faults.SpikeDetector(settings.faults.spike_sigma)
     feed = engine.feed(iter(run.loader))
     engine.train()
-    run.is_alive(state.step)  # a resume or statistics may have taken long
+    run.observers.heartbeat(state.step)  # a resume or statistics may have taken long
     while state.step < settings.steps:
         step = state.step + 1
-        if run.profile is not None:
-            run.profile.before_step(step)
+        run.observers.before_step(step)
         started = time.monotonic()
         targets = run.loader.targets(accumulation)
         counting_s = time.monotonic() - started
@@ -128,13 +121,11 @@ def train(run: Run, state: RunState) -> None:
         result, losses = train_step(engine, intake, rate, targets=targets, meter=progress.meter)
         run.loader.advance(accumulation)
         state.step = step
-        if run.average is not None and not result.is_skipped:
-            run.average.update(step)
+        if not result.is_skipped:
+            run.observers.after_update(step)
         note_losses(state, losses)
         progress.add(intake.contents, time.monotonic() - started, counting_s + intake.wait_s)
-        run.is_alive(step)
-        if run.profile is not None:
-            run.profile.after_step(step)
+        run.observers.after_step(step)
         after_skip(run, state, result, intake.contents)
         if roll_back_after_spike(run, state, losses, intake.contents):
             feed = engine.feed(iter(run.loader))
@@ -145,10 +136,10 @@ def train(run: Run, state: RunState) -> None:
             step % settings.validation.interval_steps == 0 or step == settings.steps
         ):
             write_validation(run, step)
-            run.is_alive(step)
+            run.observers.heartbeat(step)
         check_replicas(run, step)
         after_step(run, state)
-        run.is_alive(step)
+        run.observers.heartbeat(step)
     progress.close()
 
 
@@ -212,8 +203,7 @@ def after_skip(run: Run, state: RunState, result: StepResult, contents: Iterable
     get_logger().warning(
         "step %d skipped: gradient is not finite (%d in a row)", state.step, state.num_skipped_in_row
     )
-    if run.log is not None:
-        run.log.write(state.step, {"event": "skipped_step", "documents": documents})
+    run.log.write(state.step, {"event": "skipped_step", "documents": documents})
     if state.num_skipped_in_row >= run.settings.max_skipped_steps:
         raise TrainingStopped(
             f"{state.num_skipped_in_row} steps in a row had a non-finite gradient; the documents are in metrics.jsonl "
@@ -241,22 +231,20 @@ def roll_back_after_spike(
     step = state.step
     documents = run.engine.gather_objects([list(_documents(content)) for content in contents])
     event = {"event": "loss_spike", "loss": loss, "usual": state.spikes.mean, "documents": documents}
-    if run.log is not None:
-        run.log.write(step, event)
+    run.log.write(step, event)
     get_logger().warning("step %d: loss %.4f is a spike, usual is %.4f", step, loss, state.spikes.mean)
     if not settings.spike_rollback or state.num_rollbacks >= settings.max_rollbacks:
         return False
     position = run.loader.state_dict()
     root = run.settings.run_dir / "checkpoints"
-    resumed = checkpoint.resume(run.engine, root, facts=run.facts, average=run.average)
+    resumed = checkpoint.resume(run.engine, root, facts=run.facts, observers=run.observers)
     if resumed is None:
         return False
     run.loader.load_state_dict(position)
     state.num_rollbacks += 1
     state.step = resumed.step
     state.sums.clear()
-    if run.log is not None:
-        run.log.write(step, {"event": "rollback", "to_step": resumed.step})
+    run.log.write(step, {"event": "rollback", "to_step": resumed.step})
     get_logger().warning("rolled back to step %d; the data read since then are left out", resumed.step)
     return True
 
@@ -297,8 +285,7 @@ def write_log(run: Run, state: RunState, progress: Progress, result: StepResult,
     statistics = run.loader.statistics()
     values.update({k: v for k, v in statistics.items() if isinstance(v, (int, float))})
     values["data"] = {k: v for k, v in statistics.items() if isinstance(v, dict)}
-    if run.log is not None:
-        run.log.write(state.step, {key: value for key, value in values.items() if value is not None})
+    run.log.write(state.step, {key: value for key, value in values.items() if value is not None})
     progress.line(state.step, values)
 
 
@@ -308,10 +295,11 @@ def _ratio(total: float, count: float) -> float | None:
 
 def write_validation(run: Run, step: int) -> None:
     """Held-out losses; the loop knows nothing of what is measured."""
+    assert run.validate is not None
     with run.engine.evaluation():
-        values = run.validate(step, partial(run.is_alive, step))
-    if run.log is not None:
-        run.log.write(step, values)
+        values = run.validate(step, partial(run.observers.heartbeat, step))
+    run.log.write(step, values)
+    if run.engine.rank == 0:
         shown = "  ".join(f"{key} {value:.4f}" for key, value in values.items() if isinstance(value, float))
         get_logger().info("step %d validation: %s", step, shown)
 
@@ -322,8 +310,7 @@ def after_step(run: Run, state: RunState) -> None:
     is_last = state.step == settings.steps
     is_first = run.engine.rank == 0
     is_off = is_first and faults.is_kill_switch_on(settings.run_dir)
-    is_asked = run.should_stop is not None and run.should_stop()
-    is_asked = is_asked or (is_first and faults.is_stop_requested(settings.run_dir))
+    is_asked = run.should_stop() or (is_first and faults.is_stop_requested(settings.run_dir))
     asked = torch.tensor([float(is_asked), float(is_off)])
     wants_stop, is_killed = (value > 0 for value in run.engine.all_max(asked).tolist())
     if is_last or wants_stop or is_killed or state.step % settings.checkpoint.interval_steps == 0:
@@ -356,18 +343,16 @@ def save(run: Run, state: RunState) -> Path | None:
             data=run.loader.state_dict(),
             facts={**run.facts, "num_skipped": state.num_skipped},
             keep=run.settings.checkpoint.keep,
-            average=run.average,
+            observers=run.observers,
         )
     except commits.CommitFailed as error:
-        if run.log is not None:
-            run.log.write(state.step, {"event": "disk_full", "message": str(error)})
+        run.log.write(state.step, {"event": "disk_full", "message": str(error)})
         if run.settings.checkpoint.on_disk_full == "stop":
             raise TrainingStopped(str(error), faults.EXIT_DISK_FULL) from error
         get_logger().error("step %d is NOT saved: %s", state.step, error)
         return None
-    if run.log is not None:
+    if run.engine.rank == 0:
         seconds = time.monotonic() - started_s
         run.log.write(state.step, {"commit_s": round(seconds, 3), "commit_bytes": commits.size_of(folder)})
-    if run.uploader is not None:
-        run.uploader.start(folder)
+        run.observers.after_commit(folder)
     return folder

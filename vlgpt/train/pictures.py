@@ -14,7 +14,7 @@ from vlgpt import seeds
 from vlgpt.batch import ConditionBatch, to_device
 from vlgpt.decoding.load import load_decoder
 from vlgpt.errors import UserError
-from vlgpt.log import MetricsLog, get_logger
+from vlgpt.log import MetricsSink, get_logger
 from vlgpt.models.decoder_parts import read_parts
 from vlgpt.models.decoders import PictureDecoder
 from vlgpt.models.encoders import load_clip
@@ -45,7 +45,7 @@ class ReconstructionCheck:
             self.judge.to(engine.device)
 
     @torch.no_grad()
-    def __call__(self, batches: Iterator[Any], *, step: int, log: MetricsLog | None) -> dict[str, float]:
+    def __call__(self, batches: Iterator[Any], *, step: int, log: MetricsSink) -> dict[str, float]:
         """Collective; every rank draws its share. Writes the sheet of rank 0's first pictures to `log`."""
         sums = torch.zeros(2, dtype=torch.float64)
         originals: list[Tensor] = []
@@ -67,7 +67,7 @@ class ReconstructionCheck:
                 originals.append(original)
                 drawn.append(pictures)
         total, count = self.engine.all_sum(sums).tolist()
-        if log is not None and originals:
+        if self.engine.rank == 0 and originals:
             log.image(step, "reconstructions", self._sheet(torch.cat(originals), torch.cat(drawn)))
         return {"validation/clip_similarity": total / count} if count else {}
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vlgpt.data.loader import Loader
-from vlgpt.log import MetricsLog
+from vlgpt.log import MetricsSink
 from vlgpt.settings import RunSettings
 from vlgpt.train.engine import Engine
 from vlgpt.train.pictures import ReconstructionCheck
@@ -24,7 +24,7 @@ def validator(
     engine: Engine,
     open_loader: Callable[..., Loader],
     *,
-    log: MetricsLog | None = None,
+    log: MetricsSink,
     probe: Probe | None = None,
 ) -> Callable[[int, Callable[[], None]], dict[str, float]] | None:
     """`validate(step, on_batch) -> numbers`, collective; None when the settings name nothing to measure.
