@@ -41,7 +41,7 @@ SIZE_PX = 224
 
 def decode_reference(picture: bytes, caption: bytes) -> tuple[np.ndarray, str]:
     """What every contender does with a sample."""
-    from vlgpt.data.pixels import read_square
+    from vlgpt.images import read_square
 
     return read_square(picture, size_px=SIZE_PX, decoder="pillow"), caption.decode()
 
@@ -137,7 +137,7 @@ def measure_steps(decoder: str, folder: Path, *, accumulation: int, num_samples:
     import torch
 
     from vlgpt.batch import to_device
-    from vlgpt.data import Loader
+    from vlgpt.data.loader import Loader
     from vlgpt.settings import DataSettings, SourceSettings
 
     torch.set_num_threads(1)
@@ -264,7 +264,7 @@ def padding_shares() -> None:
 
 def memory_growth(folder: Path, *, num_samples: int = 50_000) -> None:
     """Resident memory of the main process and a worker over many samples, small pictures."""
-    from vlgpt.data import Loader
+    from vlgpt.data.loader import Loader
     from vlgpt.settings import DataSettings, SourceSettings
 
     source = SourceSettings(name="tars", path=str(folder))

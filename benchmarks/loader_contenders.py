@@ -26,7 +26,7 @@ Stream = Iterator[Any]
 
 def collate(samples: list[tuple[np.ndarray, str]]) -> tuple[torch.Tensor, list[str]]:
     """The batch that every contender ends with: (32, 3, H, W) float32 and captions."""
-    from vlgpt.data.pixels import to_pixels
+    from vlgpt.batch import to_pixels
 
     return to_pixels(np.stack([pixels for pixels, _ in samples])), [caption for _, caption in samples]
 
@@ -43,7 +43,7 @@ def tars_of(folder: Path) -> list[str]:
 def vlgpt(folder: Path, decode: Decode | None, *, decoder: str = "pillow") -> Stream:
     """Ours, on foreign tars without manifest."""
     from vlgpt.batch import to_device
-    from vlgpt.data import Loader
+    from vlgpt.data.loader import Loader
     from vlgpt.settings import DataSettings, SourceSettings
     from vlgpt.shards import ShardSet
 

@@ -18,10 +18,11 @@ import gradio as gr
 
 from vlgpt.chat import files
 from vlgpt.chat.batching import Batcher, QueueFull, ShuttingDown
-from vlgpt.chat.dialogue import Content, Dialogue, Picture, Turn, interleave, png_bytes
+from vlgpt.chat.dialogue import Content, Dialogue, Picture, Turn, interleave
 from vlgpt.chat.reply import Drawn, Event, Failed, Finished, Notice, ReplySettings, Request, TextPiece
 from vlgpt.errors import UserError
 from vlgpt.generate import DecodeSettings
+from vlgpt.images import png_bytes
 
 IMAGES: dict[str, Literal["free", "never", "force"]] = {
     "words and pictures": "free",

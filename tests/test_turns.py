@@ -18,7 +18,7 @@ from data_prep import index
 from demo.tiny import train_text_tokenizer
 from vlgpt import hf
 from vlgpt.data.assemble import Assembler, ShardLengths
-from vlgpt.data.draws import Draws
+from vlgpt.data.mixture import Draws
 from vlgpt.data.sources import OpenSource
 from vlgpt.decoding.prompts import empty_prompt, render
 from vlgpt.document import Document, ImagePart, Part, TextPart

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from vlgpt.images import planar
 
 ImageKind = Literal["patches", "visual", "pixels"]
 _NUM_DIMS: dict[str, int] = {"patches": 3, "visual": 3, "pixels": 4}
@@ -23,6 +26,11 @@ def normalised(pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """
     divisor = torch.full((), 127.5, device=pixels.device)
     return pixels.to(torch.float32).div_(divisor).sub_(1.0).to(dtype)
+
+
+def to_pixels(squares: Sequence[np.ndarray] | np.ndarray) -> Tensor:
+    """M images of (H, W, 3) uint8, in a list or an array -> (M, 3, H, W) float32 in [-1, 1]."""
+    return normalised(torch.from_numpy(planar(squares)))
 
 
 def to_device(value: T, device: torch.device | str, dtype: torch.dtype | None = None) -> T:
@@ -140,10 +148,6 @@ class Batch:
     @property
     def num_rows(self) -> int:
         return self.token_ids.shape[0]
-
-    @property
-    def padding_share(self) -> float:
-        return float((self.segment_ids == 0).float().mean())
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -13,7 +12,7 @@ from torch import Tensor
 from vlgpt.decoding.api import ImageLike, Prompt, Reply
 from vlgpt.document import IMAGE_MARK, Document, ImagePart, Part, TextPart
 from vlgpt.errors import UserError
-from vlgpt.images import BadImage, decode_image
+from vlgpt.images import BadImage, decode_image, png_bytes
 
 MAX_PIXELS = 16_000_000  # of a picture that a user gives
 ADDRESS = "dialogue"  # all prompts draw the same random numbers: a reply follows from the turns and the seed
@@ -51,13 +50,6 @@ class Picture:
     @property
     def as_input(self) -> ImageLike:
         return self.data if self.visual is None else ("visual", self.visual)
-
-
-def png_bytes(image: Image.Image) -> bytes:
-    """A picture as a PNG file."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 Content = str | Picture

@@ -14,8 +14,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from vlgpt.chat.dialogue import Content, Dialogue, Picture, Turn, png_bytes
+from vlgpt.chat.dialogue import Content, Dialogue, Picture, Turn
 from vlgpt.errors import UserError
+from vlgpt.images import png_bytes
 
 RECORD, EMBEDDINGS = "dialogue.json", "visual.safetensors"
 MAX_FILES, MAX_FILE_BYTES, MAX_TOTAL_BYTES = 500, 64 << 20, 256 << 20  # of a dialogue that is read

@@ -25,8 +25,7 @@ from itertools import accumulate
 
 import numpy as np
 
-from vlgpt.data import draws as purpose
-from vlgpt.data.draws import Draws
+from vlgpt.data.mixture import Draws, Purpose
 from vlgpt.document import ROLES, Document, ImagePart, text_places
 from vlgpt.errors import UserError
 from vlgpt.settings import SourceSettings
@@ -127,7 +126,7 @@ class Assembler:
             return order
         for i in range(len(order) - 1):
             is_pair = parts.is_image[i] and not parts.is_image[i + 1] and parts.roles[i] == parts.roles[i + 1]
-            if is_pair and draws.uniform(purpose.SWAP + i) >= self.source.image_first:
+            if is_pair and draws.uniform(Purpose.SWAP + i) >= self.source.image_first:
                 order[i], order[i + 1] = i + 1, i
         return order
 
@@ -152,13 +151,13 @@ class Assembler:
                 images.append(part)
         left_out: list[int] = []
         if len(images) > self.source.max_images:
-            images.sort(key=lambda part: draws.uniform(purpose.LEFT_OUT + part))
+            images.sort(key=lambda part: draws.uniform(Purpose.LEFT_OUT + part))
             left_out = images[self.source.max_images :]
             chosen = [part for part in chosen if part not in left_out]
         num_images = len(images) - len(left_out)
         if num_images == 0 and any(parts.is_image):
             return SequencePlan(rejection="no_image_in_window")
-        if num_images == 1 and draws.uniform(purpose.KEEP_SINGLE) >= self.source.keep_single_image:
+        if num_images == 1 and draws.uniform(Purpose.KEEP_SINGLE) >= self.source.keep_single_image:
             return SequencePlan(rejection="single_image")
         if used == 0:
             return SequencePlan(rejection="empty")
@@ -173,7 +172,7 @@ class Assembler:
             return 0
         rest = list(accumulate(parts.lengths[part] for part in reversed(order)))[::-1]
         num_full = sum(length >= budget for length in rest)
-        return draws.below(min(num_full + 1, len(order)), purpose.START)
+        return draws.below(min(num_full + 1, len(order)), Purpose.START)
 
     def _plan_chat(self, parts: PartLengths, order: list[int]) -> SequencePlan:
         assistant = ROLES.index("assistant")

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from vlgpt.batch import Batch, ConditionBatch, ImageInput, ImageKind
-from vlgpt.data.pixels import planar
 from vlgpt.data.samples import LoadedCondition, LoadedSequence
+from vlgpt.images import planar
 
 
 def collate_rows(
@@ -61,7 +61,7 @@ def _image_input(kind: ImageKind | None, images: Sequence[np.ndarray]) -> ImageI
     if kind is None or not images:
         return None
     values = np.concatenate(images)
-    return ImageInput(kind, planar(values) if kind == "pixels" else torch.from_numpy(values))
+    return ImageInput(kind, torch.from_numpy(planar(values) if kind == "pixels" else values))
 
 
 def collate_conditions(
@@ -92,5 +92,5 @@ def _stack(
     empty = np.zeros(shape, dtype)
     values = [empty if slot is None else slot.arrays.get(name, empty) for slot in slots]
     if name == "pixels":
-        return planar(values)
+        return torch.from_numpy(planar(values))
     return torch.from_numpy(np.stack(values).astype(dtype, copy=False))

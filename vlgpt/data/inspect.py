@@ -13,12 +13,12 @@ import torch
 from PIL import Image
 
 from vlgpt.batch import Batch, ConditionBatch, to_device
-from vlgpt.data.draws import Draws
 from vlgpt.data.loader import Loader
+from vlgpt.data.mixture import Draws
 from vlgpt.data.samples import Place, chosen_image
 from vlgpt.data.stream import Position, Report, RowMaker, advance, rows_of_rank
 from vlgpt.data.workers import Board, WorkerGuard
-from vlgpt.images import BadImage, decode_image
+from vlgpt.images import BadImage, decode_image, thumbnail
 from vlgpt.shards import BadSample
 from vlgpt.tokens import DocumentTokenizer, Span
 
@@ -252,11 +252,9 @@ def _describe(values: torch.Tensor) -> str:
 
 def _thumbnail(data: bytes) -> Image.Image | None:
     try:
-        image = decode_image(data, min_size_px=THUMBNAIL_PX)
+        return thumbnail(decode_image(data, min_size_px=THUMBNAIL_PX), THUMBNAIL_PX)
     except BadImage:
         return None
-    image.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
-    return image
 
 
 # --- warnings

@@ -12,14 +12,12 @@ from typing import Literal
 import numpy as np
 
 from vlgpt.batch import ImageKind
-from vlgpt.data import draws as purpose
 from vlgpt.data.assemble import Assembler, LengthMismatch
-from vlgpt.data.draws import Draws
-from vlgpt.data.pixels import read_square
+from vlgpt.data.mixture import Draws, Purpose
 from vlgpt.data.sources import OpenSource, feature_dtype
 from vlgpt.document import Document, TextPart
 from vlgpt.errors import UserError
-from vlgpt.images import BadImage
+from vlgpt.images import BadImage, read_square
 from vlgpt.settings import DataSettings
 from vlgpt.shards import Sample
 from vlgpt.tokens import TokenSequence
@@ -147,14 +145,14 @@ class SequenceLoader:
         reader = source.features[self.kind]
         rows = []
         for number in numbers:
-            view = draws.below(reader.spec.views, purpose.VIEW + number)
+            view = draws.below(reader.spec.views, Purpose.VIEW + number)
             rows.append(reader.rows(place.shard, first + number, first + number + 1, view=view)[0])
         return np.stack(rows).astype(self._dtype, copy=False)
 
 
 def chosen_image(document: Document, draws: Draws) -> int:
     """Which of its images a document gives to the image stages."""
-    return draws.below(document.num_images, purpose.IMAGE)
+    return draws.below(document.num_images, Purpose.IMAGE)
 
 
 class ConditionLoader:
@@ -180,7 +178,7 @@ class ConditionLoader:
             raise source.bad("no_image", place.shard, place.sample)
         image = chosen_image(document, draws)
         texts = [part.text for part in document.parts if isinstance(part, TextPart)]
-        text = draws.below(len(texts), purpose.TEXT) if texts and document.num_images == 1 else None
+        text = draws.below(len(texts), Purpose.TEXT) if texts and document.num_images == 1 else None
         caption = "" if text is None else texts[text]
         return LoadedCondition(document.id, place.source, caption, image, text)
 
@@ -193,7 +191,7 @@ class ConditionLoader:
             if reader.spec.per == "image":
                 row = source.image_row(place.shard, place.sample) + image
                 view = (
-                    draws.below(reader.spec.views, purpose.VIEW + image) if name != "image_condition" else 0
+                    draws.below(reader.spec.views, Purpose.VIEW + image) if name != "image_condition" else 0
                 )
                 arrays[name] = reader.rows(place.shard, row, row + 1, view=view)[0]
             elif loaded.caption and text is not None:

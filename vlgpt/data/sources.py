@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from vlgpt.data.assemble import ShardLengths
-from vlgpt.data.mixture import Redrawn, SlotPlan, Slots
+from vlgpt.data.mixture import Mixture, OnePass, Redrawn, SlotPlan, Slots, SourceOrder, base_weights
 from vlgpt.document import ROLES
 from vlgpt.errors import UserError
 from vlgpt.settings import DataSettings, SourceSettings
@@ -134,6 +134,31 @@ class PrefetchingPlan:
         for s, source in enumerate(self._sources):
             source.prefetch(np.concatenate([slots.shard[slots.source == s] for slots in windows]).tolist())
         return windows[0]
+
+
+def make_orders(settings: DataSettings, sources: Sequence[OpenSource]) -> list[SourceOrder]:
+    """The order of the draws of every source. Raises UserError for a source without samples."""
+    options = {"seed": settings.seed, "shuffle_shards": settings.shuffle_shards}
+    return [SourceOrder(source.name, counts=source.counts, **options) for source in sources]
+
+
+def make_plan(
+    settings: DataSettings, sources: Sequence[OpenSource], *, total_windows: int | None, is_one_pass: bool
+) -> SlotPlan:
+    """The stream of a mixture, or of one pass over its sources; shards of remote sources are fetched ahead."""
+    plan: SlotPlan
+    if is_one_pass:
+        plan = OnePass([source.counts for source in sources], seed=settings.seed)
+    else:
+        plan = Mixture(
+            make_orders(settings, sources),
+            seed=settings.seed,
+            weights=base_weights(settings, [source.num_samples for source in sources]),
+            ramps=[source.settings.ramp for source in sources],
+            total_windows=total_windows,
+        )
+    is_remote = any("://" in source.settings.path for source in sources)
+    return PrefetchingPlan(plan, sources) if is_remote else plan
 
 
 def open_sources(settings: DataSettings) -> list[OpenSource]:
