@@ -99,7 +99,7 @@ def _parse_json(content: bytes) -> Any:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a model is asked: `vlgpt.generate.Prompt`, but without torch and with pictures as paths."""
+    """What a model is asked: `vlgpt.decoding.api.Prompt`, but without torch and with pictures as paths."""
 
     document: Document
     images: tuple[ImageSource, ...] = ()
@@ -128,7 +128,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Decoding:
-    """How replies are decoded: the names of `vlgpt.generate.DecodeSettings`, and how pictures are drawn."""
+    """How replies are decoded: the names of `vlgpt.decoding.api.DecodeSettings`, and how pictures are drawn."""
 
     max_new_tokens: int = 64
     min_new_tokens: int = 0

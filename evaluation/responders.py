@@ -21,8 +21,9 @@ from vlgpt.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vlgpt.generate import DecodeSettings, Generator
-    from vlgpt.generate import Prompt as ModelPrompt
+    from vlgpt.decoding.api import DecodeSettings
+    from vlgpt.decoding.api import Prompt as ModelPrompt
+    from vlgpt.decoding.generator import Generator
 
     VisualOf = Callable[[Sequence[Prompt], Decoding], list[Tensor | None]]
 
@@ -54,7 +55,7 @@ class ModelResponder:
         import torch
 
         from evaluation.manifest import export_hash
-        from vlgpt.generate import Generator
+        from vlgpt.decoding.generator import Generator
         from vlgpt.models.encoders import hash_weights
 
         if not (export / "config.json").is_file():
@@ -126,13 +127,13 @@ class ModelResponder:
 
 
 def _model_prompt(prompt: Prompt) -> ModelPrompt:
-    from vlgpt.generate import Prompt as ModelPrompt
+    from vlgpt.decoding.api import Prompt as ModelPrompt
 
     return ModelPrompt(prompt.document, tuple(read_image(image) for image in prompt.images), prompt.id)
 
 
 def _model_settings(decoding: Decoding) -> DecodeSettings:
-    from vlgpt.generate import DecodeSettings
+    from vlgpt.decoding.api import DecodeSettings
 
     names = {f.name for f in dataclasses.fields(DecodeSettings)}
     return DecodeSettings(**{k: v for k, v in dataclasses.asdict(decoding).items() if k in names})

@@ -55,7 +55,7 @@ def launch(arguments: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is not installed: pip install 'vlgpt[chat]'") from error
     from vlgpt.chat.batching import Batcher
-    from vlgpt.generate import Generator
+    from vlgpt.decoding.generator import Generator
 
     batcher = Batcher(Generator.load(arguments.model, device=arguments.device))
     page = Page(

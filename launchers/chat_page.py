@@ -20,8 +20,8 @@ from vlgpt.chat import files
 from vlgpt.chat.batching import Batcher, QueueFull, ShuttingDown
 from vlgpt.chat.dialogue import Content, Dialogue, Picture, Turn, interleave
 from vlgpt.chat.reply import Drawn, Event, Failed, Finished, Notice, ReplySettings, Request, TextPiece
+from vlgpt.decoding.api import DecodeSettings
 from vlgpt.errors import UserError
-from vlgpt.generate import DecodeSettings
 from vlgpt.images import png_bytes
 
 IMAGES: dict[str, Literal["free", "never", "force"]] = {

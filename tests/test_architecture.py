@@ -15,7 +15,7 @@ LAYERS: list[list[list[str]]] = [
     [["errors", "seeds", "log", "files", "commits", "document", "settings", "config"]],
     [["images", "turns", "tokens", "batch", "shards"]],
     [["data"], ["models"]],
-    [["stages", "model_card", "decoding", "generate", "chat", "hf", "export"]],
+    [["stages", "model_card", "decoding", "chat", "hf", "export"]],
     [["train", "planning"]],
     [["doctor", "server"]],
     [["cli", "__main__"]],

@@ -16,11 +16,12 @@ from transformers import AutoModel, AutoProcessor, LogitsProcessor, LogitsProces
 from demo.tiny import save_language_model, train_text_tokenizer
 from vlgpt import commits, hf
 from vlgpt.config import dump
+from vlgpt.decoding.api import DecodeSettings, Prompt
+from vlgpt.decoding.generator import Generator
 from vlgpt.decoding.load import cast_parameters
 from vlgpt.document import Document, ImagePart, TextPart
 from vlgpt.errors import UserError
 from vlgpt.export import export_model, export_run, load_generator
-from vlgpt.generate import DecodeSettings, Generator, Prompt
 from vlgpt.models.decoders import ConvDecoder
 from vlgpt.models.encoders import load_clip
 from vlgpt.models.image_tokenizer import ImageTokenizer

@@ -99,7 +99,8 @@ def generate(arguments: argparse.Namespace) -> int:
     """Reply to one prompt: JSON on stdout, pictures as PNG files that carry the prompt."""
     from PIL.PngImagePlugin import PngInfo
 
-    from vlgpt.generate import Generator, Prompt
+    from vlgpt.decoding.api import Prompt
+    from vlgpt.decoding.generator import Generator
 
     text = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
     images = tuple(_read_file(path) for path in arguments.image)
@@ -153,7 +154,7 @@ def _read_file(path: Path) -> bytes:
 
 
 def _decode_settings(arguments: argparse.Namespace) -> DecodeSettings:
-    from vlgpt.generate import DecodeSettings
+    from vlgpt.decoding.api import DecodeSettings
 
     return DecodeSettings(
         max_new_tokens=arguments.max_new_tokens,
@@ -171,7 +172,7 @@ def chat(arguments: argparse.Namespace) -> int:
     """Talk with a model in the terminal, with pictures on both sides; /help inside lists the commands."""
     from vlgpt.chat.reply import ReplySettings
     from vlgpt.chat.terminal import Terminal
-    from vlgpt.generate import Generator
+    from vlgpt.decoding.generator import Generator
 
     settings = ReplySettings(_decode_settings(arguments), decoder_guidance=arguments.decoder_guidance)
     generator = Generator.load(arguments.model, device=arguments.device)
@@ -197,7 +198,7 @@ def chat(arguments: argparse.Namespace) -> int:
 
 def serve(arguments: argparse.Namespace) -> int:
     """Serve a model over HTTP: OpenAI-style chat completions with pictures, /health, /metrics, /v1/models."""
-    from vlgpt.generate import Generator
+    from vlgpt.decoding.generator import Generator
 
     try:
         from vlgpt.server.app import ServerLimits, create_app
@@ -222,8 +223,8 @@ def serve(arguments: argparse.Namespace) -> int:
 
 def reconstruct(arguments: argparse.Namespace) -> int:
     """Pictures through the image tokenizer and back: a contact sheet of original, both, z_v only, z_t only."""
+    from vlgpt.decoding.generator import Conditions, Generator, to_pictures
     from vlgpt.decoding.prompts import square_pixels
-    from vlgpt.generate import Conditions, Generator, to_pictures
 
     data = [_read_file(path) for path in arguments.image]
     generator = Generator.load(arguments.model, device=arguments.device)

@@ -16,9 +16,9 @@ from torch import nn
 
 from vlgpt import config as run_config
 from vlgpt.commits import newest_trainable
+from vlgpt.decoding.generator import Generator
 from vlgpt.decoding.load import DIFFUSION_PATHS, cast_parameters, located
 from vlgpt.errors import UserError
-from vlgpt.generate import Generator
 from vlgpt.log import get_logger
 from vlgpt.model_card import write_card
 from vlgpt.models.decoder_parts import FOR_TARGETS, read_parts

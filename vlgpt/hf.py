@@ -35,14 +35,14 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import ModelOutput
 
 from vlgpt.decoding.api import DecodeSettings
+from vlgpt.decoding.cache import RenderedPrompt
+from vlgpt.decoding.generator import decode
 from vlgpt.decoding.hypothesis import Hypothesis
 from vlgpt.decoding.load import load_encoder
 from vlgpt.decoding.prompts import ImageReader, empty_prompt, render, square_pixels
 from vlgpt.decoding.stepwise import Hooks
-from vlgpt.decoding.stream import RenderedPrompt
 from vlgpt.document import Document, TextPart
 from vlgpt.errors import UserError
-from vlgpt.generate import decode
 from vlgpt.models.unified import MODEL_TYPE, UnifiedConfig, UnifiedModel
 from vlgpt.tokens import DocumentTokenizer, Rendering
 

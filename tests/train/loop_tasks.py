@@ -253,7 +253,8 @@ def uneven(folder, rank, world_size, options):
 def measured(folder, rank, world_size, options):
     """Validation: packed rows against one document a row, and a probe that generates, under ZeRO-2 and ZeRO-3."""
     from vlgpt.data.loader import Loader
-    from vlgpt.generate import DecodeSettings, Generator, Prompt
+    from vlgpt.decoding.api import DecodeSettings, Prompt
+    from vlgpt.decoding.generator import Generator
     from vlgpt.settings import ValidationSettings
     from vlgpt.train.validation import validation_losses, validator
 

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable
 
 from vlgpt.chat.reply import Failed, Request, answer
-from vlgpt.generate import Generator
+from vlgpt.decoding.generator import Generator
 from vlgpt.log import get_logger
 
 logger = get_logger("chat")

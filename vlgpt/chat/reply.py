@@ -12,9 +12,9 @@ from torch import Tensor
 
 from vlgpt.chat.dialogue import Dialogue, Picture, Turn, num_exchanges, reply_turn
 from vlgpt.decoding.api import DecodeSettings, Finish, Prompt
+from vlgpt.decoding.generator import Generator
 from vlgpt.decoding.prompts import prompt_length
 from vlgpt.errors import UserError
-from vlgpt.generate import Generator
 from vlgpt.log import get_logger
 
 logger = get_logger("chat")

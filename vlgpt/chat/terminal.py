@@ -20,9 +20,9 @@ from vlgpt.chat.reply import (
     TextPiece,
     answer,
 )
+from vlgpt.decoding.generator import Generator
 from vlgpt.document import IMAGE_MARK
 from vlgpt.errors import UserError
-from vlgpt.generate import Generator
 
 HELP = f"""\
 /image PATH    attach a picture to the next message (again for more); {IMAGE_MARK} in the text says where it stands

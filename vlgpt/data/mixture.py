@@ -75,7 +75,7 @@ class Draws:
 
     def uniform(self, purpose: int) -> float:
         """A number in [0, 1)."""
-        # SplitMix64 (Steele et al. 2014): under 1 us per draw. A numpy generator costs 10 us to seed, and a window of
+        # SplitMix64 (Steele et al. 2014): under 1 us per draw. A numpy generator costs 20 us to seed, and a window of
         # 4,096 slots makes tens of thousands of draws.
         z = (self.key + (purpose + 1) * 0x9E3779B97F4A7C15) & _MASK
         z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
@@ -170,7 +170,7 @@ def quotas(weights: np.ndarray) -> np.ndarray:
 
     A source with any weight gets a slot before larger ones are rounded up.
     """
-    # Rounding alone would not sum to 4,096, and would give a source of weight 0.0001 nothing for ever. A remainder above
+    # Rounding alone would not sum to 4,096, and would never give a source of weight 0.0001 anything. A remainder above
     # 1 puts such a source before all others.
     exact = weights / weights.sum(axis=1, keepdims=True) * SLOTS
     whole = np.floor(exact + 1e-9)

@@ -37,9 +37,9 @@ def best_fit(lengths: np.ndarray, *, capacity: int) -> np.ndarray:
     row_of = np.empty(len(lengths), np.int64)
     rows_with_room: list[list[int]] = [[] for _ in range(capacity + 1)]
     num_rows = 0
-    # Bit f is set when a row has exactly f free positions. The fullest row with room for `length` is then the lowest bit
-    # of a shifted integer: one big-integer shift of capacity / 64 words per sequence, where a search tree in Python
-    # takes ten times as long. Bin packing itself is NP-hard; longest first is within 11/9 of it (Johnson 1973).
+    # Bit f is set when a row has exactly f free positions. The fullest row with room for `length` is then the lowest
+    # bit of a shifted integer: one shift of capacity / 64 words per sequence, without a search tree. The optimum is
+    # NP-hard; longest first needs at most 11/9 of its rows (Johnson 1973).
     has_room = 0
     for item in np.argsort(-lengths, kind="stable").tolist():
         length = int(lengths[item])

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from vlgpt.decoding.api import Listener
+from vlgpt.decoding.cache import RenderedPrompt, Stream
 from vlgpt.decoding.hypothesis import Hypothesis, ReplyRules
 from vlgpt.decoding.stepwise import Hooks, extend_images
-from vlgpt.decoding.stream import RenderedPrompt, Stream
 
 
 @dataclass

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vlgpt.batch import to_pixels
 from vlgpt.decoding.api import ImageLike, Prompt
-from vlgpt.decoding.stream import RenderedPrompt
+from vlgpt.decoding.cache import RenderedPrompt
 from vlgpt.document import Document, ImagePart, Part, Role, TextPart, join
 from vlgpt.errors import UserError
 from vlgpt.images import png_bytes, read_square

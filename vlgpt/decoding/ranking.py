@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlgpt.decoding.stream import RenderedPrompt, Rows
+from vlgpt.decoding.cache import RenderedPrompt, Rows
 from vlgpt.models.language_models import leave_flash
 from vlgpt.models.multimodal_lm import MultimodalLM
 

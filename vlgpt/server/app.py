@@ -23,8 +23,8 @@ from vlgpt.chat.batching import Batcher, QueueFull, ShuttingDown
 from vlgpt.chat.dialogue import MAX_PIXELS
 from vlgpt.chat.reply import Drawn, Event, Failed, Finished, Notice, TextPiece
 from vlgpt.chat.reply import Request as ReplyRequest
+from vlgpt.decoding.generator import Generator
 from vlgpt.errors import UserError
-from vlgpt.generate import Generator
 from vlgpt.server import protocol
 from vlgpt.server.metrics import Metrics
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from vlgpt import seeds
 from vlgpt.decoding.api import DecodeSettings, ImageLike, Listener, Prompt, Reply
 from vlgpt.decoding.beams import BeamSearch
+from vlgpt.decoding.cache import RenderedPrompt, Stream
 from vlgpt.decoding.hypothesis import Hypothesis, ReplyRules
 from vlgpt.decoding.load import cast_parameters, load_decoder, load_encoder
 from vlgpt.decoding.prompts import (
@@ -28,9 +29,7 @@ from vlgpt.decoding.prompts import (
     trim_to_length,
 )
 from vlgpt.decoding.ranking import log_likelihoods
-from vlgpt.decoding.stepwise import Hooks, decode_stepwise
-from vlgpt.decoding.stream import RenderedPrompt, Stream
-from vlgpt.decoding.streaming import TextStreams
+from vlgpt.decoding.stepwise import Hooks, TextStreams, decode_stepwise
 from vlgpt.errors import UserError
 from vlgpt.models.decoders import PictureDecoder
 from vlgpt.models.encoders import ClipEncoder
