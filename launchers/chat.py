@@ -51,7 +51,7 @@ def launch(arguments: argparse.Namespace) -> int:
     try:
         from starlette.middleware import Middleware
 
-        from launchers.chat_page import CSS, Page, theme
+        from vlgpt.chat.page import CSS, Page, theme
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is not installed: pip install 'vlgpt[chat]'") from error
     from vlgpt.chat.batching import Batcher

@@ -176,7 +176,7 @@ class Loader:
         return next(self._running if self._running is not None else iter(self))
 
     def targets(self, num_batches: int) -> list[Targets]:
-        """Targets per term of each of the next batches, after those asked for before. Ask before the first batch is taken.
+        """Targets per term of each of the next batches, after those asked for before; ask before the first batch comes.
 
         A sample whose image turns out bad later is counted. Raises ValueError.
         """

@@ -1,4 +1,4 @@
-"""The page of `launchers/chat.py`: what stands on it and what its buttons do.
+"""The web page of `launchers/chat.py`: its layout and what its buttons do. The only file that imports gradio.
 
 The conversation lives in a `gr.State` as an immutable `Dialogue`; the Chatbot only shows it. Text of users and of the
 model is shown as it is, never as HTML or Markdown. Files are served from one private folder and from nowhere else.
@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import gradio as gr
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from vlgpt.chat import files
 from vlgpt.chat.batching import Batcher, QueueFull, ShuttingDown
@@ -339,6 +341,45 @@ def refuse_addresses(component: Any) -> None:
 def escaped(text: str) -> str:
     """Text that a browser shows as it stands: tags and entities in it stay letters. `html.unescape` undoes it."""
     return re.sub(r"<(?=[a-zA-Z/!?])", "&lt;", re.sub(r"&(?=#|\w+;?)", "&amp;", text))
+
+
+class LocalFilesOnly:
+    """ASGI middleware: Gradio can fetch foreign addresses for a client; this page never does."""
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope.get("path", "").lower()
+        if scope["type"] == "http" and ("/proxy=" in path or "file=http" in path):
+            await send({"type": "http.response.start", "status": 403, "headers": []})
+            await send({"type": "http.response.body", "body": b"not allowed"})
+            return
+        await self.app(scope, receive, send)
+
+
+def launch(
+    page: Page, *, host: str, port: int | None, max_upload_mib: int, examples: Sequence[str]
+) -> gr.Blocks:
+    """Start to serve the page, in threads of its own."""
+    blocks = page.build(examples)
+    blocks.queue(max_size=64, default_concurrency_limit=8, api_open=False)
+    blocks.launch(
+        server_name=host,
+        server_port=port,
+        max_file_size=f"{max_upload_mib}mb",
+        app_kwargs={"middleware": [Middleware(LocalFilesOnly)]},
+        theme=theme(),
+        css=CSS,
+        footer_links=[],
+        share=False,
+        ssr_mode=False,
+        mcp_server=False,
+        enable_monitoring=False,
+        quiet=True,
+        prevent_thread_lock=True,
+    )
+    return blocks
 
 
 def theme() -> gr.Theme:
