@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 from collections.abc import Container, Sequence
 from pathlib import Path
@@ -35,6 +34,7 @@ from evaluation.responders import ModelResponder, OracleResponder, ShuffledRespo
 from vlgpt import seeds
 from vlgpt.errors import UserError, run_command
 from vlgpt.log import configure, get_logger
+from vlgpt.processes import Share, run_ranks
 
 PICTURE_KINDS = ("image", "reconstruction")
 
@@ -230,7 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     configure(rank=args.rank or 0)
     require_rank(args.rank, args.num_processes)
     if args.num_processes > 1 and args.rank is None:
-        return start_processes("evaluation.run", arguments, args.num_processes)
+        return run_ranks("evaluation.run", arguments, args.num_processes)
     benchmark = benchmarks.make(args.benchmark, prompt_file=args.prompts, **pairs(args.option, "--option"))
     examples = select(benchmark.examples(args.data), limit=args.limit, seed=args.seed)
     few_shot = FewShot(args.shots, args.seed, args.selection)
@@ -283,27 +283,8 @@ def _features(args: argparse.Namespace) -> Any:
 
 
 def require_rank(rank: int | None, num_processes: int) -> None:
-    """Raises UserError for a rank whose share nobody counts: it would be left out without a word."""
-    if not 0 <= (rank or 0) < num_processes:
-        raise UserError(
-            f"--rank must be between 0 and {num_processes - 1}, found {rank}; SLURM arrays start at 0, and "
-            "some tasks of N again are NUM_TASKS=N sbatch --array=3,5"
-        )
-
-
-def start_processes(module: str, arguments: Sequence[str], num_processes: int) -> int:
-    """Run the module once per rank on this machine; the worst exit code."""
-    commands = [
-        [sys.executable, "-m", module, *arguments, "--rank", str(rank)] for rank in range(num_processes)
-    ]
-    children = [subprocess.Popen(command) for command in commands]
-    try:
-        codes = [child.wait() for child in children]
-    finally:
-        for child in children:
-            if child.poll() is None:
-                child.terminate()
-    return max(codes, key=abs)
+    """Raises UserError for a rank that is not one of the processes: its share would be left out silently."""
+    Share(rank or 0, num_processes, flag="--rank")
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ from vlgpt.data.stream import (
     batches_of_worker,
 )
 from vlgpt.data.tally import Tally, Waits
-from vlgpt.data.workers import Board, WorkerGuard, WorkerPool
+from vlgpt.data.workers import WorkerGuard, WorkerPool
 from vlgpt.errors import UserError
 from vlgpt.log import get_logger
 from vlgpt.settings import DataSettings
@@ -221,7 +221,7 @@ class Loader:
             return Production(self.maker, batches, guard, count_targets=count_targets)
 
         if settings.num_workers == 0:
-            return produce(self.position, 0, WorkerGuard(Board(1), 0))
+            return produce(self.position, 0, WorkerGuard())
         return WorkerPool(
             produce,
             start=self.position,
