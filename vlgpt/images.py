@@ -11,13 +11,13 @@ import base64
 import io
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, cast
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_PIXELS = 50_000_000
@@ -350,3 +350,16 @@ def thumbnail(image: Image.Image, size_px: int) -> Image.Image:
 def data_uri(data: bytes, *, kind: Literal["png", "jpeg"] = "png") -> str:
     """The bytes of an image file as a `data:` address, for pages that load nothing."""
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def contact_sheet(columns: Mapping[str, Sequence[Image.Image]], *, min_cell_px: int = 128) -> Image.Image:
+    """Images of one size under the names of their columns; small ones are enlarged by a whole factor."""
+    size, count = next(iter(columns.values()))[0].width, len(next(iter(columns.values())))
+    cell, header = size * -(-min_cell_px // size), 16
+    sheet = Image.new("RGB", (cell * len(columns), header + cell * count), "white")
+    for column, (name, pictures) in enumerate(columns.items()):
+        ImageDraw.Draw(sheet).text((column * cell + 4, 2), name, fill="black")
+        for row, picture in enumerate(pictures):
+            enlarged = picture.resize((cell, cell), Image.Resampling.NEAREST)
+            sheet.paste(enlarged, (column * cell, header + row * cell))
+    return sheet
