@@ -97,10 +97,10 @@ def _train(options: TrainOptions, default_config: str, make_probe: MakeProbe | N
         sys.stderr.write(f"{settings.run_dir} is complete: nothing to do\n")
         return 0
     if missing := missing_inputs(settings):
+        is_demo = any(path.startswith("runs/demo/") for _, path in missing)
+        hint = "; `make demo` prepares everything the demo configurations read" if is_demo else ""
         names = ", ".join(f"{key} = {path}" for key, path in missing)
-        raise FileNotFoundError(
-            f"{names} does not exist: run the step that makes it first (docs/training.md)"
-        )
+        raise FileNotFoundError(f"{names} does not exist{hint}")
     probe = None
     if settings.validation.probes:
         if make_probe is None:

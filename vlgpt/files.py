@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import os
 import secrets
+import socket
 from pathlib import Path
 from typing import BinaryIO
 
@@ -81,3 +82,10 @@ def open_locked(path: Path) -> BinaryIO:
         except FileNotFoundError:
             pass
         file.close()
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nothing listens on now."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])

@@ -162,7 +162,8 @@ def base_weights(settings: DataSettings, sizes: Sequence[int]) -> np.ndarray:
         weights = np.where(weights > 0, weights, 0.0) ** (1.0 / settings.temperature) * (weights > 0)
     if not weights.sum() > 0:
         raise UserError("data.sources: every weight is 0; give at least one source a positive weight")
-    return weights / weights.sum()
+    normalised: np.ndarray = weights / weights.sum()
+    return normalised
 
 
 def quotas(weights: np.ndarray) -> np.ndarray:
@@ -177,7 +178,8 @@ def quotas(weights: np.ndarray) -> np.ndarray:
     remainder = exact - whole + ((whole == 0) & (weights > 0))
     rank = np.argsort(np.argsort(-remainder, axis=1, kind="stable"), axis=1, kind="stable")
     left = SLOTS - whole.sum(axis=1, keepdims=True)
-    return (whole + (rank < left)).astype(np.int64)
+    slots: np.ndarray = (whole + (rank < left)).astype(np.int64)
+    return slots
 
 
 def ramp_factors(ramps: Sequence[tuple[float, float]], shares: np.ndarray) -> np.ndarray:
@@ -261,7 +263,8 @@ class Mixture:
 
     def quota(self, window: int) -> np.ndarray:
         """Slots of each source in a window: -> (S,)."""
-        return self._ramp[window] if window < len(self._ramp) else self._full
+        slots: np.ndarray = self._ramp[window] if window < len(self._ramp) else self._full
+        return slots
 
     def draws_before(self, window: int, redrawn: Redrawn = ()) -> np.ndarray:
         """How often each source was drawn before a window: -> (S,)."""
@@ -269,7 +272,8 @@ class Mixture:
         # place of rejected ones shift the whole stream of their source behind them.
         num_ramp = len(self._ramp)
         late = max(window - num_ramp, 0) * self._full
-        return self._before[min(window, num_ramp)] + late + np.array(redrawn or 0)
+        before: np.ndarray = self._before[min(window, num_ramp)] + late + np.array(redrawn or 0)
+        return before
 
     def num_slots(self, window: int) -> int:
         return SLOTS

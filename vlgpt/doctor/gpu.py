@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,7 @@ import torch
 from vlgpt import seeds
 from vlgpt.doctor.lint import Finding
 from vlgpt.doctor.sample import Setting, new_batch, new_stage, plan_of
+from vlgpt.files import free_port
 from vlgpt.models.layers import flash_fault
 from vlgpt.planning.flops import count
 from vlgpt.planning.memory import Precision, activation_bytes
@@ -117,9 +117,7 @@ def check_training(setting: Setting, *, num_processes: int | None = None) -> Fin
 
 def _probe(folder: Path, mode: str, setting: Setting, num_processes: int) -> list[float]:
     """Run `vlgpt.doctor.probe` in every process; the losses of rank 0. Raises RuntimeError with its last line."""
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port = server.getsockname()[1]
+    port = str(free_port())
     shape = {"device": setting.device, "width": 64, "depth": 2, "mlp": 128, "num_heads": 4, "vocabulary": 320}
     shape |= {"attention": setting.attention, "rows": 2, "length": 96, "num_visual": 4}
     if setting.device == "cuda":  # head width 32 and more, as flash-attn wants it
@@ -128,7 +126,7 @@ def _probe(folder: Path, mode: str, setting: Setting, num_processes: int) -> lis
     processes = []
     for rank in range(num_processes):
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_processes)}
-        place |= {"LOCAL_SIZE": str(num_processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        place |= {"LOCAL_SIZE": str(num_processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         log = (folder / f"{mode}-{rank}.log").open("w")
         processes.append(subprocess.Popen(command, env={**os.environ, **place}, stdout=log, stderr=log))
     try:

@@ -121,7 +121,7 @@ def resume(
     """Load the newest good checkpoint on all ranks alike (collective); None when there is none.
 
     A checkpoint of another world size or ZeRO stage is converted on the way. Raises UserError when the frozen weights
-    differ from those the checkpoint was trained with, or when no checkpoint is whole.
+    differ from those that the checkpoint was trained with, or when no checkpoint is whole.
     """
     found = together.newest(root, engine)
     if found is None:
@@ -155,14 +155,10 @@ def load_elastic(engine: Engine, folder: Path, trained: dict[str, Tensor], world
     """Load partitions of another world size through DeepSpeed's universal format, kept only for the load.
 
     Frozen weights are not in it: they were loaded and checked by hash before. When the conversion fails, training goes
-    on from the fp32 weights with fresh optimizer moments, and says so.
+    on from the fp32 weights with fresh optimizer moments, and a warning says so.
     """
-    get_logger().warning(
-        "checkpoint %s was written by %d processes, this run has %d: converting it",
-        folder.name,
-        world_size,
-        engine.world_size,
-    )
+    message = "checkpoint %s was written by %d processes, this run has %d: converting it"
+    get_logger().warning(message, folder.name, world_size, engine.world_size)
     target = folder.with_name(f".{folder.name}_universal")
     failure = together.on_rank_0(engine, lambda: _convert(folder, target))
     if failure:
@@ -185,7 +181,7 @@ def _convert(folder: Path, target: Path) -> str:
 
 
 def load_weights_only(engine: Engine, trained: dict[str, Tensor], why: str) -> None:
-    """The loud fallback: fp32 weights as they were, fresh optimizer moments."""
+    """The fallback, with a warning: fp32 weights as they were, fresh optimizer moments."""
     get_logger().warning("WEIGHTS ONLY, optimizer moments start from zero: %s", why)
     engine.load_weights(trained)
 

@@ -57,7 +57,7 @@ class TrainingStopped(RuntimeError):
 
 @dataclass
 class RunState:
-    """What changes while a run goes on."""
+    """What changes during a run."""
 
     step: int = 0
     num_skipped: int = 0
@@ -85,7 +85,7 @@ class Run:
 
 
 class Intake:
-    """The micro-batches of one step as they come from `Engine.feed`; keeps what they held, but not them."""
+    """The micro-batches of one step as they come from `Engine.feed`. Keeps their `Content`, not the batches."""
 
     def __init__(self, feed: Iterator[tuple[Any, Any]], num_batches: int):
         self._feed, self._num_batches = feed, num_batches
@@ -153,15 +153,16 @@ def train_step(
 ) -> tuple[StepResult, dict[str, Tensor]]:
     """One optimizer step: sums of losses divided by the global number of targets.
 
-    `micro_batches` come as pairs from `Engine.feed`, their `targets` known before; or as batches that are all there.
-    The count runs over ranks and micro-batches, so the result depends on neither. `world_size * accumulation` undoes
-    DeepSpeed's two means. Returns the outcome and, per term, (2, num_sources) sums and counts of this rank.
+    `micro_batches` are pairs from `Engine.feed` when their `targets` are given, else batches. Returns the outcome and,
+    per term, (2, num_sources) sums and counts of this rank.
     """
     stage: Stage = engine.stage
     if targets is None:
         micro_batches = list(micro_batches)
         targets = [stage.count_targets(batch) for batch in micro_batches]
         micro_batches = engine.feed(micro_batches)
+    # A mean per micro-batch would weigh a target by how few others its micro-batch holds. Sums divided by the count over
+    # ranks and micro-batches depend on neither. The factor undoes DeepSpeed's means over both.
     counts = global_counts(engine, targets)
     undo_means = engine.world_size * len(targets)
     engine.set_learning_rate(rate)
@@ -215,10 +216,7 @@ def after_skip(run: Run, state: RunState, result: StepResult, contents: Iterable
 def roll_back_after_spike(
     run: Run, state: RunState, losses: dict[str, Tensor], contents: Iterable[Any]
 ) -> bool:
-    """Note a loss far above its moving mean; if asked for, load the newest commit and leave out the data since then.
-
-    The data plan is a pure function of its position, so the run simply goes on behind the offending window.
-    """
+    """Log a loss far above its moving mean; if asked for, load the newest commit and skip the data since then."""
     assert state.spikes is not None
     settings = run.settings.faults
     if settings.spike_sigma == 0 or not losses:
@@ -240,6 +238,8 @@ def roll_back_after_spike(
     resumed = checkpoint.resume(run.engine, root, facts=run.facts, observers=run.observers)
     if resumed is None:
         return False
+    # Weights go back, the data position does not: the data are a pure function of it, so the run goes on behind the
+    # batches that made the spike.
     run.loader.load_state_dict(position)
     state.num_rollbacks += 1
     state.step = resumed.step
@@ -294,7 +294,7 @@ def _ratio(total: float, count: float) -> float | None:
 
 
 def write_validation(run: Run, step: int) -> None:
-    """Held-out losses; the loop knows nothing of what is measured."""
+    """Held-out losses and whatever else `run.validate` measures."""
     assert run.validate is not None
     with run.engine.evaluation():
         values = run.validate(step, partial(run.observers.heartbeat, step))

@@ -2,8 +2,9 @@
 
 Order of a save: room is made -> every rank writes -> every rank fsyncs its files and writes `rank_R.json` (names,
 sizes, hashes) -> rank 0 checks that all manifests are there and writes `COMMITTED.json` by temporary file, fsync and
-rename -> old tags are deleted last. The processes meet between the steps and tell each other what failed.
-No deepspeed and no torch here, so that two real processes can be killed a hundred times in a test.
+rename -> old tags are deleted last. So at any moment of a kill there is an old commit that is whole, a new one that is
+whole, or both. The processes meet between the steps and tell each other what failed. No deepspeed and no torch here,
+so that a test can kill two real processes a hundred times.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 from vlgpt import commits
 from vlgpt.errors import UserError
@@ -28,7 +29,7 @@ class Group(Protocol):
     def rank(self) -> int: ...
     @property
     def world_size(self) -> int: ...
-    def gather_objects(self, value: Any) -> list[Any]:
+    def gather_objects(self, value: T) -> list[T]:
         """One JSON-like value per rank, on every rank. Raises when a process is lost."""
 
 
@@ -37,22 +38,22 @@ class Alone:
 
     rank, world_size = 0, 1
 
-    def gather_objects(self, value: Any) -> list[Any]:
+    def gather_objects(self, value: T) -> list[T]:
         return [value]
 
 
 def on_rank_0(group: Group, action: Callable[[], T]) -> T:
     """Run something on rank 0 and give its JSON-like value to all; an OSError there is raised on all ranks."""
-    value: Any = None
+    outcome: tuple[T | None, str] = (None, "")
     if group.rank == 0:
         try:
-            value = {"value": action()}
+            outcome = action(), ""
         except OSError as error:
-            value = {"error": str(error)}
-    value = group.gather_objects(value)[0]
-    if "error" in value:
-        raise OSError(value["error"])
-    return value["value"]
+            outcome = None, str(error) or "an OSError without a message"
+    value, failure = group.gather_objects(outcome)[0]
+    if failure:
+        raise OSError(failure)
+    return cast(T, value)
 
 
 # -------------------------------------------------------------------------------------------------------------- saving
@@ -138,7 +139,7 @@ class Found:
 def newest(root: Path, group: Group | None = None) -> Found | None:
     """Newest checkpoint that verifies (collective: the ranks share the work); None when there is none at all.
 
-    Raises UserError on all ranks when checkpoints are there but none is good: starting anew would waste the run.
+    Raises UserError on all ranks when checkpoints are there but none is good: starting over would lose the run.
     """
     group = group or Alone()
     skipped: list[tuple[str, str]] = []
