@@ -2,10 +2,10 @@
 
     OMP_NUM_THREADS=1 python benchmarks/checkpoints.py [--width 512] [--depth 8] [--repeats 3]
 
-A random LLaMA with its frozen image tokenizer, once wholly trained and once under LoRA, one process, ZeRO-2. The
-saves take turns and the best of `--repeats` counts. `bound` is (p + 16) bytes per trained parameter, p being the bytes
-of the training precision: nothing that can be resumed exactly is smaller than fp32 masters, two moments, the
-weights in training precision and the fp32 weights file. Then: the time to the first batch after a resume, by position.
+A random LLaMA with its frozen image tokenizer, once wholly trained and once under LoRA, one process, ZeRO-2. The saves
+take turns and the best of `--repeats` counts. `bound` is (p + 16) bytes per trained parameter, p being the bytes of the
+training precision: nothing that can be resumed exactly is smaller than fp32 masters, two moments, the weights in
+training precision and the fp32 weights file. Then: the time to the first batch after a resume, by position.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """How each library reads the same tars: raw samples, or finished batches of 32 made by the same decoder.
 
-A contender is a function (folder, decode) -> endless iterator. `decode` maps (encoded picture, caption) to what is
-batched; None asks for raw samples. Each library is used as its own documentation does, in one process, shuffled as
-far as it can shuffle a stream. Where a library cannot read tars, its own format is written from them first.
+A contender is a function (folder, decode) -> endless iterator. `decode` maps (encoded image, caption) to what is
+batched; None asks for raw samples. Each library is used as its own documentation does, in one process, shuffled as far
+as it can shuffle a stream. Where a library cannot read tars, its own format is written from them first.
 """
 
 from __future__ import annotations
@@ -198,7 +198,7 @@ def tarfile_stream(folder: Path, decode: Decode | None) -> Stream:
 
 
 def members(folder: Path) -> Iterator[tuple[bytes, bytes]]:
-    """(picture, caption) of every sample of every tar, in order."""
+    """(image, caption) of every sample of every tar, in order."""
     for tar in tars_of(folder):
         with tarfile.open(tar) as archive:
             fields: dict[str, bytes] = {}

@@ -1,4 +1,4 @@
-"""A page to talk with a model: text and pictures, both ways.
+"""A page to talk with a model: text and images, both ways.
 
 python launchers/chat.py [--model runs/demo/finetune/result] [--port 7860]
 """

@@ -84,8 +84,8 @@ class ImageInput:
 class Batch:
     """Packed token rows. B rows, L positions, M images, N visual embeddings per image.
 
-    `is_target` marks the position whose own content is predicted from the position before; the shift by one happens
-    in `models/losses.py` and nowhere else. Segment 0 is padding; attention never crosses segments.
+    `is_target` marks the position whose own content is predicted from the position before; the shift by one happens in
+    `models/losses.py` and nowhere else. Segment 0 is padding; attention never crosses segments.
     """
 
     token_ids: Tensor  # (B, L) int64; visual positions hold a placeholder
@@ -189,8 +189,9 @@ class ConditionBatch:
 class LossTerm(NamedTuple):
     """A sum over targets, never a mean: the loop divides by the count over all ranks and micro-batches.
 
-    `count` must equal what the stage's `count_targets` gives for the same batch. `by_source` holds per-source
-    (sum, count) pairs for the log, `(2, num_sources)`, detached.
+    `count` must equal what the stage's `count_targets` gives for the same batch. `by_source` holds per-source (sum,
+    count) pairs for the log, `(2, num_sources)`, detached.
+
 
     """
 

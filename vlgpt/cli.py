@@ -147,7 +147,7 @@ class GenerateOptions(ReplyOptions):
 
 
 def read_prompt(text: str, num_images: int, *, is_chat: bool) -> Document:
-    """`<image>` marks where images stand; without marks they all come first. Raises UserError when counts differ."""
+    """`<image>` marks the place of an image, without marks all come first. Raises UserError when counts differ."""
     from vlgpt.chat.dialogue import split_marks
 
     role: Role = "user" if is_chat else "plain"
@@ -161,7 +161,7 @@ def read_prompt(text: str, num_images: int, *, is_chat: bool) -> Document:
 
 
 def generate(options: GenerateOptions) -> int:
-    """Reply to one prompt: JSON on stdout, pictures as PNG files that carry the prompt."""
+    """Reply to one prompt: JSON on stdout, images as PNG files that carry the prompt."""
     from PIL.PngImagePlugin import PngInfo
 
     from vlgpt.decoding.api import Prompt
@@ -226,7 +226,7 @@ class ReconstructOptions(ModelOptions):
 
 
 def reconstruct(options: ReconstructOptions) -> int:
-    """Pictures through the image tokenizer and back: a contact sheet of original, both, z_v only, z_t only."""
+    """Images through the image tokenizer and back: a contact sheet of original, both, z_v only, z_t only."""
     from vlgpt.decoding.generator import Conditions, Generator, to_pictures
     from vlgpt.decoding.prompts import square_pixels
     from vlgpt.images import contact_sheet
@@ -249,7 +249,7 @@ def reconstruct(options: ReconstructOptions) -> int:
 
 
 def chat(options: ReplyOptions) -> int:
-    """Talk with a model in the terminal, with pictures on both sides; /help inside lists the commands."""
+    """Talk with a model in the terminal, with images on both sides; /help inside lists the commands."""
     from vlgpt.chat.reply import ReplySettings
     from vlgpt.chat.terminal import Terminal
     from vlgpt.decoding.generator import Generator
@@ -286,7 +286,7 @@ class PageOptions(ModelOptions):
 
 
 def launch_chat(argv: Sequence[str] | None = None) -> int:
-    """A page to talk with a model: text and pictures, both ways. Serves until interrupted."""
+    """A page to talk with a model: text and images, both ways. Serves until interrupted."""
     about = (launch_chat.__doc__ or "").partition(" Serves")[0]
     log.configure()
     return run_command(
@@ -338,7 +338,7 @@ class ServeOptions(ModelOptions):
 
 
 def serve(options: ServeOptions) -> int:
-    """Serve a model over HTTP: OpenAI-style chat completions with pictures, /health, /metrics, /v1/models."""
+    """Serve a model over HTTP: OpenAI-style chat completions with images, /health, /metrics, /v1/models."""
     from vlgpt.decoding.generator import Generator
 
     try:

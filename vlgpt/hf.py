@@ -131,7 +131,7 @@ class VLGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     @cached_property
     def _read_images(self) -> ImageReader:
-        """The encoder is loaded when the first picture comes; it is no part of this model's weights."""
+        """The encoder is loaded when the first image comes; it is no part of this model's weights."""
         encoder = load_encoder(self.folder, self.config.unified().image_encoder)
         return ImageReader(
             image_tokenizer=self.image_tokenizer, encoder=None if encoder is None else encoder.to(self.device)
@@ -342,7 +342,7 @@ def rows_of(
 
 
 class VLGPTProcessor(ProcessorMixin):
-    """Documents and pictures -> `input_ids`, `attention_mask` (padded on the left), `pixel_values`."""
+    """Documents and images -> `input_ids`, `attention_mask` (padded on the left), `pixel_values`."""
 
     def __init__(
         self,

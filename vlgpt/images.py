@@ -47,8 +47,8 @@ def decode_image(
 ) -> Image.Image:
     """Decode one image to RGB, upright, without metadata; of an animation the first frame.
 
-    `min_size_px` lets a large JPEG be decoded at 1/2, 1/4 or 1/8 size as long as its shorter side stays at
-    least that long. `fast` uses simplejpeg for JPEG when it is installed.
+    `min_size_px` lets a large JPEG be decoded at 1/2, 1/4 or 1/8 size as long as its shorter side stays at least that
+    long. `fast` uses simplejpeg for JPEG when it is installed.
 
     Raises BadImage with the reason `empty`, `not_an_image`, `too_many_pixels`, `too_wide`, `truncated` or
     `undecodable`.
@@ -155,9 +155,8 @@ def _check_size(size: tuple[int, int], max_pixels: int) -> None:
 
 
 def _webp_size(data: bytes) -> tuple[int, int]:
-    """The size that a WEBP claims, (0, 0) for other files. Pillow allocates two images of that size when it
-    opens the file: too late to refuse it.
-    """
+    """The size that a WEBP claims, (0, 0) for other files."""
+    # Pillow allocates two images of that size when it opens the file: too late to refuse it.
     if data[:4] != b"RIFF" or data[8:12] != b"WEBP" or len(data) < 30:
         return 0, 0
     if data[12:16] == b"VP8X":
@@ -192,9 +191,8 @@ def _draft_size(size: tuple[int, int], min_size_px: int) -> tuple[int, int]:
 
 
 def _fast_eighths(shorter: int, min_size_px: int) -> int:
-    """The smallest of 1/8, 2/8, 4/8 and 8/8 that keeps `min_size_px`. libjpeg-turbo could also do 3/8, 5/8 and so on,
-    but without vector instructions: 5/8 takes longer than the whole image.
-    """
+    """The smallest of 1/8, 2/8, 4/8 and 8/8 that keeps `min_size_px`."""
+    # libjpeg-turbo could also do 3/8, 5/8 and so on, but without vector instructions: 5/8 takes longer than 8/8.
     return next((eighths for eighths in (1, 2, 4) if -(-shorter * eighths // 8) >= min_size_px), 8)
 
 

@@ -1,4 +1,4 @@
-"""A conversation as files: dialogue.json, its pictures as PNG, and the embeddings of drawn ones."""
+"""A conversation as files: dialogue.json, its images as PNG, and the embeddings of drawn ones."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class TextRecord(_Strict):
 
 
 class PictureRecord(_Strict):
-    """A picture; `is_drawn` says that its embeddings are stored under the file's name."""
+    """An image; `is_drawn` says that its embeddings are stored under the file's name."""
 
     type: Literal["picture"] = "picture"
     file: str = Field(pattern=r"^[a-z0-9-]+\.png$")
@@ -49,7 +49,7 @@ class TurnRecord(_Strict):
 
 
 class DialogueRecord(_Strict):
-    """dialogue.json. `info` is free: model name and settings of whoever saved it."""
+    """dialogue.json. `info` is free: model name and settings of the program that saved it."""
 
     format: Literal["vlgpt-dialogue-1"] = "vlgpt-dialogue-1"
     info: dict[str, Any] = {}

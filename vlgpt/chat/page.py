@@ -56,7 +56,7 @@ EMPTY: dict[str, Any] = {"text": "", "files": []}
 
 
 class Page:
-    """Builds the page. `pictures` is the private folder that pictures and exports are served from."""
+    """Builds the page. `pictures` is the private folder that images and exports are served from."""
 
     def __init__(self, batcher: Batcher, *, model_name: str, pictures: Path, max_new_tokens: int = 256):
         self.batcher, self.model_name, self.pictures = batcher, model_name, pictures
@@ -78,7 +78,7 @@ class Page:
         return {"path": str(self._file_of(item)), "alt_text": "picture"}
 
     def _file_of(self, picture: Picture) -> Path:
-        """A PNG without metadata in the private folder; its name is the hash of the picture."""
+        """A PNG without metadata in the private folder; its name is the hash of the image."""
         path = self.pictures / f"{hashlib.sha256(picture.data).hexdigest()[:32]}.png"
         if not path.exists():
             image = picture.image
@@ -339,7 +339,7 @@ def refuse_addresses(component: Any) -> None:
 
 
 def escaped(text: str) -> str:
-    """Text that a browser shows as it stands: tags and entities in it stay letters. `html.unescape` undoes it."""
+    """Text that a browser shows unchanged: tags and entities in it stay letters. `html.unescape` undoes it."""
     return re.sub(r"<(?=[a-zA-Z/!?])", "&lt;", re.sub(r"&(?=#|\w+;?)", "&amp;", text))
 
 

@@ -1,7 +1,7 @@
 """The next batches of a run as the model will see them: every position with role, segment, target and loss weight.
 
 Tokens, targets and segments are read from the very `Batch` that training would get; the documents are only asked for
-what a batch does not hold, the roles and the pictures, and both must agree.
+what a batch does not hold, the roles and the images, and both must agree.
 """
 
 from __future__ import annotations
@@ -101,8 +101,8 @@ def inspect(
 ) -> Inspection:
     """The next batches of this loader from its position; the position stays.
 
-    Warns of batches without a target, of rows in which more than `masked_share` of the filled positions are no
-    targets, of images left out, of documents cut, and of bad samples. Raises UserError as the loader does.
+    Warns of batches without a target, of rows in which more than `masked_share` of the filled positions are no targets,
+    of images left out, of documents cut, and of bad samples. Raises UserError as the loader does.
     """
     found, position = Inspection(), loader.position
     guard = WorkerGuard()
@@ -153,7 +153,7 @@ Found = tuple[str, str, list[Span], tuple["Image.Image | None", ...], str]
 
 
 def _documents(loader: Loader, row: Position) -> Iterator[Found]:
-    """(source, key, spans, pictures, note) of every document of a row that can be read, as the batch has it."""
+    """(source, key, spans, images, note) of every document of a row that can be read, as the batch has it."""
     maker = loader.maker
     assert isinstance(maker, RowMaker)
     for place in maker.places(row):

@@ -86,7 +86,7 @@ def _plain(text: str) -> str:
 
 
 def _blocks(image: Image.Image | None) -> list[str]:
-    """A small picture of half blocks in 24-bit colour."""
+    """A small image of half blocks in 24-bit colour."""
     if image is None:
         return []
     width = TERMINAL_IMAGE_COLUMNS

@@ -9,8 +9,8 @@ A trainer that accumulates asks `loader.targets(num_micro_batches)` first: the t
 its images is decoded. Then it takes one micro-batch after the other, so no step holds all of its images.
 
 The order of samples is a pure function of (seed, data, position), see `mixture.py`. The state is a small JSON; it
-resumes at any number of ranks, workers and rows per batch, in a time that does not depend on the position. Every
-source gives exactly its share of the accepted sequences; samples that cannot be read leave holes.
+resumes at any number of ranks, workers and rows per batch, in a time that does not depend on the position. Every source
+gives exactly its share of the accepted sequences; samples that cannot be read leave holes.
 """
 
 from __future__ import annotations
@@ -298,8 +298,6 @@ class Loader:
             )
 
     def statistics(self) -> dict[str, Any]:
-        """Counts of this rank since the loader was made: samples, mixture, tokens and padding share, bad and rejected
-        samples by source and reason, time waited for data, planning time per window.
-        """
+        """Counts of this rank since the loader was made, time waited for data, planning time per window."""
         skipped = {source.name: source.shards.skipped for source in self.sources if source.shards.skipped}
         return {**self._tally.statistics(), "skipped": skipped, **self._waits.statistics()}

@@ -137,8 +137,8 @@ class SourceOrder:
     def _locate_in_epoch(self, epoch: int, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         order, starts = self._shards(epoch)
         block_starts = np.append(starts[:-1][:: self._block], starts[-1])
-        # A place in the epoch lies in a block of shards. Inside it the samples of all its shards are permuted together;
-        # the permuted place then lies in one shard. Both searches are logarithmic in the number of shards.
+        # A place in the epoch belongs to a block of shards. Inside it the samples of all its shards are permuted
+        # together; the permuted place then belongs to one shard. Both searches are logarithmic in the number of shards.
         blocks = np.searchsorted(block_starts, places, side="right") - 1
         for block in np.unique(blocks):
             start, size = block_starts[block], int(block_starts[block + 1] - block_starts[block])

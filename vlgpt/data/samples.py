@@ -1,6 +1,4 @@
-"""One slot of the stream -> one loaded sample, ready for the collator. Everything that can be bad is bad
-here.
-"""
+"""One slot of the stream -> one loaded sample, ready for the collator. Everything that can be bad is bad here."""
 
 from __future__ import annotations
 
@@ -25,7 +23,7 @@ from vlgpt.tokens import TokenSequence
 
 @dataclass(frozen=True)
 class Place:
-    """Where a sample lies, and the key of the random choices made for it."""
+    """Where a sample is stored, and the key of the random choices made for it."""
 
     source: int
     shard: int
@@ -35,9 +33,7 @@ class Place:
 
 @dataclass(frozen=True)
 class LoadedSequence:
-    """A rendered document with its images `(m, ...)` in reading order (None without images, or before they are
-    read).
-    """
+    """A rendered document with its images `(m, ...)` in reading order; None without images, or before they are read."""
 
     document: str
     source: int
@@ -48,9 +44,7 @@ class LoadedSequence:
 
 @dataclass(frozen=True)
 class LoadedCondition:
-    """One image with its caption and what else the stage asked for; arrays without the batch dimension (none before
-    they are read).
-    """
+    """One image with its caption, and the arrays that the stage asked for, without batch dimension ({} at first)."""
 
     document: str
     source: int
@@ -72,8 +66,8 @@ def image_kind(settings: DataSettings) -> ImageKind | None:
 class SequenceLoader:
     """Loads the slots of packed rows.
 
-    Raises UserError when the data has images but the settings say neither which feature to read nor
-    `pixels`, or when stored visual embeddings do not have N per image.
+    Raises UserError when the data has images but the settings say neither which feature to read nor `pixels`, or when
+    stored visual embeddings do not have N per image.
     """
 
     def __init__(
@@ -85,15 +79,13 @@ class SequenceLoader:
         self._dtype = feature_dtype(sources, str(self.kind)) if is_feature else np.dtype(np.uint8)
         if self.kind is None and (named := [source.name for source in sources if source.has_images]):
             raise UserError(
-                f"source {named[0]!r} has images, but nothing says how to read them; add visual or patches "
-                f"to "
+                f"source {named[0]!r} has images, but nothing says how to read them; add visual or patches to "
                 "data.features, or set data.pixels to true"
             )
         for source in sources:
             if self.kind == "visual" and (spec := source.features["visual"].spec).shape[0] != self.num_visual:
                 raise UserError(
-                    f"source {source.name!r} stores {spec.shape[0]} visual embeddings per image, the model "
-                    f"has "
+                    f"source {source.name!r} stores {spec.shape[0]} visual embeddings per image, the model has "
                     f"{self.num_visual}; run python -m data_prep.features with this tokenizer"
                 )
 
@@ -158,9 +150,8 @@ def chosen_image(document: Document, draws: Draws) -> int:
 class ConditionLoader:
     """Loads samples of the image stages: an image, its caption, its features.
 
-    Inputs (`patches`) are a random one of the stored views; targets (`image_condition`) are always view 0,
-    the picture as it is. A document with several images gives one of them, without text: its text is about
-    all of them.
+    Inputs (`patches`) are a random one of the stored views; targets (`image_condition`) are always view 0, the image as
+    it is. A document with several images gives one of them, without text: its text is about all of them.
     """
 
     def __init__(self, sources: Sequence[OpenSource], *, settings: DataSettings):

@@ -132,8 +132,8 @@ def prompt_length(document: Document, *, tokenizer: DocumentTokenizer) -> int:
 def trim_to_length(prompt: Prompt, *, tokenizer: DocumentTokenizer, max_length: int) -> Prompt:
     """Drop the oldest exchanges of a chat until it fits `max_length` positions; warns when any are dropped.
 
-    An exchange is what the user says and the replies to it. Raises UserError when the last one alone is too
-    long, or a document that is no chat.
+    An exchange is what the user says and the replies to it. Raises UserError when the last one alone is too long, or a
+    document that is no chat.
     """
     exchanges = _exchanges(prompt.document.parts)
 

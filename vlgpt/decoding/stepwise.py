@@ -80,9 +80,9 @@ class TokenChooser:
 class TextStreams:
     """Tells a listener about new text and finished images, in reading order.
 
-    Text is held back while it ends in half a character, in white space (the reply's text is stripped), or in
-    the beginning of a stop string or of the closing string of a turn. The pieces of a reply, a space put
-    between two of its text parts, add up to `Reply.text`.
+    Text is held back while it ends in half a character, in white space (the reply's text is stripped), or in the
+    beginning of a stop string or of the closing string of a turn. The pieces of a reply, a space put between two of its
+    text parts, add up to `Reply.text`.
     """
 
     def __init__(self, *, rules: ReplyRules, listener: Listener):

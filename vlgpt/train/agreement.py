@@ -23,8 +23,8 @@ POLL_S = 0.1
 def join_ranks(facts: Mapping[str, Any], *, timeout_s: float) -> tuple[Store, int, int]:
     """Meet the other processes at MASTER_ADDR:MASTER_PORT and compare `facts`: -> store, rank, world size.
 
-    A rank that finds a contradiction tells the others at once; only late processes are waited for, `timeout_s`.
-    Raises UserError for a rank outside the world, a rank taken twice, or facts that differ, naming them.
+    A rank that finds a contradiction tells the others at once; only late processes are waited for, `timeout_s`. Raises
+    UserError for a rank outside the world, a rank taken twice, or facts that differ, naming them.
     """
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if not 0 <= rank < world_size:

@@ -161,8 +161,8 @@ def train_step(
         micro_batches = list(micro_batches)
         targets = [stage.count_targets(batch) for batch in micro_batches]
         micro_batches = engine.feed(micro_batches)
-    # A mean per micro-batch would weigh a target by how few others its micro-batch holds. Sums divided by the count over
-    # ranks and micro-batches depend on neither. The factor undoes DeepSpeed's means over both.
+    # A mean per micro-batch would weigh a target by how few others its micro-batch holds. Sums divided by the count
+    # over ranks and micro-batches depend on neither. The factor undoes DeepSpeed's means over both.
     counts = global_counts(engine, targets)
     undo_means = engine.world_size * len(targets)
     engine.set_learning_rate(rate)

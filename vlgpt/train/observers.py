@@ -110,8 +110,8 @@ class Observers(Observer):
 class Watchdog(Observer):
     """Ends the process with exit code 72 when no sign of life comes for `timeout_s`.
 
-    A lost rank leaves the others inside a collective that may never return (NCCL), where no exception can be raised.
-    So a thread watches the time and ends the process, and the launcher can restart the run. `folder` gets
+    A lost rank leaves the others inside a collective that may never return (NCCL), where no exception can be raised. So
+    a thread watches the time and ends the process, and the launcher can restart the run. `folder` gets
     `heartbeat_rank_R.json` (step and time of the last sign of life) and, on a hang, `stacks_rank_R.txt`.
     """
 

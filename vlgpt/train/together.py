@@ -3,8 +3,8 @@
 Order of a save: room is made -> every rank writes -> every rank fsyncs its files and writes `rank_R.json` (names,
 sizes, hashes) -> rank 0 checks that all manifests are there and writes `COMMITTED.json` by temporary file, fsync and
 rename -> old tags are deleted last. So at any moment of a kill there is an old commit that is whole, a new one that is
-whole, or both. The processes meet between the steps and tell each other what failed. No deepspeed and no torch here,
-so that a test can kill two real processes a hundred times.
+whole, or both. The processes meet between the steps and tell each other what failed. No deepspeed and no torch here, so
+that a test can kill two real processes a hundred times.
 """
 
 from __future__ import annotations
