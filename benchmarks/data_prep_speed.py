@@ -30,8 +30,8 @@ from PIL import Image
 from data_prep.build import build
 from data_prep.check import check_folder
 from data_prep.filters import FilterSettings
+from data_prep.images import ImageSettings
 from data_prep.job import Job, ShardBuilder, claim_folder
-from data_prep.pictures import PictureSettings
 from data_prep.sources import Record, Source
 from data_prep.sources.images import ImagesSource
 from vlgpt.document import Document, ImagePart, TextPart
@@ -65,7 +65,7 @@ def job_of(output: Path, source: Source, *, shard_size: int, **pictures: bool) -
         source_name="speed",
         source_options={},
         inputs=(),
-        pictures=PictureSettings(**pictures),
+        images=ImageSettings(**pictures),
         filters=FilterSettings(),
         shard_size=shard_size,
     )

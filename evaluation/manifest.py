@@ -16,6 +16,7 @@ from typing import Any
 from evaluation.core import Benchmark, Decoding, Example, ImageSource, Responder
 from evaluation.prompts import PromptTemplate
 from vlgpt.errors import UserError
+from vlgpt.files import hash_stream
 
 PACKAGES = (
     "vlgpt",
@@ -28,7 +29,6 @@ PACKAGES = (
     "nltk",
     "easy-vqa",
 )
-CHUNK_BYTES = 1 << 22
 PROTOCOL_KEYS = (
     "benchmark",
     "split",
@@ -50,8 +50,7 @@ def export_hash(export: Path) -> str:
     for path in sorted(path for path in export.rglob("*") if path.is_file() and path.name != "README.md"):
         digest.update(f"{path.relative_to(export).as_posix()}\0{path.stat().st_size}\0".encode())
         with path.open("rb") as file:
-            while chunk := file.read(CHUNK_BYTES):
-                digest.update(chunk)
+            hash_stream(file, digest)
     return digest.hexdigest()
 
 

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import secrets
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +21,7 @@ from PIL import Image
 from evaluation.core import Prediction, png_bytes
 from vlgpt import seeds
 from vlgpt.errors import UserError
+from vlgpt.files import write_atomic
 
 SHOWN_IDS = 10
 
@@ -62,9 +61,7 @@ def save_image(folder: Path, id: str, image: Image.Image) -> str:
     name = id if is_plain else hashlib.blake2b(id.encode(), digest_size=12).hexdigest()
     path = folder / "images" / f"{name}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
-    temporary.write_bytes(png_bytes(image))
-    os.replace(temporary, path)
+    write_atomic(path, png_bytes(image))
     return path.relative_to(folder).as_posix()
 
 
@@ -115,9 +112,7 @@ def merge(folder: Path, ids: Sequence[str]) -> Path | None:
     if any(id not in found for id in ids):
         return None
     path = folder / "predictions.jsonl"
-    temporary = folder / f".predictions.{secrets.token_hex(6)}"
-    temporary.write_text("".join(to_line(found[id]) for id in ids), encoding="utf-8")
-    os.replace(temporary, path)
+    write_atomic(path, "".join(to_line(found[id]) for id in ids))
     return path
 
 
