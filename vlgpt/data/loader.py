@@ -16,7 +16,7 @@ gives exactly its share of the accepted sequences; samples that cannot be read l
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +27,7 @@ from vlgpt.data.mixture import SLOTS, count_windows
 from vlgpt.data.packing import Packer, mean_length
 from vlgpt.data.samples import ConditionLoader, Place, SequenceLoader
 from vlgpt.data.sources import feature_specs, make_orders, make_plan, open_sources
-from vlgpt.data.state import UNDRAWN_SCHEMA, check_state, make_state, position_of
+from vlgpt.data.state import UNDRAWN_SCHEMA, LoaderState, check_state, make_state, position_of
 from vlgpt.data.stream import (
     BadRecord,
     ConditionMaker,
@@ -259,7 +259,7 @@ class Loader:
         for _ in range(num_micro_batches):
             self.position = self._delivered.popleft()
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> LoaderState:
         """JSON of the position consumed by the trainer, equal on all ranks."""
         return make_state(
             self.settings,
@@ -271,7 +271,7 @@ class Loader:
             total_windows=self._total_windows,
         )
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go to the position of a saved state; the next iteration starts there.
 
         Raises UserError that names what changed, when it decides the order (the data, a setting, a law), unless
