@@ -301,7 +301,7 @@ def _serve_page(options: PageOptions) -> int:
     os.environ["GRADIO_TEMP_DIR"] = str(folder)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     try:
-        from vlgpt.chat.page import Page, launch
+        from vlgpt.chat.page import ChatPage, launch
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is not installed: pip install 'vlgpt[chat]'") from error
     from vlgpt.chat.batching import Batcher
@@ -309,7 +309,7 @@ def _serve_page(options: PageOptions) -> int:
 
     batcher = Batcher(Generator.load(options.model, device=options.device))
     name = options.model.as_posix()
-    page = Page(batcher, model_name=name, pictures=folder, max_new_tokens=options.max_new_tokens)
+    page = ChatPage(batcher, model_name=name, pictures=folder, max_new_tokens=options.max_new_tokens)
     blocks = launch(
         page,
         host=options.host,

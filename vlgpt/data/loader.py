@@ -29,13 +29,13 @@ from vlgpt.data.samples import ConditionLoader, Place, SequenceLoader
 from vlgpt.data.sources import feature_specs, make_orders, make_plan, open_sources
 from vlgpt.data.state import UNDRAWN_SCHEMA, LoaderState, check_state, make_state, position_of
 from vlgpt.data.stream import (
-    BadRecord,
     ConditionMaker,
     CountTargets,
     Maker,
     Position,
     Production,
     RowMaker,
+    SkippedSample,
     Targets,
     batches_of_worker,
 )
@@ -238,7 +238,7 @@ class Loader:
     def _on_death(self, worker: int, place: Place | None) -> None:
         if place is not None:
             bad = self.sources[place.source].bad("killed_worker", place.shard, place.sample)
-            self._tally.quarantine(BadRecord(place.source, bad.reason, bad.key, bad.shard))
+            self._tally.quarantine(SkippedSample(place.source, bad.reason, bad.key, bad.shard))
             get_logger(__name__).error("data worker %d died while reading %s", worker, bad)
 
     def close(self) -> None:

@@ -53,7 +53,7 @@ class Position(NamedTuple):
 
 
 @dataclass(frozen=True)
-class BadRecord:
+class SkippedSample:
     """One sample that could not be used."""
 
     source: int
@@ -67,7 +67,7 @@ class Report:
     """What happened while a batch was made. Sums over ranks and workers count everything exactly once."""
 
     # (source, None = good), in order
-    outcomes: list[tuple[int, BadRecord | None]] = field(default_factory=list)
+    outcomes: list[tuple[int, SkippedSample | None]] = field(default_factory=list)
     # source -> positions filled
     tokens: Counter[int] = field(default_factory=Counter)
     # positions of the rows, padding included; 0 without packing
@@ -83,7 +83,7 @@ class Report:
 class Draft:
     """A batch before its images are read: the samples of every row, each with its place, or what is bad about it."""
 
-    rows: list[list[tuple[Place, Any] | BadRecord]]
+    rows: list[list[tuple[Place, Any] | SkippedSample]]
     report: Report
 
 
@@ -146,7 +146,7 @@ class Maker(ABC):
 
     def without_images(self, draft: Draft) -> Batch | ConditionBatch:
         """The batch as far as its texts say."""
-        rows = [[sample[1] for sample in row if not isinstance(sample, BadRecord)] for row in draft.rows]
+        rows = [[sample[1] for sample in row if not isinstance(sample, SkippedSample)] for row in draft.rows]
         return self.collate(rows, with_images=False)
 
     def finish(self, draft: Draft, guard: Guard) -> tuple[Batch | ConditionBatch, Report]:
@@ -161,24 +161,24 @@ class Maker(ABC):
                 report.num_dropped_images += loaded.num_dropped_images
         return self.collate(rows, with_images=True), report
 
-    def _read(self, place: Place, guard: Guard) -> tuple[Place, Any] | BadRecord:
+    def _read(self, place: Place, guard: Guard) -> tuple[Place, Any] | SkippedSample:
         """A sample without its images."""
         found = self._attempt(place, lambda: self.loader.read(place), guard)
-        return found if isinstance(found, BadRecord) else (place, found)
+        return found if isinstance(found, SkippedSample) else (place, found)
 
-    def _with_images(self, sample: tuple[Place, Any] | BadRecord, guard: Guard, report: Report) -> Any:
+    def _with_images(self, sample: tuple[Place, Any] | SkippedSample, guard: Guard, report: Report) -> Any:
         """A sample of a draft with its images, or None when it is bad."""
-        if not isinstance(sample, BadRecord):
+        if not isinstance(sample, SkippedSample):
             place, loaded = sample
             found = self._attempt(place, lambda: self.loader.with_images(place, loaded), guard)
-            if not isinstance(found, BadRecord):
+            if not isinstance(found, SkippedSample):
                 report.outcomes.append((place.source, None))
                 return found
             sample = found
         report.outcomes.append((sample.source, sample))
         return None
 
-    def _attempt(self, place: Place, act: Callable[[], T], guard: Guard) -> T | BadRecord:
+    def _attempt(self, place: Place, act: Callable[[], T], guard: Guard) -> T | SkippedSample:
         """What an act on a sample gives, or why the sample is bad."""
         guard.enter(place)
         try:
@@ -186,7 +186,7 @@ class Maker(ABC):
                 raise self.loader.sources[place.source].bad("killed_worker", place.shard, place.sample)
             return act()
         except BadSample as error:
-            return BadRecord(place.source, error.reason, error.key, error.shard)
+            return SkippedSample(place.source, error.reason, error.key, error.shard)
 
 
 def advance(position: Position, num_rows: int, maker: Maker) -> Position:
