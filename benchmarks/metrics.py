@@ -74,7 +74,7 @@ class Row(NamedTuple):
 
 
 def measured(call: Callable[[], Any]) -> Measured:
-    """Measured in a forked process: seconds, memory on top of what was there, and the value."""
+    """Run in a forked process: seconds, memory on top of what was there, and the value."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
 
