@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from evaluation.benchmarks.pictures import load_clip
+from evaluation.benchmarks.images import load_clip
 from vlgpt.data.pixels import read_square, to_pixels
 
 Pictures = NDArray[np.uint8]  # (n, S, S, 3)

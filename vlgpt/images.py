@@ -7,11 +7,12 @@ picture that a person would see, on white.
 
 from __future__ import annotations
 
+import base64
 import io
 import struct
 import zlib
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal, cast
 
 import numpy as np
 from PIL import Image
@@ -262,3 +263,22 @@ def _upright_array(pixels: np.ndarray, orientation: int) -> np.ndarray:
     if orientation in (2, 3, 6, 7):
         pixels = pixels[:, ::-1]
     return np.ascontiguousarray(pixels)
+
+
+def png_bytes(image: Image.Image, *, compress_level: int = 6) -> bytes:
+    """An image as a PNG file; `compress_level` 0 is fast, 9 small."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", compress_level=compress_level)
+    return buffer.getvalue()
+
+
+def thumbnail(image: Image.Image, size_px: int) -> Image.Image:
+    """A copy whose longer side is at most `size_px`."""
+    small = image.copy()
+    small.thumbnail((size_px, size_px))
+    return small
+
+
+def data_uri(data: bytes, *, kind: Literal["png", "jpeg"] = "png") -> str:
+    """The bytes of an image file as a `data:` address, for pages that load nothing."""
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

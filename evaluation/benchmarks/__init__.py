@@ -14,9 +14,9 @@ from vlgpt.errors import UserError
 
 REGISTRY: Mapping[str, str] = {
     "coco_caption": "coco_caption:CocoCaption",
-    "vqav2": "vqav2:Vqav2",
+    "vqav2": "vqa:Vqav2",
     "gqa": "gqa:Gqa",
-    "okvqa": "okvqa:Okvqa",
+    "okvqa": "vqa:Okvqa",
     "vizwiz": "vizwiz:VizWiz",
     "visdial": "visdial:VisDial",
     "coco_generation": "coco_generation:CocoGeneration",

@@ -1,20 +1,26 @@
-"""What goes into decoding and what comes out: `Prompt`, `DecodeSettings`, `Reply`."""
+"""What goes into decoding and what comes out: `Prompt`, `DecodeSettings`, `Reply`.
+
+Importing this module does not import torch: benchmarks and command lines use it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypeAlias, Union
 
 from PIL import Image
-from torch import Tensor
 
 from vlgpt.document import Document, ImagePart, TextPart
 from vlgpt.errors import UserError
 
-TaggedTensor = tuple[Literal["patches", "visual", "pixels"], Tensor]
-ImageLike = Image.Image | bytes | Tensor | TaggedTensor
-"""A picture, a picture file's bytes, pixels (3, H, W) in [-1, 1], or a tensor with its kind: ("patches",
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TaggedTensor: TypeAlias = "tuple[Literal['patches', 'visual', 'pixels'], Tensor]"
+ImageLike: TypeAlias = Union[Image.Image, bytes, Path, "Tensor", TaggedTensor]
+"""An image, an image file's bytes or path, pixels (3, H, W) in [-1, 1], or a tensor with its kind: ("patches",
 (P, C)), ("visual", (N, d)), ("pixels", (3, H, W))."""
 
 Finish = Literal["end", "length", "stop"]
@@ -51,8 +57,10 @@ class DecodeSettings:
     A token is a text token or [IMG]; the N embeddings of an image and its forced [/IMG] are not counted.
     `images`: `free` lets the model choose, `never` masks [IMG], `force` gives [IMG] (paper, Table 7) and ends
     after `max_images` images. `length_penalty` as in transformers: score = log-likelihood / tokens **
-    length_penalty. `temperature` 0 is greedy. Raises UserError for values out of range and for sampling
-    beams.
+    length_penalty. `temperature` 0 is greedy. The last three say how visual embeddings are drawn: classifier-free
+    `guidance` of the picture decoder (1 = none), `image_scale`, the weight of z_v beside z_t, and which of the two
+    it reads (paper, Table 4); None is the picture decoder's own. Raises UserError for values out of range and for
+    sampling beams.
     """
 
     max_new_tokens: int = 64
@@ -67,6 +75,9 @@ class DecodeSettings:
     max_images: int = 1
     visual_guidance: float = 1.0
     seed: int = 0
+    guidance: float | None = None
+    image_scale: float | None = None
+    use: Literal["both", "image", "text"] = "both"
 
     def __post_init__(self) -> None:
         wanted = {
