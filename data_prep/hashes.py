@@ -15,6 +15,7 @@ from data_prep.pictures import perceptual_hash
 from vlgpt.errors import UserError
 from vlgpt.files import write_atomic
 from vlgpt.images import BadImage, decode_image
+from vlgpt.processes import WHOLE, Share
 from vlgpt.shards import BadSample, ShardSet
 
 PICTURE, TEXT = 0, 1
@@ -123,9 +124,7 @@ def first_equal(hashes: Hashes) -> np.ndarray:
     return first
 
 
-def near_pairs(
-    values: np.ndarray, *, max_distance: int, task_index: int = 0, num_tasks: int = 1
-) -> np.ndarray:
+def near_pairs(values: np.ndarray, *, max_distance: int, share: Share = WHOLE) -> np.ndarray:
     """Pairs of positions in `values` (U,) uint64, all different, at most `max_distance` bits apart. ->
     (pairs, 2) int64
 
@@ -137,7 +136,7 @@ def near_pairs(
     for band in range(max_distance + 1):
         low, high = (64 * (band + offset) // (max_distance + 1) for offset in (0, 1))
         key = (values >> np.uint64(low)) & np.uint64((1 << (high - low)) - 1)
-        mine = np.flatnonzero(key % np.uint64(num_tasks) == task_index)
+        mine = np.flatnonzero(key % np.uint64(share.step) == share.first)
         mine = mine[np.argsort(key[mine], kind="stable")]
         key = key[mine]
         active = np.arange(len(mine))

@@ -25,8 +25,8 @@ from vlgpt.files import fsync_folder
 from vlgpt.images import BadImage
 from vlgpt.shards import ShardReport, ShardWriter
 from vlgpt.shards.manifest import read_report
+from vlgpt.shards.reader import read_stored_samples
 from vlgpt.shards.schema import TextTokenizer, UnstorableDocument
-from vlgpt.shards.stored import read_stored_samples
 
 SETTINGS = "build.json"
 FILTERED = "filtered:"

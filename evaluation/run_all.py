@@ -20,10 +20,11 @@ from evaluation import benchmarks, report
 from evaluation.core import DataNotFound, Responder
 from evaluation.fewshot import Demonstrator, FewShot
 from evaluation.responders import ModelResponder, OracleResponder, ShuffledResponder
-from evaluation.run import require_rank, run, select, start_processes, write_submission
+from evaluation.run import require_rank, run, select, write_submission
 from evaluation.score import score_folder
 from vlgpt.errors import UserError, run_command
 from vlgpt.log import configure, get_logger
+from vlgpt.processes import run_ranks
 
 JOBS = Path(__file__).with_name("jobs.yaml")
 
@@ -126,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     require_rank(args.rank, args.num_processes)
     if args.num_processes > 1 and args.rank is None:
         own = sys.argv[1:] if arguments is None else arguments
-        return start_processes("evaluation.run_all", own, args.num_processes)
+        return run_ranks("evaluation.run_all", own, args.num_processes)
     parts = _run_suites(args)
     given = {name: value for name in ("clip", "inception", "fd_clip") if (value := getattr(args, name))}
     responder_of = _responders(args)

@@ -14,9 +14,9 @@ from vlgpt.log import get_logger
 CHUNK_BYTES = 1 << 20
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Replace `path` by `data`; a reader (or a crash) sees the old file or the new one, never a part."""
-    os.replace(_written_beside(path, data), path)
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Replace `path` by `data` (text as UTF-8): a reader, or a crash, sees the old file or the new one whole."""
+    os.replace(_written_beside(path, data.encode() if isinstance(data, str) else data), path)
     fsync_folder(path.parent)
 
 

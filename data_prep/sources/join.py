@@ -22,7 +22,7 @@ from data_prep.sources.tables import table_batches, table_layout
 from vlgpt.errors import UserError
 from vlgpt.images import BadImage
 from vlgpt.log import get_logger
-from vlgpt.shards.members import TarMembers, list_tar_members, read_tar_member
+from vlgpt.shards.index import TarMembers, list_tar_members, read_tar_member
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 

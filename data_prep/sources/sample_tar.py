@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.sources.inputs import kept_arrays
-from vlgpt.shards.members import list_tar_members, read_tar_member
+from vlgpt.shards.index import list_tar_members, read_tar_member
 
 FIELDS = ("image", "json", "txt")
 FIELD_OF = {"jpg": "image", "jpeg": "image", "png": "image", "webp": "image", "json": "json", "txt": "txt"}

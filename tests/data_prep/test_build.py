@@ -295,14 +295,14 @@ def test_token_lengths_are_stored_when_a_tokenizer_is_given(folder, tmp_path, wo
 
 def test_every_registered_source_has_flags_and_a_description():
     from data_prep.build import _parser
-    from data_prep.options import constructor_options
     from data_prep.sources import SOURCES, source_class
+    from vlgpt.options import signature_options
 
     for name in SOURCES:
         source = source_class(name)
         assert source.__doc__, name
         help_text = _parser(source).format_help()
-        flags = [f"--{option.name.replace('_', '-')}" for option in constructor_options(source)]
+        flags = [f"--{option.name.replace('_', '-')}" for option in signature_options(source)]
         assert all(flag in help_text for flag in flags), name
     assert len(list(itertools.chain(SOURCES))) >= 12
 

@@ -17,7 +17,7 @@ from vlgpt.data.draws import Draws
 from vlgpt.data.loader import Loader
 from vlgpt.data.samples import Place, chosen_image
 from vlgpt.data.stream import Position, Report, RowMaker, advance, rows_of_rank
-from vlgpt.data.workers import Board, WorkerGuard
+from vlgpt.data.workers import WorkerGuard
 from vlgpt.images import BadImage, decode_image
 from vlgpt.shards import BadSample
 from vlgpt.tokens import DocumentTokenizer, Span
@@ -105,7 +105,7 @@ def inspect(
     targets, of images left out, of documents cut, and of bad samples. Raises UserError as the loader does.
     """
     found, position = Inspection(), loader.position
-    guard = WorkerGuard(Board(1), 0)
+    guard = WorkerGuard()
     for number in range(num_batches):
         rows = rows_of_rank(
             position,

@@ -42,7 +42,7 @@ from vlgpt.data.stream import (
     batches_of_worker,
 )
 from vlgpt.data.tally import Tally, Waits
-from vlgpt.data.workers import Board, WorkerGuard, WorkerPool
+from vlgpt.data.workers import WorkerGuard, WorkerPool
 from vlgpt.errors import UserError
 from vlgpt.log import get_logger
 from vlgpt.settings import DataSettings
@@ -247,7 +247,7 @@ class Loader:
     def _start(self, start: Position, *, num_ahead: int = 0) -> Production | WorkerPool:
         num_workers = self.settings.num_workers
         if num_workers == 0:
-            return self._produce(start, 0, WorkerGuard(Board(1), 0), num_ahead=num_ahead)
+            return self._produce(start, 0, WorkerGuard(), num_ahead=num_ahead)
         return WorkerPool(
             lambda start, first, guard: self._produce(start, first, guard, num_ahead=num_ahead),
             start=start,
