@@ -16,13 +16,13 @@ from typing import Annotated, Any
 from pydantic import Field
 from rich.console import Console
 from rich.table import Table
-from vlgpt.options import Argument, Options, parse
 
 from evaluation import manifest
 from evaluation.core import Record, read_json
 from evaluation.metrics.bootstrap import CONFIDENCE, paired_bootstrap
 from evaluation.score import per_example_path
 from vlgpt.errors import UserError, run_command
+from vlgpt.options import Argument, Options, parse
 
 PROTOCOL = ("benchmark", "split", "shots", "n", "num_examples", "ids", "scoring", "notes", "run")
 

@@ -18,9 +18,7 @@ import numpy as np
 import yaml
 from PIL import Image
 from pydantic import Field
-from vlgpt.options import Argument, Options, parse
 
-from demo.pass_marks import PASS_MARKS
 from evaluation import benchmarks
 from evaluation.core import IMAGE_KINDS, Benchmark, Example, Metric, Prediction, Record, read_image, read_json
 from evaluation.score import per_example_path, read_predictions
@@ -30,6 +28,7 @@ from vlgpt.errors import UserError, run_command
 from vlgpt.files import write_atomic
 from vlgpt.html import page
 from vlgpt.images import data_uri, thumbnail
+from vlgpt.options import Argument, Options, parse
 
 PAPER = Path(__file__).with_name("paper_values.yaml")
 TEMPLATES = Path(__file__).with_name("templates")
@@ -202,7 +201,6 @@ def _section(name: str, result: Record, folder: Path, data: Path) -> dict[str, A
     return {
         "name": name,
         "result": result,
-        "marks": {key: mark for key, mark in PASS_MARKS.items() if key in result["metrics"]},
         "breakdown": {group: _bars(rows) for group, rows in result["breakdown"].items()},
         "protocol": list(_leaves(protocol)),
         "examples": {

@@ -47,6 +47,12 @@ class ModelResponder:
         if decoder is not None:
             self.drawing = {"guidance": decoder.guidance, "image_scale": decoder.image_scale}
 
+    @property
+    def is_deterministic(self) -> bool:
+        """Whether it always draws the same image for the same prompt."""
+        head, decoder = self.generator.model.lm.regression_head, self.generator.decoder
+        return head.is_deterministic and (decoder is None or decoder.is_deterministic)
+
     @classmethod
     def load(
         cls, export: Path, *, device: str = "cpu", dtype: str = "float32", draw_batch_size: int = 1

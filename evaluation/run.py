@@ -18,8 +18,6 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
-from vlgpt.options import Argument, Options, parse
-from vlgpt.processes import Share, run_ranks
 
 from evaluation import benchmarks, manifest
 from evaluation.core import IMAGE_KINDS, Benchmark, DecodeSettings, Example, Prediction, Prompt, Responder
@@ -38,6 +36,8 @@ from evaluation.responders import ModelResponder, OracleResponder, ShuffledRespo
 from vlgpt import seeds
 from vlgpt.errors import UserError, run_command
 from vlgpt.log import configure, get_logger
+from vlgpt.options import Argument, Options, parse
+from vlgpt.processes import Share, run_ranks
 
 
 class AnswerOptions(Options):

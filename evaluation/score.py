@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
-from vlgpt.options import Argument, Options, parse
 
 from evaluation import benchmarks, manifest
 from evaluation.core import IMAGE_KINDS, Benchmark, Prediction, no_garbage_collection, read_json
@@ -24,6 +23,7 @@ from evaluation.predictions import check_ids, read_jsonl
 from evaluation.run import pairs, select
 from vlgpt.errors import UserError, run_command
 from vlgpt.files import sha256_file, write_atomic
+from vlgpt.options import Argument, Options, parse
 
 
 class ScoreOptions(Options):

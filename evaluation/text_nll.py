@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import nn
-from vlgpt.options import Argument, Options, parse
 
 from evaluation.core import Metric, metric
 from vlgpt.document import Document
@@ -25,6 +24,7 @@ from vlgpt.files import write_atomic
 from vlgpt.log import configure
 from vlgpt.models.language_models import load_language_model
 from vlgpt.models.unified import UnifiedModel
+from vlgpt.options import Argument, Options, parse
 from vlgpt.shards import ShardSet
 from vlgpt.tokens import DocumentTokenizer, TokenSequence, flatten
 

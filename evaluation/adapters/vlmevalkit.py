@@ -21,12 +21,12 @@ from typing import Any
 
 from PIL import Image
 from pydantic import Field
-from vlgpt.options import Options, parse
 
 from evaluation.adapters import prompt_of
 from evaluation.core import DecodeSettings, Responder, read_image
 from evaluation.responders import ModelResponder
 from vlgpt.errors import UserError, run_command
+from vlgpt.options import Options, parse
 
 DECODING = DecodeSettings(max_new_tokens=64, images="never")
 

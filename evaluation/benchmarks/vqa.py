@@ -1,7 +1,8 @@
 """Questions with short answers: VQAv2 and OK-VQA here, the base of GQA, VizWiz and easy-VQA.
 
-VQAv2 (paper, Tables 2 and 3: test-dev, whose answers only the server knows): `v2_OpenEnded_mscoco_{split}_questions.json`
-and `v2_mscoco_{split}_annotations.json`. OK-VQA (Table 2: val): the same names without "v2_".
+VQAv2 (paper, Tables 2 and 3: test-dev, whose answers only the server knows) has the official files
+`v2_OpenEnded_mscoco_{split}_questions.json` and `v2_mscoco_{split}_annotations.json`, OK-VQA (Table 2: val) the same
+without "v2_".
 """
 
 from __future__ import annotations
