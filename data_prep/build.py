@@ -23,9 +23,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from data_prep.filters import FilterSettings, RecordFilter
+from data_prep.images import ImageSettings
 from data_prep.job import Job, ShardBuilder, claim_folder, has_failures, is_failure, num_failures
 from data_prep.options import TokenizerOptions
-from data_prep.pictures import PictureSettings
 from data_prep.sources import SOURCES, source_class
 from vlgpt.errors import UserError, run_command
 from vlgpt.log import configure, get_logger
@@ -241,14 +241,14 @@ def _parser(source: type | None) -> argparse.ArgumentParser:
 
 def _image_options(source: type | None) -> list[Option]:
     """The settings' fields; a source may have other defaults (`image_format = "png"`)."""
-    options = model_options(PictureSettings)
+    options = model_options(ImageSettings)
     return [replace(option, default=getattr(source, option.name, option.default)) for option in options]
 
 
 def make_job(options: BuildOptions, arguments: argparse.Namespace, source_type: type) -> Job:
     """The job that the command line asks for. Raises UserError."""
     filters = read_options(FilterSettings, arguments)
-    images = read_options(PictureSettings, arguments)
+    images = read_options(ImageSettings, arguments)
     if images.fast and (missing := [name for name in ("simplejpeg", "cv2") if find_spec(name) is None]):
         raise UserError(f"--fast needs {' and '.join(missing)}: pip install vlgpt[fast]")
     # reads the lists of the filters: a missing one is reported before a long scan of the source
@@ -265,7 +265,7 @@ def make_job(options: BuildOptions, arguments: argparse.Namespace, source_type: 
         source_name=options.source,
         source_options=source_options,
         inputs=options.input,
-        pictures=images,
+        images=images,
         filters=filters,
         shard_size=options.shard_size,
         tokenizer=options.load_tokenizer(),

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.hashes import PICTURE, Hashes, first_equal, load_hashes, near_pairs
+from data_prep.hashes import IMAGE, Hashes, first_equal, load_hashes, near_pairs
 from vlgpt.errors import UserError
 from vlgpt.files import write_atomic
 from vlgpt.processes import WHOLE, Share
@@ -80,7 +80,7 @@ def judge(corpus: Corpus, pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     earliest = first.copy()  # the earliest row that is near each distinct hash, itself included
     np.minimum.at(earliest, pairs[:, 0], first[pairs[:, 1]])
     np.minimum.at(earliest, pairs[:, 1], first[pairs[:, 0]])
-    pictures = np.flatnonzero(hashes.kind == PICTURE)
+    pictures = np.flatnonzero(hashes.kind == IMAGE)
     near = np.full(len(rows), -1, np.int64)
     near[pictures] = earliest[np.searchsorted(values, hashes.phash[pictures])]
     equal = first_equal(hashes)
@@ -96,7 +96,7 @@ def judge(corpus: Corpus, pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def distinct_hashes(hashes: Hashes) -> tuple[np.ndarray, np.ndarray]:
     """The distinct perceptual hashes, sorted, and the first row of each. -> (U,) uint64, (U,) int64"""
-    pictures = np.flatnonzero(hashes.kind == PICTURE)
+    pictures = np.flatnonzero(hashes.kind == IMAGE)
     values, position = np.unique(hashes.phash[pictures], return_index=True)
     return values, pictures[position]
 

@@ -14,10 +14,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from vlgpt import seeds
-from vlgpt.data.pixels import read_square, to_pixels
+from vlgpt.batch import to_pixels
 from vlgpt.document import TextPart
 from vlgpt.errors import UserError
-from vlgpt.images import BadImage
+from vlgpt.images import BadImage, read_square
 from vlgpt.models.augment import random_views
 from vlgpt.models.encoders import ClipEncoder, hash_weights
 from vlgpt.models.image_tokenizer import ImageTokenizer

@@ -1,5 +1,6 @@
-"""Hashes of every picture of a data set, and the search for equal and nearly equal ones. Pure arrays: no
-pixels are compared.
+"""Hashes of every image of a data set, and the search for equal and nearly equal ones.
+
+Only arrays of hashes are compared, no pixels.
 """
 
 from __future__ import annotations
@@ -11,23 +12,23 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.pictures import perceptual_hash
+from data_prep.images import perceptual_hash
 from vlgpt.errors import UserError
 from vlgpt.files import write_atomic
 from vlgpt.images import BadImage, decode_image
 from vlgpt.processes import WHOLE, Share
 from vlgpt.shards import BadSample, ShardSet
 
-PICTURE, TEXT = 0, 1
+IMAGE, TEXT = 0, 1
 
 
 @dataclass
 class Hashes:
-    """One row per picture, and one per document without pictures (the hash of its text)."""
+    """One row per image, and one per document without images (the hash of its text)."""
 
     shard: np.ndarray  # (n,) int32
     sample: np.ndarray  # (n,) int32
-    kind: np.ndarray  # (n,) uint8, PICTURE or TEXT
+    kind: np.ndarray  # (n,) uint8, IMAGE or TEXT
     sha: np.ndarray  # (n, 2) uint64, the first half of the original's sha256
     phash: np.ndarray  # (n,) uint64, 0 for text
 
@@ -68,9 +69,7 @@ def hash_shard(shards: ShardSet, shard: int) -> Hashes:
         stored = read.document.info.get("images", [{}] * len(read.images))
         for data, info in zip(read.images, stored):
             digest = bytes.fromhex(info["sha256"]) if "sha256" in info else hashlib.sha256(data).digest()
-            rows.append(
-                (sample, PICTURE, digest, int(info["phash"], 16) if "phash" in info else _phash(data))
-            )
+            rows.append((sample, IMAGE, digest, int(info["phash"], 16) if "phash" in info else _phash(data)))
     halves = np.frombuffer(b"".join(row[2][:16] for row in rows), np.uint64).reshape(-1, 2)
     return Hashes(
         shard=np.full(len(rows), shard, np.int32),

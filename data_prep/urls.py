@@ -6,7 +6,6 @@ One Parquet file of distinct URLs for each input file, and the commands that dow
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,13 +16,12 @@ import pyarrow.parquet as pq
 from pydantic import Field
 from rich.console import Console
 
-from data_prep.sources import Dropped
-from data_prep.sources.convert import BadRecord
+from data_prep.sources.base import BadRecord, Dropped
 from data_prep.sources.fetch import fetch_commands
-from data_prep.sources.json_records import JsonRecords
 from data_prep.sources.obelics import page_items
-from data_prep.sources.tables import TableRows
+from data_prep.sources.records import JsonRecords, TableRows
 from vlgpt.errors import UserError, run_command
+from vlgpt.files import replacing
 from vlgpt.log import configure
 from vlgpt.options import Argument, Options, parse
 
@@ -70,9 +68,8 @@ def write_url_lists(pairs: Iterator[tuple[str, str]], folder: Path) -> tuple[int
         nonlocal num_files, num_urls
         if urls:
             path = folder / f"{current.replace('/', '-')}.parquet"
-            partial = path.with_name(f".{path.name}.partial")
-            pq.write_table(pa.table({"url": list(urls)}), partial)
-            os.replace(partial, path)
+            with replacing(path) as temporary:
+                pq.write_table(pa.table({"url": list(urls)}), temporary)
             num_files, num_urls = num_files + 1, num_urls + len(urls)
 
     for name, url in pairs:

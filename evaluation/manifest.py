@@ -15,7 +15,7 @@ from evaluation.core import Benchmark, DecodeSettings, Example, Record, Responde
 from evaluation.prompts import PromptTemplate
 from vlgpt.decoding.api import ImageLike
 from vlgpt.errors import UserError
-from vlgpt.files import write_atomic
+from vlgpt.files import hash_stream, write_atomic
 
 Manifest: TypeAlias = dict[str, Any]
 PACKAGES = [
@@ -42,7 +42,7 @@ def export_hash(export: Path) -> str:
     for path in sorted(path for path in export.rglob("*") if path.is_file() and path.name != "README.md"):
         digest.update(f"{path.relative_to(export).as_posix()}\0{path.stat().st_size}\0".encode())
         with path.open("rb") as file:
-            hashlib.file_digest(file, lambda: digest)
+            hash_stream(file, digest)
     return digest.hexdigest()
 
 
@@ -130,8 +130,7 @@ def write_or_check(folder: Path, manifest: Manifest) -> None:
     old = read(folder)
     if old is None:
         folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
-        write_atomic(folder / "run.json", text.encode())
+        write_atomic(folder / "run.json", json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
     elif changed := differences(_protocol(old), _protocol(manifest)):
         raise UserError(
             f"{folder} holds predictions of another protocol ({'; '.join(changed[:5])}: old | new); "

@@ -113,7 +113,7 @@ def merge(folder: Path, ids: Sequence[str]) -> Path | None:
     if any(id not in found for id in ids):
         return None
     path = folder / "predictions.jsonl"
-    write_atomic(path, "".join(to_line(found[id]) for id in ids).encode())
+    write_atomic(path, "".join(to_line(found[id]) for id in ids))
     return path
 
 

@@ -68,7 +68,7 @@ def write(output: Path, *, data: Path, names: Sequence[str], skipped: Mapping[st
         "paper": paper,
     }
     json_path, html_path = output / "results.json", output / "report.html"
-    write_atomic(json_path, (json.dumps(summary, indent=1, ensure_ascii=False) + "\n").encode())
+    write_atomic(json_path, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     html = page(
         (TEMPLATES / "report.html").read_text(encoding="utf-8"),
         title="VL-GPT evaluation",
@@ -79,7 +79,7 @@ def write(output: Path, *, data: Path, names: Sequence[str], skipped: Mapping[st
         sections=[_section(name, result, output / name, data) for name, result in results.items()],
         skipped=skipped,
     )
-    write_atomic(html_path, html.encode())
+    write_atomic(html_path, html)
     return json_path, html_path
 
 

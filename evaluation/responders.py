@@ -22,7 +22,7 @@ from vlgpt.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vlgpt.generate import Generator
+    from vlgpt.decoding.generator import Generator
 
     VisualOf = Callable[[Sequence[Prompt], DecodeSettings], Sequence[Tensor | None]]
 
@@ -60,7 +60,7 @@ class ModelResponder:
         """Load an export folder. Raises UserError when it is none."""
         import torch
 
-        from vlgpt.generate import Generator
+        from vlgpt.decoding.generator import Generator
         from vlgpt.models.encoders import hash_weights
 
         if not (export / "config.json").is_file():

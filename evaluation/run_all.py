@@ -216,7 +216,7 @@ def write_metrics(path: Path, results: Sequence[Path]) -> None:
                 f"--metrics {path}: {file.parent.name} measures {twice[0]} again; leave --metrics out"
             )
         metrics |= found
-    write_atomic(path, (json.dumps(metrics, indent=1) + "\n").encode())
+    write_atomic(path, json.dumps(metrics, indent=1) + "\n")
 
 
 if __name__ == "__main__":

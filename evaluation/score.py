@@ -149,7 +149,7 @@ def write_results(result: dict[str, Any], per_example: Mapping[str, float], outp
     """results.json, and beside it the score of every example (for paired comparisons and reports)."""
     output.parent.mkdir(parents=True, exist_ok=True)
     per_example_path(output).write_text(json.dumps(per_example, ensure_ascii=False), encoding="utf-8")
-    write_atomic(output, (json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
+    write_atomic(output, json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def per_example_path(results: Path) -> Path:

@@ -95,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     metrics = compare(options.export, options.base, options.data, template=options.template)
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(options.output, (json.dumps(metrics, indent=1) + "\n").encode())
+    write_atomic(options.output, json.dumps(metrics, indent=1) + "\n")
     print(json.dumps(metrics))
     return 0
 

@@ -78,7 +78,7 @@ class _Questions:
 
 def _responder(module: nn.Module, stage: LanguageStage) -> ModelResponder:
     """The model inside a training stage as a responder; nothing is copied."""
-    from vlgpt.generate import Generator
+    from vlgpt.decoding.generator import Generator
     from vlgpt.stages.build import load_tokenizer
     from vlgpt.stages.language import LanguageStage as Trained
 

@@ -14,13 +14,14 @@ from tiny_unified import NUM_VISUAL, TEXTS, VISUAL_WIDTH, new_document_tokenizer
 from transformers import AutoModel, AutoProcessor, LogitsProcessor, LogitsProcessorList, StoppingCriteria
 
 from demo.tiny import save_language_model, train_text_tokenizer
-from vlgpt import hf
+from vlgpt import commits, hf
 from vlgpt.config import dump
+from vlgpt.decoding.api import DecodeSettings, Prompt
+from vlgpt.decoding.generator import Generator
 from vlgpt.decoding.load import cast_parameters
 from vlgpt.document import Document, ImagePart, TextPart
 from vlgpt.errors import UserError
 from vlgpt.export import export_model, export_run, load_generator
-from vlgpt.generate import DecodeSettings, Generator, Prompt
 from vlgpt.models.decoders import ConvDecoder
 from vlgpt.models.encoders import load_clip
 from vlgpt.models.image_tokenizer import ImageTokenizer
@@ -31,7 +32,6 @@ from vlgpt.settings import LanguageStage as LanguageSettings
 from vlgpt.settings import RunSettings
 from vlgpt.stages.build import build_language_stage, dtype_of
 from vlgpt.stages.language import LanguageStage
-from vlgpt.train import commit
 
 CHAT = Document("c", "test", (ImagePart(0, "user"), TextPart("what is in the picture", "user")))
 PLAIN = Document("d", "test", (TextPart("an image of three elephants."),))
@@ -387,7 +387,7 @@ def write_run(folder: Path, parts: Path, *, trained_parts: str = "lora") -> Lang
     torch.manual_seed(0)
     stage, _ = build_language_stage(settings.stage, num_sources=1, dtype=dtype_of(settings))
     for step in (10, 20):
-        checkpoint = run / "checkpoints" / commit.tag_of(step)
+        checkpoint = run / "checkpoints" / commits.tag_of(step)
         checkpoint.mkdir(parents=True)
         with torch.no_grad():
             for _, parameter in stage.trainable():
@@ -396,11 +396,11 @@ def write_run(folder: Path, parts: Path, *, trained_parts: str = "lora") -> Lang
         buffers = {"model.lm.visual_scale": stage.model.lm.visual_scale.clone()}
         save_file({**weights, **buffers}, checkpoint / "trainable.safetensors")
         (checkpoint / "state.json").write_text(json.dumps({"step": step, "frozen": stage.frozen_hashes()}))
-        commit.write_manifest(
+        commits.write_manifest(
             checkpoint, 0, [checkpoint / "trainable.safetensors", checkpoint / "state.json"]
         )
-        commit.commit(checkpoint, world_size=1, facts={"step": step})
-    torn = run / "checkpoints" / commit.tag_of(30)
+        commits.commit(checkpoint, world_size=1, facts={"step": step})
+    torn = run / "checkpoints" / commits.tag_of(30)
     torn.mkdir()
     (torn / "trainable.safetensors").write_bytes(b"torn")
     return stage.eval()
@@ -425,7 +425,7 @@ def test_the_export_of_a_run_is_its_newest_commit(trained_parts, parts, tmp_path
 
 def test_the_export_of_a_run_refuses_what_would_be_wrong(parts, tmp_path, caplog):
     write_run(tmp_path, parts)
-    newest = tmp_path / "run" / "checkpoints" / commit.tag_of(20) / "trainable.safetensors"
+    newest = tmp_path / "run" / "checkpoints" / commits.tag_of(20) / "trainable.safetensors"
     data = bytearray(newest.read_bytes())
     data[-1] ^= 1
     newest.write_bytes(data)

@@ -26,7 +26,7 @@ class Example(Options):
 
 
 def read(*arguments: str) -> Example:
-    return parse(Example, ["x", "--output", "o", *arguments], prog="example")
+    return parse(Example, ["x", *arguments, "--output", "o"], prog="example")
 
 
 def test_every_kind_of_field_has_its_flag() -> None:

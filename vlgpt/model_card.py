@@ -18,8 +18,9 @@ ATTRIBUTIONS = {
 ATTRIBUTIONS["emoji"] = f"{ATTRIBUTIONS['noto']}\n{ATTRIBUTIONS['twemoji']}"
 
 USAGE = """```python
+from vlgpt.decoding.api import DecodeSettings, Prompt
+from vlgpt.decoding.generator import Generator
 from vlgpt.document import Document, TextPart
-from vlgpt.generate import DecodeSettings, Generator, Prompt
 
 generator = Generator.load("PATH")
 prompt = Prompt(Document("question", "user", (TextPart("What is an elephant?", "user"),)))

@@ -23,9 +23,9 @@ from vlgpt.chat.dialogue import Dialogue
 from vlgpt.chat.reply import Finished, ReplySettings, Request, answer
 from vlgpt.cli import main
 from vlgpt.decoding.api import DecodeSettings
+from vlgpt.decoding.generator import Generator
 from vlgpt.errors import UserError
 from vlgpt.export import export_model
-from vlgpt.generate import Generator
 from vlgpt.models.decoder_parts import read_parts
 from vlgpt.models.diffusion import DiffusionDecoder
 from vlgpt.models.encoders import load_clip

@@ -9,6 +9,7 @@ import torch
 from demo.stages import DemoClipStage, DemoDecoderStage, DemoDiffusionStage
 from vlgpt import seeds
 from vlgpt import settings as s
+from vlgpt.commits import newest_trainable
 from vlgpt.errors import UserError
 from vlgpt.log import get_logger
 from vlgpt.models.component import Component, load_weights, read_arguments
@@ -21,10 +22,9 @@ from vlgpt.models.layers import set_backend
 from vlgpt.models.multimodal_lm import LoraSettings, MultimodalLM
 from vlgpt.models.unified import UnifiedConfig, UnifiedModel, is_export
 from vlgpt.models.weights import WEIGHTS_FILE
-from vlgpt.stages.base import Stage
+from vlgpt.stages.base import Stage, load_trainable
 from vlgpt.stages.language import LanguageStage
 from vlgpt.stages.tokenizer import ImageTokenizerStage
-from vlgpt.stages.weights import load_trainable, newest_trainable
 from vlgpt.tokens import DocumentTokenizer, Rendering
 
 
