@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from evaluation import benchmarks
 from evaluation.core import Benchmark, DecodeSettings, Example, Record, Responder
 from evaluation.prompts import PromptTemplate
 from vlgpt.decoding.api import ImageLike
@@ -86,7 +87,7 @@ def build(
     """The manifest of a run."""
     second = benchmark.second_template
     return {
-        "benchmark": benchmark.name,
+        "benchmark": benchmarks.reference(benchmark),
         "split": benchmark.split,
         "options": benchmark.options(),
         "answer_options": {name: getattr(benchmark, name) for name in benchmark.answer_options},

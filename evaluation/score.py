@@ -74,7 +74,7 @@ def score(
     scores = benchmark.score(answered, {example.id: first[example.id] for example in answered}, data)
     template = benchmark.template
     result = {
-        "benchmark": benchmark.name,
+        "benchmark": benchmarks.reference(benchmark),
         "split": benchmark.split,
         "shots": label_of(run_facts.get("shots", {})),
         "primary": benchmark.primary,
