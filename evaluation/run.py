@@ -74,9 +74,7 @@ class AnswerOptions(Options):
 class RunOptions(AnswerOptions):
     """The command line."""
 
-    benchmark: Annotated[str, Argument(is_positional=True)] = Field(
-        description=", ".join(benchmarks.REGISTRY)
-    )
+    benchmark: Annotated[str, Argument(is_positional=True)] = Field(description=benchmarks.VALID_NAMES)
     model: Path | None = Field(None, description="export folder (vlgpt export)")
     responder: Literal["oracle", "shuffled"] | None = Field(
         None, description="a fake that tests the benchmark, instead of --model"

@@ -29,9 +29,7 @@ from vlgpt.options import Argument, Options, parse
 class ScoreOptions(Options):
     """The command line."""
 
-    benchmark: Annotated[str, Argument(is_positional=True)] = Field(
-        description=", ".join(benchmarks.REGISTRY)
-    )
+    benchmark: Annotated[str, Argument(is_positional=True)] = Field(description=benchmarks.VALID_NAMES)
     data: Path = Field(description="folder with the official files (docs/evaluation.md)")
     predictions: Path
     output: Path = Field(description="results.json")
