@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from evaluation.benchmarks.pictures import load_clip
+from evaluation.benchmarks.images import load_clip
 from vlgpt.batch import to_pixels
 from vlgpt.images import read_square
 

@@ -11,10 +11,11 @@ from typing import Any
 
 from demo.word_f1 import words_of
 from evaluation import benchmarks, manifest
-from evaluation.core import Benchmark, Example, Prediction, png_bytes, read_image
+from evaluation.core import Benchmark, Example, Prediction, read_image
 from evaluation.score import read_predictions
 from vlgpt import seeds
 from vlgpt.document import ImagePart
+from vlgpt.images import png_bytes
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,8 @@ LAYERS: list[list[list[str]]] = [
             "commits",
             "processes",
             "options",
+            "html",
+            "registry",
             "document",
             "settings",
             "config",

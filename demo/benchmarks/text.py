@@ -24,7 +24,7 @@ from demo.benchmarks.data import (
     subset,
 )
 from demo.word_f1 import word_f1
-from evaluation.core import Decoding, Example, Prediction, Prompt, Scores, mean_by, metric
+from evaluation.core import DecodeSettings, Example, Predictions, Prompt, Scores, mean_by, metric
 from evaluation.metrics.captions import score_captions
 from vlgpt import seeds
 from vlgpt.document import Document, ImagePart, Part, TextPart
@@ -44,13 +44,6 @@ class WordAnswers(EmojiBenchmark):
     def clean(self, text: str) -> str:
         return " ".join(text.split()).rstrip(". ").lower()
 
-    def answered(
-        self, predictions: Mapping[str, Prediction], data: Path
-    ) -> tuple[list[Example], dict[str, str]]:
-        """The examples that were answered, and the clean answers by id."""
-        examples = [example for example in self.examples(data) if example.id in predictions]
-        return examples, {example.id: self.clean(predictions[example.id]["text"]) for example in examples}
-
 
 @dataclass(frozen=True, kw_only=True)
 class EmojiCaption(WordAnswers):
@@ -58,7 +51,7 @@ class EmojiCaption(WordAnswers):
 
     name: ClassVar[str] = "emoji_caption"
     primary: ClassVar[str] = "caption/word_f1"
-    default_decoding: ClassVar[Decoding] = Decoding(max_new_tokens=24)
+    default_decoding: ClassVar[DecodeSettings] = DecodeSettings(max_new_tokens=24)
 
     limit: int = 440
 
@@ -74,8 +67,8 @@ class EmojiCaption(WordAnswers):
             for item in chats(data, split, kind="describe", limit=self.limit)
         ]
 
-    def score(self, predictions: Mapping[str, Prediction], data: Path) -> Scores:
-        examples, answers = self.answered(predictions, data)
+    def score(self, examples: Sequence[Example], predictions: Predictions, data: Path) -> Scores:
+        answers = self.answers(predictions)
         metrics: dict[str, dict[str, float]] = {}
         per_example: dict[str, float] = {}
         for split, chosen in by_split(examples):
@@ -103,7 +96,7 @@ class EmojiVqa(WordAnswers):
 
     name: ClassVar[str] = "emoji_vqa"
     primary: ClassVar[str] = "vqa/tone"
-    default_decoding: ClassVar[Decoding] = Decoding(max_new_tokens=12)
+    default_decoding: ClassVar[DecodeSettings] = DecodeSettings(max_new_tokens=12)
 
     limit: int = 250
 
@@ -126,8 +119,8 @@ class EmojiVqa(WordAnswers):
             for item in chats(data, split, kind="question", family=family, limit=self.limit)
         ]
 
-    def score(self, predictions: Mapping[str, Prediction], data: Path) -> Scores:
-        examples, answers = self.answered(predictions, data)
+    def score(self, examples: Sequence[Example], predictions: Predictions, data: Path) -> Scores:
+        answers = self.answers(predictions)
         per_example = {e.id: float(answers[e.id] == e.truth) for e in examples}
         groups: dict[str, list[Example]] = defaultdict(list)
         for example in examples:
@@ -158,7 +151,7 @@ class EmojiLabelPages(WordAnswers):
 
     name: ClassVar[str] = "emoji_label_pages"
     primary: ClassVar[str] = "fewshot/label_gain"
-    default_decoding: ClassVar[Decoding] = Decoding(max_new_tokens=12, stop=(".",))
+    default_decoding: ClassVar[DecodeSettings] = DecodeSettings(max_new_tokens=12, stop=(".",))
 
     prompt: str = "label_page"
     limit: int = 200
@@ -214,8 +207,8 @@ class EmojiLabelPages(WordAnswers):
         }
         return Example(id, Prompt(document, images, id), query.info["labels"][attribute], info)
 
-    def score(self, predictions: Mapping[str, Prediction], data: Path) -> Scores:
-        examples, answers = self.answered(predictions, data)
+    def score(self, examples: Sequence[Example], predictions: Predictions, data: Path) -> Scores:
+        answers = self.answers(predictions)
         right = {e.id: float(answers[e.id] == e.truth) for e in examples}
         metrics: dict[str, dict[str, float]] = {}
         kind = "random_label" if self.has_random_labels else "label"

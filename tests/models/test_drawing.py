@@ -17,7 +17,6 @@ sys.path.append(str(Path(__file__).parents[1] / "evaluation"))
 from official_files import write_coco
 
 from evaluation import benchmarks, manifest
-from evaluation.core import Decoding
 from evaluation.responders import ModelResponder
 from evaluation.run import run
 from vlgpt.chat.dialogue import Dialogue
@@ -136,7 +135,7 @@ def test_evaluation_draws_as_diffusion_json_says_and_records_the_numbers(folder,
     prompts = [benchmarks.make("coco_reconstruction").examples(tmp_path / "data")[0].prompt]
     visual = generator.tokenize([Image.open(prompts[0].images[0])])
     wanted_image = generator.draw(visual, seeds=[("evaluation", 0, prompts[0].id)], **DRAWING)[0]
-    assert responder.reconstruct(prompts, Decoding())[0].tobytes() == wanted_image.tobytes()
+    assert responder.reconstruct(prompts, DecodeSettings())[0].tobytes() == wanted_image.tobytes()
 
 
 def test_validation_images_are_drawn_as_diffusion_json_says(folder):

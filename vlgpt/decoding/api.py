@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from vlgpt.document import Document, ImagePart, TextPart
@@ -17,9 +18,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TaggedTensor: TypeAlias = 'tuple[Literal["patches", "visual", "pixels"], Tensor]'
-ImageLike: TypeAlias = "Image.Image | bytes | Tensor | TaggedTensor"
-"""An image, the bytes of an image file, pixels (3, H, W) in [-1, 1], or a tensor with its kind: ("patches", (P, C)),
-("visual", (N, d)), ("pixels", (3, H, W))."""
+ImageLike: TypeAlias = "Image.Image | bytes | Path | Tensor | TaggedTensor"
+"""An image, the bytes or path of an image file, pixels (3, H, W) in [-1, 1], or a tensor with its kind:
+("patches", (P, C)), ("visual", (N, d)), ("pixels", (3, H, W))."""
 
 Finish = Literal["end", "length", "stop"]
 
@@ -55,7 +56,9 @@ class DecodeSettings:
     A token is a text token or [IMG]; the N embeddings of an image and its forced [/IMG] are not counted. `images`:
     `free` lets the model choose, `never` masks [IMG], `force` gives [IMG] (paper, Table 7) and ends after `max_images`
     images. `length_penalty` as in transformers: score = log-likelihood / tokens ** length_penalty. `temperature` 0 is
-    greedy. Raises UserError for values out of range and for sampled beams.
+    greedy. The last three say how visual embeddings become images: classifier-free `guidance` of the image decoder
+    (1 = none), the weight `image_scale` of z_v beside z_t, and which of the two it reads (paper, Table 4); None is the
+    decoder's own. Raises UserError for values out of range and for sampled beams.
     """
 
     max_new_tokens: int = 64
@@ -70,6 +73,9 @@ class DecodeSettings:
     max_images: int = 1
     visual_guidance: float = 1.0
     seed: int = 0
+    guidance: float | None = None
+    image_scale: float | None = None
+    use: Literal["both", "image", "text"] = "both"
 
     def __post_init__(self) -> None:
         wanted = {
@@ -81,6 +87,7 @@ class DecodeSettings:
             "top_k": (self.top_k >= 0, "0 (all tokens) or more"),
             "stop": (not isinstance(self.stop, str) and all(self.stop), "a tuple of non-empty strings"),
             "images": (self.images in ("free", "never", "force"), "free, never or force"),
+            "use": (self.use in ("both", "image", "text"), "both, image or text"),
             "max_images": (self.max_images >= 1, "at least 1 (images='never' for none)"),
         }
         for name, (is_good, text) in wanted.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from PIL import Image
@@ -38,10 +39,11 @@ class ImageReader:
     def __init__(self, *, image_tokenizer: ImageTokenizer, encoder: ClipEncoder | None):
         self.image_tokenizer, self.encoder = image_tokenizer, encoder
 
-    def pixels_of(self, image: Image.Image | bytes) -> Tensor:
+    def pixels_of(self, image: Image.Image | bytes | Path) -> Tensor:
         """-> (3, H, W) in [-1, 1], of the encoder's size. Raises BadImage."""
         if self.encoder is None:
             raise UserError("pictures need the image encoder, and this model was loaded without one")
+        image = image.read_bytes() if isinstance(image, Path) else image
         return square_pixels(image, self.encoder.image_size_px)
 
     def _tagged(self, image: ImageLike) -> tuple[str, Tensor]:
