@@ -147,6 +147,7 @@ class Loader:
 
     def __iter__(self) -> Iterator[Batch | ConditionBatch]:
         """Batches from the position that the trainer has consumed. A new iteration ends the one before."""
+        # Batches that workers prepared and the trainer did not consume are dropped: `position` counts consumed ones.
         self.close()
         self._waits.restart()
         self._running = self._iterate()
@@ -184,6 +185,7 @@ class Loader:
             raise ValueError("this loader was made without `count_targets`")
         if self._running is None:
             iter(self)
+        # How many batches are counted ahead decides the buffers of the workers, so they start at the first request.
         if self._source is None:
             self._source = self._start(num_ahead=num_batches)
         with self._waits.waiting():
@@ -206,6 +208,7 @@ class Loader:
     def _start(self, *, num_ahead: int = 0) -> Production | WorkerPool:
         """Begin to make batches at the position, here or in worker processes."""
         settings = self.settings
+        # Without a request for targets nothing is counted: validation would pay for it and never ask.
         count_targets = self._count_targets if num_ahead else None
 
         def produce(start: Position, first: int, guard: WorkerGuard) -> Production:
@@ -279,6 +282,8 @@ class Loader:
         """
         self.close()
         check_state(state, self.state_dict(), self.sources, is_change_allowed=self.settings.allow_data_change)
+        # A run that is made longer would otherwise stretch its ramps, and every window behind the position would
+        # change.
         if state["total_windows"] != self._total_windows:
             get_logger(__name__).warning("ramps keep the run length that they were started with")
             self._total_windows = state["total_windows"]

@@ -180,6 +180,7 @@ class Maker(ABC):
 
     def _attempt(self, place: Place, act: Callable[[], T], guard: Guard) -> T | SkippedSample:
         """What an act on a sample gives, or why the sample is bad."""
+        # Noted before the sample is touched: if its decoder kills the process, the pool knows which sample to blame.
         guard.enter(place)
         try:
             if guard.is_poisoned(place):
@@ -191,6 +192,8 @@ class Maker(ABC):
 
 def advance(position: Position, num_rows: int, maker: Maker) -> Position:
     """The position `num_rows` rows later; at the end of a finite pass it stops."""
+    # Window by window, since how many rows a window has is known only once it is planned. Windows are cached, and a
+    # batch rarely spans more than two.
     row = position.row + num_rows
     while maker.plan.num_windows is None or position.window < maker.plan.num_windows:
         if row < (size := maker.num_rows(position)):
@@ -203,6 +206,8 @@ def rows_of_rank(
     position: Position, maker: Maker, *, micro_batch: int, rank: int, world_size: int
 ) -> list[Position | None]:
     """The rows that a rank takes of the global batch at `position`; None after the end of a finite pass."""
+    # Dealt like cards: rank r takes rows r, r + world_size, ... So the global batch holds the same rows for any number
+    # of ranks, which is what lets a run resume on another number.
     rows: list[Position | None] = []
     at = advance(position, rank, maker)
     for _ in range(micro_batch):
@@ -250,6 +255,7 @@ class Production:
         """One more; False at the end of a finite pass."""
         if (batch := next(self._batches, None)) is None:
             return False
+        # Only texts are read here: drafting a step of hundreds of micro-batches ahead holds no image in memory.
         rows, end = batch
         draft = self._maker.draft(rows, self._guard)
         self._drafts.append((draft, end))
