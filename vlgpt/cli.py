@@ -109,6 +109,28 @@ def _train(options: TrainOptions, default_config: str, make_probe: MakeProbe | N
     return run_training(settings, ds_config, ds_source=options.deepspeed, probe=probe)
 
 
+class SuperviseOptions(Options):
+    """Of `launchers/supervise.py`."""
+
+    run_dir: Path = Field(description="output_dir of the run")
+    max_restarts: int = 3
+    pause_s: float = Field(10.0, description="before each restart")
+    command: Annotated[tuple[str, ...], Argument(is_positional=True)] = Field(
+        description="after `--`; {port} becomes a free port"
+    )
+
+
+def launch_supervised(argv: Sequence[str] | None = None) -> int:
+    """Run a training command, and start it again after a lost process."""
+    from vlgpt.train.supervise import supervise
+
+    about = launch_supervised.__doc__
+    options = parse(SuperviseOptions, argv, prog="launchers/supervise.py", description=about)
+    log.configure()
+    how = options.model_dump(include={"run_dir", "max_restarts", "pause_s"})
+    return supervise(options.command, **how)
+
+
 # ----------------------------------------------------------------------------------------------------------- generating
 
 
