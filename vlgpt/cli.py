@@ -256,7 +256,11 @@ def reconstruct(options: ReconstructOptions) -> int:
     data = [_read_file(path) for path in options.image]
     generator = Generator.load(options.model, device=options.device)
     uses: dict[str, Conditions] = {"both": "both", "z_v only": "image", "z_t only": "text"}
-    how = {"guidance": options.decoder_guidance, "image_scale": options.image_scale, "seed": options.seed}
+    how: dict[str, Any] = {
+        "guidance": options.decoder_guidance,
+        "image_scale": options.image_scale,
+        "seed": options.seed,
+    }
     columns = {name: generator.reconstruct(data, use=use, **how) for name, use in uses.items()}
     size = columns["both"][0].width
     # The originals as the encoder sees them: a square crop.
@@ -484,9 +488,10 @@ def doctor(options: DoctorOptions) -> int:
     """Environment, versions, disk and faults of a configuration, each with its fix; --gpu runs the real path."""
     from vlgpt.config import load_run
     from vlgpt.doctor.environment import check_environment
-    from vlgpt.doctor.lint import lint
+    from vlgpt.doctor.lint import Finding, lint
 
-    faults, run = [], None
+    faults: list[Finding] = []
+    run: RunSettings | None = None
     if options.config is not None:
         faults = lint(options.config, options.overrides, num_processes=options.gpus)
         if not any("correct this key" in fault.fix for fault in faults):

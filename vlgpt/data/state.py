@@ -56,12 +56,14 @@ def make_state(
 ) -> LoaderState:
     """The state at a position. Without packing the position is one sample count."""
     redrawn = {source.name: number for source, number in zip(sources, position.redrawn) if number}
-    where = {"epoch": epoch, "window": position.window, "row": position.row, "redrawn": redrawn}
+    where: dict[str, Any] = {"sample": position.window * SLOTS + position.row}
+    if kind == "packed":
+        where = {"epoch": epoch, "window": position.window, "row": position.row, "redrawn": redrawn}
     return {
         "schema": SCHEMA,
         "kind": kind,
         "seed": settings.seed,
-        "position": where if kind == "packed" else {"sample": position.window * SLOTS + position.row},
+        "position": where,
         "total_windows": total_windows,
         "tokenizer": tokenizer,
         "plan": plan_settings(settings, kind=kind),
