@@ -147,7 +147,8 @@ class Stream:
             values = torch.stack([entry for entry in inputs if isinstance(entry, Tensor)])
             embeddings[visual] = self.lm.embed_visual(values).to(embeddings.dtype)
         if not self.has_companions:
-            self.rows.step(embeddings, None if bool(is_moving.all()) else is_moving)
+            has_idle_rows = any(entry is None for entry in inputs)
+            self.rows.step(embeddings, is_moving if has_idle_rows else None)
             return
         # A companion reads [IMG] and embeddings, so that it can predict inside images. At a text token it forgets the
         # image: text is not guided, and the next image must again see the empty prompt alone.
