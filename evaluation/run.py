@@ -39,6 +39,8 @@ from vlgpt.log import configure, get_logger
 from vlgpt.options import Argument, Options, parse
 from vlgpt.processes import Share, run_ranks
 
+Pairs = Annotated[tuple[str, ...], Argument(is_repeated=True, metavar="NAME=VALUE")]
+
 
 class AnswerOptions(Options):
     """Flags that `evaluation.run` and `evaluation.run_all` share."""
@@ -81,12 +83,8 @@ class RunOptions(AnswerOptions):
     )
     data: Path = Field(description="folder with the official files (docs/evaluation.md)")
     output: Path
-    option: Annotated[tuple[str, ...], Argument(is_repeated=True, metavar="NAME=VALUE")] = Field(
-        (), description="an option of the benchmark"
-    )
-    decode: Annotated[tuple[str, ...], Argument(is_repeated=True, metavar="NAME=VALUE")] = Field(
-        (), description="a decode setting"
-    )
+    option: Pairs = Field((), description="an option of the benchmark")
+    decode: Pairs = Field((), description="a decode setting")
     shots: int = Field(0, description="demonstrations before the question")
     dagger: bool = Field(False, description="two demonstrations without their images (paper's dagger)")
     selection: Selection = "random"

@@ -21,7 +21,7 @@ from evaluation import benchmarks, report
 from evaluation.core import DataNotFound, Metric, read_json
 from evaluation.fewshot import Demonstrator, FewShot
 from evaluation.responders import ModelResponder, OracleResponder, ShuffledResponder
-from evaluation.run import AnswerOptions, changed, pairs, run, select, write_submission
+from evaluation.run import AnswerOptions, Pairs, changed, pairs, run, select, write_submission
 from evaluation.score import score_folder
 from vlgpt.errors import UserError, run_command
 from vlgpt.files import write_atomic
@@ -49,12 +49,8 @@ class RunAllOptions(AnswerOptions):
     clip: str | None = Field(None, description="CLIP ViT-L/14 folder: reconstruction, edits, CLIP score")
     inception: str | None = Field(None, description="weights of the FID Inception")
     fd_clip: str | None = Field(None, description="CLIP folder as extractor of a Frechet distance")
-    option: Annotated[tuple[str, ...], Argument(is_repeated=True, metavar="NAME=VALUE")] = Field(
-        (), description="an option that jobs name"
-    )
-    other_model: Annotated[tuple[str, ...], Argument(is_repeated=True, metavar="NAME=EXPORT")] = Field(
-        (), description="a model that jobs name"
-    )
+    option: Pairs = Field((), description="an option that jobs name")
+    other_model: Pairs = Field((), description="the export of a model that jobs name")
     metrics: Path | None = Field(None, description="JSON file for all metrics of all jobs")
     num_beams: int | None = Field(None, description="instead of each benchmark's own number of beams")
     threads: int | None = Field(None, description="torch threads of each process")

@@ -20,7 +20,7 @@ from evaluation.core import IMAGE_KINDS, Benchmark, Prediction, no_garbage_colle
 from evaluation.fewshot import label_of
 from evaluation.manifest import Manifest
 from evaluation.predictions import check_ids, read_jsonl
-from evaluation.run import pairs, select
+from evaluation.run import Pairs, pairs, select
 from vlgpt.errors import UserError, run_command
 from vlgpt.files import sha256_file, write_atomic
 from vlgpt.options import Argument, Options, parse
@@ -33,9 +33,7 @@ class ScoreOptions(Options):
     data: Path = Field(description="folder with the official files (docs/evaluation.md)")
     predictions: Path
     output: Path = Field(description="results.json")
-    option: Annotated[tuple[str, ...], Argument(is_repeated=True, metavar="NAME=VALUE")] = Field(
-        (), description="an option of the benchmark"
-    )
+    option: Pairs = Field((), description="an option of the benchmark")
     partial: bool = Field(False, description="score what is there; missing and foreign ids are recorded")
 
 
