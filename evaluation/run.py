@@ -14,13 +14,22 @@ import sys
 from collections.abc import Container, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
 
 from evaluation import benchmarks, manifest
-from evaluation.core import IMAGE_KINDS, Benchmark, DecodeSettings, Example, Prediction, Prompt, Responder
+from evaluation.core import (
+    IMAGE_KINDS,
+    Benchmark,
+    DecodeSettings,
+    Example,
+    JsonObject,
+    Prediction,
+    Prompt,
+    Responder,
+)
 from evaluation.features import ClipFeatures
 from evaluation.fewshot import Demonstrator, FewShot, Selection
 from evaluation.predictions import (
@@ -109,7 +118,7 @@ def run(
     batch_size: int = 8,
     num_processes: int = 1,
     rank: int = 0,
-    subset: dict[str, Any] | None = None,
+    subset: JsonObject | None = None,
 ) -> Path | None:
     """Answer this process's share of the examples; the path of predictions.jsonl once all shares are done.
 
@@ -249,7 +258,7 @@ def pairs(texts: Sequence[str], flag: str) -> dict[str, str]:
     return dict(text.split("=", 1) for text in texts)
 
 
-def changed(decoding: DecodeSettings, changes: dict[str, Any]) -> DecodeSettings:
+def changed(decoding: DecodeSettings, changes: JsonObject) -> DecodeSettings:
     """Decode settings with some fields replaced. Raises UserError for an unknown field."""
     names = [field.name for field in fields(DecodeSettings)]
     if unknown := sorted(set(changes) - set(names)):

@@ -12,13 +12,13 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import yaml
 from pydantic import Field
 
 from evaluation import benchmarks, report
-from evaluation.core import DataNotFound, Metric, read_json
+from evaluation.core import DataNotFound, Metric, Record, read_json
 from evaluation.fewshot import Demonstrator, FewShot
 from evaluation.responders import ModelResponder, OracleResponder, ShuffledResponder
 from evaluation.run import AnswerOptions, Pairs, changed, pairs, run, select, write_submission
@@ -67,8 +67,8 @@ class Job:
     name: str
     benchmark: str
     few_shot: FewShot
-    options: Mapping[str, Any] = field(default_factory=dict)
-    sampling_options: Mapping[str, Any] = field(default_factory=dict)
+    options: Record = field(default_factory=dict)
+    sampling_options: Record = field(default_factory=dict)
     model: str = ""
     missing: tuple[str, ...] = ()
 

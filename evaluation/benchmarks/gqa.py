@@ -9,10 +9,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from evaluation.benchmarks.vqa import ShortAnswers, chance_of_equal
-from evaluation.core import Example, Predictions, Scores, find_file, find_folder, has_file, metric, read_json
+from evaluation.core import (
+    Example,
+    JsonObject,
+    Predictions,
+    Scores,
+    find_file,
+    find_folder,
+    has_file,
+    metric,
+    read_json,
+)
 from evaluation.metrics.gqa import Normalise, gqa_scores, normalise_answer
 
 
@@ -63,7 +73,7 @@ class Gqa(ShortAnswers):
             notes={"normalise": self.normalise, "cut": self.cut},
         )
 
-    def submission(self, predictions: Predictions, data: Path) -> list[dict[str, Any]]:
+    def submission(self, predictions: Predictions, data: Path) -> list[JsonObject]:
         """`[{"questionId": str, "prediction": str}]`, lower case without a final full stop."""
         answers = self.answers(predictions)
         return [{"questionId": id, "prediction": normalise_answer(text)} for id, text in answers.items()]

@@ -14,7 +14,8 @@ from typing import Any, Literal
 Normalise = Literal["llava", "raw"]
 Group = dict[Hashable, tuple[float, int]]
 """Accuracy in percent and number of questions by type."""
-Questions = Mapping[str, Mapping[str, Any]]
+Question = Mapping[str, Any]
+Questions = Mapping[str, Question]
 """The official questions file: records by question id."""
 
 _NOT_A_STEP = ("exist", "query: name", "choose name")
@@ -101,7 +102,7 @@ def gqa_scores(
     return GqaResult(found, groups, is_correct)
 
 
-def _num_steps(question: Mapping[str, Any]) -> int:
+def _num_steps(question: Question) -> int:
     """Reasoning steps, without the final look-up that every question has."""
     steps = (f"{step['operation']}: {step['argument']}" for step in question["semantic"])
     return sum(not any(name in step for name in _NOT_A_STEP) for step in steps)
