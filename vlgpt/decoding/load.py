@@ -15,6 +15,8 @@ from vlgpt.models.component import CONFIG_FILE
 from vlgpt.models.decoder_parts import FOR_TARGETS
 from vlgpt.models.decoders import ConvDecoder, PictureDecoder
 from vlgpt.models.encoders import ClipEncoder, load_clip
+from vlgpt.models.unified import UnifiedConfig
+from vlgpt.tokens import DocumentTokenizer
 
 DIFFUSION_PATHS = ("pipeline", "adapter", "unconditional", "vae")
 
@@ -23,6 +25,17 @@ def located(folder: Path, reference: str) -> str:
     """A path inside the export when there is such a file, else the reference unchanged (a path or hub name)."""
     inside = folder / reference
     return str(inside) if inside.exists() else reference
+
+
+def load_tokenizer(folder: Path, config: UnifiedConfig) -> DocumentTokenizer:
+    """The tokenizer of an export, with the chat template and the rendering that it was trained with."""
+    return DocumentTokenizer.load(
+        folder,
+        num_visual=config.image_tokenizer["num_visual"],
+        template=config.template,
+        is_boundary_target=config.is_boundary_target,
+        rendering=config.rendering,
+    )
 
 
 def load_encoder(folder: Path, record: Mapping[str, Any] | None) -> ClipEncoder | None:
