@@ -26,6 +26,7 @@ from data_prep.sources import SOURCES, source_class
 from data_prep.workers import STOPPED, Stopped, WorkerDied, run_shards
 from vlgpt.errors import UserError, run_command
 from vlgpt.log import configure
+from vlgpt.registry import is_dotted
 from vlgpt.shards import Manifest, ShardReport, write_manifest
 from vlgpt.shards.manifest import MANIFEST, SUCCESS, read_manifest, read_report
 from vlgpt.shards.schema import MAX_RECORDS_PER_SHARD, MAX_SHARDS
@@ -118,7 +119,8 @@ def _parser(source: type | None) -> argparse.ArgumentParser:
         description=source.__doc__ if source else __doc__,
         allow_abbrev=False,
     )
-    parser.add_argument("source", choices=SOURCES, metavar="SOURCE", help=", ".join(SOURCES))
+    names = f"{', '.join(SOURCES)}, or package.module:Class of your own"
+    parser.add_argument("source", type=_source_name, metavar="SOURCE", help=names)
     parser.add_argument("--input", type=Path, nargs="+", default=(), help="files or folders to read")
     parser.add_argument("--output", type=Path, required=True, help="folder of the data set")
     parser.add_argument("--name", help="name in the manifest (default: the output folder's name)")
@@ -142,6 +144,14 @@ def _parser(source: type | None) -> argparse.ArgumentParser:
     add_options(parser, "pictures", _picture_options(source))
     add_options(parser, "filters", model_options(FilterSettings))
     return parser
+
+
+def _source_name(name: str) -> str:
+    try:
+        source_class(name)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return name
 
 
 def _picture_options(source: type | None) -> list[Option]:
@@ -197,7 +207,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     stopped by a signal.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    name = next((argument for argument in argv if argument in SOURCES), None)
+    name = next((argument for argument in argv if argument in SOURCES or is_dotted(argument)), None)
     source_type = source_class(name) if name else None
     arguments = _parser(source_type).parse_args(argv)
     configure()

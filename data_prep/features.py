@@ -25,7 +25,7 @@ import torch
 from data_prep.feature_jobs import PER, FeatureJob, compute_shard, make_job
 from data_prep.workers import STOPPED
 from vlgpt import log
-from vlgpt.errors import UserError
+from vlgpt.errors import UserError, run_command
 from vlgpt.models.encoders import load_clip
 from vlgpt.models.image_tokenizer import ImageTokenizer
 from vlgpt.shards import ShardSet, write_spec
@@ -263,4 +263,4 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(log.run_command(main))
+    sys.exit(run_command(main))

@@ -7,14 +7,15 @@ network is trained at just those: predicting clean latents works at 48 pixels, p
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from demo.decoder import ConvDecoder
 from vlgpt.models.component import Component, freeze
-from vlgpt.models.decoders import ConvDecoder
 from vlgpt.models.denoise import (
     Conditions,
     check_generators,
@@ -54,9 +55,9 @@ class TinyDiffusionDecoder(Component):
         image_drop, text_drop: probability that a sample lacks that condition, in training mode only.
     """
 
-    guidance = image_scale = (
-        1.0  # four steps on a coarse image that is already right: guidance only adds contrast
-    )
+    # Four steps on a coarse image that is already right: guidance only adds contrast.
+    guidance = image_scale = 1.0
+    is_deterministic = False
 
     def __init__(
         self,
@@ -67,7 +68,7 @@ class TinyDiffusionDecoder(Component):
         text_tokens: int = 24,
         text_width: int = 128,
         width: int = 128,
-        channels: tuple[int, int] | list[int] = (48, 64),
+        channels: Sequence[int] = (48, 64),
         size_px: int = 48,
         factor: int = 4,
         num_steps: int = 4,
@@ -76,23 +77,7 @@ class TinyDiffusionDecoder(Component):
         image_drop: float = 0.1,
         text_drop: float = 0.1,
     ):
-        channels = list(channels)
-        super().__init__(
-            coarse=coarse,
-            image_tokens=image_tokens,
-            image_width=image_width,
-            text_tokens=text_tokens,
-            text_width=text_width,
-            width=width,
-            channels=channels,
-            size_px=size_px,
-            factor=factor,
-            num_steps=num_steps,
-            noise_scale=noise_scale,
-            scaling_factor=scaling_factor,
-            image_drop=image_drop,
-            text_drop=text_drop,
-        )
+        super().__init__()
         self.size_px, self.num_steps, self.noise_scale = size_px, num_steps, noise_scale
         self.image_drop, self.text_drop = image_drop, text_drop
         self.coarse = ConvDecoder(**coarse)

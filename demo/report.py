@@ -20,9 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from rich import box
+from rich.console import Console
+from rich.table import Table
 
 from demo import report_samples as samples
-from demo.benchmarks.suite import METRICS, print_table
 from demo.pass_marks import PASS_MARKS, PassMark, marks_beside
 from demo.report_curves import Chart, loss_chart
 from demo.report_samples import Answered
@@ -31,6 +33,8 @@ from evaluation.core import read_json
 from vlgpt.errors import UserError, run_command
 from vlgpt.files import write_atomic
 
+METRICS = "metrics.json"
+LOG_WIDTH = 110
 TEMPLATES = Path(__file__).with_name("templates")
 RUNS = {
     "clip": "tiny CLIP (the frozen encoders)",
@@ -60,17 +64,6 @@ def read_timings(run: Path) -> dict[str, float]:
     }
     done = sorted(stamps.items(), key=lambda item: float(item[1].get("run", 0)))
     return {name: float(stamp["seconds"]) for name, stamp in done if "seconds" in stamp}
-
-
-def find_evaluation(run: Path) -> Path:
-    """The folder that the emoji suite wrote. Raises UserError that names the command."""
-    for folder in (run / "evaluation", run / "evaluation" / "emoji"):
-        if (folder / METRICS).is_file():
-            return folder
-    raise UserError(
-        f"{run / 'evaluation' / METRICS} not found; run: python -m evaluation.run emoji "
-        f"--model {run}/finetune/result --data {run}/data --output {run}/evaluation"
-    )
 
 
 def charts(run: Path) -> list[Chart]:
@@ -168,17 +161,41 @@ def render(
     )
 
 
+def print_table(metrics: Mapping[str, Mapping[str, float]], marks: Mapping[str, PassMark]) -> None:
+    """The metrics on the terminal: value, chance, n and, where the demo has one, the pass mark."""
+    result = Table("metric", "value", "chance", "n", "pass mark", "", box=box.SIMPLE_HEAD)
+    result.columns[0].no_wrap = True
+    for column in result.columns[1:4]:
+        column.justify = "right"
+    for name, entry in metrics.items():
+        mark = marks.get(name)
+        chance = f"{entry['chance']:.3f}" if "chance" in entry else ""
+        verdict = "" if mark is None else "[green]pass[/green]" if mark.is_met(entry) else "[red]below[/red]"
+        row = (name, f"{entry['value']:.3f}", chance, str(entry["n"]), mark.text if mark else "", verdict)
+        result.add_row(*row)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=LOG_WIDTH)
+    console.print(result)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write report.html and metrics.json, print the table."""
     p = argparse.ArgumentParser(prog="python -m demo.report", description=(__doc__ or "").split("\n")[0])
     p.add_argument("--run", type=Path, required=True, help="the demo's folder, such as runs/demo")
     p.add_argument("--output", type=Path, required=True, help="report.html")
-    p.add_argument("--evaluation", type=Path, help="what the emoji suite wrote (default: RUN/evaluation)")
+    p.add_argument(
+        "--evaluation", type=Path, help="folder of evaluation/run_all.sh (default: RUN/evaluation)"
+    )
     p.add_argument("--data", type=Path, help="the demo's shards (default: RUN/data)")
     p.add_argument("--demo", type=Path, help="folder of a finished demo to be set beside, such as runs/demo")
     p.add_argument("--also", type=Path, nargs="*", default=(), help="more metrics (evaluation.text_nll)")
     args = p.parse_args(arguments)
-    evaluation = args.evaluation or find_evaluation(args.run)
+    evaluation = args.evaluation or args.run / "evaluation"
+    if not (evaluation / METRICS).is_file():
+        raise UserError(
+            f"{evaluation / METRICS} not found; evaluate first (demo/jobs.yaml gives the command)"
+        )
     metrics = {
         name: entry for path in (evaluation / METRICS, *args.also) for name, entry in read_json(path).items()
     }

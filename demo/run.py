@@ -55,7 +55,9 @@ class Step:
 def build(kind: str, split: str, *, spare: tuple[str, ...] = ()) -> Step:
     """data_prep of one part of the emoji source."""
     folder = f"{ROOT}/data/{kind}-{split}"
-    command = f"python -m data_prep.build emoji --kind {kind} --split {split} --output {folder}"
+    command = (
+        f"python -m data_prep.build demo.source:EmojiSource --kind {kind} --split {split} --output {folder}"
+    )
     return Step(f"{kind}-{split}", command, folder, spare=spare)
 
 
@@ -89,6 +91,15 @@ def example(name: str, options: str) -> Step:
     output = f"{ROOT}/examples/{name}"
     command = f"vlgpt generate --model {ROOT}/finetune/result --output {output} {options}"
     return Step(name, command, output, ("finetune",))
+
+
+def evaluation(export: str, *, pretrained: str, output: str) -> str:
+    """All benchmarks of demo/jobs.yaml with one export; label pages are asked of the pre-trained one."""
+    return (
+        f"bash evaluation/run_all.sh {export} {ROOT}/data {output} --jobs demo/jobs.yaml "
+        f"--other-model pretrained={pretrained} --option judge={ROOT}/judge/result "
+        f"--batch-size 64 --draw-batch-size 32 --metrics {output}/metrics.json"
+    )
 
 
 def steps(decoder: str) -> list[Step]:
@@ -147,9 +158,10 @@ def steps(decoder: str) -> list[Step]:
         training("finetune", "launchers/finetune", after=("pretrain", "decoder"), port=29516),
         Step(
             "evaluation",
-            f"bash evaluation/run_all.sh {chat} {ROOT}/data {ROOT}/evaluation",
+            evaluation(chat, pretrained=f"{ROOT}/pretrain/result", output=f"{ROOT}/evaluation"),
             f"{ROOT}/evaluation",
             (judged, "judge", *(step.name for step in data)),
+            ("demo/jobs.yaml",),
         ),
         *extra,
         example(

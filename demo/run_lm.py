@@ -39,10 +39,9 @@ def own_steps() -> list[Step]:
     ask = f"python -m demo.chats --model {model} --output {data} --threads 2"
     # Chats have no images: their features are empty, but the loader asks every source for them.
     empty = f"python -m data_prep.features {chats}-train --encoder {demo.ROOT}/clip/result --features patches"
-    evaluate = (
-        f"python -m evaluation.run emoji --model {ROOT}/finetune/result --pretrained {ROOT}/pretrain/result"
+    evaluate = demo.evaluation(
+        f"{ROOT}/finetune/result", pretrained=f"{ROOT}/pretrain/result", output=f"{ROOT}/evaluation"
     )
-    evaluate += f" --judge {demo.ROOT}/judge/result --data {demo.ROOT}/data --output {ROOT}/evaluation"
     # The demo has built all held-out shards for its own evaluation.
     nll = f"python -m evaluation.text_nll {ROOT}/finetune/result --base {model} --data {chats}-held-out"
     report = f"python -m demo.report --run {ROOT} --output {ROOT}/report.html --data {demo.ROOT}/data"
@@ -56,9 +55,10 @@ def own_steps() -> list[Step]:
         training("finetune", after=("lm-pretrain", "decoder"), port=29522),
         Step(
             "lm-evaluation",
-            f"{evaluate} --max-shots 8 --threads 2 --dtype bfloat16",
+            f"{evaluate} --option max_shots=8 --threads 2 --dtype bfloat16",
             f"{ROOT}/evaluation",
             ("lm-finetune", "evaluation"),
+            ("demo/jobs.yaml",),
         ),
         Step(
             "lm-text",

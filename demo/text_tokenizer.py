@@ -13,6 +13,7 @@ from pathlib import Path
 from demo.tiny import save_language_model, train_text_tokenizer
 from vlgpt import log
 from vlgpt.document import TextPart
+from vlgpt.errors import run_command
 from vlgpt.seeds import seed_everything
 from vlgpt.shards.reader import ShardSet
 
@@ -59,4 +60,4 @@ def run(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(log.run_command(run))
+    sys.exit(run_command(run))

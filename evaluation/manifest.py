@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from evaluation import benchmarks
 from evaluation.core import Benchmark, Decoding, Example, ImageSource, Responder
 from evaluation.prompts import PromptTemplate
 from vlgpt.errors import UserError
@@ -95,7 +96,7 @@ def build(
     """The manifest of a run."""
     template, second = benchmark.template, benchmark.second_template
     return {
-        "benchmark": benchmark.name,
+        "benchmark": benchmarks.reference(benchmark),
         "split": benchmark.split,
         "options": benchmark.options(),
         "answer_options": {name: getattr(benchmark, name) for name in benchmark.answer_options},

@@ -22,7 +22,6 @@ import jinja2
 import numpy as np
 import yaml
 
-from demo.pass_marks import PASS_MARKS
 from evaluation import benchmarks
 from evaluation.core import read_json
 from evaluation.report_examples import pick, view
@@ -208,7 +207,6 @@ def _section(name: str, result: Mapping[str, Any], folder: Path, data: Path) -> 
     return {
         "name": name,
         "result": result,
-        "marks": {key: mark for key, mark in PASS_MARKS.items() if key in result["metrics"]},
         "breakdown": {group: _bars(rows) for group, rows in result["breakdown"].items()},
         "protocol": list(_leaves(protocol)),
         "examples": {

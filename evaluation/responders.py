@@ -46,6 +46,12 @@ class ModelResponder:
         )
         """What `Decoding` leaves to the picture decoder; the manifest records it."""
 
+    @property
+    def is_deterministic(self) -> bool:
+        """Whether it always draws the same image for the same prompt."""
+        head, decoder = self.generator.model.lm.regression_head, self.generator.decoder
+        return head.is_deterministic and (decoder is None or decoder.is_deterministic)
+
     @classmethod
     def load(
         cls, export: Path, *, device: str = "cpu", dtype: str = "float32", draw_batch_size: int = 1

@@ -181,7 +181,7 @@ def write_submission(benchmark: Benchmark, predictions_file: Path, data: Path) -
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m evaluation.run", description=(__doc__ or "").split("\n")[0])
-    p.add_argument("benchmark", help=", ".join(benchmarks.REGISTRY))
+    p.add_argument("benchmark", help=f"{', '.join(benchmarks.REGISTRY)}, or package.module:Class of your own")
     who = p.add_mutually_exclusive_group(required=True)
     who.add_argument("--model", type=Path, help="export folder (vlgpt export)")
     who.add_argument("--responder", choices=("oracle", "shuffled"), help="a fake that tests the benchmark")
@@ -224,8 +224,6 @@ def pairs(texts: Sequence[str], flag: str) -> dict[str, str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if arguments and arguments[0] in benchmarks.SUITES:
-        return benchmarks.suite(arguments[0]).main(arguments[1:])
     args = parser().parse_args(arguments)
     configure(rank=args.rank or 0)
     require_rank(args.rank, args.num_processes)

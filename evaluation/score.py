@@ -61,7 +61,7 @@ def score(
         scores = benchmark.score(predictions, data)
     template = benchmark.template
     result = {
-        "benchmark": benchmark.name,
+        "benchmark": benchmarks.reference(benchmark),
         "split": benchmark.split,
         "shots": label_of((run or {}).get("shots", {})),
         "primary": benchmark.primary,

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from vlgpt import log
-from vlgpt.errors import UserError
+from vlgpt.errors import UserError, run_command
 
 DEMO = Path("runs/demo/finetune/result")
 DEMO_EXAMPLES = (
@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--max-upload-mib", type=int, default=10, help="size of one picture file")
     arguments = parser.parse_args(argv)
     log.configure()
-    return log.run_command(lambda: launch(arguments))
+    return run_command(lambda: launch(arguments))
 
 
 if __name__ == "__main__":

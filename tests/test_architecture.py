@@ -12,10 +12,10 @@ MAX_FUNCTION_LINES = 80
 
 # Layers of the library: a module imports its own package, lower layers, and names to its left in its own cell.
 LAYERS: list[list[list[str]]] = [
-    [["errors", "seeds", "log", "files", "document", "settings", "config"]],
+    [["errors", "seeds", "log", "files", "document", "registry", "settings", "config"]],
     [["images", "turns", "tokens", "batch", "shards"]],
     [["data"], ["models"]],
-    [["stages", "model_card", "decoding", "generate", "chat", "hf", "export"]],
+    [["model_card", "decoding", "generate", "export", "stages", "chat", "hf"]],
     [["train", "planning"]],
     [["doctor", "server"]],
     [["cli", "__main__"]],

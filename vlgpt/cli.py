@@ -14,7 +14,7 @@ from rich.console import Console
 
 from vlgpt import log
 from vlgpt.document import IMAGE_MARK, Document, ImagePart, Part, Role, TextPart
-from vlgpt.errors import UserError
+from vlgpt.errors import UserError, run_command
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -50,7 +50,7 @@ def launch_training(
         "overrides", nargs="*", metavar="KEY=VALUE", help="settings to change, such as optimizer.lr=1e-4"
     )
     arguments = parser.parse_args(argv)
-    return log.run_command(lambda: _train(arguments, make_probe))
+    return run_command(lambda: _train(arguments, make_probe))
 
 
 def _train(arguments: argparse.Namespace, make_probe: MakeProbe | None) -> int:
@@ -66,10 +66,10 @@ def _train(arguments: argparse.Namespace, make_probe: MakeProbe | None) -> int:
         sys.stderr.write(f"{settings.run_dir} is complete: nothing to do\n")
         return 0
     if missing := missing_inputs(settings):
-        is_demo = any(path.startswith("runs/demo/") for _, path in missing)
-        hint = "; `make demo` prepares everything the demo configurations read" if is_demo else ""
         names = ", ".join(f"{key} = {path}" for key, path in missing)
-        raise FileNotFoundError(f"{names} does not exist{hint}")
+        raise FileNotFoundError(
+            f"{names} does not exist: run the step that makes it first (docs/training.md)"
+        )
     probe = None
     if settings.validation.probes:
         if make_probe is None:
@@ -262,7 +262,7 @@ def contact_sheet(columns: Mapping[str, Sequence[Image]], *, min_cell_px: int = 
 
 def export(arguments: argparse.Namespace) -> int:
     """The newest commit of a run as an export folder; needs neither GPU nor deepspeed."""
-    from vlgpt.export import export_run
+    from vlgpt.stages.language import export_run
 
     export_run(
         arguments.run,
@@ -281,12 +281,12 @@ def inspect(arguments: argparse.Namespace) -> int:
     from vlgpt.data.inspect import inspect as look
     from vlgpt.data.inspect_page import to_html, to_text
     from vlgpt.data.loader import Loader
-    from vlgpt.settings import LanguageStage
-    from vlgpt.stages.build import load_tokenizer
+    from vlgpt.settings import LanguageStageSettings
+    from vlgpt.stages.language import load_tokenizer
 
     run = load_run(arguments.config, arguments.overrides)
     tokenizer, weights = None, LossWeights()
-    if isinstance(run.stage, LanguageStage):
+    if isinstance(run.stage, LanguageStageSettings):
         tokenizer = load_tokenizer(run.stage)
         weights = LossWeights(run.stage.text_weight, run.stage.visual_weight, run.stage.first_visual_weight)
     loader = Loader(
@@ -473,4 +473,4 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `vlgpt`."""
     arguments = _parser().parse_args(argv)
     log.configure()
-    return log.run_command(lambda: arguments.function(arguments))
+    return run_command(lambda: arguments.function(arguments))

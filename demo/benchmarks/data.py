@@ -58,7 +58,7 @@ def load(folder: Path) -> tuple[Item, ...]:
     """All records of a folder, in shard order. Raises DataNotFound that says how to build it."""
     if not folder.is_dir():
         kind, _, split = folder.name.partition("-")
-        command = f"python -m data_prep.build emoji --kind {kind} --split {split} --output {folder}"
+        command = f"python -m data_prep.build demo.source:EmojiSource --kind {kind} --split {split} --output {folder}"
         raise DataNotFound(f"data set {folder} does not exist; build it: {command}")
     shards = _open(folder)
     return tuple(

@@ -1,56 +1,42 @@
-"""The benchmarks by name, one file each; a file is imported when its benchmark is asked for."""
+"""The benchmarks by name, one file each; a file is imported when its benchmark is asked for.
+
+A benchmark of another package is named `package.module:Class` and needs no line here.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from collections.abc import Mapping
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from evaluation.core import Benchmark
 from vlgpt.errors import UserError
+from vlgpt.registry import dotted_name, load_class
 
 REGISTRY: Mapping[str, str] = {
-    "coco_caption": "coco_caption:CocoCaption",
-    "vqav2": "vqav2:Vqav2",
-    "gqa": "gqa:Gqa",
-    "okvqa": "okvqa:Okvqa",
-    "vizwiz": "vizwiz:VizWiz",
-    "visdial": "visdial:VisDial",
-    "coco_generation": "coco_generation:CocoGeneration",
-    "coco_reconstruction": "reconstruction:CocoReconstruction",
-    "flickr30k_reconstruction": "reconstruction:Flickr30kReconstruction",
-    "magicbrush": "magicbrush:MagicBrush",
-    "easy_vqa": "easy_vqa:EasyVqa",
-    "emoji_reconstruction": "emoji_pictures:EmojiReconstruction",
-    "emoji_caption": "emoji_text:EmojiCaption",
-    "emoji_vqa": "emoji_text:EmojiVqa",
-    "emoji_draw": "emoji_pictures:EmojiDraw",
-    "emoji_edit": "emoji_edit:EmojiEdit",
-    "emoji_label_pages": "emoji_text:EmojiLabelPages",
+    "coco_caption": "evaluation.benchmarks.coco_caption:CocoCaption",
+    "vqav2": "evaluation.benchmarks.vqav2:Vqav2",
+    "gqa": "evaluation.benchmarks.gqa:Gqa",
+    "okvqa": "evaluation.benchmarks.okvqa:Okvqa",
+    "vizwiz": "evaluation.benchmarks.vizwiz:VizWiz",
+    "visdial": "evaluation.benchmarks.visdial:VisDial",
+    "coco_generation": "evaluation.benchmarks.coco_generation:CocoGeneration",
+    "coco_reconstruction": "evaluation.benchmarks.reconstruction:CocoReconstruction",
+    "flickr30k_reconstruction": "evaluation.benchmarks.reconstruction:Flickr30kReconstruction",
+    "magicbrush": "evaluation.benchmarks.magicbrush:MagicBrush",
+    "easy_vqa": "evaluation.benchmarks.easy_vqa:EasyVqa",
 }
-SUITES: Mapping[str, str] = {"emoji": "emoji"}
-"""Several benchmarks under one command line of their own: a module with main, has_data and part_names."""
 
 
 def benchmark_class(name: str) -> type[Benchmark]:
-    """The class of a benchmark. Raises UserError for an unknown name."""
-    if name not in REGISTRY:
-        raise UserError(f"benchmark {name!r} is unknown; valid: {', '.join(REGISTRY)}")
-    module, class_name = REGISTRY[name].split(":")
-    return getattr(importlib.import_module(f"evaluation.benchmarks.{module}"), class_name)
+    """The class of a short name or of `package.module:Class`. Raises UserError for an unknown name."""
+    return load_class(name, Benchmark, key="benchmark", known=REGISTRY)
 
 
-def suite(name: str) -> ModuleType:
-    """The module of a suite."""
-    return importlib.import_module(f"evaluation.benchmarks.{SUITES[name]}")
-
-
-def suites_of(data: Path) -> list[str]:
-    """The suites whose data lies in a folder."""
-    return [name for name in SUITES if suite(name).has_data(data)]
+def reference(benchmark: Benchmark) -> str:
+    """The name under which `make` finds this benchmark again: short for our own, dotted for others."""
+    is_ours = dotted_name(type(benchmark)) == REGISTRY.get(benchmark.name)
+    return benchmark.name if is_ours else dotted_name(type(benchmark))
 
 
 def make(name: str, **options: Any) -> Benchmark:

@@ -12,8 +12,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from vlgpt import hf
 from vlgpt.document import Document, ImagePart, TextPart
-from vlgpt.export import export_run
 from vlgpt.generate import DecodeSettings, Generator, Prompt
+from vlgpt.stages.language import export_run
 from vlgpt.tokens import DocumentTokenizer
 
 sys.path.append(str(Path(__file__).parents[1] / "data"))

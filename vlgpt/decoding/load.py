@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 from vlgpt.errors import UserError
-from vlgpt.models.component import CONFIG_FILE
+from vlgpt.models.component import CONFIG_FILE, Component
 from vlgpt.models.decoder_parts import FOR_TARGETS
-from vlgpt.models.decoders import ConvDecoder, PictureDecoder
+from vlgpt.models.decoders import PictureDecoder
 from vlgpt.models.encoders import ClipEncoder, load_clip
+from vlgpt.registry import load_class
 
 DIFFUSION_PATHS = ("pipeline", "adapter", "unconditional", "vae")
 
@@ -55,13 +56,15 @@ def load_decoder(
 
 
 def load_component_decoder(folder: Path) -> PictureDecoder:
-    """A saved ConvDecoder or TinyDiffusionDecoder. Raises UserError when the folder holds neither."""
+    """A saved component whose class, named in its config.json, is an image decoder. Raises UserError."""
     path = folder / CONFIG_FILE
-    if path.is_file() and json.loads(path.read_text()).get("class") == "TinyDiffusionDecoder":
-        from demo.diffusion import TinyDiffusionDecoder
-
-        return TinyDiffusionDecoder.from_folder(folder).eval()
-    return ConvDecoder.from_folder(folder).eval()
+    if not path.is_file():
+        raise UserError(f"{folder} holds no {CONFIG_FILE}: expected a saved image decoder")
+    name = json.loads(path.read_text()).get("class", "")
+    found = load_class(name, PictureDecoder, key=f"{path}: class", known={})
+    if not issubclass(found, Component):
+        raise UserError(f"{path}: class {name!r} is no Component: it cannot be loaded from a folder")
+    return found.from_folder(folder).eval()
 
 
 def cast_parameters(module: nn.Module, dtype: torch.dtype) -> None:

@@ -215,9 +215,9 @@ def _synchronise(setting: Setting) -> None:
 
 def check_decoder(setting: Setting, *, tolerance: float = 1e-3) -> Finding:
     """A batch of four pictures equals four single ones."""
+    from demo.decoder import ConvDecoder
     from demo.diffusion import TinyDiffusionDecoder
     from vlgpt import seeds
-    from vlgpt.models.decoders import ConvDecoder
 
     seeds.seed_everything(0, "doctor")
     shapes = {"image_tokens": 4, "image_width": 32, "text_tokens": 4, "text_width": 32}

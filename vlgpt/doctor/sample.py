@@ -14,10 +14,11 @@ from vlgpt.batch import Batch, ImageInput, to_device
 from vlgpt.models.image_detokenizer import ImageDetokenizer
 from vlgpt.models.image_tokenizer import ImageTokenizer
 from vlgpt.models.language_models import build_language_model
-from vlgpt.models.multimodal_lm import LoraSettings, MultimodalLM
+from vlgpt.models.multimodal_lm import MultimodalLM
 from vlgpt.models.unified import UnifiedModel
 from vlgpt.planning.architecture import Architecture, image_shapes, language_shape
 from vlgpt.planning.flops import Work
+from vlgpt.settings import LoraSettings
 from vlgpt.stages.language import LanguageStage
 
 

@@ -156,6 +156,7 @@ class DiffusionDecoder(nn.Module):
 
     absent_image: Tensor
     absent_text: Tensor
+    is_deterministic = False
 
     def __init__(
         self,

@@ -20,6 +20,7 @@ class ImageDetokenizer(Component):
     """
 
     is_mapped = True
+    runtime_arguments = ("backend", "has_checkpointing")
 
     def __init__(
         self,
@@ -39,20 +40,7 @@ class ImageDetokenizer(Component):
         backend: Backend = "auto",
         has_checkpointing: bool = False,
     ):
-        super().__init__(
-            num_visual=num_visual,
-            visual_width=visual_width,
-            image_tokens=image_tokens,
-            image_width=image_width,
-            text_tokens=text_tokens,
-            text_width=text_width,
-            has_mean_token=has_mean_token,
-            width=width,
-            depth=depth,
-            num_heads=num_heads,
-            mlp_ratio=mlp_ratio,
-            init_std=init_std,
-        )
+        super().__init__()
         self.image_targets = ConditionStandardiser(image_tokens, image_width, has_mean_token=has_mean_token)
         self.text_targets = ConditionStandardiser(text_tokens, text_width, has_mean_token=False)
         self.transformer = QueryTransformer(

@@ -19,6 +19,7 @@ class ImageTokenizer(Component):
     """
 
     is_mapped = True
+    runtime_arguments = ("backend", "has_checkpointing")
 
     def __init__(
         self,
@@ -35,17 +36,7 @@ class ImageTokenizer(Component):
         backend: Backend = "auto",
         has_checkpointing: bool = False,
     ):
-        super().__init__(
-            num_patches=num_patches,
-            patch_width=patch_width,
-            num_visual=num_visual,
-            visual_width=visual_width,
-            width=width,
-            depth=depth,
-            num_heads=num_heads,
-            mlp_ratio=mlp_ratio,
-            init_std=init_std,
-        )
+        super().__init__()
         self.num_visual, self.visual_width = num_visual, visual_width
         self.transformer = QueryTransformer(
             num_queries=num_visual,

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from vlgpt import log
 from vlgpt.data.loader import Loader
 from vlgpt.files import write_atomic
-from vlgpt.models.unified import UnifiedModel
-from vlgpt.settings import LanguageStage, RunSettings
-from vlgpt.stages.build import stored_image_parts
-from vlgpt.tokens import DocumentTokenizer
-from vlgpt.train import commit
+from vlgpt.settings import RunSettings
 from vlgpt.train.engine import Engine
 from vlgpt.train.facts import RESULT
 from vlgpt.train.loop import Run
@@ -72,25 +68,3 @@ def replace_folder(new: Path, target: Path) -> None:
         target.replace(old)
     new.replace(target)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def exporter(settings: RunSettings, tokenizer: DocumentTokenizer) -> Callable[[UnifiedModel, Path], None]:
-    """How a language stage writes its result: an export with merged weights, its image parts as they were read."""
-    stage = settings.stage
-    assert isinstance(stage, LanguageStage)
-    encoder = stage.encoder
-
-    def write(model: UnifiedModel, folder: Path) -> None:
-        from vlgpt.export import card_of, export_model
-
-        image_tokenizer, image_detokenizer = stored_image_parts(stage)
-        export_model(
-            UnifiedModel(lm=model.lm, image_tokenizer=image_tokenizer, image_detokenizer=image_detokenizer),
-            folder,
-            tokenizer=tokenizer,
-            encoder=None if encoder is None else encoder.model_dump(),
-            picture_decoder=stage.picture_decoder,
-            card=card_of(settings, tag=commit.tag_of(settings.steps)),
-        )
-
-    return write

@@ -15,11 +15,9 @@ from vlgpt import log, seeds
 from vlgpt.data.loader import Loader
 from vlgpt.errors import UserError
 from vlgpt.settings import DataSettings, RunSettings
-from vlgpt.stages import language
 from vlgpt.stages.base import Stage
 from vlgpt.stages.build import build_stage
 from vlgpt.stages.weights import newest_trainable
-from vlgpt.tokens import DocumentTokenizer
 from vlgpt.train import checkpoint, faults
 from vlgpt.train.agreement import disagreement
 from vlgpt.train.average import MovingAverage
@@ -28,7 +26,7 @@ from vlgpt.train.engine import Engine, start_process_group, stop_process_group
 from vlgpt.train.facts import check_features, data_facts, describe, record_run, versions
 from vlgpt.train.loop import Run, RunState, TrainingStopped, train
 from vlgpt.train.profile import ProfileWindow
-from vlgpt.train.result import exporter, finish, placed
+from vlgpt.train.result import finish, placed
 from vlgpt.train.upload import Uploader
 from vlgpt.train.validation import Probe, validator, watched
 from vlgpt.train.wandb_mirror import WandbMirror
@@ -105,17 +103,14 @@ def build_run(
 ) -> tuple[Run, RunState]:
     """Everything before step 1: loader, stage, engine, resume or statistics, and the record of what runs."""
     num_sources = max(len(settings.data.sources), len(settings.validation.sources))
-    stage, tokenizer = build_stage(settings, num_sources=num_sources)
-    if isinstance(stage, language.LanguageStage) and tokenizer is not None:
-        stage.exporter = exporter(settings, tokenizer)
+    stage = build_stage(settings, num_sources=num_sources)
     facts = {"frozen": stage.frozen_hashes(), "versions": versions()}  # before ZeRO-3 takes parameters apart
     engine = Engine(stage, settings, merged)
     if odd := disagreement(engine.gather_objects(facts["frozen"])):
         raise UserError(f"processes hold different frozen weights: {odd}; do all nodes see the same files?")
-    if isinstance(stage, language.LanguageStage):
-        stage.model.lm.settle_attention(engine.device, engine.dtype)
-        with engine.evaluation():
-            stage.model.lm.check_isolation()
+    stage.settle(engine.device, engine.dtype)
+    with engine.evaluation():
+        stage.check()
     metrics = None
     is_first = engine.rank == 0
     if is_first:
@@ -123,7 +118,7 @@ def build_run(
         describe(stage)
         mirrors = [WandbMirror(settings)] if settings.wandb_project else []
         metrics = log.MetricsLog(settings.run_dir, mirrors=mirrors)
-    open_loader = loader_opener(settings, engine, stage, tokenizer)
+    open_loader = loader_opener(settings, engine, stage)
     loader = open_loader(settings.data)
     check_features(loader.feature_specs, stage, facts["frozen"])
     if odd := disagreement(engine.gather_objects(loader.state_dict())):
@@ -148,9 +143,7 @@ def build_run(
     return run, begin(run, open_loader)
 
 
-def loader_opener(
-    settings: RunSettings, engine: Engine, stage: Stage, tokenizer: DocumentTokenizer | None
-) -> Callable[..., Loader]:
+def loader_opener(settings: RunSettings, engine: Engine, stage: Stage) -> Callable[..., Loader]:
     """`open_loader(data, workers=None)`: this run's loader over other sources, or with other workers."""
 
     def open_loader(data: DataSettings, *, workers: int | None = None) -> Loader:
@@ -161,7 +154,7 @@ def loader_opener(
             micro_batch=settings.micro_batch,
             rank=engine.rank,
             world_size=engine.world_size,
-            tokenizer=tokenizer,
+            tokenizer=stage.document_tokenizer,
             run_positions=settings.steps * settings.global_batch,
             quarantine=settings.run_dir / f"quarantine_rank_{engine.rank}.jsonl",
             count_targets=stage.count_targets,
