@@ -202,9 +202,7 @@ def _readable(name: str, subcategory: str) -> str:
         return f"{match[1]} with {match[2].replace('beard', 'a beard')}"
     if match := re.fullmatch(r"(person|man|woman) bald", name):
         return f"bald {match[1]}"
-    if match := re.fullmatch(
-        r"(family|kiss|couple with heart)((?: (?:man|woman|boy|girl|adult|child))+)", name
-    ):
+    if match := GROUP_NAME.fullmatch(name):
         *first, last = match[2].split()
         members = f"{', '.join(first)} and {last}" if first else last
         return f"{match[1]} of {members}"

@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from evaluation.benchmarks.pictures import load_clip
-from vlgpt.data.pixels import read_square, to_pixels
+from evaluation.benchmarks.images import load_clip
+from vlgpt.batch import to_pixels
+from vlgpt.images import read_square
 
 Pictures = NDArray[np.uint8]  # (n, S, S, 3)
 Floats = NDArray[np.float32]

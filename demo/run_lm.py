@@ -7,14 +7,14 @@ replaying the language model's own replies, and measured.
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
-import time
 from pathlib import Path
 
+from pydantic import Field
+
 from demo import run as demo
-from demo.run import ZERO2, Step, console
+from demo.run import ZERO2, Step
+from vlgpt.options import Options, parse
 
 ROOT = Path("runs/demo-lm")
 CONFIGS = "demo/configs/lm"
@@ -80,22 +80,15 @@ def steps() -> list[Step]:
     return [*demo.steps("conv"), *own_steps()]
 
 
+class LmOptions(Options):
+    """The command line."""
+
+    jobs: int = Field(2, description="steps side by side")
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--jobs", type=int, default=2, help="steps side by side")
-    arguments = parser.parse_args()
-    began = time.monotonic()
-    try:
-        timings = demo.run(steps(), jobs=arguments.jobs)
-    except KeyboardInterrupt:
-        console.print("interrupted; `make demo-lm` goes on from here")
-        return 130
-    own = {name: seconds for name, seconds in timings.items() if name.startswith("lm-")}
-    (ROOT / "timings.json").write_text(json.dumps(own, indent=1))
-    console.print(f"finished in {time.monotonic() - began:.0f} s: open {ROOT}/report.html")
-    return 0
+    options = parse(LmOptions, None, prog="python -m demo.run_lm", description=__doc__)
+    return demo.run_demo(steps(), jobs=options.jobs, root=ROOT, command="make demo-lm", prefix="lm-")
 
 
 if __name__ == "__main__":

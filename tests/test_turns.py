@@ -19,13 +19,13 @@ from demo.stages import ClipStage, ClipStageSettings
 from demo.tiny import train_text_tokenizer
 from vlgpt import hf
 from vlgpt.data.assemble import Assembler, ShardLengths
-from vlgpt.data.draws import Draws
+from vlgpt.data.mixture import Draws
 from vlgpt.data.sources import OpenSource
+from vlgpt.decoding.generator import Generator
 from vlgpt.decoding.prompts import empty_prompt, render
 from vlgpt.document import Document, ImagePart, Part, TextPart
 from vlgpt.errors import UserError
 from vlgpt.export import export_model
-from vlgpt.generate import Generator
 from vlgpt.models.encoders import load_clip
 from vlgpt.settings import SourceSettings
 from vlgpt.shards import ShardSet, ShardWriter, write_manifest

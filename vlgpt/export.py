@@ -36,11 +36,11 @@ def export_model(
 ) -> None:
     """Write an export; config.json comes last, so that a folder without it is known to be incomplete.
 
-    The model is not changed: adapters are merged tensor by tensor while writing, or kept apart with
-    `merge_lora=False` (then logits equal the training model's bit by bit). `encoder` holds the fields of
-    EncoderSettings; it and the picture decoder are copied when they are local and below 200 MB, else named.
-    `picture_decoder` is the folder of a saved image decoder, or a JSON file (or a folder with diffusion.json) with the
-    arguments of `DiffusionDecoder.load`. Raises UserError when one of them cannot be found.
+    The model is not changed: adapters are merged tensor by tensor while writing, or kept apart with `merge_lora=False`
+    (then logits equal the training model's bit by bit). `encoder` holds the fields of EncoderSettings; it and the image
+    decoder are copied when they are local and below 200 MB, else named. `picture_decoder` is the folder of a saved
+    decoder, or a JSON file (or a folder with diffusion.json) with the arguments of `DiffusionDecoder.load`. Raises
+    UserError when one of them cannot be found.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").unlink(missing_ok=True)
@@ -108,7 +108,7 @@ def carry(reference: str | Path, folder: Path, name: str) -> str:
 
 
 def _carry_decoder(path: Path, folder: Path) -> dict[str, Any]:
-    """The record of a picture decoder, its small local parts copied."""
+    """The record of an image decoder, its small local parts copied."""
     description = path if path.is_file() else path / DIFFUSION_FILE
     if description.is_file():
         parts = read_parts(description)
@@ -154,7 +154,7 @@ def _write_transformers_files(folder: Path, tokenizer: DocumentTokenizer, config
 
 
 def _image_size_px(folder: Path, config: UnifiedConfig) -> int:
-    """The size of the pictures that the encoder reads, from its own configuration; 224 when there is none to read."""
+    """The size of the images that the encoder reads, from its own configuration; 224 when there is none to read."""
     place = Path(located(folder, config.image_encoder["path"])) if config.image_encoder else folder
     for name, keys in (
         ("open_clip_config.json", ("model_cfg", "vision_cfg")),

@@ -9,15 +9,10 @@ whose version decides its output).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol, runtime_checkable
-
-from vlgpt.document import Document
+from data_prep.sources.base import Dropped, ImageOpener, Record, Source
 from vlgpt.registry import load_class
 
-ImageOpener = bytes | Path | Callable[[], bytes]
+__all__ = ["SOURCES", "Dropped", "ImageOpener", "Record", "Source", "source_class"]
 
 SOURCES: dict[str, str] = {
     "folder": "data_prep.sources.folder:FolderSource",
@@ -33,49 +28,6 @@ SOURCES: dict[str, str] = {
     "magicbrush": "data_prep.sources.magicbrush:MagicBrushSource",
     "gimp_help": "data_prep.sources.gimp_help:GimpHelpSource",
 }
-
-
-@dataclass(frozen=True)
-class Record:
-    """One document and its images, still as found: the build opens, decodes and encodes them, not the source.
-
-    `document.info` may carry numbers that filters read under these names: `similarity`, `aesthetic`,
-    `watermark`, `nsfw`, `url`, `image_urls` and `similarities` (lists, one entry per image), and anything
-    else that is worth keeping. `lost` names the reasons for pictures that the source itself had to leave out
-    of the document; the build counts them with those that cannot be decoded.
-    """
-
-    document: Document
-    images: tuple[ImageOpener, ...] = ()
-    lost: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Dropped:
-    """An input record that gives no document: `reason` is one word with underscores, `key` names the record
-    for people.
-    """
-
-    reason: str
-    key: str
-
-
-@runtime_checkable
-class Source(Protocol):
-    """A fixed, ordered list of input records, readable in pieces by any number of tasks."""
-
-    licence: str
-    """One line on licence and attribution, stored in the manifest."""
-
-    def __len__(self) -> int:
-        """The number of input records: the same at every call, on every machine."""
-        ...
-
-    def read(self, start: int, stop: int) -> Iterator[Record | Dropped]:
-        """Exactly `stop - start` items, always the same for the same range. Raises UserError for unreadable
-        input.
-        """
-        ...
 
 
 def source_class(name: str) -> type[Source]:

@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from evaluation.core import Benchmark, DataNotFound, Example, Prompt
+from evaluation.core import Benchmark, DataNotFound, Example
 from evaluation.prompts import PromptTemplate
 from vlgpt import seeds
+from vlgpt.decoding.api import Prompt
 from vlgpt.document import Document
 from vlgpt.shards import ShardSet
 

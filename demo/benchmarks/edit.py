@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -12,7 +12,8 @@ import numpy as np
 
 from demo.benchmarks.data import SPLITS, ask, best_constant, chats, load, shuffled_score
 from demo.benchmarks.images import PictureAnswers, draw_candidates
-from evaluation.core import Decoding, Example, Kind, Prediction, Scores, metric
+from evaluation.core import Example, Kind, Predictions, Scores, metric
+from vlgpt.decoding.api import DecodeSettings
 
 if TYPE_CHECKING:
     from demo.probes import Pictures, Probe
@@ -30,7 +31,7 @@ class EmojiEdit(PictureAnswers):
     name: ClassVar[str] = "emoji_edit"
     kind: ClassVar[Kind] = "image"
     primary: ClassVar[str] = "edit/tone_accuracy"
-    default_decoding: ClassVar[Decoding] = Decoding(max_new_tokens=24, images="free")
+    default_decoding: ClassVar[DecodeSettings] = DecodeSettings(max_new_tokens=24, images="free")
 
     TASKS: ClassVar[tuple[tuple[str, str], ...]] = (("tone", "unseen"), ("gender", "target"))
 
@@ -45,26 +46,26 @@ class EmojiEdit(PictureAnswers):
                 result.append(Example(item.document.id, ask(item), target, info))
         return result
 
-    def score(self, predictions: Mapping[str, Prediction], data: Path) -> Scores:
+    def score(self, examples: Sequence[Example], predictions: Predictions, data: Path) -> Scores:
         judge = self.load_judge()
         metrics: dict[str, dict[str, float]] = {}
         per_example: dict[str, float] = {}
         for family, _ in self.TASKS:
-            examples = [e for e in self.answered(predictions, data) if e.info["family"] == family]
-            if not examples:
+            chosen = [example for example in examples if example.info["family"] == family]
+            if not chosen:
                 continue
-            drawn = self.drawn(examples, predictions, data)
-            sources = judge.squares([example.info["source_image"] for example in examples])
-            wanted = [example.info["wanted"] for example in examples]
+            drawn = self.drawn(chosen, predictions, data)
+            sources = judge.squares([example.info["source_image"] for example in chosen])
+            wanted = [example.info["wanted"] for example in chosen]
             probe = train_probe(data, self.judge, family)
             obtained = np.array([a == b for a, b in zip(probe.predict(drawn), wanted)])
             name = f"edit/{family}_accuracy"
             chance = probe.accuracy(sources, wanted)
-            metrics[name] = metric(float(obtained.mean()), len(examples), chance=chance)
+            metrics[name] = metric(float(obtained.mean()), len(chosen), chance=chance)
             metrics[f"probe/{family}"] = _probe_accuracy(data, self.judge, family)
-            per_example |= {example.id: float(value) for example, value in zip(examples, obtained)}
+            per_example |= {example.id: float(value) for example, value in zip(chosen, obtained)}
             if family == "tone":
-                metrics |= self._concept_kept(examples, drawn, sources, obtained, data)
+                metrics |= self._concept_kept(chosen, drawn, sources, obtained, data)
         return Scores(metrics, per_example, notes=self.notes(predictions))
 
     def _concept_kept(

@@ -6,8 +6,8 @@ picture: it is never left out.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -24,8 +24,9 @@ from demo.benchmarks.data import (
     named,
     subset,
 )
-from evaluation.core import Decoding, Example, Kind, Prediction, Prompt, Scores, metric
+from evaluation.core import Example, Kind, Predictions, Scores, metric
 from vlgpt import seeds
+from vlgpt.decoding.api import DecodeSettings, Prompt
 from vlgpt.document import Document, ImagePart
 
 if TYPE_CHECKING:
@@ -51,9 +52,7 @@ class PictureAnswers(EmojiBenchmark):
 
         return load_judge(self.judge)
 
-    def drawn(
-        self, examples: Sequence[Example], predictions: Mapping[str, Prediction], data: Path
-    ) -> Pictures:
+    def drawn(self, examples: Sequence[Example], predictions: Predictions, data: Path) -> Pictures:
         """What was drawn, in the order of the examples: -> (n, S, S, 3)."""
         judge = self.load_judge()
         result = np.repeat(mean_picture(data, self.judge)[None], len(examples), axis=0)
@@ -62,11 +61,7 @@ class PictureAnswers(EmojiBenchmark):
                 result[row] = judge.squares([Path(path).read_bytes()])[0]
         return result
 
-    def answered(self, predictions: Mapping[str, Prediction], data: Path) -> list[Example]:
-        """The examples that were answered."""
-        return [example for example in self.examples(data) if example.id in predictions]
-
-    def notes(self, predictions: Mapping[str, Prediction]) -> dict[str, Any]:
+    def notes(self, predictions: Predictions) -> dict[str, Any]:
         """Who judged, and how many pictures are missing."""
         missing = sum(not prediction["image"] for prediction in predictions.values())
         return {"judge": dict(self.load_judge().identity), "num_without_picture": missing}
@@ -114,8 +109,8 @@ class EmojiReconstruction(PictureAnswers):
     conditions: str = "both"
 
     @property
-    def decoding(self) -> Decoding:
-        return self.default_decoding.replace(use=self.conditions)
+    def decoding(self) -> DecodeSettings:
+        return replace(super().decoding, use=self.conditions)
 
     def examples(self, data: Path) -> Sequence[Example]:
         result = []
@@ -126,14 +121,14 @@ class EmojiReconstruction(PictureAnswers):
                 result.append(Example(id, prompt, image, {"split": split, "picture": id}))
         return result
 
-    def score(self, predictions: Mapping[str, Prediction], data: Path) -> Scores:
+    def score(self, examples: Sequence[Example], predictions: Predictions, data: Path) -> Scores:
         judge, mean = self.load_judge(), mean_picture(data, self.judge)
         suffix = SUFFIX[self.conditions]
         metrics: dict[str, dict[str, float]] = {}
         per_example: dict[str, float] = {}
-        for split, examples in by_split(self.answered(predictions, data)):
-            real, n = judge.squares([example.truth for example in examples]), len(examples)
-            drawn = self.drawn(examples, predictions, data)
+        for split, chosen in by_split(examples):
+            real, n = judge.squares([example.truth for example in chosen]), len(chosen)
+            drawn = self.drawn(chosen, predictions, data)
             error = pixel_mse(drawn, real)
             blank = pixel_mse(np.repeat(mean[None], n, axis=0), real).mean()
             cosine = judge.embed(drawn) @ judge.embed(real).T
@@ -143,7 +138,7 @@ class EmojiReconstruction(PictureAnswers):
             metrics[name] = metric(float(error.mean()), n, chance=float(blank))
             name = named(f"reconstruction/clip_similarity{suffix}", split, main="unseen")
             metrics[name] = metric(float(matched - mismatched), n, chance=0.0)
-            per_example |= {example.id: float(value) for example, value in zip(examples, error)}
+            per_example |= {example.id: float(value) for example, value in zip(chosen, error)}
         return Scores(metrics, per_example, notes=self.notes(predictions))
 
 
@@ -159,7 +154,7 @@ class EmojiDraw(PictureAnswers):
     name: ClassVar[str] = "emoji_draw"
     kind: ClassVar[Kind] = "image"
     primary: ClassVar[str] = "draw/real_r5"
-    default_decoding: ClassVar[Decoding] = Decoding(max_new_tokens=24, images="free")
+    default_decoding: ClassVar[DecodeSettings] = DecodeSettings(max_new_tokens=24, images="free")
 
     limit: int = 440
     image_seeds: int = 1
@@ -175,32 +170,32 @@ class EmojiDraw(PictureAnswers):
                     result.append(Example(id, ask(item, id=id), image, info))
         return result
 
-    def score(self, predictions: Mapping[str, Prediction], data: Path) -> Scores:
+    def score(self, examples: Sequence[Example], predictions: Predictions, data: Path) -> Scores:
         judge = self.load_judge()
         metrics: dict[str, dict[str, float]] = {}
         per_example: dict[str, float] = {}
-        for split, examples in by_split(self.answered(predictions, data)):
+        for split, chosen in by_split(examples):
             ids, images = _real_pictures(data, split)
             real = judge.squares(images)
-            drawn = self.drawn(examples, predictions, data)
+            drawn = self.drawn(chosen, predictions, data)
             similarity = judge.embed(drawn) @ judge.embed(real).T
             error = all_pixel_mse(drawn, real)
             hits, matched, mismatched = [], [], []
-            for row, example in enumerate(examples):
+            for row, example in enumerate(chosen):
                 truth, others = draw_candidates(ids, example.info["picture"])
                 # A tie counts as a miss: a judge that tells nothing apart must not score.
                 rank = int(np.sum(similarity[row, others] >= similarity[row, truth]))
                 hits.append(float(rank < NUM_RECALL))
                 matched.append(error[row, truth])
                 mismatched.append(error[row, others].mean())
-            n = len({example.info["picture"] for example in examples})
+            n = len({example.info["picture"] for example in chosen})
             chance = NUM_RECALL / min(NUM_CANDIDATES, len(ids))
             name = named("draw/real_r5", split, main="unseen")
             metrics[name] = metric(float(np.mean(hits)), n, chance=chance)
             total = float(np.sum(mismatched))
             ratio = float(np.sum(matched)) / total if total else 1.0  # all pictures alike: nothing to tell
             metrics[named("draw/pixel_mse_ratio", split, main="unseen")] = metric(ratio, n, chance=1.0)
-            per_example |= {example.id: hit for example, hit in zip(examples, hits)}
+            per_example |= {example.id: hit for example, hit in zip(chosen, hits)}
         return Scores(metrics, per_example, notes=self.notes(predictions))
 
 

@@ -24,9 +24,10 @@ from demo.benchmarks.data import (
     subset,
 )
 from demo.word_f1 import word_f1
-from evaluation.core import Decoding, Example, Prediction, Prompt, Scores, mean_by, metric
+from evaluation.core import Example, Predictions, Scores, mean_by, metric
 from evaluation.metrics.captions import score_captions
 from vlgpt import seeds
+from vlgpt.decoding.api import DecodeSettings, Prompt
 from vlgpt.document import Document, ImagePart, Part, TextPart
 from vlgpt.errors import UserError
 
@@ -44,13 +45,6 @@ class WordAnswers(EmojiBenchmark):
     def clean(self, text: str) -> str:
         return " ".join(text.split()).rstrip(". ").lower()
 
-    def answered(
-        self, predictions: Mapping[str, Prediction], data: Path
-    ) -> tuple[list[Example], dict[str, str]]:
-        """The examples that were answered, and the clean answers by id."""
-        examples = [example for example in self.examples(data) if example.id in predictions]
-        return examples, {example.id: self.clean(predictions[example.id]["text"]) for example in examples}
-
 
 @dataclass(frozen=True, kw_only=True)
 class EmojiCaption(WordAnswers):
@@ -58,7 +52,7 @@ class EmojiCaption(WordAnswers):
 
     name: ClassVar[str] = "emoji_caption"
     primary: ClassVar[str] = "caption/word_f1"
-    default_decoding: ClassVar[Decoding] = Decoding(max_new_tokens=24)
+    default_decoding: ClassVar[DecodeSettings] = DecodeSettings(max_new_tokens=24)
 
     limit: int = 440
 
@@ -74,8 +68,8 @@ class EmojiCaption(WordAnswers):
             for item in chats(data, split, kind="describe", limit=self.limit)
         ]
 
-    def score(self, predictions: Mapping[str, Prediction], data: Path) -> Scores:
-        examples, answers = self.answered(predictions, data)
+    def score(self, examples: Sequence[Example], predictions: Predictions, data: Path) -> Scores:
+        answers = self.answers(predictions)
         metrics: dict[str, dict[str, float]] = {}
         per_example: dict[str, float] = {}
         for split, chosen in by_split(examples):
@@ -103,7 +97,7 @@ class EmojiVqa(WordAnswers):
 
     name: ClassVar[str] = "emoji_vqa"
     primary: ClassVar[str] = "vqa/tone"
-    default_decoding: ClassVar[Decoding] = Decoding(max_new_tokens=12)
+    default_decoding: ClassVar[DecodeSettings] = DecodeSettings(max_new_tokens=12)
 
     limit: int = 250
 
@@ -126,8 +120,8 @@ class EmojiVqa(WordAnswers):
             for item in chats(data, split, kind="question", family=family, limit=self.limit)
         ]
 
-    def score(self, predictions: Mapping[str, Prediction], data: Path) -> Scores:
-        examples, answers = self.answered(predictions, data)
+    def score(self, examples: Sequence[Example], predictions: Predictions, data: Path) -> Scores:
+        answers = self.answers(predictions)
         per_example = {e.id: float(answers[e.id] == e.truth) for e in examples}
         groups: dict[str, list[Example]] = defaultdict(list)
         for example in examples:
@@ -158,7 +152,7 @@ class EmojiLabelPages(WordAnswers):
 
     name: ClassVar[str] = "emoji_label_pages"
     primary: ClassVar[str] = "fewshot/label_gain"
-    default_decoding: ClassVar[Decoding] = Decoding(max_new_tokens=12, stop=(".",))
+    default_decoding: ClassVar[DecodeSettings] = DecodeSettings(max_new_tokens=12, stop=(".",))
 
     prompt: str = "label_page"
     limit: int = 200
@@ -214,8 +208,8 @@ class EmojiLabelPages(WordAnswers):
         }
         return Example(id, Prompt(document, images, id), query.info["labels"][attribute], info)
 
-    def score(self, predictions: Mapping[str, Prediction], data: Path) -> Scores:
-        examples, answers = self.answered(predictions, data)
+    def score(self, examples: Sequence[Example], predictions: Predictions, data: Path) -> Scores:
+        answers = self.answers(predictions)
         right = {e.id: float(answers[e.id] == e.truth) for e in examples}
         metrics: dict[str, dict[str, float]] = {}
         kind = "random_label" if self.has_random_labels else "label"

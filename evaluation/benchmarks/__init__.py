@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import get_args, get_type_hints
 
 from evaluation.core import Benchmark
 from vlgpt.errors import UserError
@@ -15,9 +15,9 @@ from vlgpt.registry import dotted_name, load_class
 
 REGISTRY: Mapping[str, str] = {
     "coco_caption": "evaluation.benchmarks.coco_caption:CocoCaption",
-    "vqav2": "evaluation.benchmarks.vqav2:Vqav2",
+    "vqav2": "evaluation.benchmarks.vqa:Vqav2",
     "gqa": "evaluation.benchmarks.gqa:Gqa",
-    "okvqa": "evaluation.benchmarks.okvqa:Okvqa",
+    "okvqa": "evaluation.benchmarks.vqa:Okvqa",
     "vizwiz": "evaluation.benchmarks.vizwiz:VizWiz",
     "visdial": "evaluation.benchmarks.visdial:VisDial",
     "coco_generation": "evaluation.benchmarks.coco_generation:CocoGeneration",
@@ -39,27 +39,28 @@ def reference(benchmark: Benchmark) -> str:
     return benchmark.name if is_ours else dotted_name(type(benchmark))
 
 
-def make(name: str, **options: Any) -> Benchmark:
-    """A benchmark with options given as values or as text ("true", "300"). Raises UserError naming a bad
-    one."""
+def make(name: str, **options: object) -> Benchmark:
+    """A benchmark with options given as values or as text ("true", "300"). Raises UserError naming a bad one."""
     cls = benchmark_class(name)
-    fields = {field.name: field for field in dataclasses.fields(cls)}
+    types = get_type_hints(cls)
+    fields = {field.name: types[field.name] for field in dataclasses.fields(cls)}
     if unknown := sorted(set(options) - set(fields)):
         raise UserError(f"benchmark {name} has no option {', '.join(unknown)}; valid: {', '.join(fields)}")
-    values = {key: _parse(f"{name}.{key}", value, fields[key].default) for key, value in options.items()}
-    return cls(**values)
+    return cls(**{key: _parse(f"{name}.{key}", value, fields[key]) for key, value in options.items()})
 
 
-def _parse(name: str, value: Any, default: Any) -> Any:
-    if not isinstance(value, str) or isinstance(default, str):
+def _parse(name: str, value: object, wanted: type) -> object:
+    """The value of an option, from text where its type is another one."""
+    choices = get_args(wanted)
+    if choices and value not in choices:
+        raise UserError(f"option {name} is {value!r}; valid: {', '.join(choices)}")
+    if not isinstance(value, str) or choices or wanted is str:
         return value
-    if isinstance(default, bool):
+    if wanted is bool:
         if value.lower() not in ("true", "false"):
             raise UserError(f"option {name} is {value!r}; wanted true or false")
         return value.lower() == "true"
-    if isinstance(default, int | float):
-        try:
-            return type(default)(value)
-        except ValueError as error:
-            raise UserError(f"option {name} is {value!r}; wanted a number like {default}") from error
-    return value
+    try:
+        return wanted(value)
+    except ValueError as error:
+        raise UserError(f"option {name} is {value!r}; wanted a number of type {wanted.__name__}") from error

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from evaluation.core import png_bytes
 from vlgpt.document import Document, ImagePart, TextPart
+from vlgpt.images import png_bytes
 from vlgpt.seeds import address
 from vlgpt.shards import ShardWriter, write_manifest
 

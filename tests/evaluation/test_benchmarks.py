@@ -79,9 +79,8 @@ def test_shuffled_answers_score_chance(benchmark, data, tmp_path):
         prompts = [example.prompt for example in examples]
         records = answer(benchmark, responder, examples, prompts, benchmark.decoding, tmp_path)
         records = [{**r, "image": str(tmp_path / r["image"])} if "image" in r else r for r in records]
-        for name, entry in benchmark.score(
-            {record["id"]: record for record in records}, data
-        ).metrics.items():
+        predictions = {record["id"]: record for record in records}
+        for name, entry in benchmark.score(examples, predictions, data).metrics.items():
             draws.setdefault(name, []).append(entry["value"])
     assert chance
     for name in chance.keys() - {"unanswerable_ap", "Bleu_2", "Bleu_3", "Bleu_4"}:

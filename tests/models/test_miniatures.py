@@ -16,10 +16,11 @@ from transformers import AutoModel
 from vlgpt import hf  # noqa: F401 - registers our classes
 from vlgpt import settings as s
 from vlgpt.batch import ConditionBatch, ImageInput
+from vlgpt.decoding.api import DecodeSettings, Prompt
+from vlgpt.decoding.generator import Generator
 from vlgpt.document import Document, ImagePart, TextPart
 from vlgpt.errors import UserError
 from vlgpt.export import export_model
-from vlgpt.generate import DecodeSettings, Generator, Prompt
 from vlgpt.models.diffusion import DiffusionDecoder
 from vlgpt.models.encoders import OpenClipEncoder, TransformersClipEncoder, load_clip
 from vlgpt.models.language_models import load_language_model

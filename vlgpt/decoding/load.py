@@ -1,4 +1,4 @@
-"""Loading what stands beside the weights of an export: the image encoder and the picture decoder."""
+"""Loading the parts beside the weights of an export: the image encoder and the image decoder."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DIFFUSION_PATHS = ("pipeline", "adapter", "unconditional", "vae")
 
 
 def located(folder: Path, reference: str) -> str:
-    """A path inside the export when there is such a file, else the reference as it stands (a path or hub name)."""
+    """A path inside the export when there is such a file, else the reference unchanged (a path or hub name)."""
     inside = folder / reference
     return str(inside) if inside.exists() else reference
 
@@ -37,7 +37,7 @@ def load_encoder(folder: Path, record: Mapping[str, Any] | None) -> ClipEncoder 
 def load_decoder(
     folder: Path, record: Mapping[str, Any] | None, *, dtype: torch.dtype
 ) -> PictureDecoder | None:
-    """The picture decoder of an export, None when it names none.
+    """The image decoder of an export, None when it names none.
 
     Raises UserError for an unknown kind or when it cannot be loaded.
     """

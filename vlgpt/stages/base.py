@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from vlgpt.batch import LossTerm
+from vlgpt.commits import TrainedWeights
+from vlgpt.errors import UserError
 from vlgpt.models.encoders import ClipEncoder, hash_weights, load_clip
 from vlgpt.settings import EncoderSettings, RunSettings, StageSettings
 from vlgpt.tokens import DocumentTokenizer
@@ -117,3 +119,33 @@ def parameter_groups(stage: nn.Module, weight_decay: float) -> list[dict[str, An
     if not groups:
         raise ValueError("the stage has no trainable parameter")
     return groups
+
+
+def load_trainable(stage: Stage, trained: TrainedWeights) -> None:
+    """Copy trained parameters and buffers into a stage built from the same settings.
+
+    Raises UserError when a frozen part has other weights, or names and shapes differ.
+    """
+    found = stage.frozen_hashes() if trained.frozen else {}
+    for name, wanted in trained.frozen.items():
+        if found.get(name) != wanted:
+            raise UserError(
+                f"frozen part {name!r} has hash {found.get(name)}, {trained.tag} was trained with {wanted}"
+            )
+    own: dict[str, Tensor] = dict(stage.named_parameters(remove_duplicate=False))
+    own |= dict(stage.named_buffers(remove_duplicate=False))
+    missing = [
+        name
+        for name, parameter in stage.named_parameters()
+        if parameter.requires_grad and name not in trained.tensors
+    ]
+    unknown = [name for name in trained.tensors if name not in own]
+    misfits = [n for n, tensor in trained.tensors.items() if n in own and own[n].shape != tensor.shape]
+    if missing or unknown or misfits:
+        raise UserError(
+            f"{trained.tag} does not fit this configuration: {len(missing)} tensors missing, {len(unknown)} unknown, "
+            f"{len(misfits)} of another shape: {', '.join([*missing, *unknown, *misfits][:4])}"
+        )
+    with torch.no_grad():
+        for name, tensor in trained.tensors.items():
+            own[name].copy_(tensor)

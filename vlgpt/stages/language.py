@@ -6,12 +6,14 @@ Stage 3 is stage 2 on chats, whose targets are the replies only: the difference 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from vlgpt.batch import Batch, ImageInput, LossTerm
+from vlgpt.commits import newest_trainable, tag_of
 from vlgpt.config import load_run
 from vlgpt.decoding.load import cast_parameters
 from vlgpt.errors import UserError
@@ -28,10 +30,10 @@ from vlgpt.models.losses import count_targets, cross_entropies, sums_by_source, 
 from vlgpt.models.multimodal_lm import MultimodalLM
 from vlgpt.models.unified import UnifiedConfig, UnifiedModel, is_export
 from vlgpt.models.weights import WEIGHTS_FILE, fingerprint
-from vlgpt.settings import LanguageStageSettings, RunSettings
-from vlgpt.stages.base import Stage, load_encoder
+from vlgpt.settings import LanguageStageSettings, RunSettings, SourceSettings
+from vlgpt.shards.manifest import MANIFEST, read_manifest
+from vlgpt.stages.base import Stage, load_encoder, load_trainable
 from vlgpt.stages.tokenizer import load_image_parts
-from vlgpt.stages.weights import load_trainable, newest_trainable
 from vlgpt.tokens import DocumentTokenizer, Rendering
 
 
@@ -162,7 +164,7 @@ class LanguageStage(Stage):
             lm=self.model.lm, image_tokenizer=image_tokenizer, image_detokenizer=image_detokenizer
         )
         export_with_settings(
-            model, folder, run=self.run, tokenizer=self.document_tokenizer, tag=f"step_{self.run.steps:08d}"
+            model, folder, run=self.run, tokenizer=self.document_tokenizer, tag=tag_of(self.run.steps)
         )
 
 
@@ -271,6 +273,13 @@ def stored_image_parts(stage: LanguageStageSettings) -> tuple[ImageTokenizer, Im
     return parts
 
 
+def licences_of(sources: Sequence[SourceSettings]) -> list[str]:
+    """Licence and attribution of every data set whose manifest is here, each once."""
+    manifests = [Path(source.path) / MANIFEST for source in sources]
+    lines = [read_manifest(m.read_bytes(), where=str(m)).licence for m in manifests if m.is_file()]
+    return list(dict.fromkeys(filter(None, lines)))
+
+
 def export_with_settings(
     model: UnifiedModel,
     folder: Path,
@@ -288,6 +297,7 @@ def export_with_settings(
         "name": run.name,
         "checkpoint": tag,
         "sources": [f"{source.name} ({source.path})" for source in run.data.sources],
+        "attribution": licences_of(run.data.sources),
         "steps": run.steps,
         "global_batch": run.global_batch,
     }

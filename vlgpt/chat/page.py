@@ -1,4 +1,4 @@
-"""The page of `launchers/chat.py`: what stands on it and what its buttons do.
+"""The web page of `launchers/chat.py`: its layout and what its buttons do. The only file that imports gradio.
 
 The conversation lives in a `gr.State` as an immutable `Dialogue`; the Chatbot only shows it. Text of users and of the
 model is shown as it is, never as HTML or Markdown. Files are served from one private folder and from nowhere else.
@@ -15,13 +15,16 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import gradio as gr
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from vlgpt.chat import files
 from vlgpt.chat.batching import Batcher, QueueFull, ShuttingDown
-from vlgpt.chat.dialogue import Content, Dialogue, Picture, Turn, interleave, png_bytes
+from vlgpt.chat.dialogue import Content, Dialogue, Picture, Turn, interleave
 from vlgpt.chat.reply import Drawn, Event, Failed, Finished, Notice, ReplySettings, Request, TextPiece
+from vlgpt.decoding.api import DecodeSettings
 from vlgpt.errors import UserError
-from vlgpt.generate import DecodeSettings
+from vlgpt.images import png_bytes
 
 IMAGES: dict[str, Literal["free", "never", "force"]] = {
     "words and pictures": "free",
@@ -53,7 +56,7 @@ EMPTY: dict[str, Any] = {"text": "", "files": []}
 
 
 class Page:
-    """Builds the page. `pictures` is the private folder that pictures and exports are served from."""
+    """Builds the page. `pictures` is the private folder that images and exports are served from."""
 
     def __init__(self, batcher: Batcher, *, model_name: str, pictures: Path, max_new_tokens: int = 256):
         self.batcher, self.model_name, self.pictures = batcher, model_name, pictures
@@ -75,7 +78,7 @@ class Page:
         return {"path": str(self._file_of(item)), "alt_text": "picture"}
 
     def _file_of(self, picture: Picture) -> Path:
-        """A PNG without metadata in the private folder; its name is the hash of the picture."""
+        """A PNG without metadata in the private folder; its name is the hash of the image."""
         path = self.pictures / f"{hashlib.sha256(picture.data).hexdigest()[:32]}.png"
         if not path.exists():
             image = picture.image
@@ -336,8 +339,47 @@ def refuse_addresses(component: Any) -> None:
 
 
 def escaped(text: str) -> str:
-    """Text that a browser shows as it stands: tags and entities in it stay letters. `html.unescape` undoes it."""
+    """Text that a browser shows unchanged: tags and entities in it stay letters. `html.unescape` undoes it."""
     return re.sub(r"<(?=[a-zA-Z/!?])", "&lt;", re.sub(r"&(?=#|\w+;?)", "&amp;", text))
+
+
+class LocalFilesOnly:
+    """ASGI middleware: Gradio can fetch foreign addresses for a client; this page never does."""
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope.get("path", "").lower()
+        if scope["type"] == "http" and ("/proxy=" in path or "file=http" in path):
+            await send({"type": "http.response.start", "status": 403, "headers": []})
+            await send({"type": "http.response.body", "body": b"not allowed"})
+            return
+        await self.app(scope, receive, send)
+
+
+def launch(
+    page: Page, *, host: str, port: int | None, max_upload_mib: int, examples: Sequence[str]
+) -> gr.Blocks:
+    """Start to serve the page, in threads of its own."""
+    blocks = page.build(examples)
+    blocks.queue(max_size=64, default_concurrency_limit=8, api_open=False)
+    blocks.launch(
+        server_name=host,
+        server_port=port,
+        max_file_size=f"{max_upload_mib}mb",
+        app_kwargs={"middleware": [Middleware(LocalFilesOnly)]},
+        theme=theme(),
+        css=CSS,
+        footer_links=[],
+        share=False,
+        ssr_mode=False,
+        mcp_server=False,
+        enable_monitoring=False,
+        quiet=True,
+        prevent_thread_lock=True,
+    )
+    return blocks
 
 
 def theme() -> gr.Theme:

@@ -1,4 +1,4 @@
-"""Rows of unequal prompts that advance together over one KV cache; words and visual embeddings alike."""
+"""Rows of unequal prompts that advance together over one KV cache; text tokens and visual embeddings alike."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vlgpt.models.multimodal_lm import MultimodalLM
 
 @dataclass(frozen=True)
 class RenderedPrompt:
-    """Token ids (L,), where visual embeddings stand (L,), and these, standardised (M, N, d)."""
+    """Token ids (L,), the mask of visual positions (L,), and their embeddings (M, N, d), standardised."""
 
     address: str
     token_ids: Tensor
@@ -40,9 +40,8 @@ class RenderedPrompt:
 class Rows:
     """A KV cache for R rows. Slots are shared, `is_seen` (R, slots) says which of them belong to a row.
 
-    Prompts are padded on the left. A row that idles in a step gets a slot that it never sees again, and its
-    positions do not move: what a row computes depends on no other row. `hidden` (R, D) is the state of each
-    row's last position.
+    Prompts are padded on the left. A row that idles in a step gets a slot that it never sees again, and its positions
+    do not move: what a row computes depends on no other row. `hidden` (R, D) is the state of each row's last position.
     """
 
     def __init__(self, lm: MultimodalLM, prompts: Sequence[Tensor]):
@@ -99,9 +98,8 @@ class Rows:
 class Stream:
     """Rows that read tokens and visual embeddings, each with a companion when images are guided.
 
-    The companion of a row holds the empty prompt. It follows its row inside images only and forgets each
-    image at its end, so it always gives the embedding that the empty prompt would lead to (classifier-free
-    guidance).
+    The companion of a row holds the empty prompt. It follows its row inside images only and forgets each image at its
+    end, so it always gives the embedding that the empty prompt would lead to (classifier-free guidance).
     """
 
     def __init__(

@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from vlgpt.batch import ConditionBatch, normalised, to_device
-from vlgpt.data.pixels import _square, read_square, to_pixels
+from vlgpt.batch import ConditionBatch, normalised, to_device, to_pixels
+from vlgpt.images import _square, read_square
 from vlgpt.seeds import generator
 
 

@@ -25,7 +25,7 @@ HASHED_PX = 32
 PNG_LEVEL = 3  # 40 % faster than zlib's 6, 1 % larger on drawings
 
 
-class PictureSettings(BaseModel):
+class ImageSettings(BaseModel):
     """How pictures are stored."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -46,7 +46,7 @@ class PictureSettings(BaseModel):
 
 
 @dataclass(frozen=True)
-class StoredPicture:
+class StoredImage:
     """Encoded bytes and what is worth knowing about the original."""
 
     suffix: str
@@ -54,12 +54,12 @@ class StoredPicture:
     info: dict[str, Any]
 
 
-class PicturePreparer:
+class ImagePreparer:
     """Prepares pictures; small ones that come again and again (emoji) are prepared once, in CACHE_BYTES at most."""
 
-    def __init__(self, settings: PictureSettings, *, cache_bytes: int = CACHE_BYTES):
+    def __init__(self, settings: ImageSettings, *, cache_bytes: int = CACHE_BYTES):
         self._settings = settings
-        self._cache: OrderedDict[bytes, StoredPicture] = OrderedDict()
+        self._cache: OrderedDict[bytes, StoredImage] = OrderedDict()
         self._free_bytes = cache_bytes
         if settings.fast:
             import cv2
@@ -68,7 +68,7 @@ class PicturePreparer:
                 0
             )  # workers share the cores; threads inside them would only get in each other's way
 
-    def prepare(self, data: bytes) -> StoredPicture:
+    def prepare(self, data: bytes) -> StoredImage:
         """Raises BadImage; reasons that start with `filtered:` come from the settings' filters."""
         digest = hashlib.sha256(data)
         if (stored := self._cache.get(digest.digest())) is not None:
@@ -82,7 +82,7 @@ class PicturePreparer:
         return stored
 
 
-def _prepare(data: bytes, sha256: str, settings: PictureSettings) -> StoredPicture:
+def _prepare(data: bytes, sha256: str, settings: ImageSettings) -> StoredImage:
     opened = open_image(data, max_pixels=settings.max_pixels)
     size = opened.size
     _filter(size, len(data), settings)
@@ -99,10 +99,10 @@ def _prepare(data: bytes, sha256: str, settings: PictureSettings) -> StoredPictu
     info = {"sha256": sha256, "width": size[0], "height": size[1]}
     if phash is not None:
         info["phash"] = f"{phash:016x}"
-    return StoredPicture(settings.image_format, data, info)
+    return StoredImage(settings.image_format, data, info)
 
 
-def _filter(size: tuple[int, int], num_bytes: int, settings: PictureSettings) -> None:
+def _filter(size: tuple[int, int], num_bytes: int, settings: ImageSettings) -> None:
     shorter, longer = min(size), max(size)
     if settings.min_file_bytes is not None and num_bytes < settings.min_file_bytes:
         raise BadImage("filtered:file_bytes")
@@ -147,7 +147,7 @@ def _resize_array(pixels: np.ndarray, size_px: int) -> np.ndarray:
     return cv2.resize(pixels, size, interpolation=cv2.INTER_LINEAR)
 
 
-def _encode(image: Image.Image, settings: PictureSettings) -> bytes:
+def _encode(image: Image.Image, settings: ImageSettings) -> bytes:
     buffer = io.BytesIO()
     if settings.image_format == "png":
         image.save(buffer, "PNG", compress_level=PNG_LEVEL)
@@ -156,7 +156,7 @@ def _encode(image: Image.Image, settings: PictureSettings) -> bytes:
     return buffer.getvalue()
 
 
-def _encode_array(pixels: np.ndarray, settings: PictureSettings) -> bytes:
+def _encode_array(pixels: np.ndarray, settings: ImageSettings) -> bytes:
     if settings.image_format != "jpg":
         return _encode(Image.fromarray(pixels), settings)
     import simplejpeg

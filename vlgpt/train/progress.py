@@ -1,4 +1,4 @@
-"""Speed, waits and the progress line of a run."""
+"""Speed, waiting time and the progress line of a run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from vlgpt.batch import Batch
+from vlgpt.batch import Batch, ConditionBatch
 from vlgpt.log import get_logger
 from vlgpt.settings import RunSettings
 from vlgpt.train.engine import Engine
@@ -19,15 +19,17 @@ from vlgpt.train.flops import FlopMeter, peak_flops
 
 @dataclass(frozen=True)
 class Content:
-    """What a micro-batch held. Numbers and names: a small tensor kept of every batch would keep the memory between."""
+    """What a micro-batch held: numbers and document names, no tensors."""
 
-    documents: tuple[Any, ...]
+    # A small tensor kept of every batch would fragment the allocator's memory between the large ones.
+
+    documents: tuple[str | tuple[str, ...], ...]
     num_images: int
     num_positions: int = 0
     num_padding: int = 0
 
     @staticmethod
-    def of(batch: Any) -> Content:
+    def of(batch: Batch | ConditionBatch) -> Content:
         """Of a packed batch, or of one of images."""
         if not isinstance(batch, Batch):
             return Content(batch.documents, len(batch.documents))
@@ -53,13 +55,8 @@ class Progress:
         self._reset()
 
     def _reset(self) -> None:
-        self.num_steps = 0
-        self.num_tokens = 0
-        self.num_images = 0
-        self.num_padding = 0
-        self.num_positions = 0
-        self.seconds = 0.0
-        self.wait_s = 0.0
+        self.num_steps = self.num_tokens = self.num_images = self.num_padding = self.num_positions = 0
+        self.seconds = self.wait_s = 0.0
 
     def add(self, contents: list[Content], seconds: float, wait_s: float) -> None:
         """One optimizer step of this rank took `seconds`, of which `wait_s` were spent waiting for data."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from vlgpt import seeds
 from vlgpt.decoding.api import DecodeSettings, ImageLike, Listener, Prompt, Reply
 from vlgpt.decoding.beams import BeamSearch
+from vlgpt.decoding.cache import RenderedPrompt, Stream
 from vlgpt.decoding.hypothesis import Hypothesis, ReplyRules
 from vlgpt.decoding.load import cast_parameters, load_decoder, load_encoder
 from vlgpt.decoding.prompts import (
@@ -28,9 +29,7 @@ from vlgpt.decoding.prompts import (
     trim_to_length,
 )
 from vlgpt.decoding.ranking import log_likelihoods
-from vlgpt.decoding.stepwise import Hooks, decode_stepwise
-from vlgpt.decoding.stream import RenderedPrompt, Stream
-from vlgpt.decoding.streaming import TextStreams
+from vlgpt.decoding.stepwise import Hooks, TextStreams, decode_stepwise
 from vlgpt.errors import UserError
 from vlgpt.models.decoders import PictureDecoder
 from vlgpt.models.encoders import ClipEncoder
@@ -43,10 +42,9 @@ Conditions = Literal["both", "image", "text"]
 
 
 class Generator:
-    """A unified model with its text tokenizer, and, for pictures, an image encoder and a picture decoder.
+    """A unified model with its text tokenizer, and, for images, an image encoder and an image decoder.
 
-    Replies depend on neither the other prompts of a batch nor their order; random numbers are addressed by
-    prompt.
+    Replies depend on neither the other prompts of a batch nor their order; random numbers are addressed by prompt.
     """
 
     def __init__(
@@ -164,8 +162,8 @@ class Generator:
     ) -> np.ndarray:
         """Log-likelihood of each candidate as the reply, end token included: -> (num_candidates,) float64.
 
-        `mean` divides by the candidate's tokens, `emu` by those of prompt and candidate (UPSTREAM: Emu's
-        VisDial code, whose mean runs over all positions). An empty candidate is just the end token.
+        `mean` divides by the candidate's tokens, `emu` by those of prompt and candidate (UPSTREAM: Emu's VisDial code,
+        whose mean runs over all positions). An empty candidate is just the end token.
         """
         if not candidates:
             return np.zeros(0)
@@ -202,7 +200,7 @@ class Generator:
         guidance: float | None = None,
         image_scale: float | None = None,
     ) -> list[Image.Image]:
-        """Pictures of visual embeddings (M, N, d) -> M pictures; `seeds[m]` addresses the noise of picture m.
+        """Images of visual embeddings (M, N, d) -> M images; `seeds[m]` addresses the noise of image m.
 
         `use` chooses the conditions that the decoder gets (paper, Table 4); guidance and scale are the decoder's own
         unless given. Raises UserError without a decoder.
@@ -233,7 +231,7 @@ class Generator:
         image_scale: float | None = None,
         seed: int = 0,
     ) -> list[Image.Image]:
-        """Pictures through the image tokenizer and back."""
+        """Images through the image tokenizer and back."""
         addresses: list[tuple[int | str, ...]] = [(seed, "reconstruct", i) for i in range(len(images))]
         visual = self.tokenize(images)
         return self.draw(visual, seeds=addresses, use=use, guidance=guidance, image_scale=image_scale)
@@ -244,7 +242,7 @@ def _noise(address: tuple[int | str, ...]) -> torch.Generator:
 
 
 def to_pictures(pixels: Tensor) -> list[Image.Image]:
-    """(M, 3, H, W) in [-1, 1] -> M RGB pictures."""
+    """(M, 3, H, W) in [-1, 1] -> M RGB images."""
     values = pixels.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
     return [Image.fromarray(picture) for picture in values.cpu().numpy()]
 

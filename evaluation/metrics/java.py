@@ -1,7 +1,7 @@
 """METEOR and SPICE through pycocoevalcap's jar files, where Java and the package are installed (optional).
 
-Slow to start (METEOR loads a 62 MB table), and SPICE needs models that pycocoevalcap downloads itself: it
-is left out when they are not there.
+Both are slow to start: METEOR loads a 62 MB table. SPICE needs models that pycocoevalcap downloads itself; it is left
+out where they are missing.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def java_scores(captions: Mapping[str, str], references: Mapping[str, Sequence[s
             "METEOR needs `pip install pycocoevalcap`; or leave --option java_metrics out"
         ) from error
     ids = list(references)
-    given = dict(zip(ids, ([text] for text in tokenize([captions[id] for id in ids]).captions)))
-    flat = iter(tokenize([text for id in ids for text in references[id]]).captions)
+    given = dict(zip(ids, ([text] for text in tokenize([captions[id] for id in ids]))))
+    flat = iter(tokenize([text for id in ids for text in references[id]]))
     wanted = {id: [next(flat) for _ in references[id]] for id in ids}
     found = {"METEOR": float(meteor.Meteor().compute_score(wanted, given)[0])}
     spice = importlib.import_module("pycocoevalcap.spice.spice")
