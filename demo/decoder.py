@@ -109,7 +109,7 @@ class ConvDecoder(Component):
         guidance: float | None = None,
         image_scale: float | None = None,
     ) -> Tensor:
-        """See `vlgpt.models.decoders.PictureDecoder.decode`."""
+        """See `vlgpt.models.decoders.ImageDecoder.decode`."""
         known = image_condition if image_condition is not None else text_condition
         if known is None:
             raise ValueError("decode needs at least one of image_condition and text_condition")

@@ -1,7 +1,7 @@
 """The tiny twin of the diffusion decoder: a U-Net that trains in minutes, drawing through the same `denoise`.
 
 Two things stand in for Stable Diffusion's parts: pixel unshuffle for the VAE, and a `ConvDecoder` whose
-coarse picture the U-Net sees and corrects (it diffuses the residual). The schedule has four steps and the
+coarse image the U-Net sees and corrects (it diffuses the residual). The schedule has four steps and the
 network is trained at just those: predicting clean latents works at 48 pixels, predicting noise does not.
 """
 
@@ -45,7 +45,7 @@ class PixelShuffleCodec(nn.Module):
 
 
 class TinyDiffusionDecoder(Component):
-    """A coarse picture plus a diffused residual: a `PictureDecoder`.
+    """A coarse image plus a diffused residual: a `ImageDecoder`.
 
     Args:
         coarse: arguments of the `ConvDecoder` inside; `on` takes a trained one.
@@ -134,7 +134,7 @@ class TinyDiffusionDecoder(Component):
         """Mean squared error of the predicted clean residual: (B, Kv, Dv), (B, Kt, Dt), (B, 3, H, W) -> (B,).
 
         `coarse` (B, 3, H, W) is what the coarse decoder makes of the full conditions; None computes it here.
-        Samples that lose a condition get a coarse picture of their own. `generator` (CPU) draws timesteps,
+        Samples that lose a condition get a coarse image of their own. `generator` (CPU) draws timesteps,
         noise and losses of conditions; None is torch's own, as for dropout.
         """
         batch, device = pixels.shape[0], pixels.device
@@ -158,7 +158,7 @@ class TinyDiffusionDecoder(Component):
         return (predicted - clean).square().flatten(1).mean(1)
 
     def coarse_pictures(self, image: Tensor, text: Tensor, *, no_image: Tensor, no_text: Tensor) -> Tensor:
-        """Coarse pictures of what is left of the conditions: (B, Kv, Dv), (B, Kt, Dt) -> (B, 3, H, W)."""
+        """Coarse images of what is left of the conditions: (B, Kv, Dv), (B, Kt, Dt) -> (B, 3, H, W)."""
         image = self.coarse.drop_conditions(image, self.coarse.image_absent, no_image)
         text = self.coarse.drop_conditions(text, self.coarse.text_absent, no_text)
         return self.coarse.decode(image, text)
@@ -173,7 +173,7 @@ class TinyDiffusionDecoder(Component):
         guidance: float | None = None,
         image_scale: float | None = None,
     ) -> Tensor:
-        """See `PictureDecoder.decode`. Without generators every picture starts from the same noise."""
+        """See `ImageDecoder.decode`. Without generators every image starts from the same noise."""
         num_pictures = count_pictures(image_condition, text_condition)
         image = or_absent(image_condition, self.image_absent, num_pictures=num_pictures, name="image")
         text = or_absent(text_condition, self.text_absent, num_pictures=num_pictures, name="text")

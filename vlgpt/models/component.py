@@ -38,10 +38,14 @@ class Component(nn.Module):
     def __new__(cls, **given: Any) -> Self:
         # `__new__` sees what the constructor gets, so that no subclass has to repeat its parameters for `save`.
         self = super().__new__(cls)
-        bound = inspect.signature(cls.__init__).bind_partial(self, **given)
-        bound.apply_defaults()
-        arguments = dict(list(bound.arguments.items())[1:])
-        self.arguments = {k: v for k, v in arguments.items() if k not in cls.runtime_arguments}
+        named = {
+            parameter.name: parameter.default
+            for parameter in inspect.signature(cls.__init__).parameters.values()
+            if parameter.kind is parameter.KEYWORD_ONLY and parameter.name not in cls.runtime_arguments
+        }
+        arguments = {name: given.get(name, default) for name, default in named.items()}
+        others = {name: value for name, value in given.items() if name not in cls.runtime_arguments}
+        self.arguments = {**arguments, **others}
         return self
 
     def save(self, folder: Path) -> None:

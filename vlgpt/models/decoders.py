@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 
-class PictureDecoder(Protocol):
+class ImageDecoder(Protocol):
     """What generation, evaluation and `vlgpt reconstruct` need of a decoder.
 
     `guidance` is the scale of classifier-free guidance for every image that is not asked for otherwise (1: none);

@@ -158,10 +158,7 @@ def build_image_tokenizer_stage(stage: TokenizerStageSettings, *, num_sources: i
     detokenizer = ImageDetokenizer(
         num_visual=stage.num_visual,
         visual_width=stage.visual_width,
-        image_tokens=shapes.image_tokens,
-        image_width=shapes.image_width,
-        text_tokens=shapes.text_tokens,
-        text_width=shapes.text_width,
+        **shapes.model_dump(exclude={"num_patches", "patch_width"}),
         has_mean_token=stage.has_mean_token,
         has_checkpointing=stage.has_checkpointing,
         **stage.detokenizer.model_dump(),
