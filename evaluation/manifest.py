@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeAlias
 
-from evaluation import benchmarks
+from evaluation.benchmarks import reference
 from evaluation.core import Benchmark, DecodeSettings, Example, JsonObject, Record, Responder
 from evaluation.prompts import PromptTemplate
 from vlgpt.decoding.api import ImageLike
@@ -87,7 +87,7 @@ def build(
     """The manifest of a run."""
     second = benchmark.second_template
     return {
-        "benchmark": benchmarks.reference(benchmark),
+        "benchmark": reference(benchmark),
         "split": benchmark.split,
         "options": benchmark.options(),
         "answer_options": {name: getattr(benchmark, name) for name in benchmark.answer_options},

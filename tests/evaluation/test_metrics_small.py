@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from metric_golden import load
 
-from demo.word_f1 import mean_word_f1, word_f1
 from evaluation.metrics.bootstrap import paired_bootstrap
 from evaluation.metrics.clip_score import mean_wrong_cosine, pair_cosines
 from evaluation.metrics.postprocess import cut_answer, cut_caption
@@ -64,23 +63,6 @@ def test_llava_and_no_cuts():
     assert cut_answer(" A Dog. ", "none") == cut_caption(" A Dog. ", "none") == " A Dog. "
     with pytest.raises(ValueError, match="gill"):
         cut_answer("a", "gill")
-
-
-def test_word_f1_counts_repeated_words_once_each():
-    assert word_f1("a red red bus", ["A red bus."]) == pytest.approx(2 * 3 / 7)
-    assert word_f1("dog", ["cat", "a dog"]) == pytest.approx(2 / 3)
-    assert word_f1("", [""]) == 1
-    assert word_f1("dog", [""]) == 0
-    assert mean_word_f1(["dog", "cat"], [["dog"], ["dog"]]) == 0.5
-
-
-def test_word_f1_refuses_a_string_as_references():
-    with pytest.raises(TypeError):
-        word_f1("dog", "dog")
-    with pytest.raises(ValueError):
-        word_f1("dog", [])
-    with pytest.raises(ValueError):
-        mean_word_f1(["a"], [])
 
 
 def test_bootstrap_is_addressed_by_its_seed():
