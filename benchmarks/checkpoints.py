@@ -30,8 +30,7 @@ from vlgpt.data.loader import Loader
 from vlgpt.data.mixture import SLOTS
 from vlgpt.data.stream import Position
 from vlgpt.document import Document, TextPart
-from vlgpt.models.multimodal_lm import LoraSettings
-from vlgpt.settings import DataSettings, RunSettings
+from vlgpt.settings import DataSettings, LoraSettings, RunSettings
 from vlgpt.shards import ShardWriter, write_manifest
 from vlgpt.stages.language import LanguageStage
 from vlgpt.train import checkpoint

@@ -17,7 +17,7 @@ from evaluation.responders import ModelResponder
 from evaluation.run import answer, select
 from vlgpt.errors import UserError
 from vlgpt.log import get_logger
-from vlgpt.settings import LanguageStage, ProbeSettings, RunSettings
+from vlgpt.settings import LanguageStageSettings, ProbeSettings, RunSettings
 
 
 def make_probe(settings: RunSettings) -> Callable[[nn.Module, int], Iterator[Mapping[str, float]]]:
@@ -28,7 +28,7 @@ def make_probe(settings: RunSettings) -> Callable[[nn.Module, int], Iterator[Map
     has no language model, an unknown benchmark, one that draws, or missing data.
     """
     stage = settings.stage
-    if not isinstance(stage, LanguageStage):
+    if not isinstance(stage, LanguageStageSettings):
         raise UserError(
             f"validation.probes are for stage.kind=language, this run has {stage.kind}: remove them"
         )
@@ -76,11 +76,11 @@ class _Questions:
         yield {f"{self.benchmark.name}/{name}": metric["value"] for name, metric in metrics.items()}
 
 
-def _responder(module: nn.Module, stage: LanguageStage) -> ModelResponder:
+def _responder(module: nn.Module, stage: LanguageStageSettings) -> ModelResponder:
     """The model inside a training stage as a responder; nothing is copied."""
     from vlgpt.decoding.generator import Generator
-    from vlgpt.stages.build import load_tokenizer
     from vlgpt.stages.language import LanguageStage as Trained
+    from vlgpt.stages.language import load_tokenizer
 
     assert isinstance(module, Trained)
     tokenizer = load_tokenizer(stage)

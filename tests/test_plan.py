@@ -22,12 +22,13 @@ from vlgpt.models.image_detokenizer import ImageDetokenizer
 from vlgpt.models.image_tokenizer import ImageTokenizer
 from vlgpt.models.language_models import from_configuration
 from vlgpt.models.losses import count_targets
-from vlgpt.models.multimodal_lm import LoraSettings, MultimodalLM
+from vlgpt.models.multimodal_lm import MultimodalLM
 from vlgpt.models.unified import UnifiedModel
 from vlgpt.planning.architecture import Architecture, image_shapes, language_shape
 from vlgpt.planning.flops import Work, count
 from vlgpt.planning.memory import Precision, activation_bytes
 from vlgpt.planning.shapes import LANGUAGE_MODELS, configuration
+from vlgpt.settings import LoraSettings
 from vlgpt.stages.language import LanguageStage
 from vlgpt.stages.tokenizer import ImageTokenizerStage
 
@@ -304,7 +305,7 @@ def test_models_known_by_name_are_counted_without_a_folder_or_a_network(name):
 def test_counted_parameters_of_the_image_parts_equal_those_of_the_real_classes():
     from vlgpt import settings as s
 
-    stage = s.ImageTokenizerStage(kind="image_tokenizer")
+    stage = s.TokenizerStageSettings(kind="image_tokenizer")
     shapes = image_shapes(stage.model_dump() | stage.shapes.model_dump())
     with torch.device("meta"):
         modules = ImageTokenizer(num_patches=257, patch_width=1024), ImageDetokenizer()

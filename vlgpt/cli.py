@@ -97,10 +97,10 @@ def _train(options: TrainOptions, default_config: str, make_probe: MakeProbe | N
         sys.stderr.write(f"{settings.run_dir} is complete: nothing to do\n")
         return 0
     if missing := missing_inputs(settings):
-        is_demo = any(path.startswith("runs/demo/") for _, path in missing)
-        hint = "; `make demo` prepares everything the demo configurations read" if is_demo else ""
         names = ", ".join(f"{key} = {path}" for key, path in missing)
-        raise FileNotFoundError(f"{names} does not exist{hint}")
+        raise FileNotFoundError(
+            f"{names} does not exist: run the step that makes it first (docs/training.md)"
+        )
     probe = None
     if settings.validation.probes:
         if make_probe is None:
@@ -397,7 +397,7 @@ class ExportOptions(Options):
 
 def export(options: ExportOptions) -> int:
     """The newest commit of a run as an export folder; needs neither GPU nor deepspeed."""
-    from vlgpt.export import export_run
+    from vlgpt.stages.language import export_run
 
     merge_lora, decoder = not options.keep_lora, options.picture_decoder
     export_run(options.run, options.output, merge_lora=merge_lora, picture_decoder=decoder)
@@ -422,12 +422,12 @@ def inspect(options: InspectOptions) -> int:
     from vlgpt.data.inspect import inspect as look
     from vlgpt.data.inspect_page import to_html, to_text
     from vlgpt.data.loader import Loader
-    from vlgpt.settings import LanguageStage
-    from vlgpt.stages.build import load_tokenizer
+    from vlgpt.settings import LanguageStageSettings
+    from vlgpt.stages.language import load_tokenizer
 
     run = load_run(options.config, options.overrides)
     tokenizer, weights = None, LossWeights()
-    if isinstance(run.stage, LanguageStage):
+    if isinstance(run.stage, LanguageStageSettings):
         tokenizer = load_tokenizer(run.stage)
         weights = LossWeights(run.stage.text_weight, run.stage.visual_weight, run.stage.first_visual_weight)
     loader = Loader(

@@ -1,7 +1,7 @@
-"""Emoji benchmarks whose answers are pictures: reconstruction, drawing from text, edits.
+"""Emoji benchmarks whose answers are images: reconstruction, drawing from text, edits.
 
-All pictures are compared at the judge's size, pixels in [-1, 1]. A missing picture counts as the mean training
-picture: it is never left out.
+All images are compared at the judge's size, pixels in [-1, 1]. A missing image counts as the mean training
+image: it is never left out.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -24,8 +24,9 @@ from demo.benchmarks.data import (
     named,
     subset,
 )
-from evaluation.core import DecodeSettings, Example, Kind, Predictions, Prompt, Scores, metric
+from evaluation.core import Example, Kind, Predictions, Scores, metric
 from vlgpt import seeds
+from vlgpt.decoding.api import DecodeSettings, Prompt
 from vlgpt.document import Document, ImagePart
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ MEAN_OF = 1000
 
 
 class PictureAnswers(EmojiBenchmark):
-    """Predictions are PNG files; `truth` is the encoded real picture."""
+    """Predictions are PNG files; `truth` is the encoded real image."""
 
     primary: ClassVar[str]
 
@@ -61,14 +62,14 @@ class PictureAnswers(EmojiBenchmark):
         return result
 
     def notes(self, predictions: Predictions) -> dict[str, Any]:
-        """Who judged, and how many pictures are missing."""
+        """Who judged, and how many images are missing."""
         missing = sum(not prediction["image"] for prediction in predictions.values())
         return {"judge": dict(self.load_judge().identity), "num_without_picture": missing}
 
 
 @lru_cache(maxsize=4)
 def mean_picture(data: Path, judge: str) -> np.ndarray:
-    """Mean of 1,000 training pictures: -> (S, S, 3) uint8."""
+    """Mean of 1,000 training images: -> (S, S, 3) uint8."""
     from demo.probes import load_judge
 
     items = subset(load(data / "pairs-train"), MEAN_OF)
@@ -92,7 +93,7 @@ def all_pixel_mse(first: Pictures, second: Pictures) -> np.ndarray:
 
 @dataclass(frozen=True, kw_only=True)
 class EmojiReconstruction(PictureAnswers):
-    """Held-out pictures through image tokenizer, detokenizer and picture decoder.
+    """Held-out images through image tokenizer, detokenizer and image decoder.
 
     `conditions`: which of z_v and z_t the decoder reads (both | image | text; paper, Table 4).
     """
@@ -105,7 +106,7 @@ class EmojiReconstruction(PictureAnswers):
 
     prompt: str = "picture"
     limit: int = 440
-    conditions: Literal["both", "image", "text"] = "both"
+    conditions: str = "both"
 
     @property
     def decoding(self) -> DecodeSettings:
@@ -143,17 +144,17 @@ class EmojiReconstruction(PictureAnswers):
 
 @dataclass(frozen=True, kw_only=True)
 class EmojiDraw(PictureAnswers):
-    """Pictures drawn from held-out captions, compared with the real ones.
+    """Images drawn from held-out captions, compared with the real ones.
 
-    real_r5: the real picture is among the 5 nearest of 150 candidates (itself and 149 others of its split, drawn
-    by id) in the judge's space. pixel_mse_ratio: error to the real picture / mean error to the other 149.
-    `image_seeds`: pictures per caption, for models that sample; scores are means over all of them.
+    real_r5: the real image is among the 5 nearest of 150 candidates (itself and 149 others of its split, drawn
+    by id) in the judge's space. pixel_mse_ratio: error to the real image / mean error to the other 149.
+    `image_seeds`: images per caption, for models that sample; scores are means over all of them.
     """
 
     name: ClassVar[str] = "emoji_draw"
     kind: ClassVar[Kind] = "image"
     primary: ClassVar[str] = "draw/real_r5"
-    default_decoding: ClassVar[DecodeSettings] = DecodeSettings(max_new_tokens=24)
+    default_decoding: ClassVar[DecodeSettings] = DecodeSettings(max_new_tokens=24, images="free")
 
     limit: int = 440
     image_seeds: int = 1
@@ -192,20 +193,20 @@ class EmojiDraw(PictureAnswers):
             name = named("draw/real_r5", split, main="unseen")
             metrics[name] = metric(float(np.mean(hits)), n, chance=chance)
             total = float(np.sum(mismatched))
-            ratio = float(np.sum(matched)) / total if total else 1.0  # all pictures alike: nothing to tell
+            ratio = float(np.sum(matched)) / total if total else 1.0  # all images alike: nothing to tell
             metrics[named("draw/pixel_mse_ratio", split, main="unseen")] = metric(ratio, n, chance=1.0)
             per_example |= {example.id: hit for example, hit in zip(chosen, hits)}
         return Scores(metrics, per_example, notes=self.notes(predictions))
 
 
 def _real_pictures(data: Path, split: str) -> tuple[list[str], list[bytes]]:
-    """All pictures of a split: ids and files."""
+    """All images of a split: ids and files."""
     items = chats(data, split, kind="draw")
     return [item.info["picture"]["id"] for item in items], [item.images[0] for item in items]
 
 
 def draw_candidates(ids: Sequence[str], truth: str, *, without: str = "") -> tuple[int, np.ndarray]:
-    """Position of the true picture, and of up to 149 others of the same gallery."""
+    """Position of the true image, and of up to 149 others of the same gallery."""
     position = ids.index(truth)
     pool = [row for row, id in enumerate(ids) if id not in (truth, without)]
     random = seeds.generator("emoji-candidates", truth, without)

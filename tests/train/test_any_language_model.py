@@ -14,7 +14,7 @@ from vlgpt import hf
 from vlgpt.decoding.api import DecodeSettings, Prompt
 from vlgpt.decoding.generator import Generator
 from vlgpt.document import Document, ImagePart, TextPart
-from vlgpt.export import export_run
+from vlgpt.stages.language import export_run
 from vlgpt.tokens import DocumentTokenizer
 
 sys.path.append(str(Path(__file__).parents[1] / "data"))

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from vlgpt.models.multimodal_lm import LoraSettings
+from vlgpt.settings import LoraSettings
 from vlgpt.stages.language import LanguageStage
 from vlgpt.train.flops import FlopMeter, counting
 

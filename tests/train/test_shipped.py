@@ -209,7 +209,7 @@ def live_before(name, lived_once):
 
 
 def is_language(name):
-    return isinstance(load_run(CONFIG_OF[name]).stage, s.LanguageStage)
+    return isinstance(load_run(CONFIG_OF[name]).stage, s.LanguageStageSettings)
 
 
 @pytest.mark.parametrize("name, zero", LIVES)

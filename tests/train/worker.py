@@ -24,8 +24,7 @@ from tiny_unified import (  # noqa: E402
 from vlgpt import commits, seeds  # noqa: E402
 from vlgpt.batch import ConditionBatch  # noqa: E402
 from vlgpt.config import parse_yaml, validate  # noqa: E402
-from vlgpt.models.multimodal_lm import LoraSettings  # noqa: E402
-from vlgpt.settings import RunSettings  # noqa: E402
+from vlgpt.settings import LoraSettings, RunSettings  # noqa: E402
 from vlgpt.stages.language import LanguageStage  # noqa: E402
 from vlgpt.stages.tokenizer import ImageTokenizerStage  # noqa: E402
 from vlgpt.train import checkpoint  # noqa: E402

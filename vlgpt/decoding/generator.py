@@ -31,7 +31,7 @@ from vlgpt.decoding.prompts import (
 from vlgpt.decoding.ranking import log_likelihoods
 from vlgpt.decoding.stepwise import Hooks, TextStreams, decode_stepwise
 from vlgpt.errors import UserError
-from vlgpt.models.decoders import PictureDecoder
+from vlgpt.models.decoders import ImageDecoder
 from vlgpt.models.encoders import ClipEncoder
 from vlgpt.models.unified import UnifiedConfig, UnifiedModel
 from vlgpt.tokens import DocumentTokenizer
@@ -53,7 +53,7 @@ class Generator:
         model: UnifiedModel,
         tokenizer: DocumentTokenizer,
         encoder: ClipEncoder | None,
-        decoder: PictureDecoder | None,
+        decoder: ImageDecoder | None,
     ):
         self.model, self.tokenizer = model.eval(), tokenizer
         self.encoder, self.decoder = encoder, decoder

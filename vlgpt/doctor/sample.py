@@ -18,11 +18,12 @@ from vlgpt.config import validate
 from vlgpt.models.image_detokenizer import ImageDetokenizer
 from vlgpt.models.image_tokenizer import ImageTokenizer
 from vlgpt.models.language_models import build_language_model
-from vlgpt.models.multimodal_lm import LoraSettings, MultimodalLM
+from vlgpt.models.multimodal_lm import MultimodalLM
 from vlgpt.models.unified import UnifiedModel
 from vlgpt.planning.architecture import Architecture, image_shapes, language_shape
 from vlgpt.planning.flops import Work
 from vlgpt.settings import RunSettings
+from vlgpt.settings import LoraSettings
 from vlgpt.stages.language import LanguageStage
 from vlgpt.train.ds_config import merge_config
 from vlgpt.train.engine import Engine, start_process_group, stop_process_group

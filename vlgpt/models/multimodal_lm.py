@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
@@ -14,21 +13,13 @@ from vlgpt.batch import Batch
 from vlgpt.errors import UserError
 from vlgpt.log import get_logger
 from vlgpt.models import packed_attention
-from vlgpt.models.heads import HeadKind, RegressionHead
+from vlgpt.models.heads import new_head
 from vlgpt.models.language_models import LogitRule, embedding_scale, leave_flash
 from vlgpt.models.losses import TargetPositions
 from vlgpt.models.packed_attention import packed_lengths
 from vlgpt.models.standardise import KeepsBuffers
+from vlgpt.settings import LoraSettings
 from vlgpt.tokens import NUM_IMAGE_TOKENS
-
-
-@dataclass(frozen=True)
-class LoraSettings:
-    """LoRA on all linear layers of the transformer (rank 32; PAPER: alpha and dropout are not given, §4.1)."""
-
-    rank: int = 32
-    alpha: float = 32.0
-    dropout: float = 0.05
 
 
 class MultimodalLM(KeepsBuffers):
@@ -38,7 +29,7 @@ class MultimodalLM(KeepsBuffers):
         language_model: a transformers causal LM whose vocabulary already holds the image tokens.
         num_tokens: real tokens; logits of the padding rows after them are masked.
         num_visual, visual_width: N and d of the image tokenizer.
-        head: `linear` (paper) or `mlp`.
+        head: `linear` (paper), `mlp`, or `package.module:Class` of another regression head.
     A standardised visual embedding enters as `projection(x) * visual_scale`, `visual_scale` being the RMS of the
     embeddings that words enter with: images and words have one scale. A predicted embedding is fed back the same way.
 
@@ -55,7 +46,7 @@ class MultimodalLM(KeepsBuffers):
         num_tokens: int,
         num_visual: int,
         visual_width: int,
-        head: HeadKind = "linear",
+        head: str = "linear",
     ):
         super().__init__()
         packed_attention.register()
@@ -67,7 +58,8 @@ class MultimodalLM(KeepsBuffers):
         if isinstance(self.projection, nn.Linear):
             nn.init.normal_(self.projection.weight, std=visual_width**-0.5)
             nn.init.zeros_(self.projection.bias)
-        self.regression_head = RegressionHead(hidden_width=hidden, visual_width=visual_width, kind=head)
+        self.head_name = head
+        self.regression_head = new_head(head, hidden_width=hidden, visual_width=visual_width)
         for part in (self.projection, self.regression_head):
             part.to(
                 language_model.get_input_embeddings().weight.dtype

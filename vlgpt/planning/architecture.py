@@ -132,16 +132,16 @@ class Architecture:
 
 
 def architecture_of(run: s.RunSettings) -> Architecture:
-    """Shapes of a run's parts. Raises UserError when one is unknown, or when the stage is a part of the demo."""
+    """Shapes of a run's parts. Raises UserError when one is unknown, or when the stage is not one of ours."""
     stage = run.stage
-    if isinstance(stage, s.ImageTokenizerStage):
+    if isinstance(stage, s.TokenizerStageSettings):
         tokenizer, detokenizer = image_shapes(stage.model_dump() | stage.shapes.model_dump())
         shape = (stage.num_visual, stage.visual_width)
         return Architecture(
             tokenizer, detokenizer, *shape, _stage_one_towers(run, stage), frozen=stage.frozen
         )
-    if not isinstance(stage, s.LanguageStage):
-        raise UserError(f"stage {stage.kind!r} belongs to the demo: it trains in minutes and needs no plan")
+    if not isinstance(stage, s.LanguageStageSettings):
+        raise UserError(f"stage.kind {stage.kind!r} cannot be planned; valid: {', '.join(s.STAGES)}")
     values, image_origin = image_values(stage)
     tokenizer, detokenizer = image_shapes(values)
     has_image_tokens = read_export(stage.language_model) is not None
@@ -162,7 +162,7 @@ def architecture_of(run: s.RunSettings) -> Architecture:
     )
 
 
-def _stage_one_towers(run: s.RunSettings, stage: s.ImageTokenizerStage) -> dict[str, Tower]:
+def _stage_one_towers(run: s.RunSettings, stage: s.TokenizerStageSettings) -> dict[str, Tower]:
     """What stage 1 computes online; a tower whose features are read from disk is held, but does not run."""
     towers = {"image_encoder": image_tower(stage.encoder)} if stage.encoder else {}
     towers |= conditioner_towers(stage.conditioner) if stage.conditioner else {}
@@ -172,7 +172,7 @@ def _stage_one_towers(run: s.RunSettings, stage: s.ImageTokenizerStage) -> dict[
 
 
 def language_shape(
-    config: Any, *, has_image_tokens: bool, stage: s.LanguageStage | None = None
+    config: Any, *, has_image_tokens: bool, stage: s.LanguageStageSettings | None = None
 ) -> LanguageShape:
     """From a transformers configuration; the vocabulary grows by [IMG], [/IMG] and padding.
 
@@ -230,7 +230,7 @@ def image_shapes(values: dict[str, Any]) -> tuple[QueryShape, QueryShape]:
     return tokenizer, query_shape(values["detokenizer"], num_targets, n, d, outputs)
 
 
-def image_values(stage: s.LanguageStage) -> tuple[dict[str, Any], str]:
+def image_values(stage: s.LanguageStageSettings) -> tuple[dict[str, Any], str]:
     """From the export, else from stage 1's result, else (stage 1 is yet to run) of the paper's size."""
     export = read_export(stage.language_model)
     if stage.image_tokenizer is None and export is not None:
@@ -244,6 +244,6 @@ def image_values(stage: s.LanguageStage) -> tuple[dict[str, Any], str]:
     if all(file.is_file() for file in files):
         tokenizer, detokenizer = (json.loads(file.read_text())["arguments"] for file in files)
         return detokenizer | tokenizer | {"tokenizer": tokenizer, "detokenizer": detokenizer}, str(folder)
-    paper = s.ImageTokenizerStage(kind="image_tokenizer")
+    paper = s.TokenizerStageSettings(kind="image_tokenizer")
     values = paper.model_dump() | paper.shapes.model_dump()
     return values, f"the paper's size ({stage.image_tokenizer} is not there yet)"

@@ -100,7 +100,7 @@ def make_plan(
 
 
 def _length(run: s.RunSettings) -> int:
-    return run.data.sequence_length if isinstance(run.stage, s.LanguageStage) else 1
+    return run.data.sequence_length if isinstance(run.stage, s.LanguageStageSettings) else 1
 
 
 def work_of(run: s.RunSettings, parts: Architecture, rows: int) -> Work:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,20 +13,30 @@ from torch import Tensor, nn
 from vlgpt.batch import LossTerm
 from vlgpt.commits import TrainedWeights
 from vlgpt.errors import UserError
-from vlgpt.models.encoders import hash_weights
+from vlgpt.models.encoders import ClipEncoder, hash_weights, load_clip
+from vlgpt.settings import EncoderSettings, RunSettings, StageSettings
+from vlgpt.tokens import DocumentTokenizer
 
 AllSum = Callable[[Tensor], Tensor]
 
 
 class Stage(nn.Module, ABC):
-    """Base of all stages.
+    """Base of all stages. One of another package is named `package.module:Class` in `stage.kind`.
 
-    `batch_kind` says which batches the loader must give; `terms` names the losses in their fixed order. `frozen`
-    modules never train; their hashes travel with every checkpoint, their weights do not.
+    `settings_class` is what a run's YAML holds under `stage`. `batch_kind` says which batches the loader must give;
+    `terms` names the losses in their fixed order. Packed batches need the `document_tokenizer`. Frozen modules never
+    train; their hashes travel with every checkpoint, their weights do not.
     """
 
+    settings_class: ClassVar[type[StageSettings]]
     batch_kind: Literal["packed", "conditions"]
     terms: tuple[str, ...]
+    document_tokenizer: DocumentTokenizer | None = None
+
+    @classmethod
+    @abstractmethod
+    def from_settings(cls, run: RunSettings, *, num_sources: int) -> Stage:
+        """The stage of a run with its weights loaded. Raises UserError when a part is missing or does not fit."""
 
     @abstractmethod
     def count_targets(self, batch: Any) -> dict[str, float]:
@@ -46,6 +56,12 @@ class Stage(nn.Module, ABC):
     def finish(self, batches: Iterable[Any], all_sum: AllSum) -> None:
         """Take statistics after the last step, for the next stage."""
 
+    def settle(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Choose what can run on this device in this precision; called once the stage is there, before step 1."""
+
+    def check(self) -> None:
+        """Raise UserError when the model does not do what training relies on; called before step 1."""
+
     def frozen_modules(self) -> dict[str, nn.Module]:
         """Modules that must not change, by name."""
         return {}
@@ -64,6 +80,19 @@ class Stage(nn.Module, ABC):
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
                 yield name, parameter
+
+
+def load_encoder(settings: EncoderSettings | None) -> ClipEncoder | None:
+    """The frozen CLIP that settings name; None when they name none. Raises UserError when it cannot be loaded."""
+    if settings is None:
+        return None
+    return load_clip(
+        settings.path,
+        library=settings.library,
+        pretrained=settings.pretrained,
+        layer=settings.layer,
+        has_cls=settings.has_cls,
+    )
 
 
 def is_trained(module: nn.Module) -> bool:

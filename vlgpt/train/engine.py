@@ -23,7 +23,7 @@ from vlgpt.files import free_port
 from vlgpt.log import get_logger
 from vlgpt.settings import RunSettings
 from vlgpt.stages.base import Stage, parameter_groups
-from vlgpt.stages.build import dtype_of
+from vlgpt.stages.language import dtype_of
 from vlgpt.train.agreement import join_ranks
 from vlgpt.train.ds_config import lint_zero
 

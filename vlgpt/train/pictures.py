@@ -16,7 +16,7 @@ from vlgpt.decoding.load import load_decoder
 from vlgpt.errors import UserError
 from vlgpt.log import MetricsSink, get_logger
 from vlgpt.models.decoder_parts import read_parts
-from vlgpt.models.decoders import PictureDecoder
+from vlgpt.models.decoders import ImageDecoder
 from vlgpt.models.encoders import load_clip
 from vlgpt.settings import PictureCheckSettings
 from vlgpt.stages.tokenizer import ImageTokenizerStage
@@ -96,7 +96,7 @@ class ReconstructionCheck:
         return torch.cat(rows, dim=1).clamp(-1, 1) * 0.5 + 0.5
 
 
-def open_decoder(path: str, engine: Engine) -> PictureDecoder:
+def open_decoder(path: str, engine: Engine) -> ImageDecoder:
     """An image decoder as `vlgpt export` takes it: a saved component, a diffusion.json or a folder with one."""
     place = Path(path)
     description = place if place.is_file() else place / DIFFUSION_FILE

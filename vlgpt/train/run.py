@@ -17,11 +17,8 @@ from vlgpt import commits, log, seeds
 from vlgpt.data.loader import Loader
 from vlgpt.errors import UserError
 from vlgpt.files import write_atomic
-from vlgpt.models.unified import UnifiedModel
-from vlgpt.settings import DataSettings, LanguageStage, RunSettings
-from vlgpt.stages import language
-from vlgpt.stages.build import build_stage, stored_image_parts
-from vlgpt.tokens import DocumentTokenizer
+from vlgpt.settings import DataSettings, RunSettings
+from vlgpt.stages.build import build_stage
 from vlgpt.train import checkpoint, faults
 from vlgpt.train.agreement import disagreement
 from vlgpt.train.ds_config import lint, merge_config
@@ -96,23 +93,20 @@ def build_run(
 ) -> tuple[Run, RunState]:
     """Everything before step 1: loader, stage, engine, resume or statistics, and the record of what runs."""
     num_sources = max(len(settings.data.sources), len(settings.validation.sources))
-    stage, tokenizer = build_stage(settings, num_sources=num_sources)
-    if isinstance(stage, language.LanguageStage) and tokenizer is not None:
-        stage.exporter = exporter(settings, tokenizer)
+    stage = build_stage(settings, num_sources=num_sources)
     facts = {"frozen": stage.frozen_hashes(), "versions": versions()}  # before ZeRO-3 takes parameters apart
     engine = Engine(stage, settings, merged)
     if odd := disagreement(engine.gather_objects(facts["frozen"])):
         raise UserError(f"processes hold different frozen weights: {odd}; do all nodes see the same files?")
-    if isinstance(stage, language.LanguageStage):
-        stage.model.lm.settle_attention(engine.device, engine.dtype)
-        with engine.evaluation():
-            stage.model.lm.check_isolation()
+    stage.settle(engine.device, engine.dtype)
+    with engine.evaluation():
+        stage.check()
     metrics = log.MetricsSink()
     if engine.rank == 0:
         record_run(settings, merged, facts)
         describe(stage)
         metrics = log.MetricsLog(settings.run_dir, mirrors=mirrors_of(settings))
-    open_loader = loader_opener(settings, engine, tokenizer)
+    open_loader = loader_opener(settings, engine)
     loader = open_loader(settings.data)
     check_features(loader.feature_specs, stage, facts["frozen"])
     if odd := disagreement(engine.gather_objects(loader.state_dict())):
@@ -150,9 +144,7 @@ def _observers(settings: RunSettings, engine: Engine) -> Iterator[Observer]:
         yield MovingAverage(engine, decay=settings.optimizer.ema_decay)
 
 
-def loader_opener(
-    settings: RunSettings, engine: Engine, tokenizer: DocumentTokenizer | None
-) -> Callable[..., Loader]:
+def loader_opener(settings: RunSettings, engine: Engine) -> Callable[..., Loader]:
     """`open_loader(data, workers=None)`: this run's loader over other sources, or with other workers."""
 
     def open_loader(data: DataSettings, *, workers: int | None = None) -> Loader:
@@ -163,7 +155,7 @@ def loader_opener(
             micro_batch=settings.micro_batch,
             rank=engine.rank,
             world_size=engine.world_size,
-            tokenizer=tokenizer,
+            tokenizer=engine.stage.document_tokenizer,
             run_positions=settings.steps * settings.global_batch,
             quarantine=settings.run_dir / f"quarantine_rank_{engine.rank}.jsonl",
             count_targets=engine.stage.count_targets,
@@ -259,25 +251,3 @@ def replace_folder(new: Path, target: Path) -> None:
         target.replace(old)
     new.replace(target)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def exporter(settings: RunSettings, tokenizer: DocumentTokenizer) -> Callable[[UnifiedModel, Path], None]:
-    """How a language stage writes its result: an export with merged weights, its image parts as they were read."""
-    stage = settings.stage
-    assert isinstance(stage, LanguageStage)
-    encoder = stage.encoder
-
-    def write(model: UnifiedModel, folder: Path) -> None:
-        from vlgpt.export import card_of, export_model
-
-        image_tokenizer, image_detokenizer = stored_image_parts(stage)
-        export_model(
-            UnifiedModel(lm=model.lm, image_tokenizer=image_tokenizer, image_detokenizer=image_detokenizer),
-            folder,
-            tokenizer=tokenizer,
-            encoder=None if encoder is None else encoder.model_dump(),
-            picture_decoder=stage.picture_decoder,
-            card=card_of(settings, tag=commits.tag_of(settings.steps)),
-        )
-
-    return write

@@ -122,7 +122,7 @@ def test_a_run_beside_the_demo_shows_its_values_and_is_judged_by_them(report, em
 
 
 def test_a_report_without_an_evaluation_names_the_command(tmp_path):
-    with pytest.raises(UserError, match=r"evaluation\.run emoji"):
+    with pytest.raises(UserError, match=r"demo/jobs\.yaml"):
         main(["--run", str(tmp_path), "--output", str(tmp_path / "report.html")])
 
 

@@ -5,40 +5,44 @@ import json
 import emoji_shards
 import numpy as np
 import pytest
-from test_model import export  # noqa: F401 - a fixture
+from emoji_shards import JOBS
 
 from demo.benchmarks.images import draw_candidates
-from demo.benchmarks.suite import num_image_seeds, plan, run_part
 from demo.benchmarks.text import ATTRIBUTES
 from demo.pass_marks import PASS_MARKS
 from evaluation import benchmarks
 from evaluation.core import read_image
 from evaluation.responders import OracleResponder
-from evaluation.run import main
-from evaluation.run_all import main as run_all
+from evaluation.run import run
+from evaluation.run_all import Models, jobs, run_job
+from evaluation.run_all import parser as run_all_parser
+from evaluation.score import score_folder
 from vlgpt.document import ImagePart
 from vlgpt.errors import UserError
 
-NAMES = [name for name in benchmarks.REGISTRY if name.startswith("emoji_")]
+NAMES = {
+    job.benchmark.rpartition(":")[2]: job.benchmark
+    for job in jobs(JOBS, prompts="vlgpt", given={"max_shots": "8"})
+}
+
+
+def make(name, **options):
+    return benchmarks.make(NAMES[name], **options)
 
 
 @pytest.fixture(scope="module")
-def shuffled(tmp_path_factory, emoji_data, clip_folder):
+def shuffled(tmp_path_factory, evaluate):
     output = tmp_path_factory.mktemp("shuffled")
-    arguments = ["--data", str(emoji_data), "--judge", str(clip_folder), "--output", str(output)]
-    assert main(["emoji", "--responder", "shuffled", *arguments]) == 0
+    assert evaluate("shuffled", output) == 0
     return json.loads((output / "metrics.json").read_text())
 
 
 def scored(name, responder, *, data, clip_folder, output):
     """A benchmark's metrics with a responder of its own."""
-    part, benchmark = next(
-        (part, benchmark)
-        for part, benchmark in plan(judge=clip_folder, has_pretrained=True, image_seeds=1, limit=None)
-        if benchmark.name == name
-    )
-    made = responder(benchmark, benchmark.examples(data))
-    return run_part(part, benchmark, made, data=data, output=output, batch_size=32, seed=0)
+    benchmark = make(name, judge=str(clip_folder))
+    examples = benchmark.examples(data)
+    run(benchmark, responder(benchmark, examples), examples=examples, output=output, batch_size=32)
+    return score_folder(benchmark, output, data)["metrics"]
 
 
 class Unedited(OracleResponder):
@@ -96,25 +100,25 @@ def test_shuffled_pictures_are_no_nearer_to_the_real_ones(shuffled):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_prompts_hold_neither_replies_nor_the_picture_that_is_wanted(emoji_data, name):
-    for example in benchmarks.make(name).examples(emoji_data):
+    for example in make(name).examples(emoji_data):
         document = example.prompt.document
         assert all(part.role != "assistant" for part in document.parts)
         assert not document.info
-        if name in ("emoji_draw", "emoji_edit"):
+        if name in ("EmojiDraw", "EmojiEdit"):
             assert example.truth not in example.prompt.images
-            assert document.num_images == (name == "emoji_edit")
+            assert document.num_images == (name == "EmojiEdit")
 
 
 def test_ids_are_unique_and_every_limit_is_kept(emoji_data):
     for name in NAMES:
-        ids = [example.id for example in benchmarks.make(name, limit=5).examples(emoji_data)]
+        ids = [example.id for example in make(name, limit=5).examples(emoji_data)]
         assert len(ids) == len(set(ids))
-        everything = [example.id for example in benchmarks.make(name, limit=0).examples(emoji_data)]
-        assert name == "emoji_label_pages" or set(ids) < set(everything)
+        everything = [example.id for example in make(name, limit=0).examples(emoji_data)]
+        assert name == "EmojiLabelPages" or set(ids) < set(everything)
 
 
 def test_label_pages_show_training_pictures_with_one_kind_of_word(emoji_data):
-    examples = benchmarks.make("emoji_label_pages").examples(emoji_data)
+    examples = make("EmojiLabelPages").examples(emoji_data)
     assert {e.info["shots"] for e in examples} == {0, 2, 4}
     pages = {(e.id.partition("/")[2], e.info["shots"]): e.info for e in examples}
     for (query, shots), info in pages.items():
@@ -128,7 +132,7 @@ def test_label_pages_show_training_pictures_with_one_kind_of_word(emoji_data):
 
 def test_pages_of_eight_begin_with_those_of_four_and_random_labels_change_words_only(emoji_data):
     def pages(**options):
-        found = benchmarks.make("emoji_label_pages", **options).examples(emoji_data)
+        found = make("EmojiLabelPages", **options).examples(emoji_data)
         return {e.id: e for e in found}
 
     few, many = pages(), pages(max_shots=8)
@@ -148,16 +152,17 @@ def test_pages_of_eight_begin_with_those_of_four_and_random_labels_change_words_
     assert num_right < 0.6 * num_shown
 
 
-def test_more_pictures_a_page_bring_pages_with_random_labels_into_the_suite(tmp_path):
-    def names(max_shots):
-        options = {"has_pretrained": True, "image_seeds": 1, "limit": None, "max_shots": max_shots}
-        return [part.name for part, _ in plan(judge=tmp_path, **options)]
+def test_more_pictures_a_page_bring_pages_with_random_labels_along():
+    def names(**given):
+        return [
+            job.name for job in jobs(JOBS, prompts="vlgpt", given={"judge": "j", **given}) if not job.missing
+        ]
 
-    assert names(8) == [*names(4), "label_pages_random"]
+    assert names(max_shots="8") == [*names(), "label_pages_random"]
 
 
 def test_handing_the_source_back_scores_the_chance_of_an_edit(emoji_data, clip_folder, tmp_path):
-    metrics = scored("emoji_edit", Unedited, data=emoji_data, clip_folder=clip_folder, output=tmp_path)
+    metrics = scored("EmojiEdit", Unedited, data=emoji_data, clip_folder=clip_folder, output=tmp_path)
     for family in ("tone", "gender"):
         entry = metrics[f"edit/{family}_accuracy"]
         assert entry["value"] == entry["chance"] < 0.1
@@ -166,10 +171,10 @@ def test_handing_the_source_back_scores_the_chance_of_an_edit(emoji_data, clip_f
 
 
 def test_missing_pictures_count_as_misses(emoji_data, clip_folder, tmp_path):
-    metrics = scored("emoji_draw", Pictureless, data=emoji_data, clip_folder=clip_folder, output=tmp_path)
+    metrics = scored("EmojiDraw", Pictureless, data=emoji_data, clip_folder=clip_folder, output=tmp_path)
     assert metrics["draw/real_r5"]["value"] <= metrics["draw/real_r5"]["chance"] + 0.05
     assert metrics["draw/pixel_mse_ratio"]["value"] == pytest.approx(1, abs=0.1)
-    results = json.loads((tmp_path / "draw" / "results.json").read_text())
+    results = json.loads((tmp_path / "results.json").read_text())
     assert results["notes"]["num_without_picture"] == results["n"]
 
 
@@ -182,7 +187,7 @@ def test_a_judge_that_tells_nothing_apart_gives_no_score(clip_folder, tmp_path):
         emoji_shards.write_folder(tmp_path / f"instructions-{folder}", records)
     emoji_shards.write_folder(tmp_path / "pairs-train", chats[:1])
     metrics = scored(
-        "emoji_draw", OracleResponder, data=tmp_path, clip_folder=clip_folder, output=tmp_path / "out"
+        "EmojiDraw", OracleResponder, data=tmp_path, clip_folder=clip_folder, output=tmp_path / "out"
     )
     assert metrics["draw/real_r5"]["value"] == 0
 
@@ -196,70 +201,66 @@ def test_candidates_hold_the_truth_once_and_never_the_source():
     assert list(others) == list(draw_candidates(ids, "7", without="9")[1])
 
 
-def test_a_real_model_runs_the_whole_suite_and_a_second_run_changes_nothing(
-    emoji_data,
-    clip_folder,
-    export,  # noqa: F811
-    tmp_path,
-):
-    arguments = ["emoji", "--model", str(export), "--pretrained", str(export), "--judge", str(clip_folder)]
-    arguments += ["--data", str(emoji_data), "--output", str(tmp_path), "--limit", "3", "--batch-size", "4"]
-    assert main(arguments) == 0
+def test_a_real_model_runs_all_jobs_and_a_second_run_changes_nothing(evaluate, export, tmp_path):
+    flags = ["--other-model", f"pretrained={export}", "--limit", "40", "--batch-size", "4"]
+    assert evaluate(export, tmp_path, *flags) == 0
     first = (tmp_path / "metrics.json").read_bytes()
     answers = {path: path.read_bytes() for path in tmp_path.glob("*/predictions.jsonl")}
     assert len(answers) == 8
-    assert main(arguments) == 0
+    assert evaluate(export, tmp_path, *flags) == 0
     assert (tmp_path / "metrics.json").read_bytes() == first
     assert all(path.read_bytes() == content for path, content in answers.items())
     assert np.isfinite([entry["value"] for entry in json.loads(first).values()]).all()
 
 
-def test_two_processes_give_what_one_gives(emoji_data, clip_folder, export, tmp_path):  # noqa: F811
-    arguments = ["emoji", "--model", str(export), "--pretrained", str(export), "--judge", str(clip_folder)]
-    arguments += ["--data", str(emoji_data), "--limit", "2", "--batch-size", "4"]
-    assert main([*arguments, "--output", str(tmp_path / "one")]) == 0
+def test_two_processes_give_what_one_gives(evaluate, export, tmp_path):
+    flags = ["--other-model", f"pretrained={export}", "--limit", "20", "--batch-size", "4"]
+    assert evaluate(export, tmp_path / "one", *flags) == 0
     for rank in (1, 0):
-        flags = ["--output", str(tmp_path / "two"), "--num-processes", "2", "--rank", str(rank)]
-        assert main([*arguments, *flags]) == 0
+        assert evaluate(export, tmp_path / "two", *flags, "--num-processes", "2", "--rank", str(rank)) == 0
         assert (tmp_path / "two/metrics.json").is_file() == (rank == 0)
     for path in tmp_path.glob("one/*/predictions.jsonl"):
         assert (tmp_path / "two" / path.parent.name / path.name).read_bytes() == path.read_bytes()
     assert (tmp_path / "two/metrics.json").read_bytes() == (tmp_path / "one/metrics.json").read_bytes()
 
 
-def test_run_all_shows_the_suite_in_its_report(emoji_data, clip_folder, tmp_path):
-    data = tmp_path / "data"
-    data.symlink_to(emoji_data)
-    judge = tmp_path / "judge"
-    judge.mkdir()
-    (judge / "result").symlink_to(clip_folder)
-    assert run_all(["oracle", str(data), str(tmp_path / "out"), "--limit", "2"]) == 0
-    summary = json.loads((tmp_path / "out/results.json").read_text())
+def test_without_the_pretrained_export_label_pages_are_left_out_with_the_reason(evaluate, export, tmp_path):
+    assert evaluate(export, tmp_path, "--limit", "2") == 0
+    summary = json.loads((tmp_path / "results.json").read_text())
+    assert "--other-model pretrained=EXPORT" in summary["skipped"]["label_pages"]
     assert {"caption", "vqa", "draw", "edit", "reconstruction"} <= set(summary["results"])
-    page = (tmp_path / "out/report.html").read_text()
-    assert "pass mark" in page and page.count("<img") > 20
+    assert (tmp_path / "report.html").read_text().count("<img") > 10
 
 
-def test_models_that_sample_draw_three_pictures_of_each_caption(emoji_data, tmp_path):
-    for head, decoder, num in (
-        ("linear", "ConvDecoder", 1),
-        ("linear", "DiffusionDecoder", 3),
-        ("flow", "ConvDecoder", 3),
-    ):
-        (tmp_path / "config.json").write_text(
-            json.dumps({"head": head, "picture_decoder": {"class": decoder}})
-        )
-        assert num_image_seeds(tmp_path) == num
-    one, three = (benchmarks.make("emoji_draw", image_seeds=n).examples(emoji_data) for n in (1, 3))
+def test_models_that_sample_draw_three_pictures_of_each_caption(emoji_data, export, tmp_path, monkeypatch):
+    (job,) = (job for job in jobs(JOBS, prompts="vlgpt", given={"judge": "j"}) if job.name == "draw")
+    args = run_all_parser().parse_args([str(export), str(emoji_data), str(tmp_path), "--limit", "0"])
+    models = Models(args)
+    made = []
+    monkeypatch.setattr(benchmarks, "make", lambda name, **options: made.append(options) or _Stop.now())
+    for decoder_is, head_is, num in ((True, True, None), (False, True, 3), (True, False, 3)):
+        generator = models.load("").generator
+        monkeypatch.setattr(type(generator.decoder), "is_deterministic", decoder_is)
+        monkeypatch.setattr(type(generator.model.lm.regression_head), "is_deterministic", head_is)
+        with pytest.raises(_Stop):
+            run_job(job, models, args)
+        assert made[-1].get("image_seeds") == num
+
+
+class _Stop(Exception):
+    @classmethod
+    def now(cls):
+        raise cls
+
+
+def test_each_picture_of_a_caption_has_its_own_random_numbers(emoji_data):
+    one, three = (make("EmojiDraw", image_seeds=n).examples(emoji_data) for n in (1, 3))
     assert len(three) == 3 * len(one)
-    assert len({e.prompt.id for e in three}) == len(three)  # each has its own random numbers
+    assert len({e.prompt.id for e in three}) == len(three)
 
 
-def test_missing_folders_are_named_with_the_command_that_makes_them(emoji_data, clip_folder, tmp_path):
-    with pytest.raises(UserError, match=r"data_prep\.build emoji --kind instructions --split unseen"):
-        benchmarks.make("emoji_vqa").examples(tmp_path)
-    arguments = ["emoji", "--responder", "oracle", "--data", str(emoji_data), "--output", str(tmp_path)]
-    with pytest.raises(UserError, match="judge CLIP"):
-        main([*arguments, "--judge", str(tmp_path / "nowhere")])
-    with pytest.raises(UserError, match="--model"):
-        main(["emoji", "--data", str(emoji_data), "--output", str(tmp_path), "--judge", str(clip_folder)])
+def test_missing_folders_are_named_with_the_command_that_makes_them(tmp_path):
+    with pytest.raises(UserError, match=r"demo\.source:EmojiSource --kind instructions --split unseen"):
+        make("EmojiVqa").examples(tmp_path)
+    with pytest.raises(UserError, match="judge"):
+        make("EmojiDraw", judge=str(tmp_path / "nowhere")).load_judge()

@@ -4,8 +4,8 @@ import pytest
 import tiny_diffusion_parts as tiny
 import torch
 
+from demo.decoder import ConvDecoder
 from demo.diffusion import PixelShuffleCodec, TinyDiffusionDecoder
-from vlgpt.models.decoders import ConvDecoder
 
 SHAPES = {"image_tokens": 4, "image_width": 16, "text_tokens": 3, "text_width": 24}
 

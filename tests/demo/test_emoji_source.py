@@ -40,7 +40,10 @@ def test_only_the_two_free_folders_are_ever_opened(tmp_path):
 
     sys.addaudithook(watch)
     load_catalogue.cache_clear()
-    assert main(["emoji", "--split", "seen", "--output", str(tmp_path), "--num-workers", "0"]) == 0
+    assert (
+        main(["demo.source:EmojiSource", "--split", "seen", "--output", str(tmp_path), "--num-workers", "0"])
+        == 0
+    )
     folders = {
         path.split("/")[2] for path in opened if path.startswith("/data/") and len(path.split("/")) > 2
     }
@@ -267,7 +270,8 @@ def test_any_range_reads_the_same_and_ids_are_unique():
 
 
 def test_pictures_are_stored_lossless_on_white(tmp_path):
-    assert main(["emoji", "--split", "combination", "--output", str(tmp_path), "--num-workers", "0"]) == 0
+    arguments = ["--split", "combination", "--output", str(tmp_path), "--num-workers", "0"]
+    assert main(["demo.source:EmojiSource", *arguments]) == 0
     shards = ShardSet.open(tmp_path)
     assert shards.num_samples == 144 and "CC-BY 4.0" in shards.manifest.licence
     for sample in range(0, 144, 9):

@@ -12,11 +12,11 @@ from demo import chats, run, run_lm
 from evaluation import text_nll
 from vlgpt.config import load_run
 from vlgpt.errors import UserError
-from vlgpt.models.multimodal_lm import LoraSettings
+from vlgpt.settings import LoraSettings
 from vlgpt.shards import ShardSet
 from vlgpt.tokens import DocumentTokenizer
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ '<s>' + m['role'] + '\n' + m['content'] + '</s>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<s>assistant\n' }}{% endif %}"
