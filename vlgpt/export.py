@@ -20,7 +20,7 @@ from vlgpt.errors import UserError
 from vlgpt.generate import Generator
 from vlgpt.log import get_logger
 from vlgpt.model_card import write_card
-from vlgpt.models.decoder_parts import FOR_TARGETS, read_parts
+from vlgpt.models.conditions import FOR_TARGETS, read_parts
 from vlgpt.models.unified import UnifiedConfig, UnifiedModel, is_export
 from vlgpt.models.weights import tensors_of, write_weights
 from vlgpt.settings import LanguageStage, RunSettings

@@ -20,8 +20,9 @@ from transformers import (
 
 from vlgpt.errors import UserError
 from vlgpt.files import write_once
-from vlgpt.models import conditioners, decoder_parts
-from vlgpt.models.conditioners import (
+from vlgpt.models import conditions as conditioners
+from vlgpt.models import conditions as decoder_parts
+from vlgpt.models.conditions import (
     IpAdapterImageConditioner,
     SdxlTextConditioner,
     TextConditioner,

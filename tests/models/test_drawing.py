@@ -26,7 +26,7 @@ from vlgpt.cli import main
 from vlgpt.errors import UserError
 from vlgpt.export import export_model
 from vlgpt.generate import DecodeSettings, Generator
-from vlgpt.models.decoder_parts import read_parts
+from vlgpt.models.conditions import read_parts
 from vlgpt.models.diffusion import DiffusionDecoder
 from vlgpt.models.encoders import load_clip
 from vlgpt.models.image_detokenizer import ImageDetokenizer

@@ -11,8 +11,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from vlgpt.models.multimodal_lm import LoraSettings
+from vlgpt.planning.flops import FlopMeter, counting
 from vlgpt.stages.language import LanguageStage
-from vlgpt.train.flops import FlopMeter, counting
 
 TOKENIZER = new_document_tokenizer()
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from vlgpt.errors import UserError
 from vlgpt.models.component import CONFIG_FILE
-from vlgpt.models.decoder_parts import FOR_TARGETS
+from vlgpt.models.conditions import FOR_TARGETS
 from vlgpt.models.decoders import ConvDecoder, PictureDecoder
 from vlgpt.models.encoders import ClipEncoder, load_clip
 

@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from vlgpt.errors import UserError
 from vlgpt.log import get_logger
 from vlgpt.models.component import freeze
-from vlgpt.models.conditioners import Unconditional
-from vlgpt.models.decoder_parts import GUIDANCE, IMAGE_SCALE
+from vlgpt.models.conditions import GUIDANCE, IMAGE_SCALE, Unconditional
 from vlgpt.models.denoise import Conditions, check_generators, count_pictures, denoise, or_absent
 from vlgpt.models.ip_adapter import IpAdapterWeights, check_attention, load_resampler, read_ip_adapter
 from vlgpt.models.weights import load_whole

@@ -65,7 +65,10 @@ class PixelEncoder(nn.Module):
 
 
 class ClipEncoder(PixelEncoder, ABC):
-    """An image tower and a text tower."""
+    """An image tower and a text tower. Patch features and text states can also be the targets of stage 1.
+
+    `layer` and `has_cls` say which hidden states `patches` gives: see `block_of`.
+    """
 
     layer: int
     has_cls: bool
@@ -90,6 +93,14 @@ class ClipEncoder(PixelEncoder, ABC):
     @abstractmethod
     def embed_texts(self, captions: Sequence[str]) -> Tensor:
         """Projected text embedding, not normalised: B strings -> (B, E)."""
+
+    def image_condition(self, pixels: Tensor) -> Tensor:
+        """e_v: (B, 3, H, W) -> (B, P, C)."""
+        return self.patches(pixels)
+
+    def text_condition(self, captions: Sequence[str]) -> Tensor:
+        """e_t: B strings -> (B, Kt, Dt)."""
+        return self.text_states(captions)
 
 
 class OpenClipEncoder(ClipEncoder):
@@ -246,7 +257,7 @@ class TransformersClipEncoder(ClipEncoder):
 
     def embed_images(self, pixels: Tensor) -> Tensor:
         self._require_text_tower()
-        return tensor_of(self.model.get_image_features(pixel_values=self.preprocess(pixels)))
+        return self.model.get_image_features(pixel_values=self.preprocess(pixels)).pooler_output
 
     def _require_text_tower(self) -> None:
         if self.text_tokenizer is None:
@@ -266,7 +277,7 @@ class TransformersClipEncoder(ClipEncoder):
 
     def embed_texts(self, captions: Sequence[str]) -> Tensor:
         self._require_text_tower()
-        return tensor_of(self.model.get_text_features(**self._tokenise(captions)))
+        return self.model.get_text_features(**self._tokenise(captions)).pooler_output
 
 
 def block_of(layer: int, depth: int, *, name: str) -> int:
@@ -291,11 +302,6 @@ def _num_blocks(visual: Any, *, name: str) -> int:
     return len(blocks)
 
 
-def tensor_of(output: Any) -> Tensor:
-    """The projected embedding: transformers 5 wraps it in an output object, transformers 4 returned it bare."""
-    return output if isinstance(output, Tensor) else output.pooler_output
-
-
 def pad_ids(ids: Sequence[int], length: int) -> list[int]:
     """Pad with zeros to the tower's context length."""
     return [*ids, *([0] * (length - len(ids)))]
@@ -309,11 +315,14 @@ def load_clip(
     layer: int = -2,
     has_cls: bool = True,
 ) -> ClipEncoder:
-    """A frozen CLIP by library and path or name; `ip_adapter`: what makes e_v and e_t, see `DecoderConditioner`."""
-    if library == "ip_adapter":
-        from vlgpt.models.decoder_parts import DecoderConditioner
+    """A frozen CLIP by library and path or name.
 
-        return DecoderConditioner.load(path)
+    Raises UserError when it cannot be loaded, and for `ip_adapter`, which is no CLIP: see `load_conditioner`.
+    """
+    if library == "ip_adapter":
+        raise UserError(
+            f"library ip_adapter ({path}) makes targets and no patch features: set library to transformers or open_clip"
+        )
     if library == "open_clip":
         return OpenClipEncoder(path, pretrained=pretrained, layer=layer, has_cls=has_cls)
     return TransformersClipEncoder(path, layer=layer, has_cls=has_cls)

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from vlgpt.log import MetricsLog, get_logger
+from vlgpt.planning.flops import FlopMeter, counting
 from vlgpt.settings import RunSettings
 from vlgpt.stages.base import Stage
 from vlgpt.train import checkpoint, commit, faults
 from vlgpt.train.agreement import disagreement, replica_digest
 from vlgpt.train.average import MovingAverage
 from vlgpt.train.engine import Engine, StepResult
-from vlgpt.train.flops import FlopMeter, counting
 from vlgpt.train.profile import ProfileWindow
 from vlgpt.train.schedule import learning_rate
 from vlgpt.train.throughput import Content, Progress
