@@ -26,7 +26,7 @@ from data_prep.feature_jobs import PER, FeatureJob, compute_shard, make_job
 from data_prep.workers import STOPPED
 from vlgpt import log
 from vlgpt.errors import UserError
-from vlgpt.models.encoders import load_clip
+from vlgpt.models.conditions import load_conditioner
 from vlgpt.models.image_tokenizer import ImageTokenizer
 from vlgpt.shards import ShardSet, write_spec
 
@@ -99,7 +99,7 @@ def compute_share(arguments: argparse.Namespace, share: Share, *, parent: int | 
 
 
 def _make_jobs(arguments: argparse.Namespace, device: str) -> list[FeatureJob]:
-    encoder = load_clip(
+    encoder = load_conditioner(
         arguments.encoder,
         library=arguments.library,
         pretrained=arguments.pretrained,

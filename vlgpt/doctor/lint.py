@@ -12,7 +12,7 @@ from typing import Literal
 from vlgpt import settings as s
 from vlgpt.config import load_run
 from vlgpt.errors import UserError
-from vlgpt.planning.meta import image_tower, read_export
+from vlgpt.planning.meta import image_arguments, image_tower, read_export
 from vlgpt.turns import OWN, TEMPLATES
 
 

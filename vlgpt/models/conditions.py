@@ -21,7 +21,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -32,7 +32,7 @@ from vlgpt.errors import UserError
 from vlgpt.files import write_atomic, write_once
 from vlgpt.log import get_logger
 from vlgpt.models.component import freeze
-from vlgpt.models.encoders import Library, PixelEncoder, load_clip
+from vlgpt.models.encoders import Conditioner, Library, PixelEncoder, load_clip
 from vlgpt.models.ip_adapter import Resampler, load_resampler, read_ip_adapter
 from vlgpt.models.weights import load_whole
 
@@ -52,29 +52,6 @@ FOR_DRAWING = ("vae", "scheduler", "reading", "num_steps", "guidance", "image_sc
 GUIDANCE, IMAGE_SCALE = 7.5, 1.0
 
 
-class Conditioner(Protocol):
-    """What makes e_v and e_t: a CLIP (`ClipEncoder`), or the encoders of a diffusion decoder.
-
-    `layer_name` and `preprocessing` describe e_v in the specifications of stored features.
-    """
-
-    image_size_px: int
-
-    @property
-    def layer_name(self) -> str: ...
-
-    @property
-    def preprocessing(self) -> str: ...
-
-    def image_condition(self, pixels: Tensor) -> Tensor:
-        """e_v of pixels in [-1, 1]: (B, 3, H, W) -> (B, Kv, Dv)."""
-        ...
-
-    def text_condition(self, captions: Sequence[str]) -> Tensor:
-        """e_t: B strings -> (B, Kt, Dt)."""
-        ...
-
-
 def load_conditioner(
     path: str | Path,
     *,
@@ -92,7 +69,7 @@ def load_conditioner(
     return load_clip(path, library=library, pretrained=pretrained, layer=layer, has_cls=has_cls)
 
 
-# ------------------------------------------------------------------------------------- the encoders of a diffusion model
+# ------------------------------------------------------------------------------------ the encoders of a diffusion model
 
 
 class IpAdapterImageConditioner(PixelEncoder):
@@ -232,7 +209,7 @@ def with_pooled(states: Tensor, pooled: Tensor) -> Tensor:
     return torch.cat([states, token[:, None]], dim=1)
 
 
-class DiffusionConditioner(PixelEncoder):
+class DiffusionConditioner(Conditioner):
     """The `Conditioner` of a diffusion decoder: IP-Adapter's image encoder and the pipeline's text encoders."""
 
     layer_name = "-2"

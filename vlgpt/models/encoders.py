@@ -64,19 +64,32 @@ class PixelEncoder(nn.Module):
         )
 
 
-class ClipEncoder(PixelEncoder, ABC):
+class Conditioner(PixelEncoder, ABC):
+    """What makes the targets of stage 1: a CLIP, or the encoders of a diffusion decoder.
+
+    `layer_name` says which hidden states e_v are, in the specifications of stored features.
+    """
+
+    layer_name: str
+
+    @abstractmethod
+    def image_condition(self, pixels: Tensor) -> Tensor:
+        """e_v of pixels in [-1, 1]: (B, 3, H, W) -> (B, Kv, Dv)."""
+
+    @abstractmethod
+    def text_condition(self, captions: Sequence[str]) -> Tensor:
+        """e_t: B strings -> (B, Kt, Dt)."""
+
+
+class ClipEncoder(Conditioner):
     """An image tower and a text tower. Patch features and text states can also be the targets of stage 1.
 
     `layer` and `has_cls` say which hidden states `patches` gives: see `block_of`.
     """
 
-    layer: int
-    has_cls: bool
-
-    @property
-    def layer_name(self) -> str:
-        """Which hidden states `patches` gives, as specifications of cached features name them."""
-        return f"{self.layer}{'' if self.has_cls else ' without CLS'}"
+    def _set_layer(self, layer: int, *, has_cls: bool) -> None:
+        self.layer, self.has_cls = layer, has_cls
+        self.layer_name = f"{layer}{'' if has_cls else ' without CLS'}"
 
     @abstractmethod
     def patches(self, pixels: Tensor) -> Tensor:
@@ -153,7 +166,7 @@ class OpenClipEncoder(ClipEncoder):
             mean=getattr(config, "image_mean", None) or open_clip.OPENAI_DATASET_MEAN,
             std=getattr(config, "image_std", None) or open_clip.OPENAI_DATASET_STD,
         )
-        self.layer, self.has_cls = layer, has_cls
+        self._set_layer(layer, has_cls=has_cls)
         freeze(self)
 
     def _load_tokenizer(self, open_clip: Any, folder: Path | None, name: str) -> Any:
@@ -242,7 +255,7 @@ class TransformersClipEncoder(ClipEncoder):
         vision = self.model.config.vision_config if is_whole else self.model.config
         self.block = block_of(layer, vision.num_hidden_layers, name=self.name)
         self._set_preprocessing(size_px=vision.image_size, mean=mean, std=std)
-        self.layer, self.has_cls = layer, has_cls
+        self._set_layer(layer, has_cls=has_cls)
         freeze(self)
 
     @property

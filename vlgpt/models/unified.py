@@ -120,11 +120,6 @@ class UnifiedModel(nn.Module):
         return model.eval()
 
     @torch.no_grad()
-    def tokenize_patches(self, patches: Tensor) -> Tensor:
-        """Standardised visual embeddings: (M, P, C) -> (M, N, d)."""
-        return self.image_tokenizer.encode(patches)
-
-    @torch.no_grad()
     def conditions_of(self, visual: Tensor) -> tuple[Tensor, Tensor]:
         """Standardised visual embeddings -> z_v, z_t of the decoder: (M, N, d) -> (M, Kv, Dv), (M, Kt, Dt)."""
         return self.image_detokenizer.decode(self.image_tokenizer.standardiser.inverse(visual))

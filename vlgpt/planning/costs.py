@@ -222,7 +222,10 @@ class _FlashAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, kernels: FusedKernels) -> Tensor:
         """(B, H, Q, D), (B, Hkv, S, D), (B, Hkv, S, D) -> (B, H, Q, D)."""
-        output, ctx.kernels = query.new_empty(*query.shape[:-1], value.shape[-1]), kernels
+        batch, heads, length, _ = query.shape
+        # Heads lie innermost, as the kernels write them: the output layer reads this memory and saves no copy.
+        output = query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
+        ctx.kernels = kernels
         ctx.save_for_backward(query, key, value, output, query.new_empty(query.shape[:-1], dtype=torch.float))
         kernels.num_score_operations += 4 * math.prod(query.shape) * key.shape[-2]
         return output

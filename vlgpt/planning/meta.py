@@ -107,7 +107,7 @@ def parameters_of(stage: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def planned_stage(run: s.RunSettings) -> PlannedStage:
-    """The parts of a run, in its precision. Raises UserError when a shape is unknown, or for a stage of another kind."""
+    """The parts of a run, in its precision. Raises UserError for an unknown shape or kind of stage."""
     settings = run.stage
     dtype = torch.bfloat16 if run.precision == "bf16" else torch.float32
     if isinstance(settings, s.ImageTokenizerStage):

@@ -12,6 +12,7 @@ from vlgpt import settings as s
 from vlgpt.errors import UserError
 from vlgpt.log import get_logger
 from vlgpt.models.component import Component, load_weights, read_arguments
+from vlgpt.models.conditions import load_conditioner
 from vlgpt.models.decoders import ConvDecoder
 from vlgpt.models.encoders import ClipEncoder, load_clip
 from vlgpt.models.image_detokenizer import ImageDetokenizer
@@ -99,7 +100,7 @@ def build_image_tokenizer_stage(stage: s.ImageTokenizerStage, *, num_sources: in
         image_weight=stage.image_weight,
         text_weight=stage.text_weight,
         encoder=load_encoder(stage.encoder),
-        conditioner=load_encoder(stage.conditioner),
+        conditioner=None if stage.conditioner is None else load_conditioner(**stage.conditioner.model_dump()),
         statistics_samples=stage.statistics_samples,
         num_sources=num_sources,
     )

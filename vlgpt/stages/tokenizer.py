@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vlgpt.batch import ConditionBatch, LossTerm
-from vlgpt.models.encoders import ClipEncoder
+from vlgpt.models.encoders import ClipEncoder, Conditioner
 from vlgpt.models.image_detokenizer import ImageDetokenizer
 from vlgpt.models.image_tokenizer import ImageTokenizer
 from vlgpt.models.losses import squared_errors, sums_by_source
@@ -35,7 +35,7 @@ class ImageTokenizerStage(Stage):
         image_weight: float = 1.0,
         text_weight: float = 1.0,
         encoder: ClipEncoder | None = None,
-        conditioner: Any = None,
+        conditioner: Conditioner | None = None,
         statistics_samples: int = 8192,
         num_sources: int = 1,
     ):
@@ -63,10 +63,10 @@ class ImageTokenizerStage(Stage):
         with torch.no_grad():
             image = batch.image_condition
             if image is None:
-                image = self.conditioner.patches(batch.require("pixels"))
+                image = self.conditioner.image_condition(batch.require("pixels"))
             text = batch.text_condition
             if text is None:
-                text = self.conditioner.text_states(batch.captions)
+                text = self.conditioner.text_condition(batch.captions)
         return image, text
 
     def count_targets(self, batch: ConditionBatch) -> dict[str, float]:
