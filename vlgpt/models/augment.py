@@ -17,7 +17,7 @@ def random_views(
 ) -> Tensor:
     """A random zoom, shift and slight turn per image, white outside: (B, 3, H, W) in [-1, 1] -> the same.
 
-    PAPER: the exact augmentation is not given (§4.1); pictures are never mirrored (texts name left and right).
+    PAPER: the exact augmentation is not given (§4.1); images are never mirrored, as texts name left and right.
     """
     batch = pixels.shape[0]
 

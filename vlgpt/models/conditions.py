@@ -34,7 +34,7 @@ from vlgpt.log import get_logger
 from vlgpt.models.component import freeze
 from vlgpt.models.encoders import Conditioner, Library, PixelEncoder, load_clip
 from vlgpt.models.ip_adapter import Resampler, load_resampler, read_ip_adapter
-from vlgpt.models.weights import load_whole
+from vlgpt.models.weights import load_part
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -258,15 +258,8 @@ def token_ids(tokenizer: CLIPTokenizer, captions: Sequence[str], *, length: int)
 
 
 def _pretrained(kind: Any, path: str | Path, *, subfolder: str) -> Any:
-    """A model of transformers in float32. Raises UserError."""
-    try:
-        model = load_whole(kind, str(path), subfolder=subfolder, ignore_mismatched_sizes=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        where = f"{path}/{subfolder}" if subfolder else str(path)
-        raise UserError(
-            f"no {kind.__name__} could be loaded from {where}: {str(error).splitlines()[0]}"
-        ) from error
-    return model.float()  # transformers 5 keeps the stored type; move or cast the whole conditioner instead
+    """In float32: transformers keeps the stored type; move or cast the whole conditioner instead. Raises UserError."""
+    return load_part(kind, path, subfolder=subfolder, ignore_mismatched_sizes=True).float()
 
 
 def _tokenizer(kind: type[CLIPTokenizer], path: str | Path, *, subfolder: str) -> CLIPTokenizer:

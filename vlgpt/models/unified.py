@@ -1,7 +1,7 @@
 """The whole model as one folder: language model, regression head, image tokenizer and detokenizer.
 
 An export holds `config.json` (model_type vlgpt), safetensors weights, the text tokenizer, and, for drawing and
-reading pictures, `image_encoder/` and `picture_decoder/` or references to them. No pickle, no deepspeed.
+reading images, `image_encoder/` and `picture_decoder/` or references to them. No pickle, no deepspeed.
 """
 
 from __future__ import annotations

@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from vlgpt.errors import UserError
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -142,6 +145,18 @@ def load_whole(kind: Any, path: str, **options: Any) -> Any:
     if wrong:
         raise ValueError(f"{len(wrong)} tensors do not fit {type(model).__name__}: {'; '.join(wrong[:4])}")
     return model
+
+
+def load_part(kind: Any, path: str | Path, *, subfolder: str = "", **options: Any) -> Any:
+    """A part of a pipeline, local or on the hub, by `load_whole`. Raises UserError when it cannot be loaded."""
+    if subfolder:
+        options["subfolder"] = subfolder
+    try:
+        return load_whole(kind, str(path), **options)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        where = f"{path}/{subfolder}" if subfolder else str(path)
+        reason = str(error).splitlines()[0]
+        raise UserError(f"no {kind.__name__} could be loaded from {where}: {reason}") from error
 
 
 def stored_form(folder: Path) -> dict[str, Any]:
