@@ -16,7 +16,7 @@ LAYERS: list[list[list[str]]] = [
     [["images", "turns", "tokens", "batch", "shards"]],
     [["data"], ["models"]],
     [["stages", "model_card", "decoding", "generate", "chat", "hf", "export"]],
-    [["train", "planning"]],
+    [["planning", "train"]],
     [["doctor", "server"]],
     [["cli", "__main__"]],
 ]

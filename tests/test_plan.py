@@ -27,6 +27,7 @@ from vlgpt.models.losses import count_targets
 from vlgpt.models.multimodal_lm import LoraSettings, MultimodalLM
 from vlgpt.models.unified import UnifiedModel
 from vlgpt.planning.costs import Work, costs_of
+from vlgpt.planning.flops import FlopMeter, counting
 from vlgpt.planning.memory import ZEROS, state_bytes
 from vlgpt.planning.meta import configuration, meta_language_model, parameters_of, planned_stage, published
 from vlgpt.stages.language import LanguageStage
@@ -244,6 +245,26 @@ def test_planned_flops_of_stage_one_are_within_one_percent(size, frozen):
     assert costs_of(planned).of(Work(8)).model == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
+@pytest.mark.parametrize("trained", ["lora", "all"])
+def test_the_plan_and_mfu_count_a_step_alike(trained):
+    """The hooks of training and the measurement on the meta device; rows of one document."""
+    case = Case("grouped", trained)
+    meter = FlopMeter(case.stage)
+    with counting(meter, None):
+        case.loss()
+    scores_of_whole_rows = case.scores_of_the_future()
+    assert meter.take() + scores_of_whole_rows == pytest.approx(case.cost.model, rel=0.01)
+
+
+@pytest.mark.parametrize("frozen", [(), ("tokenizer",)])
+def test_the_plan_and_mfu_count_a_step_of_stage_one_alike(frozen):
+    stage, planned = stage_one_pair("small", frozen)
+    meter = FlopMeter(stage)
+    with counting(meter, None):
+        stage(condition_batch(8))
+    assert meter.take() == pytest.approx(costs_of(planned).of(Work(8)).model, rel=0.01)
+
+
 # ---------------------------------------------------------------------------------------------------- the paper's run
 
 
@@ -292,6 +313,7 @@ def test_a_model_that_cannot_be_trained_so_is_refused_when_it_is_planned(tmp_pat
     from vlgpt.planning.plan import make_plan
 
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_experts": 4}
+    sizes["num_experts_per_tok"] = 2
     AutoConfig.for_model("qwen3_moe", **sizes).save_pretrained(tmp_path)
     run = paper_run("pretrain", f"stage.language_model={tmp_path}")
     with pytest.raises(UserError, match="LoRA adapts linear layers"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -36,22 +35,21 @@ if TYPE_CHECKING:
 
 VOCABULARY_MULTIPLE = 64
 ATTENTION = "vlgpt_plan"  # what transformers calls `attend_in_plan`
-# Beginning of a parameter's name in a stage -> component. The first that fits counts.
-COMPONENTS = (
-    ("model.lm.projection", "input_projection"),
-    ("model.lm.regression_head", "regression_head"),
-    ("model.lm", "language_model"),
-    ("model.image_tokenizer", "image_tokenizer"),
-    ("model.image_detokenizer", "image_detokenizer"),
-    ("tokenizer", "image_tokenizer"),
-    ("detokenizer", "image_detokenizer"),
-)
-ORDER = ("language_model", "lora_adapters", "token_rows", "regression_head", "input_projection")
+# Component -> what the names of its parameters in a stage contain. The first that fits counts.
+COMPONENTS = {
+    "lora_adapters": "lora_",
+    "token_rows": "trainable_tokens",
+    "regression_head": "lm.regression_head",
+    "input_projection": "lm.projection",
+    "language_model": "lm.",
+    "image_detokenizer": "detokenizer",
+    "image_tokenizer": "tokenizer",
+}
 
 
 @dataclass(frozen=True)
 class Tower:
-    """A frozen encoder. `flops` is its forward pass for one image or caption, which gives `num_tokens` of `width`."""
+    """A frozen encoder. `flops` is its forward pass for one image or caption: `num_tokens` of `width` come out."""
 
     num_parameters: int
     flops: int
@@ -76,8 +74,14 @@ class PlannedStage:
 
     @cached_property
     def costs(self) -> StageCosts:
+        """Per unit. Raises UserError when the stage cannot run on the meta device."""
         running = sum(tower.flops for name, tower in self.towers.items() if name not in self.idle)
-        return costs_of(self.stage, length=self.length, encoding=Cost(forward=running))
+        try:
+            return costs_of(self.stage, length=self.length, encoding=Cost(forward=running))
+        except RuntimeError as error:
+            raise UserError(
+                f"the stage cannot run with these shapes, so it cannot be planned: {str(error).splitlines()[0]}"
+            ) from error
 
     @property
     def number_bytes(self) -> int:
@@ -96,14 +100,12 @@ def parameters_of(stage: nn.Module) -> dict[str, tuple[int, int]]:
     """Component -> (all, trained), counted on the real stage; tied weights once."""
     found: dict[str, tuple[int, int]] = {}
     for name, parameter in stage.named_parameters():
-        part = next(part for start, part in COMPONENTS if name.startswith(start))
-        if part == "language_model":
-            part = (
-                "lora_adapters" if "lora_" in name else "token_rows" if "trainable_tokens" in name else part
-            )
+        part = next(part for part, words in COMPONENTS.items() if words in name)
         count, trained = found.get(part, (0, 0))
         found[part] = (count + parameter.numel(), trained + parameter.numel() * parameter.requires_grad)
-    return {name: found[name] for name in sorted(found, key=lambda x: ORDER.index(x) if x in ORDER else 9)}
+    image = ("image_tokenizer", "image_detokenizer")
+    order = ("language_model", "lora_adapters", "token_rows", "regression_head", "input_projection", *image)
+    return {name: found[name] for name in order if name in found}
 
 
 def planned_stage(run: s.RunSettings) -> PlannedStage:
@@ -137,7 +139,7 @@ def _language_stage(
     settings: s.LanguageStage, tokenizer: ImageTokenizer, detokenizer: ImageDetokenizer
 ) -> LanguageStage:
     """The LM of a configuration, its vocabulary grown by [IMG], [/IMG] and padding unless it is an export's."""
-    config = copy.deepcopy(configuration(settings.language_model))
+    config = configuration(settings.language_model)
     if read_export(settings.language_model) is None:
         config.vocab_size = -(-(config.vocab_size + 2) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
     with torch.device("meta"):
@@ -206,31 +208,26 @@ def conditioner_towers(settings: s.EncoderSettings) -> dict[str, Tower]:
         image, texts = _diffusion_towers(settings.path)
     else:
         clip, image = _clip(settings, has_text=True), image_tower(settings)
-        # open_clip's towers take captions, the tokenizer of others is not there without a folder
+        # open_clip makes ids without any file; a tokenizer of transformers is read from a folder.
         is_open = isinstance(clip, OpenClipEncoder)
         run = partial(clip.text_states, ["a"]) if is_open else partial(_states_of_ids, clip.model.text_model)
         whole = _measured(clip.model, run)
         texts = [replace(whole, num_parameters=whole.num_parameters - image.num_parameters)]
-    text = Tower(
-        sum(tower.num_parameters for tower in texts),
-        sum(tower.flops for tower in texts),
-        texts[0].num_tokens,
-        sum(tower.width for tower in texts),
-    )
-    return {"image_conditioner": image, "text_conditioner": text}
+    count, flops = sum(t.num_parameters for t in texts), sum(t.flops for t in texts)
+    return {
+        "image_conditioner": image,
+        "text_conditioner": replace(texts[0], num_parameters=count, flops=flops),
+    }
 
 
 def _clip(encoder: s.EncoderSettings, *, has_text: bool) -> OpenClipEncoder | TransformersClipEncoder:
+    path, layer, has_cls = encoder.path, encoder.layer, encoder.has_cls
     with torch.device("meta"):
         if encoder.library == "open_clip":
-            return OpenClipEncoder(
-                encoder.path, has_weights=False, layer=encoder.layer, has_cls=encoder.has_cls
-            )
-        config = configuration(encoder.path)
+            return OpenClipEncoder(path, has_weights=False, layer=layer, has_cls=has_cls)
+        config = configuration(path)
         config = config if has_text else getattr(config, "vision_config", config)
-        return TransformersClipEncoder(
-            encoder.path, config=config, layer=encoder.layer, has_cls=encoder.has_cls
-        )
+        return TransformersClipEncoder(path, config=config, layer=layer, has_cls=has_cls)
 
 
 def _pixels(encoder: PixelEncoder) -> Tensor:
