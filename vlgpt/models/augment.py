@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
 # Shares of the side, and radians.
 MAX_ZOOM, MAX_SHIFT, MAX_TURN = 0.12, 0.08, 0.1
 

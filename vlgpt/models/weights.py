@@ -134,7 +134,7 @@ def weight_files(path: Path) -> list[Path]:
 def load_whole(kind: Any, path: str, **options: Any) -> Any:
     """`from_pretrained` that leaves no weight random. Raises ValueError naming the first tensors that are missing.
 
-    transformers lists tensors of another shape only with `ignore_mismatched_sizes=True`; diffusers lists them without it.
+    transformers lists tensors of another shape only with `ignore_mismatched_sizes=True`, diffusers always.
     """
     options = {**stored_form(Path(path) / (options.get("subfolder") or "")), **options}
     try:
