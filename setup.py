@@ -35,7 +35,7 @@ setup(
     package_data={
         "data_prep": ["*.sh", "slurm/*.sbatch"],
         "evaluation": ["*.sh", "*.yaml", "prompts/*.yaml", "templates/*", "slurm/*.sbatch"],
-        "demo": ["*.txt", "templates/*", "configs/*.yaml", "configs/lm/*.yaml"],
+        "demo": ["*.txt", "jobs.yaml", "templates/*", "configs/*.yaml", "configs/lm/*.yaml"],
         "vlgpt": ["templates/*", "planning/*.json"],
     },
     install_requires=[

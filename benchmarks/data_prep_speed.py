@@ -1,13 +1,13 @@
-"""Pictures per second of one core: data_prep.build against plain Pillow + webdataset and img2dataset's own
-operations; MB per second of data_prep.check; memory over 100,000 records.
+"""Images per second of one core: data_prep.build against plain Pillow + webdataset and img2dataset's own operations; MB
+per second of data_prep.check; memory over 100,000 records.
 
     python benchmarks/data_prep_speed.py --folder /tmp/speed [--count 200] [--rounds 3] [--memory-records 100000]
 
-Everything reads the same JPEG files and writes tars of pictures with shorter side 256, quality 95. The
-contestants take turns, so that a busy machine slows all of them; the best round of each counts, in CPU time.
-"img2dataset's operations" are those of its Resizer for `keep_ratio`, `only_if_bigger`, quality 95:
-cv2.imdecode, cv2.resize with INTER_AREA, cv2.imencode and the sha256 that it stores by default (its
-downloading is left out), written with webdataset.ShardWriter as it does.
+Everything reads the same JPEG files and writes tars of images with shorter side 256, quality 95. The contestants take
+turns, so that a busy machine slows all of them; the best round of each counts, in CPU time. "img2dataset's operations"
+are those of its Resizer for `keep_ratio`, `only_if_bigger`, quality 95: cv2.imdecode, cv2.resize with INTER_AREA,
+cv2.imencode and the sha256 that it stores by default (its downloading is left out), written with webdataset.ShardWriter
+as it does.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from PIL import Image
 from data_prep.build import build
 from data_prep.check import check_folder
 from data_prep.filters import FilterSettings
+from data_prep.images import ImageSettings
 from data_prep.job import Job, ShardBuilder, claim_folder
-from data_prep.pictures import PictureSettings
 from data_prep.sources import Record, Source
 from data_prep.sources.images import ImagesSource
 from vlgpt.document import Document, ImagePart, TextPart
@@ -65,7 +65,7 @@ def job_of(output: Path, source: Source, *, shard_size: int, **pictures: bool) -
         source_name="speed",
         source_options={},
         inputs=(),
-        pictures=PictureSettings(**pictures),
+        images=ImageSettings(**pictures),
         filters=FilterSettings(),
         shard_size=shard_size,
     )
@@ -120,7 +120,7 @@ CONTESTANTS: dict[str, Callable[[list[Path], Path], None]] = {
 
 
 def speeds(folder: Path, width: int, height: int, *, count: int, rounds: int) -> dict[str, float]:
-    """Best pictures per CPU-second of every contestant."""
+    """Best images per CPU-second of every contestant."""
     files = make_pictures(folder / f"{width}x{height}", count=count, width=width, height=height)
     best = dict.fromkeys(CONTESTANTS, 0.0)
     for _ in range(rounds):

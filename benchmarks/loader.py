@@ -3,13 +3,13 @@
     OMP_NUM_THREADS=1 python benchmarks/loader.py [--samples 2000] [--rounds 3] [--only webdataset ...]
     OMP_NUM_THREADS=1 python benchmarks/loader.py --against OTHER_CHECKOUT [--rounds 5]
 
-Prints samples per CPU-second of finished batches (decode, resize to 224, crop, batch of 32) and of raw reads, the
-time to the first batch, then what only ours has: planning for 1,024 ranks over 100,000 shards, padding shares,
-memory over 50,000 samples. Every contender runs in a process of its own, `rounds` times in turns, and the best round
-counts: a busy machine disturbs all alike. Peers that are not installed are named and left out.
+Prints samples per CPU-second of finished batches (decode, resize to 224, crop, batch of 32) and of raw reads, the time
+to the first batch, then what only ours has: planning for 1,024 ranks over 100,000 shards, padding shares, memory over
+50,000 samples. Every contender runs in a process of its own, `rounds` times in turns, and the best round counts: a busy
+machine disturbs all alike. Peers that are not installed are named and left out.
 
-`--against` compares this checkout with another one where training meets the loader: two worker processes, steps of 1
-to 256 micro-batches whose targets are counted first, pixels ready in [-1, 1]; and what the loader adds to the trainer's
+`--against` compares this checkout with another one where training meets the loader: two worker processes, steps of 1 to
+256 micro-batches whose targets are counted first, pixels ready in [-1, 1]; and what the loader adds to the trainer's
 process.
 """
 
@@ -41,7 +41,7 @@ SIZE_PX = 224
 
 def decode_reference(picture: bytes, caption: bytes) -> tuple[np.ndarray, str]:
     """What every contender does with a sample."""
-    from vlgpt.data.pixels import read_square
+    from vlgpt.images import read_square
 
     return read_square(picture, size_px=SIZE_PX, decoder="pillow"), caption.decode()
 
@@ -137,7 +137,7 @@ def measure_steps(decoder: str, folder: Path, *, accumulation: int, num_samples:
     import torch
 
     from vlgpt.batch import to_device
-    from vlgpt.data import Loader
+    from vlgpt.data.loader import Loader
     from vlgpt.settings import DataSettings, SourceSettings
 
     torch.set_num_threads(1)
@@ -263,8 +263,8 @@ def padding_shares() -> None:
 
 
 def memory_growth(folder: Path, *, num_samples: int = 50_000) -> None:
-    """Resident memory of the main process and a worker over many samples, small pictures."""
-    from vlgpt.data import Loader
+    """Resident memory of the main process and a worker over many samples, small images."""
+    from vlgpt.data.loader import Loader
     from vlgpt.settings import DataSettings, SourceSettings
 
     source = SourceSettings(name="tars", path=str(folder))

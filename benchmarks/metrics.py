@@ -2,10 +2,10 @@
 
     OMP_NUM_THREADS=1 python benchmarks/metrics.py [--only vqa visdial ...] [--small]
 
-Wall clock, one run each, both sides one after the other; each side runs in a process of its own that begins with
-the same data in memory, and "MB" is what it takes on top of that. pycocoevalcap, its Java tokenizer and scipy are the
-packages themselves. The VQA and VisDial references do in our words, step by step, what the official
-scripts do (GT-Vision-Lab/VQA vqaEval.py of 2021; visdialch/metrics.py with its torch loops), in one thread like ours.
+Wall clock, one run each, both sides one after the other; each side runs in a process of its own that begins with the
+same data in memory, and "MB" is what it takes on top of that. pycocoevalcap, its Java tokenizer and scipy are the
+packages themselves. The VQA and VisDial references do in our words, step by step, what the official scripts do
+(GT-Vision-Lab/VQA vqaEval.py of 2021; visdialch/metrics.py with its torch loops), in one thread like ours.
 """
 
 from __future__ import annotations

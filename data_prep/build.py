@@ -8,42 +8,89 @@ and seals the folder.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Annotated, Literal
 
+from pydantic import Field, model_validator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from data_prep.filters import FilterSettings, RecordFilter
-from data_prep.job import Job, claim_folder, has_failures, is_failure, num_failures
-from data_prep.options import Option, add_options, chosen, constructor_options, make_settings, model_options
-from data_prep.pictures import PictureSettings
+from data_prep.images import ImageSettings
+from data_prep.job import Job, ShardBuilder, claim_folder, has_failures, is_failure, num_failures
+from data_prep.options import TokenizerOptions
 from data_prep.sources import SOURCES, source_class
-from data_prep.workers import STOPPED, Stopped, WorkerDied, run_shards
 from vlgpt.errors import UserError, run_command
-from vlgpt.log import configure
+from vlgpt.log import configure, get_logger
+from vlgpt.options import (
+    Argument,
+    ArrayOptions,
+    Option,
+    add_options,
+    chosen,
+    make_parser,
+    model_options,
+    read_options,
+    signature_options,
+)
+from vlgpt.processes import STOPPED, WHOLE, Mark, Share, Stopped, StopSignals, run_workers
+from vlgpt.registry import is_dotted
 from vlgpt.shards import Manifest, ShardReport, write_manifest
 from vlgpt.shards.manifest import MANIFEST, SUCCESS, read_manifest, read_report
-from vlgpt.shards.schema import MAX_RECORDS_PER_SHARD, MAX_SHARDS
+from vlgpt.shards.schema import MAX_RECORDS_PER_SHARD
 
 MIN_RECORDS_TO_JUDGE = 1000
+CRASH_SIGNALS = {signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL}
+MAX_CRASHES = 100
 console = Console(stderr=True)
+
+
+class BuildOptions(ArrayOptions, TokenizerOptions):
+    """The command line, apart from the options of the source, of its images and of the filters."""
+
+    source: Annotated[str, Argument(is_positional=True, metavar="SOURCE")] = Field(
+        description=f"{', '.join(SOURCES)}, or package.module:Class of your own"
+    )
+    input: tuple[Path, ...] = Field((), description="files or folders to read")
+    output: Path = Field(description="folder of the data set")
+    name: str | None = Field(None, description="name in the manifest (default: the output folder's name)")
+    num_workers: int = Field(1, ge=0, le=1024, description="processes of this task")
+    shard_size: int = Field(5000, ge=1, le=MAX_RECORDS_PER_SHARD, description="input records per shard")
+    tokenizer: str | None = Field(
+        None, description="tokenizer folder or hub name: stores token lengths per part"
+    )
+    retry_failed: bool = Field(False, description="read records again that failed before")
+    max_bad_fraction: float = Field(0.01, description="of all records")
+    verify: Literal["hash", "size"] = Field("hash", description="how shards are verified at the end")
+
+    @model_validator(mode="after")
+    def _check_inputs(self) -> BuildOptions:
+        for path in self.input:
+            if not path.exists() and "://" not in str(path):
+                raise UserError(f"--input {path} does not exist")
+        return self
 
 
 class TooManyBad(Exception):
     """More records were lost to damage than the user allows."""
 
 
+class WorkerDied(Exception):
+    """A worker was killed from outside (most often by a lack of memory) or failed in an unforeseen way."""
+
+
 def build(
     job: Job,
     *,
     name: str,
-    task_index: int = 0,
-    num_tasks: int = 1,
+    share: Share = WHOLE,
     num_workers: int = 1,
     retry_failed: bool = False,
     max_bad_fraction: float = 0.01,
@@ -56,7 +103,7 @@ def build(
     claim_folder(job)
     if (job.folder / SUCCESS).is_file() and not retry_failed:
         return read_manifest((job.folder / MANIFEST).read_bytes(), where=str(job.folder / MANIFEST))
-    mine = range(task_index, job.num_shards, num_tasks)
+    mine = share.of(job.num_shards)
     reports = {shard: read_report(job.folder, shard) for shard in mine}
     todo = [
         shard
@@ -76,7 +123,7 @@ def build(
             done = [report for report in reports.values() if report]
             _judge(done, max_bad_fraction, at_least=MIN_RECORDS_TO_JUDGE)
 
-        run_shards(job, todo, num_workers=num_workers, retry=retry_failed, on_report=on_report)
+        _run_shards(job, todo, num_workers=num_workers, retry=retry_failed, on_report=on_report)
     everything = [read_report(job.folder, shard) for shard in range(job.num_shards)]
     finished = [report for report in everything if report]
     _judge(finished, max_bad_fraction, at_least=1)
@@ -112,83 +159,117 @@ def _progress() -> Progress:
     return Progress(*columns, TimeRemainingColumn(), console=console, auto_refresh=False)
 
 
+def _run_shards(
+    job: Job,
+    shards: Sequence[int],
+    *,
+    num_workers: int,
+    retry: bool,
+    on_report: Callable[[ShardReport], None],
+) -> None:
+    """Build the shards, calling `on_report` for each as it is finished.
+
+    A worker that its own decoder killed (segmentation fault and the like) is started again without the record that
+    it worked on. Raises UserError from a worker, Stopped, and WorkerDied for any other death.
+    """
+    if num_workers == 0:
+        builder = ShardBuilder(job)
+        for shard in shards:
+            on_report(builder.build(shard, retry=retry))
+        return
+    todo = [list(shards[first::num_workers]) for first in range(min(num_workers, len(shards)))]
+    marks = [Mark(1) for _ in todo]
+    crashed: set[int] = set()
+
+    def work(worker: int) -> Callable[[], Iterator[ShardReport]]:
+        known = replace(job, crashed=job.crashed | crashed)
+        return partial(_build_shards, known, list(todo[worker]), retry, marks[worker])
+
+    def on_item(worker: int, report: ShardReport) -> None:
+        todo[worker].remove(int(report.name))
+        on_report(report)
+
+    def on_death(worker: int, exit_code: int) -> Callable[[], Iterator[ShardReport]]:
+        if exit_code == STOPPED:
+            raise Stopped
+        record = marks[worker].get()
+        if record is None or -exit_code not in CRASH_SIGNALS:
+            where = "between records" if record is None else f"at input record {record[0]}"
+            raise WorkerDied(f"a worker ended with exit code {exit_code} {where}; run the build again")
+        crashed.add(record[0])
+        get_logger(__name__).warning(
+            "input record %d killed a worker (signal %d); it is dropped", record[0], -exit_code
+        )
+        if len(crashed) > MAX_CRASHES:
+            raise WorkerDied(f"{len(crashed)} input records killed a worker; the last is {record[0]}")
+        return work(worker)
+
+    # forked: sources may hold anything, and nothing is pickled on the way in
+    run_workers([work(worker) for worker in range(len(todo))], on_item=on_item, on_death=on_death)
+
+
+def _build_shards(job: Job, shards: Sequence[int], retry: bool, mark: Mark) -> Iterator[ShardReport]:
+    """What one worker does. A stop signal is obeyed between two records."""
+    with StopSignals() as stop:
+
+        def on_record(number: int) -> None:
+            mark.set((number,))
+            if stop.is_requested:
+                raise Stopped
+
+        builder = ShardBuilder(job, on_record=on_record)
+        for shard in shards:
+            try:
+                report = builder.build(shard, retry=retry)
+            except OSError as error:
+                raise UserError(str(error)) from error
+            except Exception as error:
+                error.add_note(f"at input record {mark.get()}")
+                raise
+            mark.set(None)
+            yield report
+
+
 def _parser(source: type | None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_prep.build",
-        description=source.__doc__ if source else __doc__,
-        allow_abbrev=False,
-    )
-    parser.add_argument("source", choices=SOURCES, metavar="SOURCE", help=", ".join(SOURCES))
-    parser.add_argument("--input", type=Path, nargs="+", default=(), help="files or folders to read")
-    parser.add_argument("--output", type=Path, required=True, help="folder of the data set")
-    parser.add_argument("--name", help="name in the manifest (default: the output folder's name)")
-    parser.add_argument("--task-index", type=int, default=0, help="this task, from 0 (default: 0)")
-    parser.add_argument("--num-tasks", type=int, default=1, help="tasks that share the work (default: 1)")
-    parser.add_argument("--num-workers", type=int, default=1, help="processes of this task (default: 1)")
-    parser.add_argument(
-        "--shard-size", type=int, default=5000, help="input records per shard (default: 5000)"
-    )
-    parser.add_argument("--tokenizer", help="tokenizer folder or hub name: stores token lengths per part")
-    parser.add_argument(
-        "--template", default="vlgpt", help="chat template of the run, own: the tokenizer's (default: vlgpt)"
-    )
-    parser.add_argument("--retry-failed", action="store_true", help="read records again that failed before")
-    parser.add_argument("--max-bad-fraction", type=float, default=0.01, help="of all records (default: 0.01)")
-    parser.add_argument(
-        "--verify", choices=("hash", "size"), default="hash", help="how shards are verified at the end"
-    )
+    parser = make_parser("python -m data_prep.build", source.__doc__ if source else __doc__)
+    add_options(parser, model_options(BuildOptions))
     if source:
-        add_options(parser, "source", constructor_options(source))
-    add_options(parser, "pictures", _picture_options(source))
-    add_options(parser, "filters", model_options(FilterSettings))
+        add_options(parser, signature_options(source), title="source")
+    add_options(parser, _image_options(source), title="images")
+    add_options(parser, model_options(FilterSettings), title="filters")
     return parser
 
 
-def _picture_options(source: type | None) -> list[Option]:
+def _image_options(source: type | None) -> list[Option]:
     """The settings' fields; a source may have other defaults (`image_format = "png"`)."""
-    options = model_options(PictureSettings)
+    options = model_options(ImageSettings)
     return [replace(option, default=getattr(source, option.name, option.default)) for option in options]
 
 
-def make_job(arguments: argparse.Namespace, source_type: type) -> Job:
+def make_job(options: BuildOptions, arguments: argparse.Namespace, source_type: type) -> Job:
     """The job that the command line asks for. Raises UserError."""
-    options = chosen(arguments, constructor_options(source_type))
-    for name, value, low, high in (
-        ("--shard-size", arguments.shard_size, 1, MAX_RECORDS_PER_SHARD),
-        ("--num-tasks", arguments.num_tasks, 1, MAX_SHARDS),
-        ("--task-index", arguments.task_index, 0, arguments.num_tasks - 1),
-        ("--num-workers", arguments.num_workers, 0, 1024),
-    ):
-        if not low <= value <= high:
-            raise UserError(f"{name} must be between {low} and {high}, found {value}")
-    for path in arguments.input:
-        if not path.exists() and "://" not in str(path):
-            raise UserError(f"--input {path} does not exist")
-    filters = make_settings(FilterSettings, arguments)
-    pictures = make_settings(PictureSettings, arguments)
-    if pictures.fast and (missing := [name for name in ("simplejpeg", "cv2") if find_spec(name) is None]):
+    filters = read_options(FilterSettings, arguments)
+    images = read_options(ImageSettings, arguments)
+    if images.fast and (missing := [name for name in ("simplejpeg", "cv2") if find_spec(name) is None]):
         raise UserError(f"--fast needs {' and '.join(missing)}: pip install vlgpt[fast]")
-    RecordFilter(filters)  # reads its lists: a missing one is better known now
-    source = source_type(tuple(arguments.input), **options)
+    # reads the lists of the filters: a missing one is reported before a long scan of the source
+    RecordFilter(filters)
+    source_options = chosen(arguments, signature_options(source_type))
+    source = source_type(options.input, **source_options)
     if not len(source):
         raise UserError(
-            f"source {arguments.source} found no records in {[str(path) for path in arguments.input]}"
+            f"source {options.source} found no records in {[str(path) for path in options.input]}"
         )
-    tokenizer = None
-    if arguments.tokenizer:
-        from vlgpt.tokens import DocumentTokenizer
-
-        tokenizer = DocumentTokenizer.load(arguments.tokenizer, template=arguments.template)
     return Job(
-        folder=arguments.output,
+        folder=options.output,
         source=source,
-        source_name=arguments.source,
-        source_options=options,
-        inputs=tuple(arguments.input),
-        pictures=pictures,
+        source_name=options.source,
+        source_options=source_options,
+        inputs=options.input,
+        images=images,
         filters=filters,
-        shard_size=arguments.shard_size,
-        tokenizer=tokenizer,
+        shard_size=options.shard_size,
+        tokenizer=options.load_tokenizer(),
     )
 
 
@@ -197,21 +278,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     stopped by a signal.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    name = next((argument for argument in argv if argument in SOURCES), None)
+    name = next((argument for argument in argv if argument in SOURCES or is_dotted(argument)), None)
     source_type = source_class(name) if name else None
     arguments = _parser(source_type).parse_args(argv)
     configure()
-    job = make_job(arguments, source_class(arguments.source))
+    options = read_options(BuildOptions, arguments)
+    job = make_job(options, arguments, source_class(options.source))
     try:
         manifest = build(
             job,
-            name=arguments.name or arguments.output.resolve().name,
-            task_index=arguments.task_index,
-            num_tasks=arguments.num_tasks,
-            num_workers=arguments.num_workers,
-            retry_failed=arguments.retry_failed,
-            max_bad_fraction=arguments.max_bad_fraction,
-            hash_tars=arguments.verify == "hash",
+            name=options.name or options.output.resolve().name,
+            share=options.share,
+            num_workers=options.num_workers,
+            retry_failed=options.retry_failed,
+            max_bad_fraction=options.max_bad_fraction,
+            hash_tars=options.verify == "hash",
         )
     except (TooManyBad, WorkerDied) as error:
         console.print(f"error: {error}", style="red", highlight=False, soft_wrap=True)
@@ -220,11 +301,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print("stopped; run the same command again to continue", highlight=False, soft_wrap=True)
         return STOPPED
     if manifest is None:
-        console.print(
-            f"task {arguments.task_index} of {arguments.num_tasks} is done; other tasks are not yet"
-        )
+        console.print(f"task {options.task_index} of {options.num_tasks} is done; other tasks are not yet")
     else:
-        console.print(summary(arguments.output, manifest), highlight=False, soft_wrap=True)
+        console.print(summary(options.output, manifest), highlight=False, soft_wrap=True)
     return 0
 
 

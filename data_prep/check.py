@@ -6,7 +6,6 @@ documents. The exit code is 1 on any damage, each named by shard and reason.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import mmap
@@ -17,15 +16,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from pydantic import Field
 from rich.console import Console
 from rich.progress import track
 
-from data_prep.index import load_tokenizer
+from data_prep.options import Folders, TokenizerOptions
 from data_prep.report import write_report
 from vlgpt.document import ROLES, Document
 from vlgpt.errors import UserError, run_command
 from vlgpt.images import BadImage, decode_image
 from vlgpt.log import configure
+from vlgpt.options import parse
 from vlgpt.shards import FeatureSpec, Manifest, ShardIndex, ShardSet, read_spec
 from vlgpt.shards.index import crc32
 from vlgpt.shards.manifest import MANIFEST, SUCCESS, read_manifest, read_report
@@ -220,30 +221,31 @@ def _check_features(folder: Path, manifest: Manifest) -> Iterator[str]:
             yield f"feature {name}: {error}"
 
 
+class CheckOptions(TokenizerOptions):
+    """The command line."""
+
+    folders: Folders = Field(description="data set folders")
+    decode: bool = Field(False, description="decode every image too")
+    html: Path | None = Field(None, description="write a page of random documents")
+    num_documents: int = Field(40, ge=1, description="on the page")
+    seed: int = Field(0, description="which documents")
+    tokenizer: str | None = Field(
+        None, description="show the documents as training will see them, token by token"
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line: 0 whole, 1 damaged, 2 wrong use."""
-    parser = argparse.ArgumentParser(
-        prog="python -m data_prep.check", description=__doc__, allow_abbrev=False
-    )
-    parser.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="data set folders")
-    parser.add_argument("--decode", action="store_true", help="decode every picture too")
-    parser.add_argument("--html", type=Path, help="write a page of random documents")
-    parser.add_argument("--num-documents", type=int, default=40, help="on the page (default: 40)")
-    parser.add_argument("--seed", type=int, default=0, help="which documents (default: 0)")
-    parser.add_argument("--tokenizer", help="show the documents as training will see them, token by token")
-    parser.add_argument(
-        "--template", default="vlgpt", help="chat template of the run, own: the tokenizer's (default: vlgpt)"
-    )
-    arguments = parser.parse_args(argv)
+    options = parse(CheckOptions, argv, prog="python -m data_prep.check", description=__doc__)
     configure()
     console = Console()
     num_problems = 0
     whole: list[Path] = []
-    for folder in arguments.folders:
+    for folder in options.folders:
         if not folder.is_dir():
             raise UserError(f"{folder} is not a folder")
         statistics = Statistics()
-        problems = list(check_folder(folder, decode=arguments.decode, statistics=statistics))
+        problems = list(check_folder(folder, decode=options.decode, statistics=statistics))
         for problem in problems:
             console.print(
                 f"DAMAGED {folder}/{problem}", style="red", markup=False, highlight=False, soft_wrap=True
@@ -252,12 +254,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not problems:
             whole.append(folder)
             _print_summary(console, folder, statistics)
-    if arguments.html and whole:
-        tokenizer = load_tokenizer(arguments.tokenizer, template=arguments.template)
-        write_report(
-            arguments.html, whole, count=arguments.num_documents, seed=arguments.seed, tokenizer=tokenizer
-        )
-        console.print(f"wrote {arguments.html}", highlight=False, soft_wrap=True)
+    if options.html and whole:
+        tokenizer = options.load_tokenizer()
+        write_report(options.html, whole, count=options.num_documents, seed=options.seed, tokenizer=tokenizer)
+        console.print(f"wrote {options.html}", highlight=False, soft_wrap=True)
     return 1 if num_problems else 0
 
 

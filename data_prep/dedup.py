@@ -1,42 +1,69 @@
-"""python -m data_prep.dedup hash|find|apply: no picture twice, and none that an evaluation set holds.
+"""python -m data_prep.dedup hash|find|apply: no image twice, and none that an evaluation set holds.
 
     hash  DIR ...                                  pass 1: hashes per shard, beside the shards
     find  DIR ... [--against EVAL ...] --work W    pass 2: duplicates over all folders, contamination, a report
     apply DIR --work W --output NEW                a copy of DIR without them, every drop counted by reason
 
-Each step runs as an array (--task-index, --num-tasks), can be killed and run again. Of equal pictures the
-first stays, in the order of the folders as given. A document leaves when all its pictures are duplicates, or
-any of them is in an evaluation set.
+Each step runs as an array (--task-index, --num-tasks), can be killed and run again. Of equal images the first stays, in
+the order of the folders as given. A document leaves when all its images are duplicates, or any of them is in an
+evaluation set.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
+from pydantic import Field, model_validator
 from rich.console import Console
 from rich.progress import track
 
 from data_prep.duplicates import REASONS, find
 from data_prep.hashes import hash_shard, load_hashes, store_hashes
+from data_prep.options import Folders
 from data_prep.rewrite import copy_without, require_copyable
 from vlgpt.errors import UserError, run_command
 from vlgpt.log import configure
+from vlgpt.options import Argument, ArrayOptions, parse
+from vlgpt.processes import Share
 from vlgpt.shards import ShardSet
 
 console = Console(stderr=True)
 
 
-def hash_folder(folder: Path, *, task_index: int = 0, num_tasks: int = 1) -> int:
-    """Store the hashes of this task's shards; returns how many were made now."""
+class DedupOptions(ArrayOptions):
+    """The command line."""
+
+    step: Annotated[Literal["hash", "find", "apply"], Argument(is_positional=True)]
+    folders: Folders = Field(description="data set folders")
+    against: tuple[Path, ...] = Field((), description="find: evaluation sets (hashed folders)")
+    only_against: bool = Field(
+        False,
+        description="find: keep duplicates (several captions or dialogues of one image), drop what --against holds",
+    )
+    work: Path | None = Field(None, description="find, apply: folder for pairs, verdicts and report.json")
+    output: Path | None = Field(None, description="apply: the new data set")
+    max_distance: int = Field(3, ge=0, le=15, description="find: bits of 64 that may differ")
+
+    @model_validator(mode="after")
+    def _check_step(self) -> DedupOptions:
+        if self.step != "hash" and self.work is None:
+            raise UserError(f"{self.step} needs --work, a folder for what find has found")
+        if self.only_against and not self.against:
+            raise UserError("--only-against compares with nothing: name the evaluation sets with --against")
+        return self
+
+
+def hash_folder(folder: Path, share: Share) -> int:
+    """Store the hashes of this task's shards: -> how many were made now."""
     shards = ShardSet.open(folder)
     made = 0
-    mine = range(task_index, len(shards.shards), num_tasks)
+    mine = share.of(len(shards.shards))
     for shard in track(mine, description=f"hash {folder.name}", console=console):
         record = shards.shards[shard]
         if load_hashes(folder, record.name, tar_sha256=record.sha256) is None:
@@ -45,7 +72,7 @@ def hash_folder(folder: Path, *, task_index: int = 0, num_tasks: int = 1) -> int
     return made
 
 
-def apply(folder: Path, *, work: Path, output: Path, task_index: int = 0, num_tasks: int = 1) -> bool:
+def apply(folder: Path, *, work: Path, output: Path, share: Share) -> bool:
     """Copy this task's shards without the documents that leave; True when the new data set is complete and
     sealed. Raises UserError when `find` has not judged this folder.
     """
@@ -63,70 +90,39 @@ def apply(folder: Path, *, work: Path, output: Path, task_index: int = 0, num_ta
         return {sample: REASONS[reason] for _, sample, reason in found.tolist()}
 
     note = {"deduplicated": f"{fingerprint}-{digest}"}
-    tasks = {"task_index": task_index, "num_tasks": num_tasks}
-    return copy_without(folder, output, verdicts=verdicts, note=note, **tasks)
+    return copy_without(folder, output, verdicts=verdicts, note=note, share=share)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line: 0 done (or this task's share), 2 wrong use."""
-    parser = argparse.ArgumentParser(
-        prog="python -m data_prep.dedup",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("step", choices=("hash", "find", "apply"))
-    parser.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="data set folders")
-    parser.add_argument(
-        "--against", type=Path, nargs="+", default=[], help="find: evaluation sets (hashed folders)"
-    )
-    parser.add_argument(
-        "--only-against",
-        action="store_true",
-        help="find: keep duplicates (several captions or dialogues of one picture), drop what --against holds",
-    )
-    parser.add_argument("--work", type=Path, help="find, apply: folder for pairs, verdicts and report.json")
-    parser.add_argument("--output", type=Path, help="apply: the new data set")
-    parser.add_argument(
-        "--max-distance", type=int, default=3, help="find: bits of 64 that may differ (default: 3)"
-    )
-    parser.add_argument("--task-index", type=int, default=0, help="this task, from 0 (default: 0)")
-    parser.add_argument("--num-tasks", type=int, default=1, help="tasks that share the work (default: 1)")
-    arguments = parser.parse_args(argv)
+    options = parse(DedupOptions, argv, prog="python -m data_prep.dedup", description=__doc__)
     configure()
-    task = {"task_index": arguments.task_index, "num_tasks": arguments.num_tasks}
-    if not 0 <= arguments.task_index < arguments.num_tasks:
-        raise UserError(
-            f"--task-index must be between 0 and {arguments.num_tasks - 1}, found {arguments.task_index}"
-        )
-    if not 0 <= arguments.max_distance <= 15:
-        raise UserError(f"--max-distance must be between 0 and 15, found {arguments.max_distance}")
-    if arguments.step != "hash" and arguments.work is None:
-        raise UserError(f"{arguments.step} needs --work, a folder for what find has found")
-    if arguments.only_against and not arguments.against:
-        raise UserError("--only-against compares with nothing: name the evaluation sets with --against")
-    if arguments.step == "hash":
-        for folder in arguments.folders:
-            made = hash_folder(folder, **task)
+    if options.step == "hash":
+        for folder in options.folders:
+            made = hash_folder(folder, options.share)
             console.print(f"{folder}: {made} shards hashed", highlight=False, soft_wrap=True)
-    elif arguments.step == "find":
-        options = {
-            "against": arguments.against,
-            "work": arguments.work,
-            "max_distance": arguments.max_distance,
-            "is_only_against": arguments.only_against,
-        }
-        report = find(arguments.folders, **options, **task)
-        console.print_json(json.dumps(report["folders"])) if report else console.print(
-            "other tasks are not done yet"
+        return 0
+    assert options.work is not None  # checked with the options
+    if options.step == "find":
+        report = find(
+            options.folders,
+            against=options.against,
+            work=options.work,
+            max_distance=options.max_distance,
+            is_only_against=options.only_against,
+            share=options.share,
         )
-    else:
-        if len(arguments.folders) != 1 or arguments.output is None:
-            raise UserError("apply takes one DIR and --output, the folder of the new data set")
-        done = apply(arguments.folders[0], work=arguments.work, output=arguments.output, **task)
-        console.print(
-            f"{arguments.output}: {'complete' if done else 'other tasks are not done yet'}", soft_wrap=True
-        )
+        if report is None:
+            console.print("other tasks are not done yet")
+        else:
+            console.print_json(json.dumps(report["folders"]))
+        return 0
+    if len(options.folders) != 1 or options.output is None:
+        raise UserError("apply takes one DIR and --output, the folder of the new data set")
+    is_done = apply(options.folders[0], work=options.work, output=options.output, share=options.share)
+    console.print(
+        f"{options.output}: {'complete' if is_done else 'other tasks are not done yet'}", soft_wrap=True
+    )
     return 0
 
 

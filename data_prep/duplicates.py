@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.hashes import PICTURE, Hashes, first_equal, load_hashes, near_pairs
+from data_prep.hashes import IMAGE, Hashes, first_equal, load_hashes, near_pairs
 from vlgpt.errors import UserError
 from vlgpt.files import write_atomic
+from vlgpt.processes import WHOLE, Share
 from vlgpt.shards import ShardSet
 
 REASONS = ("", "filtered:duplicate", "filtered:near_duplicate", "filtered:contaminated")
@@ -79,7 +80,7 @@ def judge(corpus: Corpus, pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     earliest = first.copy()  # the earliest row that is near each distinct hash, itself included
     np.minimum.at(earliest, pairs[:, 0], first[pairs[:, 1]])
     np.minimum.at(earliest, pairs[:, 1], first[pairs[:, 0]])
-    pictures = np.flatnonzero(hashes.kind == PICTURE)
+    pictures = np.flatnonzero(hashes.kind == IMAGE)
     near = np.full(len(rows), -1, np.int64)
     near[pictures] = earliest[np.searchsorted(values, hashes.phash[pictures])]
     equal = first_equal(hashes)
@@ -95,7 +96,7 @@ def judge(corpus: Corpus, pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def distinct_hashes(hashes: Hashes) -> tuple[np.ndarray, np.ndarray]:
     """The distinct perceptual hashes, sorted, and the first row of each. -> (U,) uint64, (U,) int64"""
-    pictures = np.flatnonzero(hashes.kind == PICTURE)
+    pictures = np.flatnonzero(hashes.kind == IMAGE)
     values, position = np.unique(hashes.phash[pictures], return_index=True)
     return values, pictures[position]
 
@@ -121,8 +122,7 @@ def find(
     work: Path,
     max_distance: int,
     is_only_against: bool = False,
-    task_index: int = 0,
-    num_tasks: int = 1,
+    share: Share = WHOLE,
 ) -> dict[str, Any] | None:
     """This task's share of the comparisons; the task that sees all shares writes the verdicts and returns the
     report.
@@ -135,9 +135,9 @@ def find(
     stamp = "-".join(shards.fingerprint[:8] for shards in corpus.sets) + f"-{max_distance}"
     values, _ = distinct_hashes(corpus.hashes)
     work.mkdir(parents=True, exist_ok=True)
-    paths = [work / f"pairs-{task:05d}-of-{num_tasks:05d}.npz" for task in range(num_tasks)]
-    pairs = near_pairs(values, max_distance=max_distance, task_index=task_index, num_tasks=num_tasks)
-    write_atomic(paths[task_index], _npz(stamp=np.array(stamp), pairs=pairs))
+    paths = [work / f"pairs-{task:05d}-of-{share.step:05d}.npz" for task in range(share.step)]
+    pairs = near_pairs(values, max_distance=max_distance, share=share)
+    write_atomic(paths[share.first], _npz(stamp=np.array(stamp), pairs=pairs))
     shares = [_load_pairs(path, stamp) for path in paths]
     if any(share is None for share in shares):
         return None
@@ -163,7 +163,7 @@ def find(
         write_atomic(work / f"drops-{shards.fingerprint}.npz", _npz(places=places))
         counts = Counter(REASONS[reason] for reason in verdicts.values())
         counted[shards.name] = {"documents": shards.num_samples, **dict(sorted(counts.items()))}
-    write_atomic(work / "report.json", json.dumps(report, indent=1).encode())
+    write_atomic(work / "report.json", json.dumps(report, indent=1))
     return report
 
 

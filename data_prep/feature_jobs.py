@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from vlgpt import seeds
-from vlgpt.data.pixels import read_square, to_pixels
+from vlgpt.batch import to_pixels
 from vlgpt.document import TextPart
 from vlgpt.errors import UserError
-from vlgpt.images import BadImage
+from vlgpt.images import BadImage, read_square
 from vlgpt.models.augment import random_views
 from vlgpt.models.encoders import Conditioner, hash_weights
 from vlgpt.models.image_tokenizer import ImageTokenizer
@@ -77,7 +77,7 @@ class FeatureJob:
         with self._autocast():
             return self.encoder.text_condition(texts)[:, None]
 
-    def _autocast(self) -> AbstractContextManager[Any]:
+    def _autocast(self) -> AbstractContextManager[object]:
         if self.precision == "float32":
             return nullcontext()
         return torch.autocast(self.device.type, dtype=getattr(torch, self.precision))
@@ -142,12 +142,8 @@ def compute_shard(
     *,
     folder: Path,
     batch_size: int,
-    on_batch: Callable[[int], None] = lambda num_rows: None,
 ) -> int:
-    """Store the rows of one shard unless they are there: -> rows made now.
-
-    `on_batch` hears the number of rows after every batch; what it raises ends the work with nothing stored.
-    """
+    """Store the rows of one shard unless they are there: -> rows made now."""
     record, index, name = shards.shards[shard], shards.index(shard), job.spec.name
     if has_feature_rows(folder, name, record.name, tar_sha256=record.sha256):
         return 0
@@ -159,7 +155,6 @@ def compute_shard(
             return 0
         for rows in _batches(job, shards, shard, batch_size):
             writer.add(rows.float().cpu().numpy())
-            on_batch(len(rows))
         writer.close(tar_sha256=record.sha256)
         return num_rows
     except BaseException:
@@ -179,7 +174,7 @@ def _batches(job: FeatureJob, shards: ShardSet, shard: int, size: int) -> Iterat
 
 
 def read_images(shards: ShardSet, shard: int, size_px: int) -> Iterator[np.ndarray]:
-    """All pictures of a shard in row order, (size, size, 3) uint8. Raises UserError for a damaged one."""
+    """All images of a shard in row order, (size, size, 3) uint8. Raises UserError for a damaged one."""
     for sample in range(shards.index(shard).num_samples):
         try:
             for data in shards.read(shard, sample).images:

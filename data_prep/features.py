@@ -1,50 +1,91 @@
-"""Precompute what frozen encoders give, beside the shards: `python -m data_prep.features DIR --features
-patches,...`.
+"""python -m data_prep.features DIR --encoder CLIP --features patches,...: encoder outputs beside the shards.
 
-One array per shard and feature, written atomically and never twice: rerunning continues where a kill left
-off. Every feature carries a FeatureSpec (encoder, weights hash, layer, preprocessing, shape), which training
-compares. The work is shared by array tasks (--task-index, --num-tasks), each of several processes
-(--num-workers), which take the visible GPUs in turns.
+One array per shard and feature, written atomically: running the command again continues where a kill ended it. Every
+feature has a FeatureSpec (encoder, weights hash, layer, preprocessing, shape), which training compares. The work is
+shared by array tasks (--task-index, --num-tasks), each of several processes (--num-workers), which take the visible
+GPUs in turn.
 """
 
 from __future__ import annotations
 
-import argparse
-import multiprocessing
-import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
+from pydantic import Field, model_validator
 
 from data_prep.feature_jobs import PER, FeatureJob, compute_shard, make_job
-from data_prep.workers import STOPPED
+from data_prep.options import Folders
 from vlgpt import log
-from vlgpt.errors import UserError
+from vlgpt.errors import UserError, run_command
 from vlgpt.models.conditions import load_conditioner
 from vlgpt.models.image_tokenizer import ImageTokenizer
+from vlgpt.options import ArrayOptions, parse
+from vlgpt.processes import Stopped, run_workers
 from vlgpt.shards import ShardSet, write_spec
 
 FEATURES = tuple(PER)
 
 
+class FeatureOptions(ArrayOptions):
+    """The command line."""
+
+    folders: Folders = Field(description="data set folders with shards")
+    features: str = Field("patches,image_condition,text_condition", description=f"of {', '.join(FEATURES)}")
+    encoder: str = Field(
+        description="CLIP folder or name; with --library ip_adapter the JSON of a diffusion decoder's parts"
+    )
+    library: Literal["open_clip", "transformers", "ip_adapter"] = "open_clip"
+    pretrained: str | None = Field(None, description="weights of a named open_clip model")
+    layer: int = Field(-2, description="hidden layer of patch features, -2 is the penultimate")
+    drop_cls: bool = Field(False, description="leave the class token out")
+    image_tokenizer: Path | None = Field(
+        None, description="image_tokenizer folder of stage 1 (feature visual)"
+    )
+    dtype: Literal["float16", "float32", "int8"] = "float16"
+    precision: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="of the encoder's matrix products; bfloat16 is several times faster on a GPU"
+    )
+    views: int = Field(1, ge=1, description="views per image: the clean one and augmented ones")
+    batch_size: int = Field(64, ge=1)
+    device: str | None = Field(None, description="cuda or cpu; cuda by default where there is one")
+    threads: int = Field(1, ge=1, description="torch threads of each process on CPU")
+    num_workers: int = Field(1, ge=1, description="processes; each loads the encoder")
+    seed: int = 0
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The features to compute."""
+        return tuple(self.features.split(","))
+
+    @model_validator(mode="after")
+    def _check_features(self) -> FeatureOptions:
+        if unknown := set(self.names) - set(FEATURES):
+            raise UserError(f"unknown feature {sorted(unknown)[0]!r}; valid: {', '.join(FEATURES)}")
+        if self.library == "ip_adapter" and {"patches", "visual"} & set(self.names):
+            raise UserError(
+                "--library ip_adapter makes image_condition and text_condition; run patches and visual with "
+                "their own CLIP"
+            )
+        return self
+
+    def device_of(self, worker: int) -> str:
+        """The visible GPUs in turn over the processes of all tasks, or the device asked for."""
+        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if device != "cuda":
+            return device
+        return f"cuda:{(self.task_index * self.num_workers + worker) % torch.cuda.device_count()}"
+
+
 @dataclass(frozen=True)
-class Share:
-    """Shards `first, first + step, ...` of every folder: what one process does."""
-
-    first: int
-    step: int
-    device: str
-
-
-@dataclass(frozen=True)
-class Tally:
-    """What one process did for one feature of one folder."""
+class FeatureCost:
+    """What one process did for one feature of one folder, and what the feature costs."""
 
     folder: Path
     feature: str
@@ -55,135 +96,105 @@ class Tally:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line: 0 done (or this task's share), 1 a process died, 2 wrong use, 75 stopped by a signal."""
+    """Command line: 0 done (or this task's share), 2 wrong use or a dead process, 75 stopped by a signal."""
     log.configure()
-    arguments = _parse(argv)
+    options = parse(FeatureOptions, argv, prog="python -m data_prep.features", description=__doc__)
     signal.signal(signal.SIGTERM, _stop)
-    num_shares = arguments.num_tasks * arguments.num_workers
-    shares = [
-        Share(arguments.task_index + worker * arguments.num_tasks, num_shares, _device(arguments, worker))
-        for worker in range(arguments.num_workers)
-    ]
     started = time.monotonic()
-    if len(shares) == 1:
-        tallies = compute_share(arguments, shares[0])
+    if options.num_workers == 1:
+        costs = list(compute_share(options, 0))
     else:
-        tallies = _run_processes(arguments, shares)
-    _report(arguments.dir, tallies, seconds=time.monotonic() - started)
+        costs = _run_processes(options)
+    _report(options.folders, costs, seconds=time.monotonic() - started)
     return 0
 
 
-def compute_share(arguments: argparse.Namespace, share: Share, *, parent: int | None = None) -> list[Tally]:
-    """Every wanted feature of every folder. With `parent`, the work ends when that process is gone."""
-
-    def on_batch(num_rows: int) -> None:
-        if parent is not None and os.getppid() != parent:
-            raise SystemExit(STOPPED)
-
-    torch.set_num_threads(arguments.threads)
-    jobs = _make_jobs(arguments, share.device)
+def compute_share(options: FeatureOptions, worker: int) -> Iterator[FeatureCost]:
+    """Every wanted feature of every folder, for the shards of one worker."""
+    torch.set_num_threads(options.threads)
+    share = options.share.split(worker, options.num_workers)
+    jobs = _make_jobs(options, options.device_of(worker))
     flops = {job.spec.name: job.flops_per_row() for job in jobs}
-    tallies = []
-    for folder in arguments.dir:
+    for folder in options.folders:
         shards = ShardSet.open(folder)
         for job in jobs:
             name, num_rows, started = job.spec.name, 0, time.monotonic()
             write_spec(folder, job.spec)
-            for shard in range(share.first, len(shards.shards), share.step):
-                num_rows += compute_shard(
-                    job, shards, shard, folder=folder, batch_size=arguments.batch_size, on_batch=on_batch
-                )
+            for shard in share.of(len(shards.shards)):
+                num_rows += compute_shard(job, shards, shard, folder=folder, batch_size=options.batch_size)
             seconds = time.monotonic() - started
-            tallies.append(Tally(folder, name, num_rows, seconds, job.bytes_per_row, flops[name]))
-    return tallies
+            yield FeatureCost(folder, name, num_rows, seconds, job.bytes_per_row, flops[name])
 
 
-def _make_jobs(arguments: argparse.Namespace, device: str) -> list[FeatureJob]:
+def _make_jobs(options: FeatureOptions, device: str) -> list[FeatureJob]:
     encoder = load_conditioner(
-        arguments.encoder,
-        library=arguments.library,
-        pretrained=arguments.pretrained,
-        layer=arguments.layer,
-        has_cls=arguments.has_cls,
+        options.encoder,
+        library=options.library,
+        pretrained=options.pretrained,
+        layer=options.layer,
+        has_cls=not options.drop_cls,
     ).to(device)
     tokenizer = None
-    if arguments.image_tokenizer is not None:
-        tokenizer = ImageTokenizer.from_folder(arguments.image_tokenizer).eval().to(device)
+    if options.image_tokenizer is not None:
+        tokenizer = ImageTokenizer.from_folder(options.image_tokenizer).eval().to(device)
     return [
         make_job(
             name,
             encoder,
-            encoder_name=f"{arguments.library}:{Path(arguments.encoder).name}",
+            encoder_name=f"{options.library}:{Path(options.encoder).name}",
             tokenizer=tokenizer,
-            dtype=arguments.dtype,
-            views=arguments.views,
-            seed=arguments.seed,
-            precision=arguments.precision,
+            dtype=options.dtype,
+            views=options.views,
+            seed=options.seed,
+            precision=options.precision,
         )
-        for name in arguments.features
+        for name in options.names
     ]
 
 
-def _device(arguments: argparse.Namespace, worker: int) -> str:
-    """`cuda` means the visible GPUs in turns."""
-    if arguments.device != "cuda":
-        return arguments.device
-    return f"cuda:{(arguments.task_index * arguments.num_workers + worker) % torch.cuda.device_count()}"
+def _run_processes(options: FeatureOptions) -> list[FeatureCost]:
+    """One process per worker. Raises UserError when one of them fails; the others still finish their shares."""
+    costs: list[FeatureCost] = []
+    problems: list[str] = []
 
-
-def _run_processes(arguments: argparse.Namespace, shares: Sequence[Share]) -> list[Tally]:
-    """One process per share. Raises UserError when one of them fails; the others still finish their shares."""
-    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
-    running = []
-    for share in shares:
-        receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=_work, args=(arguments, share, sender, os.getpid()), daemon=True)
-        process.start()
-        sender.close()
-        running.append((process, receiver))
-    tallies: list[Tally] = []
-    problems = []
-    for number, (process, receiver) in enumerate(running):
-        try:
-            result = receiver.recv()
-        except EOFError:
-            process.join()
-            result = f"process {number} ended with exit code {process.exitcode}; run the same command again"
-        if isinstance(result, str):
-            problems.append(result)
+    def on_item(worker: int, item: FeatureCost | str) -> None:
+        if isinstance(item, FeatureCost):
+            costs.append(item)
         else:
-            tallies += result
-        process.join()
+            problems.append(item)
+
+    def on_death(worker: int, exit_code: int) -> None:
+        problems.append(f"process {worker} ended with exit code {exit_code}; run the same command again")
+
+    works = [partial(_work, options, worker) for worker in range(options.num_workers)]
+    run_workers(works, on_item=on_item, on_death=on_death, method="spawn")  # CUDA does not survive a fork
     if problems:
         raise UserError(problems[0])
-    return tallies
+    return costs
 
 
-def _work(arguments: argparse.Namespace, share: Share, sender: Connection, parent: int) -> None:
-    log.configure(rank=share.first)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _work(options: FeatureOptions, worker: int) -> Iterator[FeatureCost | str]:
+    log.configure(rank=options.share.split(worker, options.num_workers).first)
     try:
-        sender.send(compute_share(arguments, share, parent=parent))
+        yield from compute_share(options, worker)
     except (UserError, OSError) as error:
-        sender.send(str(error))
+        yield str(error)
 
 
 def _stop(number: int, frame: object) -> None:
-    raise SystemExit(STOPPED)  # daemons end with their parent; what is stored stays
+    raise Stopped
 
 
-def _report(folders: Sequence[Path], tallies: Sequence[Tally], *, seconds: float) -> None:
+def _report(folders: Sequence[Path], costs: Sequence[FeatureCost], *, seconds: float) -> None:
     """Speed, and what storing costs against computing."""
     for folder in folders:
         stored = ShardSet.open(folder)
-        num_images = max(stored.num_images, 1)
-        picture_bytes = sum(record.num_bytes for record in stored.shards) / num_images
-        for feature in dict.fromkeys(tally.feature for tally in tallies):
-            mine = [tally for tally in tallies if (tally.folder, tally.feature) == (folder, feature)]
-            num_rows, slowest = sum(tally.num_rows for tally in mine), max(tally.seconds for tally in mine)
+        image_bytes = sum(record.num_bytes for record in stored.shards) / max(stored.num_images, 1)
+        for feature in dict.fromkeys(cost.feature for cost in costs):
+            mine = [cost for cost in costs if (cost.folder, cost.feature) == (folder, feature)]
+            num_rows, slowest = sum(cost.num_rows for cost in mine), max(cost.seconds for cost in mine)
             log.get_logger().info("%s", _line(folder, feature, num_rows, max(slowest, 1e-9)))
-            bytes_per_row, flops = mine[0].bytes_per_row, mine[0].flops_per_row
-            log.get_logger().info("%s", _trade_off(feature, bytes_per_row, flops, picture_bytes))
+            log.get_logger().info("%s", _trade_off(mine[0], image_bytes))
     log.get_logger().info("all in %.1f s", seconds)
 
 
@@ -194,73 +205,15 @@ def _line(folder: Path, feature: str, num_rows: int, seconds: float) -> str:
     return f"{folder} {feature}: {num_rows} {what}, {num_rows / seconds:.1f} {what}/s"
 
 
-def _trade_off(feature: str, bytes_per_row: int, flops: int, picture_bytes: float) -> str:
+def _trade_off(cost: FeatureCost, image_bytes: float) -> str:
     """At 1,000 rows per second: what must be read with features stored, and computed without."""
-    what = "image" if PER[feature] == "image" else "text"
-    ratio = f" ({bytes_per_row / picture_bytes:.1f} x its picture)" if what == "image" else ""
+    what, kilobytes = PER[cost.feature], cost.bytes_per_row / 1e3
+    ratio = f" ({cost.bytes_per_row / image_bytes:.1f} x its picture)" if what == "image" else ""
     return (
-        f"{feature}: {bytes_per_row / 1e3:.1f} kB{ratio} and {flops / 1e9:.2f} GFLOPs each; 1000 {what}s/s cost "
-        f"{bytes_per_row / 1e3:.1f} MB/s of reading when stored, {flops / 1e9:.2f} TFLOP/s when computed online"
+        f"{cost.feature}: {kilobytes:.1f} kB{ratio} and {cost.flops_per_row / 1e9:.2f} GFLOPs each; 1000 {what}s/s "
+        f"cost {kilobytes:.1f} MB/s of reading when stored, {cost.flops_per_row / 1e9:.2f} TFLOP/s when computed online"
     )
-
-
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_prep.features", description=__doc__, allow_abbrev=False
-    )
-    parser.add_argument("dir", type=Path, nargs="+", metavar="DIR", help="data set folders with shards")
-    parser.add_argument(
-        "--features", default="patches,image_condition,text_condition", help=f"of {', '.join(FEATURES)}"
-    )
-    parser.add_argument(
-        "--encoder",
-        required=True,
-        help="CLIP folder or name; with --library ip_adapter the JSON of a diffusion decoder's parts",
-    )
-    parser.add_argument("--library", choices=("open_clip", "transformers", "ip_adapter"), default="open_clip")
-    parser.add_argument("--pretrained", help="weights of a named open_clip model")
-    parser.add_argument(
-        "--layer", type=int, default=-2, help="hidden layer of patch features (default: penultimate)"
-    )
-    parser.add_argument("--drop-cls", dest="has_cls", action="store_false", help="leave the class token out")
-    parser.add_argument(
-        "--image-tokenizer", type=Path, help="image_tokenizer folder of stage 1 (feature visual)"
-    )
-    parser.add_argument("--dtype", choices=("float16", "float32", "int8"), default="float16")
-    parser.add_argument(
-        "--precision",
-        choices=("float32", "bfloat16", "float16"),
-        default="float32",
-        help="of the encoder's matrix products (default: float32; bfloat16 is several times faster on a GPU)",
-    )
-    parser.add_argument(
-        "--views", type=int, default=1, help="views per picture: the clean one and augmented ones"
-    )
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, default=1, help="torch threads of each process on CPU")
-    parser.add_argument("--num-workers", type=int, default=1, help="processes; each loads the encoder")
-    parser.add_argument("--task-index", type=int, default=0, help="this task of an array")
-    parser.add_argument("--num-tasks", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args(argv)
-    arguments.features = tuple(arguments.features.split(","))
-    if unknown := set(arguments.features) - set(FEATURES):
-        raise UserError(f"unknown feature {sorted(unknown)[0]!r}; valid: {', '.join(FEATURES)}")
-    if arguments.library == "ip_adapter" and {"patches", "visual"} & set(arguments.features):
-        raise UserError(
-            "--library ip_adapter makes image_condition and text_condition; run patches and visual with their own CLIP"
-        )
-    for name in ("views", "batch_size", "threads", "num_workers", "num_tasks"):
-        if getattr(arguments, name) < 1:
-            flag = name.replace("_", "-")
-            raise UserError(f"--{flag} must be at least 1, found {getattr(arguments, name)}")
-    if not 0 <= arguments.task_index < arguments.num_tasks:
-        raise UserError(
-            f"--task-index must be between 0 and {arguments.num_tasks - 1}, found {arguments.task_index}"
-        )
-    return arguments
 
 
 if __name__ == "__main__":
-    sys.exit(log.run_command(main))
+    sys.exit(run_command(main))

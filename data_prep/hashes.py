@@ -1,5 +1,6 @@
-"""Hashes of every picture of a data set, and the search for equal and nearly equal ones. Pure arrays: no
-pixels are compared.
+"""Hashes of every image of a data set, and the search for equal and nearly equal ones.
+
+Only arrays of hashes are compared, no pixels.
 """
 
 from __future__ import annotations
@@ -11,22 +12,23 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.pictures import perceptual_hash
+from data_prep.images import perceptual_hash
 from vlgpt.errors import UserError
 from vlgpt.files import write_atomic
 from vlgpt.images import BadImage, decode_image
+from vlgpt.processes import WHOLE, Share
 from vlgpt.shards import BadSample, ShardSet
 
-PICTURE, TEXT = 0, 1
+IMAGE, TEXT = 0, 1
 
 
 @dataclass
 class Hashes:
-    """One row per picture, and one per document without pictures (the hash of its text)."""
+    """One row per image, and one per document without images (the hash of its text)."""
 
     shard: np.ndarray  # (n,) int32
     sample: np.ndarray  # (n,) int32
-    kind: np.ndarray  # (n,) uint8, PICTURE or TEXT
+    kind: np.ndarray  # (n,) uint8, IMAGE or TEXT
     sha: np.ndarray  # (n, 2) uint64, the first half of the original's sha256
     phash: np.ndarray  # (n,) uint64, 0 for text
 
@@ -67,9 +69,7 @@ def hash_shard(shards: ShardSet, shard: int) -> Hashes:
         stored = read.document.info.get("images", [{}] * len(read.images))
         for data, info in zip(read.images, stored):
             digest = bytes.fromhex(info["sha256"]) if "sha256" in info else hashlib.sha256(data).digest()
-            rows.append(
-                (sample, PICTURE, digest, int(info["phash"], 16) if "phash" in info else _phash(data))
-            )
+            rows.append((sample, IMAGE, digest, int(info["phash"], 16) if "phash" in info else _phash(data)))
     halves = np.frombuffer(b"".join(row[2][:16] for row in rows), np.uint64).reshape(-1, 2)
     return Hashes(
         shard=np.full(len(rows), shard, np.int32),
@@ -123,9 +123,7 @@ def first_equal(hashes: Hashes) -> np.ndarray:
     return first
 
 
-def near_pairs(
-    values: np.ndarray, *, max_distance: int, task_index: int = 0, num_tasks: int = 1
-) -> np.ndarray:
+def near_pairs(values: np.ndarray, *, max_distance: int, share: Share = WHOLE) -> np.ndarray:
     """Pairs of positions in `values` (U,) uint64, all different, at most `max_distance` bits apart. ->
     (pairs, 2) int64
 
@@ -137,7 +135,7 @@ def near_pairs(
     for band in range(max_distance + 1):
         low, high = (64 * (band + offset) // (max_distance + 1) for offset in (0, 1))
         key = (values >> np.uint64(low)) & np.uint64((1 << (high - low)) - 1)
-        mine = np.flatnonzero(key % np.uint64(num_tasks) == task_index)
+        mine = np.flatnonzero(key % np.uint64(share.step) == share.first)
         mine = mine[np.argsort(key[mine], kind="stable")]
         key = key[mine]
         active = np.arange(len(mine))

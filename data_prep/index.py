@@ -1,47 +1,48 @@
-"""python -m data_prep.index DIR [--tokenizer PATH]: token lengths of another tokenizer, or damaged indexes
-anew.
+"""python -m data_prep.index DIR [--tokenizer PATH]: damaged indexes, or another tokenizer's token lengths.
 
-The tars are read and never written. Each index is replaced atomically, so a kill leaves every shard with its
-old index or its new one, and the next run continues.
+The tars are read and never written. Each index is replaced atomically, so a kill leaves every shard with its old index
+or its new one, and the next run continues.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from functools import partial
 from pathlib import Path
 
+from pydantic import Field
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress
 
 from data_prep.job import SETTINGS
+from data_prep.options import Folders, TokenizerOptions
 from vlgpt.errors import UserError, run_command
 from vlgpt.files import write_atomic
 from vlgpt.log import configure
+from vlgpt.options import ArrayOptions, parse
+from vlgpt.processes import run_workers
 from vlgpt.shards import ShardIndex, ShardSet
+from vlgpt.shards.index import rebuild_index, retokenise
 from vlgpt.shards.manifest import MANIFEST, read_manifest
-from vlgpt.shards.reindex import rebuild_index, retokenise
 from vlgpt.shards.schema import TextTokenizer
 
-
-def load_tokenizer(path: str | None, *, template: str) -> TextTokenizer | None:
-    """The tokenizer that training uses, or None. Raises UserError."""
-    if path is None:
-        return None
-    from vlgpt.tokens import DocumentTokenizer
-
-    return DocumentTokenizer.load(path, template=template)
+console = Console(stderr=True)
 
 
-def reindex_shard(folder: Path, shard: int, *, tokenizer_path: str | None, template: str = "vlgpt") -> bool:
-    """Bring one index up to date; True when it was written. Raises UserError when the tar itself is
-    damaged.
-    """
-    shards, tokenizer = ShardSet.open(folder), load_tokenizer(tokenizer_path, template=template)
+class IndexOptions(ArrayOptions, TokenizerOptions):
+    """The command line."""
+
+    folders: Folders = Field(description="data set folders")
+    tokenizer: str | None = Field(
+        None, description="tokenizer folder or hub name; without it only damaged indexes are rebuilt"
+    )
+    num_workers: int = Field(1, ge=1, description="processes")
+
+
+def reindex_shard(shards: ShardSet, shard: int, *, folder: Path, tokenizer: TextTokenizer | None) -> bool:
+    """Bring one index up to date; True when it was written. Raises UserError when the tar itself is damaged."""
     record, path = shards.shards[shard], shards.index_path(shard)
     try:
         index = shards.index(shard)
@@ -64,8 +65,39 @@ def reindex_shard(folder: Path, shard: int, *, tokenizer_path: str | None, templ
     return True
 
 
+def _reindex_share(options: IndexOptions, folder: Path, worker: int) -> Iterator[bool]:
+    """Whether each index of one worker's share was written."""
+    shards, tokenizer = ShardSet.open(folder), options.load_tokenizer()
+    for shard in options.share.split(worker, options.num_workers).of(len(shards.shards)):
+        yield reindex_shard(shards, shard, folder=folder, tokenizer=tokenizer)
+
+
+def _reindex(options: IndexOptions, folder: Path) -> list[bool]:
+    """This task's share of a folder."""
+    total = len(options.share.of(len(ShardSet.open(folder).shards)))
+    written: list[bool] = []
+    works = [partial(_reindex_share, options, folder, worker) for worker in range(options.num_workers)]
+    with Progress(console=console) as progress:
+        bar = progress.add_task(folder.name, total=total)
+
+        def on_item(worker: int, is_written: bool) -> None:
+            written.append(is_written)
+            progress.advance(bar)
+
+        def on_death(worker: int, exit_code: int) -> None:
+            raise UserError(f"process {worker} ended with exit code {exit_code}; run the same command again")
+
+        if options.num_workers == 1:
+            for is_written in works[0]():
+                on_item(0, is_written)
+        else:
+            # tokenizers hold threads, which do not survive a fork
+            run_workers(works, on_item=on_item, on_death=on_death, method="spawn")
+    return written
+
+
 def _note_tokenizer(folder: Path, fingerprint: str) -> None:
-    """Once every index has it: the build's settings name the new tokenizer."""
+    """Name the new tokenizer in the build's settings, once every index has it."""
     settings_path, manifest_path = folder / SETTINGS, folder / MANIFEST
     if not settings_path.is_file() or any(
         ShardIndex.load(path).tokenizer != fingerprint for path in _index_paths(folder)
@@ -73,9 +105,9 @@ def _note_tokenizer(folder: Path, fingerprint: str) -> None:
         return
     manifest = read_manifest(manifest_path.read_bytes(), where=str(manifest_path))
     noted = manifest.model_copy(update={"build": {**manifest.build, "tokenizer": fingerprint}})
-    write_atomic(manifest_path, noted.model_dump_json(indent=1).encode())
+    write_atomic(manifest_path, noted.model_dump_json(indent=1))
     settings = {**json.loads(settings_path.read_text()), "tokenizer": fingerprint}
-    write_atomic(settings_path, json.dumps(settings, indent=1, sort_keys=True).encode())
+    write_atomic(settings_path, json.dumps(settings, indent=1, sort_keys=True))
 
 
 def _index_paths(folder: Path) -> Iterator[Path]:
@@ -85,37 +117,16 @@ def _index_paths(folder: Path) -> Iterator[Path]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line: 0 done, 2 wrong use or a damaged tar."""
-    parser = argparse.ArgumentParser(
-        prog="python -m data_prep.index", description=__doc__, allow_abbrev=False
-    )
-    parser.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="data set folders")
-    parser.add_argument(
-        "--tokenizer", help="tokenizer folder or hub name; without it only damaged indexes are made anew"
-    )
-    parser.add_argument(
-        "--template", default="vlgpt", help="chat template of the run, own: the tokenizer's (default: vlgpt)"
-    )
-    parser.add_argument("--task-index", type=int, default=0, help="this task, from 0 (default: 0)")
-    parser.add_argument("--num-tasks", type=int, default=1, help="tasks that share the work (default: 1)")
-    parser.add_argument("--num-workers", type=int, default=1, help="processes (default: 1)")
-    arguments = parser.parse_args(argv)
+    options = parse(IndexOptions, argv, prog="python -m data_prep.index", description=__doc__)
     configure()
-    console = Console(stderr=True)
-    options = {"tokenizer_path": arguments.tokenizer, "template": arguments.template}
-    tokenizer = load_tokenizer(arguments.tokenizer, template=arguments.template)
-    for folder in arguments.folders:
-        mine = range(arguments.task_index, len(ShardSet.open(folder).shards), arguments.num_tasks)
-        context = get_context("spawn")  # tokenizers hold threads, which do not survive a fork
-        if arguments.num_workers > 1:
-            with ProcessPoolExecutor(arguments.num_workers, mp_context=context) as pool:
-                jobs = [pool.submit(reindex_shard, folder, shard, **options) for shard in mine]
-                written = sum(job.result() for job in track(jobs, description=folder.name, console=console))
-        else:
-            steps = track(mine, description=folder.name, console=console)
-            written = sum(reindex_shard(folder, shard, **options) for shard in steps)
+    tokenizer = options.load_tokenizer()
+    for folder in options.folders:
+        written = _reindex(options, folder)
         if tokenizer is not None:
             _note_tokenizer(folder, tokenizer.fingerprint)
-        console.print(f"{folder}: {written} of {len(mine)} indexes written", highlight=False, soft_wrap=True)
+        console.print(
+            f"{folder}: {sum(written)} of {len(written)} indexes written", highlight=False, soft_wrap=True
+        )
     return 0
 
 

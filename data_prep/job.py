@@ -1,15 +1,13 @@
 """One build: its settings, its plan (which records make which shard) and the work of one shard.
 
-Shard i holds the input records `i * shard_size ... (i + 1) * shard_size - 1`, whatever becomes of them, so
-any number of tasks in any order, killed and restarted, write the same bytes.
+Shard i holds the input records `i * shard_size ... (i + 1) * shard_size - 1`, kept or dropped, so any number of tasks
+in any order, killed and restarted, write the same bytes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import secrets
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -17,16 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.filters import FilterSettings, RecordFilter
-from data_prep.pictures import PicturePreparer, PictureSettings, StoredPicture
+from data_prep.images import ImagePreparer, ImageSettings, StoredImage
 from data_prep.sources import Dropped, ImageOpener, Record, Source
 from vlgpt.document import Document, ImagePart, Part
 from vlgpt.errors import UserError
-from vlgpt.files import fsync_folder
+from vlgpt.files import write_once
 from vlgpt.images import BadImage
 from vlgpt.shards import ShardReport, ShardWriter
 from vlgpt.shards.manifest import read_report
+from vlgpt.shards.reader import read_stored_samples
 from vlgpt.shards.schema import TextTokenizer, UnstorableDocument
-from vlgpt.shards.stored import read_stored_samples
 
 SETTINGS = "build.json"
 FILTERED = "filtered:"
@@ -42,9 +40,9 @@ class Job:
     folder: Path
     source: Source
     source_name: str
-    source_options: Mapping[str, Any]
+    source_options: Mapping[str, object]
     inputs: tuple[Path, ...]
-    pictures: PictureSettings
+    images: ImageSettings
     filters: FilterSettings
     shard_size: int
     tokenizer: TextTokenizer | None = None
@@ -62,7 +60,7 @@ class Job:
     def versions(self) -> dict[str, str]:
         """Libraries that decide the bytes."""
         names = [*LIBRARIES, *getattr(self.source, "libraries", ())]
-        names += FAST_LIBRARIES if self.pictures.fast else ()
+        names += FAST_LIBRARIES if self.images.fast else ()
         return {name: metadata.version(name) for name in sorted(set(names))}
 
     def settings(self) -> dict[str, Any]:
@@ -74,7 +72,7 @@ class Job:
             "options": options,
             "num_records": len(self.source),
             "shard_size": self.shard_size,
-            "pictures": self.pictures.model_dump(),
+            "pictures": self.images.model_dump(),
             "filters": self.filters.model_dump(mode="json"),
             "tokenizer": "" if self.tokenizer is None else self.tokenizer.fingerprint,
             "versions": self.versions(),
@@ -89,7 +87,8 @@ class Job:
         return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=12).hexdigest()
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
+    """As JSON has it."""
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return str(value) if isinstance(value, Path) else value
@@ -103,15 +102,8 @@ def claim_folder(job: Job) -> None:
     job.folder.mkdir(parents=True, exist_ok=True)
     path = job.folder / SETTINGS
     wanted = json.dumps(job.settings(), indent=1, sort_keys=True)
-    temporary = job.folder / f".{SETTINGS}.{secrets.token_hex(6)}"
-    temporary.write_text(wanted)
-    try:
-        os.link(temporary, path)  # the first task wins; the others compare
-        fsync_folder(job.folder)
-    except FileExistsError:
-        pass
-    finally:
-        temporary.unlink()
+    # of several tasks that start at once the first writes, and the others compare
+    write_once(path, wanted.encode())
     try:
         found = json.loads(path.read_text())
     except ValueError as error:
@@ -123,7 +115,7 @@ def claim_folder(job: Job) -> None:
         )
 
 
-def _differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+def _differences(old: object, new: object, name: str = "") -> Iterator[tuple[str, object, object]]:
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted({*old, *new}):
             yield from _differences(old.get(key), new.get(key), f"{name}.{key}".lstrip("."))
@@ -137,7 +129,7 @@ class ShardBuilder:
     def __init__(self, job: Job, *, on_record: Callable[[int], None] = lambda number: None):
         """`on_record` hears the number of every input record before it is touched."""
         self._job, self._on_record = job, on_record
-        self._workshop = _Workshop(job)
+        self._records = _RecordWriter(job)
 
     def build(self, shard: int, *, retry: bool = False) -> ShardReport:
         """Write a shard unless it is there; `retry` reads the failed records of a finished one again."""
@@ -172,10 +164,10 @@ class ShardBuilder:
             if number in self._job.crashed:
                 writer.drop("decoder_crash")
             else:
-                self._workshop.process(item, writer)
+                self._records.write(item, writer)
 
     def _write_again(self, writer: ShardWriter, records: range, report: ShardReport) -> None:
-        """Copy what is good, keep what filters decided, read the rest anew."""
+        """Copy what is good, keep what filters decided, read the rest again."""
         samples = read_stored_samples(self._job.folder, report)
         decided = {
             place: reason
@@ -192,7 +184,7 @@ class ShardBuilder:
             elif number in self._job.crashed:
                 writer.drop("decoder_crash")
             else:
-                self._workshop.process(next(self._job.source.read(number, number + 1)), writer)
+                self._records.write(next(self._job.source.read(number, number + 1)), writer)
 
 
 def is_failure(reason: str) -> bool:
@@ -210,31 +202,31 @@ def has_failures(report: ShardReport) -> bool:
     return any(map(is_failure, (*report.dropped, *report.dropped_images)))
 
 
-class _Workshop:
+class _RecordWriter:
     """Turns source items into samples or counted drops."""
 
     def __init__(self, job: Job):
         self._filter = RecordFilter(job.filters)
-        self._pictures = PicturePreparer(job.pictures)
-        self._max_file_bytes = job.pictures.max_file_bytes
+        self._images = ImagePreparer(job.images)
+        self._max_file_bytes = job.images.max_file_bytes
         self._is_image_optional = getattr(job.source, "is_image_optional", False)
 
-    def process(self, item: Record | Dropped, writer: ShardWriter) -> None:
+    def write(self, item: Record | Dropped, writer: ShardWriter) -> None:
         """Add the item to the shard, or count why not."""
         reason = item.reason if isinstance(item, Dropped) else self._filter.reason(item)
         if isinstance(item, Dropped) or reason:
             writer.drop(reason or "unknown")
             return
         record = self._filter.crop(item)
-        kept: list[StoredPicture | None] = []
+        kept: list[StoredImage | None] = []
         lost = list(record.lost)
         for opener in record.images:
             try:
-                kept.append(self._picture(opener))
+                kept.append(self._image(opener))
             except BadImage as error:
                 kept.append(None)
                 lost.append(error.reason)
-        stored = [(picture.suffix, picture.data) for picture in kept if picture is not None]
+        stored = [(image.suffix, image.data) for image in kept if image is not None]
         if lost and not (self._is_image_optional and stored):
             writer.drop(lost[0])
             return
@@ -243,8 +235,8 @@ class _Workshop:
         except UnstorableDocument:
             writer.drop("bad_text")
 
-    def _picture(self, opener: ImageOpener) -> StoredPicture:
-        stored = self._pictures.prepare(_open(opener, max_bytes=self._max_file_bytes))
+    def _image(self, opener: ImageOpener) -> StoredImage:
+        stored = self._images.prepare(_open(opener, max_bytes=self._max_file_bytes))
         if self._filter.opted_out_hash(stored.info["sha256"]):
             raise BadImage("filtered:opt_out")
         return stored
@@ -266,12 +258,10 @@ def _open(opener: ImageOpener, *, max_bytes: int) -> bytes:
     return data
 
 
-def _with_images(document: Document, pictures: list[StoredPicture | None]) -> Document:
-    """The document with lost images taken out, and the originals' hashes and sizes in `info`."""
-    numbers: dict[int, int] = {}
-    for index, picture in enumerate(pictures):
-        if picture is not None:
-            numbers[index] = len(numbers)
+def _with_images(document: Document, images: list[StoredImage | None]) -> Document:
+    """The document without its lost images (None), and with the originals' hashes and sizes in `info`."""
+    kept = [index for index, image in enumerate(images) if image is not None]
+    numbers = {index: number for number, index in enumerate(kept)}
     parts: list[Part] = []
     for part in document.parts:
         if not isinstance(part, ImagePart):
@@ -279,8 +269,8 @@ def _with_images(document: Document, pictures: list[StoredPicture | None]) -> Do
         elif part.index in numbers:
             parts.append(ImagePart(numbers[part.index], part.role))
     info = dict(document.info)
-    if numbers:
-        info["images"] = [picture.info for picture in pictures if picture is not None]
+    if kept:
+        info["images"] = [image.info for image in images if image is not None]
     for name in PER_IMAGE_INFO:
         if name in info:
             info[name] = [value for index, value in enumerate(info[name]) if index in numbers]

@@ -1,7 +1,7 @@
-"""A copy of a data set without some documents, every one of them counted: what dedup and similarity end with.
+"""A copy of a data set without some documents, each of them counted: the last step of dedup and similarity.
 
-A shard becomes the shard of the same number, and samples keep their keys. Runs as an array, can be killed and
-run again.
+A shard becomes the shard of the same number, and samples keep their keys. It runs as an array, can be killed and run
+again.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import track
@@ -19,9 +18,10 @@ from data_prep.job import SETTINGS
 from vlgpt.document import Document, TextPart, TextPlace, text_places
 from vlgpt.errors import UserError
 from vlgpt.files import write_atomic
+from vlgpt.processes import Share
 from vlgpt.shards import Manifest, ShardIndex, ShardSet, ShardWriter, write_manifest
 from vlgpt.shards.manifest import read_report
-from vlgpt.shards.stored import read_stored_samples
+from vlgpt.shards.reader import read_stored_samples
 
 Verdicts = Mapping[int, str]
 """Sample of a shard -> the reason why it leaves."""
@@ -42,9 +42,8 @@ def copy_without(
     output: Path,
     *,
     verdicts: Callable[[int], Verdicts],
-    note: Mapping[str, Any],
-    task_index: int = 0,
-    num_tasks: int = 1,
+    note: Mapping[str, object],
+    share: Share,
 ) -> bool:
     """Copy this task's shards without the samples in `verdicts(shard)`; True when the copy is complete and
     sealed.
@@ -56,10 +55,10 @@ def copy_without(
     settings = {**manifest.build, **note}
     output.mkdir(parents=True, exist_ok=True)
     if not (output / SETTINGS).is_file():
-        write_atomic(output / SETTINGS, json.dumps(settings, indent=1, sort_keys=True).encode())
+        write_atomic(output / SETTINGS, json.dumps(settings, indent=1, sort_keys=True))
     elif json.loads((output / SETTINGS).read_text()) != settings:
         raise UserError(f"{output} holds another data set; use another --output")
-    mine = range(task_index, len(shards.shards), num_tasks)
+    mine = share.of(len(shards.shards))
     for shard in track(mine, description=f"copy {folder.name}", console=Console(stderr=True)):
         if read_report(output, shard) is None:
             _copy_shard(folder, output, shards, shard, verdicts(shard))

@@ -1,40 +1,45 @@
-"""python -m data_prep.similarity score|apply: CLIP similarity of pictures and their texts, for data without such
-a column.
+"""python -m data_prep.similarity score|apply: CLIP similarity of images and texts, where no column has it.
 
     score DIR ... --encoder PATH                    similarities per shard, beside the shards
     apply DIR --min-similarity 0.28 --output NEW    a copy of DIR without what lies below, every drop counted
 
-Both steps run as arrays (--task-index, --num-tasks), can be killed and run again. A picture's similarity is
-that of its best text part; a document's is that of its worst picture. Documents without text are dropped as
-`filtered:no_similarity`; documents without pictures stay.
+Both steps run as arrays (--task-index, --num-tasks), can be killed and run again. An image's similarity is that of its
+best text part; a document's is that of its worst image. Documents without text are dropped as
+`filtered:no_similarity`; documents without images stay.
 """
 
 from __future__ import annotations
 
-import argparse
 import io
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
+from pydantic import Field
 
-from data_prep.feature_jobs import in_batches, read_images, read_texts
+from data_prep.feature_jobs import Item, in_batches, read_images, read_texts
+from data_prep.options import Folders
 from data_prep.rewrite import copy_without
 from vlgpt.errors import UserError, run_command
 from vlgpt.files import write_atomic
 from vlgpt.log import configure, get_logger
+from vlgpt.options import Argument, ArrayOptions, parse
+from vlgpt.processes import Share
 from vlgpt.shards import ShardIndex, ShardSet
+
+if TYPE_CHECKING:
+    import torch
 
 BELOW, UNKNOWN = "filtered:similarity", "filtered:no_similarity"
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Similarity of every document of a shard: NaN without text, inf without pictures. `encoder` names the CLIP
+    """Similarity of every document of a shard: NaN without text, inf without images. `encoder` names the CLIP
     and its weights.
     """
 
@@ -66,7 +71,7 @@ class Scores:
 
 
 def document_scores(images: np.ndarray, texts: np.ndarray, index: ShardIndex) -> np.ndarray:
-    """The lowest over pictures of the highest over texts, per document. (images, E), (texts, E), unit length ->
+    """The lowest over images of the highest over texts, per document. (images, E), (texts, E), unit length ->
     (n,) float32
     """
     values = np.full(index.num_samples, np.inf, np.float32)
@@ -78,28 +83,45 @@ def document_scores(images: np.ndarray, texts: np.ndarray, index: ShardIndex) ->
     return values
 
 
-class Scorer:
-    """A CLIP and what it says about the documents of a shard."""
+class SimilarityOptions(ArrayOptions):
+    """The command line."""
 
-    def __init__(self, arguments: argparse.Namespace):
+    step: Annotated[Literal["score", "apply"], Argument(is_positional=True)]
+    folders: Folders = Field(description="data set folders")
+    encoder: str | None = Field(None, description="score: CLIP folder or name")
+    library: Literal["open_clip", "transformers"] = "open_clip"
+    pretrained: str | None = Field(None, description="score: weights of a named open_clip model")
+    batch_size: int = Field(64, ge=1)
+    device: str = Field("cpu", description="score: cpu or cuda")
+    threads: int = Field(1, ge=1, description="score: torch threads")
+    min_similarity: float | None = Field(None, description="apply: LAION kept 0.28 and more (CLIP ViT-B/32)")
+    output: Path | None = Field(None, description="apply: the new data set")
+
+
+class Scorer:
+    """A CLIP model, and what it says about the documents of a shard. Raises UserError without --encoder."""
+
+    def __init__(self, options: SimilarityOptions):
         import torch
 
         from vlgpt.models.encoders import hash_weights, load_clip
 
-        torch.set_num_threads(arguments.threads)
-        encoder = load_clip(arguments.encoder, library=arguments.library, pretrained=arguments.pretrained)
-        self._encoder, self._device = encoder.to(arguments.device), arguments.device
-        self._batch_size = arguments.batch_size
-        self.name = f"{arguments.library}:{Path(arguments.encoder).name}:{hash_weights(encoder)}"
+        if options.encoder is None:
+            raise UserError("score needs --encoder: a CLIP folder or name")
+        torch.set_num_threads(options.threads)
+        encoder = load_clip(options.encoder, library=options.library, pretrained=options.pretrained)
+        self._encoder, self._device = encoder.to(options.device), options.device
+        self._batch_size = options.batch_size
+        self.name = f"{options.library}:{Path(options.encoder).name}:{hash_weights(encoder)}"
 
     def score(self, shards: ShardSet, shard: int) -> Scores:
-        """All documents of a shard. Raises UserError for a damaged picture or record."""
+        """All documents of a shard. Raises UserError for a damaged image or record."""
         images = self._embed(read_images(shards, shard, self._encoder.image_size_px), self._embed_images)
         texts = self._embed(read_texts(shards, shard), self._encoder.embed_texts)
         values = document_scores(images, texts, shards.index(shard))
         return Scores(values, self.name, shards.shards[shard].sha256)
 
-    def _embed(self, items: Iterator[Any], embed: Callable[[list[Any]], Any]) -> np.ndarray:
+    def _embed(self, items: Iterator[Item], embed: Callable[[list[Item]], torch.Tensor]) -> np.ndarray:
         """Unit vectors, (items, E)."""
         import torch
 
@@ -110,20 +132,20 @@ class Scorer:
                 found.append(vectors.cpu().numpy())
         return np.concatenate(found[1:] or found)
 
-    def _embed_images(self, images: list[np.ndarray]) -> Any:
-        from vlgpt.data.pixels import to_pixels
+    def _embed_images(self, images: list[np.ndarray]) -> torch.Tensor:
+        from vlgpt.batch import to_pixels
 
         return self._encoder.embed_images(to_pixels(np.stack(images)).to(self._device))
 
 
-def score(arguments: argparse.Namespace) -> None:
-    """Score this task's shards of every folder; prints pictures per second. Raises UserError when another
-    encoder has begun.
+def score(options: SimilarityOptions) -> None:
+    """Score this task's shards of every folder; logs images per second. Raises UserError for scores of another
+    encoder.
     """
-    scorer = Scorer(arguments)
-    for folder in arguments.folders:
+    scorer = Scorer(options)
+    for folder in options.folders:
         shards, started, num_images = ShardSet.open(folder), time.monotonic(), 0
-        for shard in range(arguments.task_index, len(shards.shards), arguments.num_tasks):
+        for shard in options.share.of(len(shards.shards)):
             record = shards.shards[shard]
             found = Scores.load(folder, record.name, tar_sha256=record.sha256)
             if found is not None and found.encoder != scorer.name:
@@ -138,11 +160,10 @@ def score(arguments: argparse.Namespace) -> None:
         get_logger().info("%s: %d pictures scored, %.1f pictures/s", folder, num_images, speed)
 
 
-def apply(arguments: argparse.Namespace) -> bool:
+def apply(folder: Path, output: Path, *, min_similarity: float, share: Share) -> bool:
     """Copy this task's shards without documents below the limit; True when the copy is complete. Raises
     UserError when a shard has no scores, or scores of another encoder than the first.
     """
-    (folder,), limit = arguments.folders, arguments.min_similarity
     shards = ShardSet.open(folder)
     scores: dict[int, Scores] = {}
     for shard, record in enumerate(shards.shards):
@@ -160,51 +181,25 @@ def apply(arguments: argparse.Namespace) -> bool:
 
     def verdicts(shard: int) -> dict[int, str]:
         values = scores[shard].values
-        below = {int(sample): BELOW for sample in np.flatnonzero(values < limit)}
+        below = {int(sample): BELOW for sample in np.flatnonzero(values < min_similarity)}
         return below | {int(sample): UNKNOWN for sample in np.flatnonzero(np.isnan(values))}
 
-    note = {"min_clip_similarity": {"limit": limit, "encoder": scores[0].encoder if scores else ""}}
-    tasks = {"task_index": arguments.task_index, "num_tasks": arguments.num_tasks}
-    return copy_without(folder, arguments.output, verdicts=verdicts, note=note, **tasks)
+    note = {"min_clip_similarity": {"limit": min_similarity, "encoder": scores[0].encoder if scores else ""}}
+    return copy_without(folder, output, verdicts=verdicts, note=note, share=share)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line: 0 done (or this task's share), 2 wrong use."""
-    parser = argparse.ArgumentParser(
-        prog="python -m data_prep.similarity",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("step", choices=("score", "apply"))
-    parser.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="data set folders")
-    parser.add_argument("--encoder", help="score: CLIP folder or name")
-    parser.add_argument("--library", choices=("open_clip", "transformers"), default="open_clip")
-    parser.add_argument("--pretrained", help="score: weights of a named open_clip model")
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--device", default="cpu", help="score: cpu or cuda (default: cpu)")
-    parser.add_argument("--threads", type=int, default=1, help="score: torch threads (default: 1)")
-    parser.add_argument(
-        "--min-similarity", type=float, help="apply: LAION kept 0.28 and more (CLIP ViT-B/32)"
-    )
-    parser.add_argument("--output", type=Path, help="apply: the new data set")
-    parser.add_argument("--task-index", type=int, default=0, help="this task, from 0 (default: 0)")
-    parser.add_argument("--num-tasks", type=int, default=1, help="tasks that share the work (default: 1)")
-    arguments = parser.parse_args(argv)
+    options = parse(SimilarityOptions, argv, prog="python -m data_prep.similarity", description=__doc__)
     configure()
-    if not 0 <= arguments.task_index < arguments.num_tasks:
-        raise UserError(
-            f"--task-index must be between 0 and {arguments.num_tasks - 1}, found {arguments.task_index}"
-        )
-    if arguments.step == "score":
-        if arguments.encoder is None:
-            raise UserError("score needs --encoder: a CLIP folder or name")
-        score(arguments)
+    if options.step == "score":
+        score(options)
         return 0
-    if len(arguments.folders) != 1 or arguments.output is None or arguments.min_similarity is None:
+    if len(options.folders) != 1 or options.output is None or options.min_similarity is None:
         raise UserError("apply takes one DIR, --min-similarity, and --output, the folder of the new data set")
-    is_done = apply(arguments)
-    get_logger().info("%s: %s", arguments.output, "complete" if is_done else "other tasks are not done yet")
+    (folder,), limit = options.folders, options.min_similarity
+    is_done = apply(folder, options.output, min_similarity=limit, share=options.share)
+    get_logger().info("%s: %s", options.output, "complete" if is_done else "other tasks are not done yet")
     return 0
 
 

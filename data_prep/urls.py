@@ -6,24 +6,24 @@ One Parquet file of distinct URLs for each input file, and the commands that dow
 
 from __future__ import annotations
 
-import argparse
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Annotated, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import Field
 from rich.console import Console
 
-from data_prep.sources import Dropped
-from data_prep.sources.convert import BadRecord
+from data_prep.sources.base import BadRecord, Dropped
 from data_prep.sources.fetch import fetch_commands
-from data_prep.sources.json_records import JsonRecords
 from data_prep.sources.obelics import page_items
-from data_prep.sources.tables import TableRows
+from data_prep.sources.records import JsonRecords, TableRows
 from vlgpt.errors import UserError, run_command
+from vlgpt.files import replacing
 from vlgpt.log import configure
+from vlgpt.options import Argument, Options, parse
 
 console = Console()
 
@@ -68,9 +68,8 @@ def write_url_lists(pairs: Iterator[tuple[str, str]], folder: Path) -> tuple[int
         nonlocal num_files, num_urls
         if urls:
             path = folder / f"{current.replace('/', '-')}.parquet"
-            partial = path.with_name(f".{path.name}.partial")
-            pq.write_table(pa.table({"url": list(urls)}), partial)
-            os.replace(partial, path)
+            with replacing(path) as temporary:
+                pq.write_table(pa.table({"url": list(urls)}), temporary)
             num_files, num_urls = num_files + 1, num_urls + len(urls)
 
     for name, url in pairs:
@@ -82,20 +81,24 @@ def write_url_lists(pairs: Iterator[tuple[str, str]], folder: Path) -> tuple[int
     return num_files, num_urls
 
 
+class UrlOptions(Options):
+    """The command line."""
+
+    source: Annotated[Literal["mmc4", "obelics"], Argument(is_positional=True)]
+    input: tuple[Path, ...] = Field(description="files or folders to read")
+    output: Path = Field(description="folder for the lists")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m data_prep.urls", description=__doc__, allow_abbrev=False)
-    parser.add_argument("source", choices=sorted(URLS))
-    parser.add_argument("--input", type=Path, nargs="+", required=True, help="files or folders to read")
-    parser.add_argument("--output", type=Path, required=True, help="folder for the lists")
-    arguments = parser.parse_args(argv)
+    options = parse(UrlOptions, argv, prog="python -m data_prep.urls", description=__doc__)
     configure()
-    for path in arguments.input:
+    for path in options.input:
         if not path.exists():
             raise UserError(f"--input {path} does not exist")
-    num_files, num_urls = write_url_lists(URLS[arguments.source](arguments.input), arguments.output)
+    num_files, num_urls = write_url_lists(URLS[options.source](options.input), options.output)
     console.print(f"{num_urls} URLs in {num_files} files. Download them with:", highlight=False)
-    commands = fetch_commands(arguments.output, input_format="parquet", url_column="url")
+    commands = fetch_commands(options.output, input_format="parquet", url_column="url")
     console.print(commands, highlight=False, soft_wrap=True)
     return 0
 

@@ -24,12 +24,13 @@ from vlgpt.models.image_detokenizer import ImageDetokenizer
 from vlgpt.models.image_tokenizer import ImageTokenizer
 from vlgpt.models.language_models import from_configuration
 from vlgpt.models.losses import count_targets
-from vlgpt.models.multimodal_lm import LoraSettings, MultimodalLM
+from vlgpt.models.multimodal_lm import MultimodalLM
 from vlgpt.models.unified import UnifiedModel
 from vlgpt.planning.costs import Work, costs_of
 from vlgpt.planning.flops import FlopMeter, counting
 from vlgpt.planning.memory import ZEROS, state_bytes
 from vlgpt.planning.meta import configuration, meta_language_model, parameters_of, planned_stage, published
+from vlgpt.settings import LoraSettings
 from vlgpt.stages.language import LanguageStage
 from vlgpt.stages.tokenizer import ImageTokenizerStage
 

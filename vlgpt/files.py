@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: write beside, fsync, rename, fsync the folder."""
+"""Files that are either whole or absent (write beside, fsync, rename, fsync the folder), file hashes, free ports."""
 
 from __future__ import annotations
 
@@ -6,28 +6,52 @@ import fcntl
 import hashlib
 import os
 import secrets
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 from vlgpt.log import get_logger
 
 CHUNK_BYTES = 1 << 20
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Replace `path` by `data`; a reader (or a crash) sees the old file or the new one, never a part."""
-    os.replace(_written_beside(path, data), path)
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Replace `path` by `data` (text as UTF-8): a reader, or a crash, sees the old file or the new one whole."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`: the file that the block writes there takes the place of `path` at its end.
+
+    After an error it is removed. For writers that want a path; `write_atomic` is for data in memory.
+    """
+    temporary = _beside(path)
+    try:
+        yield temporary
+        _fsync(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     fsync_folder(path.parent)
 
 
 def write_once(path: Path, data: bytes) -> bool:
     """Write `path` unless it exists, whole; of several processes the first wins. -> whether it was this one."""
-    temporary = _written_beside(path, data)
+    temporary = _beside(path)
+    temporary.write_bytes(data)
+    _fsync(temporary)
     try:
-        os.link(temporary, path)  # a rename would take the place of a file that came meanwhile
-    except OSError:  # it exists, or this file system has no hard links
+        # a rename would take the place of a file that another process has written meanwhile
+        os.link(temporary, path)
+    except OSError:
         if path.exists():
             return False
+        # this file system has no hard links
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -35,13 +59,13 @@ def write_once(path: Path, data: bytes) -> bool:
     return True
 
 
-def _written_beside(path: Path, data: bytes) -> Path:
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+
+
+def _fsync(path: Path) -> None:
+    with path.open("rb+") as file:
         os.fsync(file.fileno())
-    return temporary
 
 
 def fsync_folder(folder: Path) -> None:
@@ -53,20 +77,39 @@ def fsync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+class Digest(Protocol):
+    """A hash of `hashlib`."""
+
+    def update(self, data: bytes, /) -> None: ...
+
+
+class Readable(Protocol):
+    """A file or any stream of bytes."""
+
+    def read(self, size: int, /) -> bytes: ...
+
+
+def hash_stream(stream: Readable, digest: Digest, *, copy_to: BinaryIO | None = None) -> None:
+    """Feed the rest of a stream to a hash, chunk by chunk, and copy it on the way."""
+    while chunk := stream.read(CHUNK_BYTES):
+        digest.update(chunk)
+        if copy_to is not None:
+            copy_to.write(chunk)
+
+
 def sha256_file(path: Path) -> str:
-    """Hex sha256 of a file, read in pieces."""
+    """Hex sha256 of a file."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
+        hash_stream(file, digest)
     return digest.hexdigest()
 
 
 def open_locked(path: Path) -> BinaryIO:
-    """An empty file for one process at a time: others that open it wait until it is closed.
+    """An empty file for one process at a time: other processes that open it wait until it is closed.
 
-    The lock ends with its process, however it ends. Who had to wait begins with a new file when the owner has
-    renamed or removed the old one. File systems without locks get a warning and no protection.
+    The lock ends with its process, however it ends. A process that waited while the owner renamed or removed the file
+    gets a new one. File systems without locks get a warning and no protection.
     """
     while True:
         file = path.open("ab")
@@ -81,3 +124,10 @@ def open_locked(path: Path) -> BinaryIO:
         except FileNotFoundError:
             pass
         file.close()
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on now."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])

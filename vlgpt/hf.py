@@ -35,14 +35,14 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import ModelOutput
 
 from vlgpt.decoding.api import DecodeSettings
+from vlgpt.decoding.cache import RenderedPrompt
+from vlgpt.decoding.generator import decode
 from vlgpt.decoding.hypothesis import Hypothesis
 from vlgpt.decoding.load import load_encoder
 from vlgpt.decoding.prompts import ImageReader, empty_prompt, render, square_pixels
 from vlgpt.decoding.stepwise import Hooks
-from vlgpt.decoding.stream import RenderedPrompt
 from vlgpt.document import Document, TextPart
 from vlgpt.errors import UserError
-from vlgpt.generate import decode
 from vlgpt.models.unified import MODEL_TYPE, UnifiedConfig, UnifiedModel
 from vlgpt.tokens import DocumentTokenizer, Rendering
 
@@ -131,7 +131,7 @@ class VLGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     @cached_property
     def _read_images(self) -> ImageReader:
-        """The encoder is loaded when the first picture comes; it is no part of this model's weights."""
+        """The encoder is loaded when the first image comes; it is no part of this model's weights."""
         encoder = load_encoder(self.folder, self.config.unified().image_encoder)
         return ImageReader(
             image_tokenizer=self.image_tokenizer, encoder=None if encoder is None else encoder.to(self.device)
@@ -342,7 +342,7 @@ def rows_of(
 
 
 class VLGPTProcessor(ProcessorMixin):
-    """Documents and pictures -> `input_ids`, `attention_mask` (padded on the left), `pixel_values`."""
+    """Documents and images -> `input_ids`, `attention_mask` (padded on the left), `pixel_values`."""
 
     def __init__(
         self,

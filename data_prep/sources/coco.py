@@ -9,10 +9,9 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
-from data_prep.sources import Dropped, Record
-from data_prep.sources.convert import convert, mapping, text
+from data_prep.sources.base import Dropped, Record, convert, mapping, text
 from data_prep.sources.inputs import find_files
-from data_prep.sources.join import Pictures
+from data_prep.sources.join import ImageFinder
 from data_prep.sources.templates import caption_chat, generation_chat
 from vlgpt.document import Document, ImagePart, Part, TextPart
 from vlgpt.errors import UserError
@@ -23,11 +22,11 @@ KARPATHY_SPLITS = {"train": ("train", "restval"), "val": ("val",), "test": ("tes
 
 @dataclass(frozen=True, slots=True)
 class Caption:
-    """One caption of one picture as found in the file, unchecked."""
+    """One caption of one image as found in the file, unchecked."""
 
     key: str
-    image: Any
-    value: Any
+    image: object
+    value: object
 
 
 class CocoSource:
@@ -44,7 +43,7 @@ class CocoSource:
         images: Annotated[
             tuple[Path, ...] | None, "folder that holds train2014 and val2014, or tars; else beside the input"
         ] = None,
-        direction: Annotated[Direction, "chats to make; `pair` is the plain picture and caption"] = "both",
+        direction: Annotated[Direction, "chats to make; `pair` is the plain image and caption"] = "both",
         split: Annotated[
             Literal["train", "val", "test", "all"], "of Karpathy's file; its train includes restval"
         ] = "train",
@@ -52,7 +51,7 @@ class CocoSource:
         files = [file.path for file in find_files(inputs, (".json",), source="coco")]
         self._captions = [caption for path in files for caption in _read_file(path, split)]
         self._directions = ("caption", "generate") if direction == "both" else (direction,)
-        self._pictures = Pictures(images or sorted({path.parent for path in files}))
+        self._images = ImageFinder(images or sorted({path.parent for path in files}))
 
     def __len__(self) -> int:
         return len(self._captions) * len(self._directions)
@@ -75,11 +74,11 @@ class CocoSource:
             parts = caption_chat(caption) if direction == "caption" else generation_chat(caption)
         info = {"kind": direction, "image_id": image.get("id", image.get("cocoid")), "caption": caption}
         document = Document(f"{item.key}/{direction}", "coco", parts, info)
-        return Record(document, (self._pictures.by_name(*names),))
+        return Record(document, (self._images.by_name(*names),))
 
 
 def _image_names(image: Mapping[str, Any]) -> tuple[str, ...]:
-    """Where the picture may lie: as named, in its year's folder, and under its name of 2017."""
+    """Where the image may lie: as named, in its year's folder, and under its name of 2017."""
     name = text(image, "file_name", "filename", "image", word="image_name")
     folder, base = image.get("filepath"), PurePosixPath(name).name
     year = next((part for part in base.split("_") if part.startswith(("train20", "val20"))), None)

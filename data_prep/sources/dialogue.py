@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from data_prep.sources.convert import BadRecord
+from data_prep.sources.base import BadRecord
 from vlgpt.document import ImagePart, Part, Role, TextPart
 
 ROLES: dict[str, Role] = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 IMAGE_TOKEN = "<image>"
 
 
-def dialogue_parts(turns: Any, *, num_images: int) -> tuple[Part, ...]:
+def dialogue_parts(turns: object, *, num_images: int) -> tuple[Part, ...]:
     """A chat in which every `<image>` of a question is an image part; without any, the images come first.
 
     Accepts `from` (or `role`) in human, user, gpt, assistant and the text under `value` or `content`. Raises
@@ -45,7 +43,7 @@ def dialogue_parts(turns: Any, *, num_images: int) -> tuple[Part, ...]:
     return tuple(parts)
 
 
-def _turn(turn: Any) -> tuple[Role, str]:
+def _turn(turn: object) -> tuple[Role, str]:
     if not isinstance(turn, dict):
         raise BadRecord("bad_turn")
     speaker = turn.get("from", turn.get("role"))

@@ -1,4 +1,4 @@
-"""The commands that fetch pictures for data sets that hold URLs only. Nothing is downloaded here."""
+"""The commands that fetch images for data sets that hold URLs only. Nothing is downloaded here."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def fetch_commands(
 ) -> str:
     """Shell lines: img2dataset in an environment of its own, because it pins `webdataset<0.3`.
 
-    Pictures keep their side ratio, small ones their size; only successes and failures of the network are
+    Images keep their side ratio, small ones their size; only successes and failures of the network are
     decided there, every filter is left to the build.
     """
     options = {
@@ -55,7 +55,7 @@ def _list(columns: Sequence[str]) -> str:
 
 
 def fetch_help(source: str, inputs: Sequence[Path], num_searched: int) -> str:
-    """What to do when pictures are known by URL and none is at hand."""
+    """What to do when images are known by URL and none is at hand."""
     urls = Path(f"{source}-urls")
     shown = " ".join(quote(str(path)) for path in inputs[:3]) + (" ..." if len(inputs) > 3 else "")
     found = (

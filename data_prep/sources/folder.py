@@ -1,23 +1,22 @@
-"""Pictures in a folder with a table of captions: Hugging Face imagefolder and anything close to it."""
+"""Images in a folder with a table of captions: Hugging Face imagefolder and anything close to it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-from data_prep.sources import Dropped, Record
+from data_prep.sources.base import BadRecord, ConvertingSource, Record, mapping
 from data_prep.sources.inputs import inside, list_files
-from data_prep.sources.rows import Row, Rows, Table, open_table
+from data_prep.sources.records import Concatenation, RawRecord, open_rows
 from vlgpt.document import Document, ImagePart, TextPart
 from vlgpt.errors import UserError
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 
 
-class FolderSource:
-    """`metadata.jsonl` or `metadata.csv` with the columns `file_name` and `text`, beside the pictures (any
-    depth).
+class FolderSource(ConvertingSource[RawRecord]):
+    """`metadata.jsonl` or `metadata.csv` with the columns `file_name` and `text`, beside the images (any depth).
 
     Another table can be given as --input itself (.jsonl, .csv, .tsv); file names are relative to its folder.
     Other columns are kept; numbers under `similarity`, `aesthetic`, `watermark`, `nsfw` and a `url` serve the
@@ -28,7 +27,7 @@ class FolderSource:
         self,
         inputs: Sequence[Path],
         *,
-        file_column: Annotated[str, "column with the picture's file name"] = "file_name",
+        file_column: Annotated[str, "column with the image's file name"] = "file_name",
         text_column: Annotated[str, "column with the caption"] = "text",
         licence: Annotated[str, "licence of the data, for the manifest"] = "unknown",
     ):
@@ -40,36 +39,30 @@ class FolderSource:
             raise UserError(
                 f"the folder source needs a {' or '.join(METADATA)} in --input, found none in {inputs}"
             )
-        self._rows = Rows([open_table(path) for path in tables])
+        self.records = Concatenation([open_rows(path) for path in tables])
         self._file_column, self._text_column = file_column, text_column
         self.licence = licence
 
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def read(self, start: int, stop: int) -> Iterator[Record | Dropped]:
-        """Pairs (picture, caption)."""
-        for table, row in self._rows.read(start, stop):
-            yield row if isinstance(row, Dropped) else self._pair(table, row)
-
-    def _pair(self, table: Table, row: Row) -> Record | Dropped:
-        key, columns = row
+    def make(self, raw: RawRecord) -> Record:
+        """A pair of image and caption."""
+        columns = mapping(raw.value)
         name, text = columns.get(self._file_column), columns.get(self._text_column)
         if not isinstance(name, str) or not name:
-            return Dropped("no_file_name", key)
+            raise BadRecord("no_file_name")
         if not isinstance(text, str):
-            return Dropped("no_text", key)
-        path = inside(table.path.parent, name)
+            raise BadRecord("no_text")
+        path = inside(raw.file.path.parent, name)
         if path is None:
-            return Dropped("path_outside_folder", key)
-        others = {
-            k: _number(v) for k, v in columns.items() if k not in (self._file_column, self._text_column)
+            raise BadRecord("path_outside_folder")
+        info = {
+            key: _number(value)
+            for key, value in columns.items()
+            if key not in (self._file_column, self._text_column)
         }
-        document = Document(name, "folder", (ImagePart(0), TextPart(text.strip())), others)
-        return Record(document, (path,))
+        return Record(Document(name, "folder", (ImagePart(0), TextPart(text.strip())), info), (path,))
 
 
-def _number(value: Any) -> Any:
+def _number(value: object) -> object:
     """CSV gives strings: numbers become numbers again."""
     if not isinstance(value, str):
         return value

@@ -1,4 +1,4 @@
-"""The GIMP manual (Debian's gimp-help-en): real interleaved pages, and pictures before and after a filter."""
+"""The GIMP manual (Debian's gimp-help-en): real interleaved pages, and images before and after a filter."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from data_prep.sources import Dropped, ImageOpener, Record
-from data_prep.sources.convert import BadRecord, convert
-from data_prep.sources.inputs import find_files, inside
+from data_prep.sources.base import BadRecord, ConvertingSource, ImageOpener, Listed, Record
+from data_prep.sources.inputs import InputFile, find_files, inside
 from data_prep.sources.templates import edit_chat
-from data_prep.sources.web_page import Block, captioned_pictures, read_page
+from data_prep.sources.web_page import Block, captioned_images, read_page
 from vlgpt.document import Document, ImagePart, Part, TextPart
 from vlgpt.errors import UserError
 from vlgpt.images import BadImage
@@ -23,16 +22,8 @@ ICONS = re.compile(r"images/(note|tip|warning|caution|important)\.png")
 
 
 @dataclass(frozen=True, slots=True)
-class PageFile:
-    """A page that is read when its turn comes."""
-
-    key: str
-    path: Path
-
-
-@dataclass(frozen=True, slots=True)
 class Edit:
-    """Two pictures of one figure, and the filter that leads from one to the other."""
+    """Two images of one figure, and the filter that leads from one to the other."""
 
     key: str
     page: Path
@@ -41,9 +32,9 @@ class Edit:
     name: str
 
 
-class GimpHelpSource:
-    """HTML pages unpacked by data_prep/fetch_gimp_help.sh. `documents` are the pages with pictures, in reading
-    order; `edits` are the (original, filter applied) pictures as editing chats.
+class GimpHelpSource(ConvertingSource[InputFile | Edit]):
+    """HTML pages unpacked by data_prep/fetch_gimp_help.sh. `documents` are the pages with images, in reading
+    order; `edits` are the (original, filter applied) images as editing chats.
     """
 
     licence = "GIMP manual: (c) The GIMP Documentation Team, GFDL 1.2 or later, no invariant sections"
@@ -55,21 +46,16 @@ class GimpHelpSource:
         *,
         kind: Annotated[Literal["documents", "edits"], "what to make of the pages"] = "documents",
     ):
-        files = find_files(inputs, (".html",), source="gimp_help")
-        self._pages = [PageFile(file.name, file.path) for file in files]
-        self._edits = [edit for page in self._pages for edit in _edits(page)] if kind == "edits" else None
+        pages = find_files(inputs, (".html",), source="gimp_help")
+        edits = [edit for page in pages for edit in _edits(page)] if kind == "edits" else None
+        self.records = Listed[InputFile | Edit](pages if edits is None else edits)
 
-    def __len__(self) -> int:
-        return len(self._pages if self._edits is None else self._edits)
-
-    def read(self, start: int, stop: int) -> Iterator[Record | Dropped]:
-        """One page, or one pair of pictures each."""
-        if self._edits is None:
-            return convert(self._pages[start:stop], _page_record)
-        return convert(self._edits[start:stop], _edit_record)
+    def make(self, raw: InputFile | Edit) -> Record:
+        """One page, or one pair of images."""
+        return _page_record(raw) if isinstance(raw, InputFile) else _edit_record(raw)
 
 
-def _page_record(page: PageFile) -> Record:
+def _page_record(page: InputFile) -> Record:
     parts: list[Part] = []
     openers: list[ImageOpener] = []
     lost = []
@@ -81,7 +67,7 @@ def _page_record(page: PageFile) -> Record:
         if ICONS.fullmatch(block.source):
             continue
         try:
-            openers.append(_picture(page.path, block.source))
+            openers.append(_image(page.path, block.source))
         except BadImage as error:
             lost.append(error.reason)
         else:
@@ -92,18 +78,18 @@ def _page_record(page: PageFile) -> Record:
 
 
 def _edit_record(edit: Edit) -> Record:
-    images = tuple(_picture(edit.page, source) for source in (edit.before, edit.after))
+    images = tuple(_image(edit.page, source) for source in (edit.before, edit.after))
     instruction = f"Apply the filter {edit.name}"
     info = {"instruction": instruction, "filter": edit.name}
     return Record(Document(edit.key, "gimp_help", edit_chat([(instruction, True)]), info), images)
 
 
-def _edits(page: PageFile) -> Iterator[Edit]:
-    """Every picture captioned `... applied`, with the original (or first) picture before it in its figure."""
+def _edits(page: InputFile) -> Iterator[Edit]:
+    """Every image captioned `... applied`, with the original (or first) image before it in its figure."""
     content = read_page(_html(page.path))
-    for pictures in captioned_pictures(content):
+    for images in captioned_images(content):
         before: Block | None = None
-        for block in pictures:
+        for block in images:
             if not APPLIED.search(block.caption):
                 before = block if before is None or block.caption.startswith("Original") else before
             elif before is not None:
@@ -119,7 +105,7 @@ def _html(path: Path) -> str:
         raise UserError(f"{path} is not UTF-8 text: {error.reason}") from error
 
 
-def _picture(page: Path, source: str) -> Path:
+def _image(page: Path, source: str) -> Path:
     """Raises BadImage `path_outside_folder` or `missing_file`."""
     path = inside(page.parent, source)
     if path is None:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from data_prep.sources import Dropped, Record
-from data_prep.sources.convert import BadRecord, convert, number, numbers, text
-from data_prep.sources.img2dataset_shards import CAPTION_COLUMNS, FILTER_COLUMNS, Sample, open_shards
-from data_prep.sources.inputs import split_range
+from data_prep.sources.base import BadRecord, ConvertingSource, Record, number, numbers, text
+from data_prep.sources.img2dataset_shards import (
+    CAPTION_COLUMNS,
+    FILTER_COLUMNS,
+    DownloadedImage,
+    open_shards,
+)
+from data_prep.sources.records import Concatenation
 from vlgpt.document import Document, ImagePart, Part, TextPart
 
 
-class Img2datasetSource:
+class Img2datasetSource(ConvertingSource[DownloadedImage]):
     """Output of img2dataset (`--output_format webdataset` or `parquet`) and plain webdataset tars: pairs of
-    picture and caption. A row whose download failed counts as dropped. Scores become filter values:
+    image and caption. A row whose download failed counts as dropped. Scores become filter values:
     similarity, aesthetic (AESTHETIC_SCORE), watermark (pwatermark), nsfw (punsafe).
     """
 
@@ -29,30 +32,22 @@ class Img2datasetSource:
         caption_column: Annotated[
             str | None, "column with the caption; else top_caption (LAION-COCO), then caption"
         ] = None,
-        require_caption: Annotated[bool, "drop pictures without one (stage 1 can do without)"] = True,
+        require_caption: Annotated[bool, "drop images without one (stage 1 can do without)"] = True,
     ):
         self._captions = (caption_column,) if caption_column else CAPTION_COLUMNS
         self._require_caption = require_caption
-        self._shards = list(open_shards(inputs, self._captions))
-        self._starts = [0, *itertools.accumulate(len(shard) for shard in self._shards)]
+        self.records = Concatenation(list(open_shards(inputs, self._captions)))
 
-    def __len__(self) -> int:
-        return self._starts[-1]
-
-    def read(self, start: int, stop: int) -> Iterator[Record | Dropped]:
-        """Pairs (picture, caption), in order of shards and rows."""
-        for place, first, end in split_range(self._starts, start, stop):
-            yield from convert(self._shards[place].read(first, end), self._record)
-
-    def _record(self, sample: Sample) -> Record:
+    def make(self, raw: DownloadedImage) -> Record:
+        """A pair of image and caption."""
         parts: tuple[Part, ...] = (ImagePart(0),)
         try:
-            parts = (*parts, TextPart(text(sample.value, *self._captions, word="caption")))
+            parts = (*parts, TextPart(text(raw.value, *self._captions, word="caption")))
         except BadRecord as error:
             if self._require_caption or error.reason == "bad_caption":
                 raise
-        document = Document(sample.key, "img2dataset", parts, self._info(sample.value))
-        return Record(document, (sample.image,))
+        document = Document(raw.key, "img2dataset", parts, self._info(raw.value))
+        return Record(document, (raw.image,))
 
     def _info(self, value: Mapping[str, Any]) -> dict[str, Any]:
         info: dict[str, Any] = numbers(value, FILTER_COLUMNS)

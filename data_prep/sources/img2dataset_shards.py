@@ -8,14 +8,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
-from typing import Any, Protocol
+from typing import Any
 
-from data_prep.sources import Dropped, ImageOpener
-from data_prep.sources.convert import BadRecord, mapping, table_image
+from data_prep.sources.base import BadRecord, Dropped, ImageOpener, Numbered, mapping, table_image
 from data_prep.sources.fetch import fetch_commands
 from data_prep.sources.inputs import list_files
+from data_prep.sources.records import RawRecord, TableRows, table_layout
 from data_prep.sources.sample_tar import SampleTar, open_sample_tar
-from data_prep.sources.tables import Row, TableRows, table_layout
 from vlgpt.errors import UserError
 from vlgpt.log import get_logger
 
@@ -35,24 +34,16 @@ MAX_TEXT_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
-    """One downloaded picture and what is known about it."""
+class DownloadedImage:
+    """One downloaded image and what is known about it."""
 
     key: str
     value: Mapping[str, Any]
     image: ImageOpener
 
 
-class Shard(Protocol):
-    """One shard of img2dataset's output in any of its forms."""
-
-    def __len__(self) -> int: ...
-
-    def read(self, start: int, stop: int) -> Iterator[Sample | Dropped]: ...
-
-
 class TableShard:
-    """A table of rows, with the pictures inside (`jpg` column) or in the tar of the same name."""
+    """A table of rows, with the images inside (`jpg` column) or in the tar of the same name."""
 
     def __init__(self, table: Path, name: str, tar: Path | None, captions: Sequence[str]):
         columns = table_layout(table)[0]
@@ -72,18 +63,19 @@ class TableShard:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def read(self, start: int, stop: int) -> Iterator[Sample | Dropped]:
+    def read(self, start: int, stop: int) -> Iterator[DownloadedImage | Dropped]:
+        """Rows `start ... stop - 1`; a failed download is dropped."""
         for row in self._rows.read(start, stop):
             if isinstance(row, Dropped):
                 yield row
                 continue
             key = f"{self._name}/{row.value['key']}"
             try:
-                yield Sample(key, row.value, self._image(row))
+                yield DownloadedImage(key, row.value, self._image(row))
             except BadRecord as error:
                 yield Dropped(error.reason, key)
 
-    def _image(self, row: Row) -> ImageOpener:
+    def _image(self, row: RawRecord) -> ImageOpener:
         status = row.value["status"]
         if status != "success":
             raise BadRecord(status if status in FAILURES else "not_downloaded")
@@ -112,7 +104,8 @@ class TarShard:
     def __len__(self) -> int:
         return self._num_samples + (not self._is_complete)
 
-    def read(self, start: int, stop: int) -> Iterator[Sample | Dropped]:
+    def read(self, start: int, stop: int) -> Iterator[DownloadedImage | Dropped]:
+        """Samples `start ... stop - 1`."""
         samples = open_sample_tar(self._tar)
         for place in range(start, stop):
             if place == self._num_samples:
@@ -125,7 +118,7 @@ class TarShard:
                 yield Dropped(error.reason, key)
 
 
-def _tar_sample(samples: SampleTar, number: int, key: str) -> Sample:
+def _tar_sample(samples: SampleTar, number: int, key: str) -> DownloadedImage:
     if samples.is_duplicate(number):
         raise BadRecord("duplicate_key")
     image = samples.place(number, "image")
@@ -139,7 +132,7 @@ def _tar_sample(samples: SampleTar, number: int, key: str) -> Sample:
             value |= mapping(json.loads(_text(record.size, record())))
         except (ValueError, RecursionError) as error:
             raise BadRecord("bad_json") from error
-    return Sample(key, value, image)
+    return DownloadedImage(key, value, image)
 
 
 def _text(size: int, data: bytes) -> str:
@@ -151,7 +144,7 @@ def _text(size: int, data: bytes) -> str:
         raise BadRecord("text_not_utf8") from error
 
 
-def open_shards(inputs: Sequence[Path], captions: Sequence[str]) -> Iterator[Shard]:
+def open_shards(inputs: Sequence[Path], captions: Sequence[str]) -> Iterator[Numbered[DownloadedImage]]:
     """One shard per name, in order. Raises UserError for lists of URLs that were never downloaded."""
     for path in inputs:
         if path.suffix in URL_LISTS:

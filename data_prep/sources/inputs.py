@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from vlgpt.errors import UserError
+from vlgpt.files import replacing
 from vlgpt.log import get_logger
 from vlgpt.shards.foreign import INDEX_FOLDER
 
@@ -28,6 +29,11 @@ class InputFile:
 
     path: Path
     name: str
+
+    @property
+    def key(self) -> str:
+        """The name, for files that are records themselves."""
+        return self.name
 
 
 def find_files(inputs: Sequence[Path], suffixes: Sequence[str], *, source: str) -> list[InputFile]:
@@ -135,7 +141,8 @@ def kept_arrays(
     try:
         folder.mkdir(mode=0o700 if folder.parent != file.parent else 0o777, parents=True, exist_ok=True)
         for path, array in zip(paths, arrays):
-            _save(path, array)
+            with replacing(path) as temporary, temporary.open("wb") as file:
+                np.save(file, array, allow_pickle=False)
         return [np.load(path, mmap_mode="r", allow_pickle=False) for path in paths]
     except OSError as error:
         get_logger(__name__).warning(
@@ -149,15 +156,3 @@ def _index_folder(parent: Path) -> Path:
         return parent / INDEX_FOLDER
     place = hashlib.blake2b(str(parent.resolve()).encode(), digest_size=8).hexdigest()
     return Path(tempfile.gettempdir()) / f"vlgpt-index-{os.getuid()}" / place
-
-
-def _save(path: Path, array: np.ndarray) -> None:
-    """Whole or absent; two tasks that make the same index do not disturb each other."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".partial-")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            np.save(file, array, allow_pickle=False)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

@@ -1,17 +1,26 @@
-"""InstructPix2Pix: picture, instruction, edited picture; the original folder or the Parquet copy."""
+"""InstructPix2Pix: image, instruction, edited image; the original folder or the Parquet copy."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from data_prep.sources import Dropped, ImageOpener, Record
-from data_prep.sources.convert import BadRecord, convert, mapping, numbers, table_image, text
-from data_prep.sources.tables import Row, TableRows
+from data_prep.sources.base import (
+    BadRecord,
+    ConvertingSource,
+    ImageOpener,
+    Listed,
+    Record,
+    mapping,
+    numbers,
+    table_image,
+    text,
+)
+from data_prep.sources.records import RawRecord, TableRows
 from data_prep.sources.templates import edit_chat
 from vlgpt.document import Document
 from vlgpt.errors import UserError
@@ -30,16 +39,16 @@ PROMPTS = ("original_prompt", "edited_prompt")
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """One pair of pictures in the original folder."""
+    """One pair of images in the original folder."""
 
     key: str
     folder: Path
     seed: str
 
 
-class InstructPix2PixSource:
+class InstructPix2PixSource(ConvertingSource[Pair | RawRecord]):
     """Editing chats (Table 6 of the paper). Input: the folder with `seeds.json`, or Parquet files
-    (timbrooks/instructpix2pix-clip-filtered). Every pair of pictures is a record.
+    (timbrooks/instructpix2pix-clip-filtered). Every pair of images is a record.
     """
 
     licence = (
@@ -59,22 +68,18 @@ class InstructPix2PixSource:
     ):
         seeds = [path / SEEDS if path.is_dir() else path for path in inputs]
         is_folder = bool(seeds) and all(path.name == SEEDS and path.is_file() for path in seeds)
-        self._pairs = [pair for path in seeds for pair in _pairs(path, split, pairs)] if is_folder else None
-        if self._pairs is None:
+        if is_folder:
+            self.records = Listed([pair for path in seeds for pair in _pairs(path, split, pairs)])
+        else:
             what = f"InstructPix2Pix table (a folder is known by its {SEEDS})"
-            self._rows = TableRows(inputs, COLUMNS, optional=PROMPTS, source="instructpix2pix", what=what)
+            self.records = TableRows(inputs, COLUMNS, optional=PROMPTS, source="instructpix2pix", what=what)
 
-    def __len__(self) -> int:
-        return len(self._rows) if self._pairs is None else len(self._pairs)
-
-    def read(self, start: int, stop: int) -> Iterator[Record | Dropped]:
-        """One pair of pictures each."""
-        if self._pairs is None:
-            return convert(self._rows.read(start, stop), _row_record)
-        return convert(self._pairs[start:stop], _pair_record)
+    def make(self, raw: Pair | RawRecord) -> Record:
+        """One pair of images."""
+        return _pair_record(raw) if isinstance(raw, Pair) else _row_record(raw)
 
 
-def _row_record(row: Row) -> Record:
+def _row_record(row: RawRecord) -> Record:
     images = table_image(row.value["original_image"]), table_image(row.value["edited_image"])
     info = {name: row.value[name] for name in PROMPTS if isinstance(row.value.get(name), str)}
     return _record(row.key, text(row.value, "edit_prompt", word="instruction"), images, info)

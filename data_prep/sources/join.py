@@ -1,7 +1,7 @@
-"""Pictures by file name or URL: in folders, in tars, in what img2dataset downloaded.
+"""Images by file name or URL: in folders, in tars, in what img2dataset downloaded.
 
-Tars are scanned once, by their headers; the table (24 bytes a picture, and as much again for URLs) is kept
-beside them and memory-mapped, so that 10^8 pictures can be joined and all processes share it.
+Tars are scanned once, by their headers; the table (24 bytes an image, and as much again for URLs) is kept
+beside them and memory-mapped, so that 10^8 images can be joined and all processes share it.
 """
 
 from __future__ import annotations
@@ -12,41 +12,40 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import numpy as np
 
-from data_prep.sources import ImageOpener
+from data_prep.sources.base import ImageOpener
 from data_prep.sources.inputs import kept_arrays
-from data_prep.sources.tables import table_batches, table_layout
+from data_prep.sources.records import table_batches, table_layout
 from vlgpt.errors import UserError
 from vlgpt.images import BadImage
 from vlgpt.log import get_logger
-from vlgpt.shards.members import TarMembers, list_tar_members, read_tar_member
+from vlgpt.shards.index import TarMembers, list_tar_members, read_tar_member
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
-class Pictures:
-    """Finds pictures below these paths: folders of picture files, tars, folders of tars.
+class ImageFinder:
+    """Finds images below these paths: folders of image files, tars, folders of tars.
 
     Raises UserError for a path that is none of these.
     """
 
     def __init__(self, paths: Sequence[Path]):
         self._folders: list[Path] = []
-        self._tables: list[PictureTable] = []
+        self._tables: list[ImageTable] = []
         for path in paths:
             tars = sorted(path.glob("*.tar")) if path.is_dir() else [path]
             if path.is_dir() and not tars:
                 self._folders.append(path)
             elif path.is_dir() or (path.suffix == ".tar" and path.is_file()):
-                self._tables.append(PictureTable(tars))
+                self._tables.append(ImageTable(tars))
             else:
                 raise UserError(f"pictures are looked up in folders and .tar files; {path} is neither")
 
     def by_name(self, *names: str) -> ImageOpener:
-        """The picture under the first of these names that is there; leading folders of a name may be missing.
+        """The image under the first of these names that is there; leading folders of a name may be missing.
 
         Raises BadImage(`missing_file`), or BadImage(`path_outside_folder`) for names that lead out of it.
         """
@@ -61,7 +60,7 @@ class Pictures:
         raise BadImage("missing_file", " or ".join(names))
 
     def find_url(self, url: str) -> ImageOpener | None:
-        """The picture that img2dataset downloaded from this URL, None if there is none."""
+        """The image that img2dataset downloaded from this URL, None if there is none."""
         for table in self._tables:
             if (found := table.find(f"url:{url}")) is not None:
                 return found
@@ -76,15 +75,15 @@ def _tails(name: str) -> Iterator[str]:
     return ("/".join(parts[start:]) for start in range(len(parts)))
 
 
-class PictureTable:
-    """Where the pictures of some tars lie, by the hash of their names and URLs."""
+class ImageTable:
+    """Where the images of some tars lie, by the hash of their names and URLs."""
 
     def __init__(self, tars: Sequence[Path]):
         self._tars = tars
         self._arrays = self._kept()  # before any process is forked, so that all share it
 
     def find(self, name: str) -> ImageOpener | None:
-        """The picture under `name:...` or `url:...`; of several the first in order of tars."""
+        """The image under `name:...` or `url:...`; of several the first in order of tars."""
         hashes, tar, offset, size = self._arrays
         wanted = np.uint64(_hash(name))
         place = int(np.searchsorted(hashes, wanted))
@@ -107,7 +106,7 @@ class PictureTable:
         )
 
     def _scan(self) -> list[np.ndarray]:
-        get_logger(__name__).info("looking through %d tars of pictures once", len(self._tars))
+        get_logger(__name__).info("looking through %d tars of images once", len(self._tars))
         columns: list[list[np.ndarray]] = [[], [], [], []]
         for number, tar in enumerate(self._tars):
             members = list_tar_members(tar)
@@ -124,7 +123,7 @@ class PictureTable:
 
 
 def _names_of(tar: Path, members: TarMembers) -> tuple[list[int], list[int]]:
-    """Hash of every name and URL of the pictures in one tar, and the number of the member it stands for."""
+    """Hash of every name and URL of the images in one tar, and the number of the member it stands for."""
     hashes, places, place_of = [], [], {}
     for place, name in enumerate(members.names):
         stem, suffix = os.path.splitext(name)
@@ -154,12 +153,12 @@ def _urls(tar: Path, members: TarMembers) -> Iterator[tuple[str, str]]:
             try:
                 record = json.loads(data)
             except (ValueError, RecursionError):
-                continue  # a picture without its URL: it can still be found by name
+                continue  # an image without its URL can still be found by name
             if isinstance(record, dict):
                 yield from _strings([(name.removesuffix(".json"), record.get("url"))])
 
 
-def _strings(pairs: Iterable[tuple[Any, Any]]) -> Iterator[tuple[str, str]]:
+def _strings(pairs: Iterable[tuple[object, object]]) -> Iterator[tuple[str, str]]:
     return ((key, url) for key, url in pairs if isinstance(key, str) and isinstance(url, str))
 
 

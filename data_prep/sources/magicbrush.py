@@ -1,4 +1,4 @@
-"""MagicBrush: pictures edited by hand in several turns, as editing dialogues."""
+"""MagicBrush: images edited by hand in several turns, as editing dialogues."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
-from data_prep.sources import Dropped, ImageOpener, Record
-from data_prep.sources.convert import BadRecord, convert, table_image, text
+from data_prep.sources.base import BadRecord, Dropped, ImageOpener, Record, convert, table_image, text
 from data_prep.sources.inputs import find_files
-from data_prep.sources.tables import SUFFIXES, RowCursor, TableRows
+from data_prep.sources.records import TABLE_SUFFIXES, RowCursor, TableRows
 from data_prep.sources.templates import edit_chat
 from vlgpt.document import Document
 from vlgpt.errors import UserError
@@ -30,14 +29,14 @@ COLUMNS = {
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """The rows that edit one picture, in order of turns."""
+    """The rows that edit one image, in order of turns."""
 
     key: str
     rows: tuple[int, ...]
 
 
 class MagicBrushSource:
-    """Parquet files of osunlp/MagicBrush. `multi` makes one dialogue of all turns on a picture: a turn edits
+    """Parquet files of osunlp/MagicBrush. `multi` makes one dialogue of all turns on an image: a turn edits
     the result of the turn before, and shows its own source only where there is none. `single` makes a chat of
     every row. The test split is published apart, to keep it out of training data.
     """
@@ -48,10 +47,10 @@ class MagicBrushSource:
         self,
         inputs: Sequence[Path],
         *,
-        turns: Annotated[Literal["multi", "single"], "a dialogue per picture, or a chat per row"] = "multi",
+        turns: Annotated[Literal["multi", "single"], "a dialogue per image, or a chat per row"] = "multi",
         split: Annotated[Literal["train", "all"], "train passes over files named dev-* and test-*"] = "train",
     ):
-        files = [file.path for file in find_files(inputs, SUFFIXES, source="magicbrush")]
+        files = [file.path for file in find_files(inputs, TABLE_SUFFIXES, source="magicbrush")]
         chosen = [path for path in files if split == "all" or not path.name.startswith(HELD_OUT)]
         if not chosen:
             raise UserError(f"{files[0]} and the like are splits for evaluation; --split all reads them")
@@ -71,7 +70,7 @@ class MagicBrushSource:
         return len(self._sessions)
 
     def read(self, start: int, stop: int) -> Iterator[Record | Dropped]:
-        """One dialogue each, in order of each picture's first row."""
+        """One dialogue each, in order of each image's first row."""
         cursor = RowCursor(self._rows)
         return convert(self._sessions[start:stop], partial(self._record, cursor=cursor))
 

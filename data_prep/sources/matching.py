@@ -1,4 +1,4 @@
-"""Pictures of a web page and the sentences that they belong to (MMC4)."""
+"""Images of a web page and the sentences that they belong to (MMC4)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from data_prep.sources.assignment import best_assignment
-from data_prep.sources.convert import BadRecord, number
+from data_prep.sources.base import BadRecord, number
 from vlgpt.document import ImagePart, Part, TextPart
 
 Matching = Literal["recomputed", "stored"]
@@ -17,15 +17,15 @@ Matching = Literal["recomputed", "stored"]
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """A picture and its sentence."""
+    """An image and its sentence."""
 
     sentence: int
     image: int
     similarity: float
 
 
-def match_pictures(value: Mapping[str, Any], images: Sequence[int], *, matching: Matching) -> list[Match]:
-    """A sentence for each of these pictures, sorted by sentence; the largest sum of similarities wins.
+def match_images(value: Mapping[str, Any], images: Sequence[int], *, matching: Matching) -> list[Match]:
+    """A sentence for each of these images, sorted by sentence; the largest sum of similarities wins.
 
     `stored` takes the published `matched_text_index`, and so do pages without a matrix. Raises
     BadRecord(`bad_matrix`) or BadRecord(`bad_match`).
@@ -48,7 +48,7 @@ def _stored(value: Mapping[str, Any], image: int) -> Match:
 
 
 def page_parts(sentences: Sequence[str], matches: Sequence[Match]) -> tuple[Part, ...]:
-    """The sentences as parts, each picture before its own. `matches` are sorted by sentence."""
+    """The sentences as parts, each image before its own. `matches` are sorted by sentence."""
     parts: list[Part] = []
     pending = list(matches)
     num_images = 0

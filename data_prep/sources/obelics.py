@@ -1,18 +1,17 @@
-"""OBELICS: web pages as texts and picture URLs in reading order, joined with what img2dataset downloaded."""
+"""OBELICS: web pages as texts and image URLs in reading order, joined with what img2dataset downloaded."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from data_prep.sources import Dropped, ImageOpener, Record
-from data_prep.sources.convert import BadRecord, convert
+from data_prep.sources.base import BadRecord, ConvertingSource, ImageOpener, Record
 from data_prep.sources.fetch import fetch_help
-from data_prep.sources.join import Pictures
-from data_prep.sources.tables import Row, TableRows
+from data_prep.sources.join import ImageFinder
+from data_prep.sources.records import RawRecord, TableRows
 from vlgpt.document import Document, ImagePart, Part, TextPart
 from vlgpt.errors import UserError
 
@@ -20,8 +19,8 @@ PARAGRAPH = re.compile(r"(?=\n\n)")
 MISSING = "missing_file"
 
 
-class ObelicsSource:
-    """Parquet or Arrow files with `images`, `texts`, `metadata`, `general_metadata`. Pictures that were not
+class ObelicsSource(ConvertingSource[RawRecord]):
+    """Parquet or Arrow files with `images`, `texts`, `metadata`, `general_metadata`. Images that were not
     downloaded are left out and counted; the order of the page is kept. Texts are cut before every empty line,
     so that training windows can begin at any paragraph; joined together the parts are the text as published.
     """
@@ -33,9 +32,9 @@ class ObelicsSource:
         self,
         inputs: Sequence[Path],
         *,
-        images: Annotated[tuple[Path, ...] | None, "img2dataset output with the pictures"] = None,
+        images: Annotated[tuple[Path, ...] | None, "img2dataset output with the images"] = None,
     ):
-        self._rows = TableRows(
+        self.records = TableRows(
             inputs,
             {"images": ("images",), "texts": ("texts",)},
             optional=("general_metadata",),
@@ -43,18 +42,12 @@ class ObelicsSource:
             what="OBELICS table",
         )
         if not images:
-            raise UserError(fetch_help("obelics", [file.path for file in self._rows.files], 0))
-        self._pictures = Pictures(images)
+            raise UserError(fetch_help("obelics", [file.path for file in self.records.files], 0))
+        self._images = ImageFinder(images)
 
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def read(self, start: int, stop: int) -> Iterator[Record | Dropped]:
-        """One page each."""
-        return convert(self._rows.read(start, stop), self._record)
-
-    def _record(self, row: Row) -> Record:
-        items = page_items(row.value)
+    def make(self, raw: RawRecord) -> Record:
+        """The page."""
+        items = page_items(raw.value)
         parts: list[Part] = []
         urls: list[str] = []
         openers: list[ImageOpener] = []
@@ -62,7 +55,7 @@ class ObelicsSource:
         for text, url in items:
             if text is not None:
                 parts += [TextPart(piece) for piece in PARAGRAPH.split(text) if piece.strip()]
-            elif url is not None and (opener := self._pictures.find_url(url)) is not None:
+            elif url is not None and (opener := self._images.find_url(url)) is not None:
                 parts.append(ImagePart(len(openers)))
                 urls.append(url)
                 openers.append(opener)
@@ -70,13 +63,13 @@ class ObelicsSource:
                 num_lost += 1
         if not openers:
             raise BadRecord(MISSING if num_lost else "no_image")
-        info = {"image_urls": urls, **_page_url(row.value)}
-        document = Document(row.key, "obelics", tuple(parts), info)
+        info = {"image_urls": urls, **_page_url(raw.value)}
+        document = Document(raw.key, "obelics", tuple(parts), info)
         return Record(document, tuple(openers), (MISSING,) * num_lost)
 
 
 def page_items(value: Mapping[str, Any]) -> list[tuple[str | None, str | None]]:
-    """(text, picture URL) in reading order, one of the two at each place.
+    """(text, image URL) in reading order, one of the two at each place.
 
     Raises BadRecord `bad_row`, `unequal_lengths`, or `bad_alignment` where a place holds both or nothing.
     """

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.sources.inputs import kept_arrays
-from vlgpt.shards.members import list_tar_members, read_tar_member
+from vlgpt.shards.index import list_tar_members, read_tar_member
 
 FIELDS = ("image", "json", "txt")
 FIELD_OF = {"jpg": "image", "jpeg": "image", "png": "image", "webp": "image", "json": "json", "txt": "txt"}
@@ -17,7 +17,7 @@ DUPLICATE = -2
 
 
 class SampleTar:
-    """Samples in order of first appearance. A picture whose key came before is listed as a duplicate."""
+    """Samples in order of first appearance. An image whose key came before is listed as a duplicate."""
 
     def __init__(self, tar: Path):
         self.path = tar
@@ -37,7 +37,7 @@ class SampleTar:
         return self._number.get(key)
 
     def is_duplicate(self, number: int) -> bool:
-        """Whether this picture's key came before."""
+        """Whether this image's key came before."""
         return int(self._places[number, 1, 0]) == DUPLICATE
 
     def place(self, number: int, field: str) -> Place | None:

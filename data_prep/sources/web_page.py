@@ -1,4 +1,4 @@
-"""An HTML page as blocks of text and pictures in reading order (DocBook's HTML; nothing is fetched or run)."""
+"""An HTML page as blocks of text and images in reading order (DocBook's HTML; nothing is fetched or run)."""
 
 from __future__ import annotations
 
@@ -7,28 +7,7 @@ from dataclasses import dataclass
 from html.parser import HTMLParser
 
 BLOCK_TAGS = frozenset(
-    [
-        "p",
-        "li",
-        "dt",
-        "dd",
-        "td",
-        "th",
-        "h1",
-        "h2",
-        "h3",
-        "h4",
-        "h5",
-        "h6",
-        "div",
-        "pre",
-        "table",
-        "ul",
-        "ol",
-        "dl",
-        "caption",
-        "blockquote",
-    ]
+    "p li dt dd td th h1 h2 h3 h4 h5 h6 div pre table ul ol dl caption blockquote".split()  # noqa: SIM905
 )
 HIDDEN_TAGS = frozenset(["head", "script", "style"])
 HIDDEN_CLASSES = frozenset(["navheader", "navfooter", "toc"])
@@ -37,7 +16,7 @@ FIGURE_CLASSES = frozenset(["figure", "informalfigure"])
 
 @dataclass(slots=True)
 class Block:
-    """A piece of text, or a picture (`source` is set) with its caption. `figure` numbers figures, 0 outside."""
+    """A piece of text, or an image (`source` is set) with its caption. `figure` numbers figures, 0 outside."""
 
     text: str = ""
     source: str = ""
@@ -64,8 +43,8 @@ def read_page(html: str) -> Page:
     return Page(rest if has_number else reader.title, tuple(reader.blocks))
 
 
-def captioned_pictures(page: Page) -> Iterator[list[Block]]:
-    """The pictures of every figure."""
+def captioned_images(page: Page) -> Iterator[list[Block]]:
+    """The images of every figure."""
     figures: dict[int, list[Block]] = {}
     for block in page.blocks:
         if block.source and block.figure:

@@ -12,7 +12,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Normalise = Literal["llava", "raw"]
-Group = dict[Any, tuple[float, int]]  # accuracy in percent and number of questions
+Group = dict[Hashable, tuple[float, int]]
+"""Accuracy in percent and number of questions by type."""
+Questions = Mapping[str, Mapping[str, Any]]
+"""The official questions file: records by question id."""
 
 _NOT_A_STEP = ("exist", "query: name", "choose name")
 _COMMON_CHOICES = ("color", "material", "shape")
@@ -20,10 +23,8 @@ _COMMON_CHOICES = ("color", "material", "shape")
 
 @dataclass(frozen=True)
 class GqaResult:
-    """Percentages, except `distribution` (chi-square / 100, lower is better); None = the input for it is
-    missing."""
+    """Percentages, except `distribution` (chi-square / 100, lower is better); None: the input for it is missing."""
 
-    normalise: Normalise
     num_questions: int
     accuracy: float
     binary: float
@@ -41,7 +42,7 @@ class GqaResult:
 
 
 def normalise_answer(text: str, normalise: Normalise = "llava") -> str:
-    """`llava`: blanks and a final full stop off, lower case (LLaVA convert_gqa_for_eval); `raw`: unchanged.
+    """`llava`: surrounding spaces and a final full stop off, lower case (LLaVA convert_gqa_for_eval); `raw`: unchanged.
 
     Raises ValueError for another mode.
     """
@@ -53,7 +54,7 @@ def normalise_answer(text: str, normalise: Normalise = "llava") -> str:
 
 
 def gqa_scores(
-    questions: Mapping[str, Mapping[str, Any]],
+    questions: Questions,
     predictions: Mapping[str, str],
     *,
     choices: Mapping[str, Mapping[str, Sequence[str]]] | None = None,
@@ -92,7 +93,6 @@ def gqa_scores(
         return grouped({name: question["types"].get(kind) for name, question in balanced.items()})
 
     return GqaResult(
-        normalise=normalise,
         num_questions=len(balanced),
         accuracy=mean(list(balanced)),
         binary=mean([name for name in balanced if not is_open[name]]),
@@ -116,9 +116,8 @@ def _num_steps(question: Mapping[str, Any]) -> int:
     return sum(not any(name in step for name in _NOT_A_STEP) for step in steps)
 
 
-def _consistency(balanced: Mapping[str, Mapping[str, Any]], is_correct: Mapping[str, bool]) -> float | None:
-    """Accuracy on what a right answer entails, averaged over the right answers that entail another
-    question."""
+def _consistency(balanced: Questions, is_correct: Mapping[str, bool]) -> float | None:
+    """Accuracy on what a right answer entails, averaged over the right answers that entail another question."""
     shares = []
     for name, question in balanced.items():
         entailed = [other for other in question.get("entailed", ()) if other != name]
@@ -130,7 +129,7 @@ def _consistency(balanced: Mapping[str, Mapping[str, Any]], is_correct: Mapping[
 
 
 def _share_in_choices(
-    balanced: Mapping[str, Mapping[str, Any]],
+    balanced: Questions,
     answers: Mapping[str, str],
     choices: Mapping[str, Mapping[str, Sequence[str]]] | None,
     kind: str,
@@ -144,7 +143,7 @@ def _share_in_choices(
     return 100 * (num_inside / len(balanced))
 
 
-def _distribution(balanced: Mapping[str, Mapping[str, Any]], answers: Mapping[str, str]) -> float | None:
+def _distribution(balanced: Questions, answers: Mapping[str, str]) -> float | None:
     """Chi-square distance of answer histograms per group, weighted by the size of the group."""
     gold: dict[str, Counter[str]] = defaultdict(Counter)
     given: dict[str, Counter[str]] = defaultdict(Counter)

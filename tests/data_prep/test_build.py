@@ -13,7 +13,7 @@ from corpus import encode, picture
 from PIL import Image, ImageDraw
 
 from data_prep.build import main
-from data_prep.pictures import PictureSettings
+from data_prep.images import ImageSettings
 from vlgpt.errors import run_command
 from vlgpt.images import decode_image
 from vlgpt.shards import ShardSet
@@ -216,7 +216,7 @@ def test_pictures_are_reduced_never_enlarged_and_keep_their_ratio(tmp_path):
 )
 def test_fast_and_reference_paths_agree(size):
     """Smooth colours, noise and hard edges, as photographs have: 2 of 255 on average."""
-    from data_prep.pictures import _prepare
+    from data_prep.images import _prepare
 
     generator = np.random.default_rng(0)
     coarse = generator.integers(0, 256, (9, 12, 3), dtype=np.uint8)
@@ -229,7 +229,7 @@ def test_fast_and_reference_paths_agree(size):
     data = encode(Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)), "JPEG", quality=92)
     for file in (data, encode(Image.open(io.BytesIO(data)), "PNG")):
         stored = [
-            np.asarray(decode_image(_prepare(file, "", PictureSettings(fast=fast)).data)).astype(float)
+            np.asarray(decode_image(_prepare(file, "", ImageSettings(fast=fast)).data)).astype(float)
             for fast in (False, True)
         ]
         assert np.abs(stored[0] - stored[1]).mean() <= 2
@@ -262,7 +262,7 @@ def test_only_optional_images_may_leave_their_document(tmp_path, is_optional):
         source_name="pages",
         source_options={},
         inputs=(),
-        pictures=PictureSettings(),
+        images=ImageSettings(),
         filters=FilterSettings(),
         shard_size=10,
     )
@@ -295,14 +295,14 @@ def test_token_lengths_are_stored_when_a_tokenizer_is_given(folder, tmp_path, wo
 
 def test_every_registered_source_has_flags_and_a_description():
     from data_prep.build import _parser
-    from data_prep.options import constructor_options
     from data_prep.sources import SOURCES, source_class
+    from vlgpt.options import signature_options
 
     for name in SOURCES:
         source = source_class(name)
         assert source.__doc__, name
         help_text = _parser(source).format_help()
-        flags = [f"--{option.name.replace('_', '-')}" for option in constructor_options(source)]
+        flags = [f"--{option.name.replace('_', '-')}" for option in signature_options(source)]
         assert all(flag in help_text for flag in flags), name
     assert len(list(itertools.chain(SOURCES))) >= 12
 

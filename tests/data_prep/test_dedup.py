@@ -14,6 +14,7 @@ from data_prep import check, dedup
 from data_prep.build import main as build
 from data_prep.hashes import near_pairs
 from vlgpt.errors import run_command
+from vlgpt.processes import Share
 from vlgpt.shards import ShardSet
 
 
@@ -147,8 +148,7 @@ def test_near_pairs_are_exactly_those_of_a_full_comparison(max_distance, num_tas
         if bin(int(values[i] ^ values[j])).count("1") <= max_distance
     ]
     parts = [
-        near_pairs(values, max_distance=max_distance, task_index=t, num_tasks=num_tasks)
-        for t in range(num_tasks)
+        near_pairs(values, max_distance=max_distance, share=Share(t, num_tasks)) for t in range(num_tasks)
     ]
     found = np.unique(np.concatenate(parts), axis=0)
     assert [tuple(pair) for pair in found.tolist()] == expected

@@ -8,10 +8,10 @@ from corpus import encode, picture
 from PIL import Image
 
 from data_prep.filters import FilterSettings, RecordFilter
-from data_prep.pictures import (
+from data_prep.images import (
     ENTRY_BYTES,
-    PicturePreparer,
-    PictureSettings,
+    ImagePreparer,
+    ImageSettings,
     _perceptual_hash_array,
     perceptual_hash,
 )
@@ -97,11 +97,11 @@ def test_documents_are_cut_before_the_image_that_is_too_many():
 def test_pictures_are_filtered_by_their_header(settings, size, name):
     width, height = size
     with pytest.raises(BadImage) as caught:
-        PicturePreparer(PictureSettings(**settings)).prepare(picture(0, width=width, height=height))
+        ImagePreparer(ImageSettings(**settings)).prepare(picture(0, width=width, height=height))
     assert caught.value.reason == f"filtered:{name}"
     good = {"min_side": (50, 200), "max_side": (100, 60), "aspect": (200, 100)}.get(name)
     if good:
-        PicturePreparer(PictureSettings(**settings)).prepare(picture(0, width=good[0], height=good[1]))
+        ImagePreparer(ImageSettings(**settings)).prepare(picture(0, width=good[0], height=good[1]))
 
 
 def blobs(number: int) -> Image.Image:
@@ -160,7 +160,7 @@ def test_the_fast_hash_is_at_most_a_few_bits_away():
 
 def test_prepared_pictures_are_kept_within_a_budget_of_bytes():
     budget = 20_000
-    preparer = PicturePreparer(PictureSettings(), cache_bytes=budget)
+    preparer = ImagePreparer(ImageSettings(), cache_bytes=budget)
     first = picture(0)
     prepared = preparer.prepare(first)
     assert preparer.prepare(first) is prepared, "the same file is not prepared twice"

@@ -6,16 +6,22 @@ import pytest
 from corpus import picture
 
 from data_prep.sources import Dropped, Record
+from data_prep.sources.base import convert, mapping
 from data_prep.sources.folder import FolderSource
 from data_prep.sources.images import ImagesSource
 from data_prep.sources.inputs import inside
-from data_prep.sources.rows import CsvRows, JsonTable, Rows
+from data_prep.sources.records import Concatenation, open_rows
 from data_prep.sources.text import TextSource
 from vlgpt.errors import UserError
 
 
 def everything(source) -> list:
     return list(source.read(0, len(source)))
+
+
+def rows(source, start: int, stop: int) -> list:
+    """(key, columns) of every row; what is no object is dropped."""
+    return list(convert(source.read(start, stop), lambda raw: (raw.key, mapping(raw.value))))
 
 
 def assert_any_pieces_give_the_same(source) -> None:
@@ -40,33 +46,32 @@ def test_json_lines_of_any_shape(tmp_path):
         b"7",
     ]
     path.write_bytes(b"\n".join(lines))
-    table = JsonTable(path)
-    rows = list(table.read(0, len(table)))
-    assert rows == [
+    table = open_rows(path)
+    assert rows(table, 0, len(table)) == [
         *[("a:0", {"a": 1}), ("a:1", {"a": "é\n"}), Dropped("bad_json", "a:2")],
         *[Dropped("bad_row", "a:3"), Dropped("text_not_utf8", "a:4"), ("a:5", {"a": 9})],
         Dropped("bad_row", "a:6"),
     ]
     path.write_bytes(b"[2]\n" + path.read_bytes() + b"\n\r\n \n")
-    table = JsonTable(path)
-    assert [next(table.read(number, number + 1)) for number in (0, 1)] == [
+    table = open_rows(path)
+    assert [rows(table, number, number + 1)[0] for number in (0, 1)] == [
         *[Dropped("bad_row", "a:0"), ("a:1", {"a": 1})],
     ]
     assert len(table) == 8
     path.write_bytes(b"")
-    assert len(JsonTable(path)) == 0
+    assert len(open_rows(path)) == 0
 
 
 def test_line_places_survive_chunk_borders(tmp_path, monkeypatch):
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"n": n, "pad": "x" * (n * 7 % 50)}) + "\n" for n in range(200)))
-    monkeypatch.setattr("data_prep.sources.json_records.CHUNK_BYTES", 13)
-    table = JsonTable(path)
-    assert [row[1]["n"] for row in table.read(0, len(table))] == list(range(200))
+    monkeypatch.setattr("data_prep.sources.records.CHUNK_BYTES", 13)
+    table = open_rows(path)
+    assert [row[1]["n"] for row in rows(table, 0, len(table))] == list(range(200))
 
 
 def test_a_huge_line_is_dropped_unread(tmp_path, monkeypatch):
-    monkeypatch.setattr("data_prep.sources.json_records.MAX_RECORD_BYTES", 100)
+    monkeypatch.setattr("data_prep.sources.records.MAX_RECORD_BYTES", 100)
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "x" * 200}) + "\n" + json.dumps({"text": "ok"}))
     assert [type(row) for row in TextSource([tmp_path / "a.jsonl"]).read(0, 2)] == [Dropped, Record]
 
@@ -75,13 +80,13 @@ def test_csv_with_quotes_line_breaks_and_a_byte_order_mark(tmp_path):
     path = tmp_path / "a.csv"
     text = '\ufefffile_name,text\n1.jpg,"a, ""b""\nsecond line"\n\n2.jpg,plain\nonly one\n3.jpg,é\n'
     path.write_text(text, encoding="utf-8")
-    table = CsvRows(path)
-    rows = list(table.read(0, len(table)))
-    assert rows[0] == ("a.csv:0", {"file_name": "1.jpg", "text": 'a, "b"\nsecond line'})
-    assert rows[1] == ("a.csv:1", {"file_name": "2.jpg", "text": "plain"})
-    assert rows[2] == Dropped("bad_row", "a.csv:2")
-    assert rows[3] == ("a.csv:3", {"file_name": "3.jpg", "text": "é"})
-    assert len(rows) == 4
+    table = open_rows(path)
+    found = rows(table, 0, len(table))
+    assert found[0] == ("a.csv:0", {"file_name": "1.jpg", "text": 'a, "b"\nsecond line'})
+    assert found[1] == ("a.csv:1", {"file_name": "2.jpg", "text": "plain"})
+    assert found[2] == Dropped("bad_row", "a.csv:2")
+    assert found[3] == ("a.csv:3", {"file_name": "3.jpg", "text": "é"})
+    assert len(found) == 4
 
 
 def test_several_tables_are_one_list(tmp_path):
@@ -89,8 +94,8 @@ def test_several_tables_are_one_list(tmp_path):
         (tmp_path / f"{name}.jsonl").write_text(
             "".join(json.dumps({"n": f"{name}{n}"}) + "\n" for n in range(count))
         )
-    rows = Rows([JsonTable(tmp_path / f"{name}.jsonl") for name in "abc"])
-    assert [row[1]["n"] for _, row in rows.read(1, 4)] == ["a1", "c0", "c1"]
+    table = Concatenation([open_rows(tmp_path / f"{name}.jsonl") for name in "abc"])
+    assert [row[1]["n"] for row in rows(table, 1, 4)] == ["a1", "c0", "c1"]
 
 
 def test_imagefolder_jsonl_and_csv(tmp_path):

@@ -89,6 +89,19 @@ def test_reindexing_twice_writes_once(data, letter_tokenizer, capsys):
         assert f"{written} of 2 indexes written" in capsys.readouterr().err
 
 
+def test_tasks_and_workers_share_the_shards_and_a_task_that_is_none_of_them_is_refused(
+    data, letter_tokenizer, capsys
+):
+    command = [str(data), "--tokenizer", str(letter_tokenizer), "--num-tasks", "2"]
+    assert run_command(lambda: index.main([*command, "--task-index", "7"])) == 2
+    assert "--task-index must be between 0 and 1, found 7" in capsys.readouterr().err
+    for task in ("0", "1"):
+        assert index.main([*command, "--task-index", task]) == 0
+        assert "1 of 1 indexes written" in capsys.readouterr().err
+    assert index.main([str(data), "--tokenizer", str(letter_tokenizer), "--num-workers", "2"]) == 0
+    assert "0 of 2 indexes written" in capsys.readouterr().err
+
+
 def test_a_reindexed_folder_is_still_the_same_build(data, built, letter_tokenizer):
     assert index.main([str(data), "--tokenizer", str(letter_tokenizer)]) == 0
     source = ["folder", "--input", str(built.parent / "in"), "--output", str(data), "--shard-size", "5"]

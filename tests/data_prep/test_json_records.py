@@ -6,9 +6,10 @@ import zipfile
 
 import pytest
 
-from data_prep.sources import Dropped, inputs, json_list
+from data_prep.sources import Dropped, inputs
+from data_prep.sources import records as record_files
 from data_prep.sources.inputs import find_files, split_range
-from data_prep.sources.json_records import JsonRecord, JsonRecords
+from data_prep.sources.records import JsonRecords, RawRecord
 from vlgpt.errors import UserError
 
 VALUES = [{"n": n, "text": 'ü\n]}"[' * (n % 7) + "x" * (n * 13 % 101)} for n in range(60)]
@@ -32,7 +33,7 @@ def write(path, *, indent=None, ascii_only=True):
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.zip", "a.jsonl.gz", "a.json.gz"])
 @pytest.mark.parametrize("indent, ascii_only", [(None, True), (1, False)])
 def test_any_range_gives_the_same_records(tmp_path, monkeypatch, name, indent, ascii_only):
-    monkeypatch.setattr(json_list, "BLOCK_BYTES", 37)
+    monkeypatch.setattr(record_files, "BLOCK_BYTES", 37)
     records = JsonRecords([write(tmp_path / name, indent=indent, ascii_only=ascii_only)], source="test")
     assert len(records) == 60
     for start in (0, 1, 17, 59):
@@ -70,7 +71,7 @@ def test_a_damaged_line_is_dropped_and_its_neighbours_are_kept(tmp_path, text, r
     (tmp_path / "a.jsonl").write_bytes(b'{"a": 0}\n' + text + b'\r\n{"a": 2}\n')
     first, second, third = JsonRecords([tmp_path / "a.jsonl"], source="test").read(0, 3)
     assert (first.value, third.value) == ({"a": 0}, {"a": 2})
-    assert isinstance(second, JsonRecord) if not reason else second == Dropped(reason, "a:1")
+    assert isinstance(second, RawRecord) if not reason else second == Dropped(reason, "a:1")
 
 
 @pytest.mark.parametrize("data", [b'[{"a": 1}, {"a": ', b'[{"a": 1} nonsense]', b'[{"a": "\xff"}]', b"["])
@@ -102,7 +103,7 @@ def test_offsets_of_large_files_are_kept_and_found_again_and_forgotten_when_the_
     assert len(JsonRecords([path], source="test")) == 60
     kept = sorted((tmp_path / inputs.INDEX_FOLDER).iterdir())
     assert len(kept) == 3
-    monkeypatch.setattr(json_list, "BLOCK_BYTES", 0)  # a second pass over the file would find nothing
+    monkeypatch.setattr(record_files, "BLOCK_BYTES", 0)  # a second pass over the file would find nothing
     records = JsonRecords([path], source="test")
     assert [item.value for item in records.read(0, 60)] == VALUES
     monkeypatch.undo()

@@ -18,8 +18,9 @@ from tiny_clip import save_tiny_clip
 from data_prep import check, features
 from data_prep.build import main as build
 from data_prep.feature_jobs import compute_shard, make_job
-from vlgpt.data.pixels import read_square, to_pixels
+from vlgpt.batch import to_pixels
 from vlgpt.errors import UserError, run_command
+from vlgpt.images import read_square
 from vlgpt.models.encoders import load_clip
 from vlgpt.shards import ShardSet, write_spec
 
@@ -207,10 +208,11 @@ def test_a_killed_run_continues_and_ends_with_the_same_files(folder, clip, tmp_p
 SLOW_RUN = """
 import sys, time
 from data_prep import feature_jobs, features
-def slowly(*arguments, on_batch, **options):
-    return compute(*arguments, on_batch=lambda rows: (time.sleep(0.05), on_batch(rows)), **options)
-compute = feature_jobs.compute_shard
-features.compute_shard = slowly
+def slowly(self, rows):
+    add(self, rows)
+    time.sleep(0.05)
+add = feature_jobs.FeatureWriter.add
+feature_jobs.FeatureWriter.add = slowly
 raise SystemExit(features.main(sys.argv[1:]))
 """
 

@@ -24,7 +24,7 @@ from source_files import (
 from data_prep.build import main as build_main
 from data_prep.sources import Dropped
 from data_prep.sources.assignment import best_assignment
-from data_prep.sources.matching import match_pictures
+from data_prep.sources.matching import match_images
 from data_prep.urls import main as urls_main
 from vlgpt.errors import UserError
 from vlgpt.shards import ShardSet
@@ -155,7 +155,7 @@ def test_assignment_is_the_best_one_among_all():
 
 def test_recomputed_matches_of_a_whole_page_are_the_published_ones():
     record = asset("mmc4.jsonl")
-    both = [match_pictures(record, [0, 1], matching=matching) for matching in ("recomputed", "stored")]
+    both = [match_images(record, [0, 1], matching=matching) for matching in ("recomputed", "stored")]
     assert both[0] == both[1]
 
 

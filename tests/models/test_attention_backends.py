@@ -18,7 +18,7 @@ from vlgpt.models import layers
 from vlgpt.models.image_detokenizer import ImageDetokenizer
 from vlgpt.models.image_tokenizer import ImageTokenizer
 from vlgpt.models.language_models import build_language_model, implementations
-from vlgpt.models.multimodal_lm import LoraSettings
+from vlgpt.settings import LoraSettings
 from vlgpt.stages.language import LanguageStage
 
 SHAPE = {"num_visual": 4, "visual_width": 20, "width": 32, "depth": 2, "num_heads": 4}

@@ -17,15 +17,15 @@ sys.path.append(str(Path(__file__).parents[1] / "evaluation"))
 from official_files import write_coco
 
 from evaluation import benchmarks, manifest
-from evaluation.core import Decoding
 from evaluation.responders import ModelResponder
 from evaluation.run import run
 from vlgpt.chat.dialogue import Dialogue
 from vlgpt.chat.reply import Finished, ReplySettings, Request, answer
 from vlgpt.cli import main
+from vlgpt.decoding.api import DecodeSettings
+from vlgpt.decoding.generator import Generator
 from vlgpt.errors import UserError
 from vlgpt.export import export_model
-from vlgpt.generate import DecodeSettings, Generator
 from vlgpt.models.conditions import load_conditioner, read_parts
 from vlgpt.models.diffusion import DiffusionDecoder
 from vlgpt.models.image_detokenizer import ImageDetokenizer
@@ -134,7 +134,7 @@ def test_evaluation_draws_as_diffusion_json_says_and_records_the_numbers(folder,
     prompts = [benchmarks.make("coco_reconstruction").examples(tmp_path / "data")[0].prompt]
     visual = generator.tokenize([Image.open(prompts[0].images[0])])
     wanted_image = generator.draw(visual, seeds=[("evaluation", 0, prompts[0].id)], **DRAWING)[0]
-    assert responder.reconstruct(prompts, Decoding())[0].tobytes() == wanted_image.tobytes()
+    assert responder.reconstruct(prompts, DecodeSettings())[0].tobytes() == wanted_image.tobytes()
 
 
 def test_validation_images_are_drawn_as_diffusion_json_says(folder):

@@ -14,7 +14,8 @@ from vlgpt.models.language_models import (
     load_language_model,
     resize_vocabulary,
 )
-from vlgpt.models.multimodal_lm import LoraSettings, MultimodalLM
+from vlgpt.models.multimodal_lm import MultimodalLM
+from vlgpt.settings import LoraSettings
 from vlgpt.stages.language import LanguageStage
 
 TOKENIZER = new_document_tokenizer()

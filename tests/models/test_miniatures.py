@@ -16,16 +16,18 @@ from transformers import AutoModel
 from vlgpt import hf  # noqa: F401 - registers our classes
 from vlgpt import settings as s
 from vlgpt.batch import ConditionBatch, ImageInput
+from vlgpt.decoding.api import DecodeSettings, Prompt
+from vlgpt.decoding.generator import Generator
 from vlgpt.document import Document, ImagePart, TextPart
 from vlgpt.errors import UserError
 from vlgpt.export import export_model
-from vlgpt.generate import DecodeSettings, Generator, Prompt
 from vlgpt.models.conditions import load_conditioner
 from vlgpt.models.diffusion import DiffusionDecoder
 from vlgpt.models.encoders import OpenClipEncoder, TransformersClipEncoder, load_clip
 from vlgpt.models.language_models import load_language_model
 from vlgpt.stages.base import parameter_groups
-from vlgpt.stages.build import build_image_tokenizer_stage, build_language_stage
+from vlgpt.stages.language import build_language_stage
+from vlgpt.stages.tokenizer import build_image_tokenizer_stage
 
 NUM_VISUAL, VISUAL_WIDTH, NUM_STEPS = 4, 32, 20
 ENCODERS = {
@@ -110,7 +112,7 @@ def train_image_parts(shelf, encoder_name, decoder_name, folder, **options):
         image_width=image_width, text_tokens=text_tokens, text_width=text_width,
     )  # fmt: skip
     part = s.TransformerSettings(width=32, depth=2, num_heads=4, init_std=1.0)
-    settings = s.ImageTokenizerStage(
+    settings = s.TokenizerStageSettings(
         kind="image_tokenizer", shapes=shapes, num_visual=NUM_VISUAL, visual_width=VISUAL_WIDTH,
         tokenizer=part, detokenizer=part, encoder=encoder, conditioner=conditioner, **options,
     )  # fmt: skip
@@ -138,13 +140,14 @@ def train_image_parts(shelf, encoder_name, decoder_name, folder, **options):
 def test_a_miniature_lives_from_loading_to_drawing(shelf, tmp_path, encoder, decoder, language, policy):
     _, losses = train_image_parts(shelf, encoder, decoder, tmp_path / "stage1")
     assert losses[-1] < 0.9 * losses[0]
-    settings = s.LanguageStage(
+    settings = s.LanguageStageSettings(
         kind="language", language_model=str(shelf("language", language)), template="short",
         image_tokenizer=str(tmp_path / "stage1"), encoder=encoder_settings(shelf, encoder),
-        lora=s.LoraConfiguration(rank=4, alpha=8.0, dropout=0.0), **policy,
+        lora=s.LoraSettings(rank=4, alpha=8.0, dropout=0.0), **policy,
     )  # fmt: skip
     torch.manual_seed(6)
-    stage, tokenizer = build_language_stage(settings, num_sources=2)
+    stage = build_language_stage(settings, num_sources=2)
+    tokenizer = stage.document_tokenizer
     batch = pack([[random_document(n, num_images=2) for n in (row, row + 3)] for row in range(2)], tokenizer)
     batch = dataclasses.replace(batch, images=ImageInput("pixels", pixels(len(batch.images))))
     before = {name: tensor.clone() for name, tensor in stage.state_dict().items()}
@@ -260,7 +263,7 @@ def test_the_tokenizer_of_another_model_is_refused(shelf, tmp_path):
     many = mini.PreTrainedTokenizerFast.from_pretrained(shelf("language", "mistral"))
     many.add_tokens(words)
     many.save_pretrained(tmp_path / "many")
-    settings = s.LanguageStage(
+    settings = s.LanguageStageSettings(
         kind="language", language_model=str(shelf("language", "mistral")), template="short",
         image_tokenizer=str(tmp_path / "stage1"), text_tokenizer=str(tmp_path / "many"),
     )  # fmt: skip

@@ -15,8 +15,8 @@ from vlgpt.document import Document, ImagePart, TextPart
 from vlgpt.errors import UserError
 from vlgpt.shards import BadSample, FeatureSpec, ShardIndex, ShardSet, ShardWriter, write_manifest
 from vlgpt.shards.features import dequantise, quantise, write_feature_rows, write_spec
+from vlgpt.shards.index import rebuild_index
 from vlgpt.shards.manifest import read_report
-from vlgpt.shards.reindex import rebuild_index
 from vlgpt.shards.schema import UnstorableDocument
 from vlgpt.shards.writer import _tar_header
 

@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from vlgpt.models.multimodal_lm import LoraSettings
 from vlgpt.planning.flops import FlopMeter, counting
+from vlgpt.settings import LoraSettings
 from vlgpt.stages.language import LanguageStage
 
 TOKENIZER = new_document_tokenizer()

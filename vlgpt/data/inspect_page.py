@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
 from html import escape
 from itertools import groupby
@@ -11,6 +9,7 @@ from itertools import groupby
 from PIL import Image
 
 from vlgpt.data.inspect import Inspection, RowView, SampleView, SegmentView, TokenView
+from vlgpt.images import data_uri, png_bytes
 
 RESET, BOLD, DIM, RED = "\x1b[0m", "\x1b[1m", "\x1b[2m", "\x1b[31m"
 TERMINAL_IMAGE_COLUMNS = 16
@@ -87,7 +86,7 @@ def _plain(text: str) -> str:
 
 
 def _blocks(image: Image.Image | None) -> list[str]:
-    """A small picture of half blocks in 24-bit colour."""
+    """A small image of half blocks in 24-bit colour."""
     if image is None:
         return []
     width = TERMINAL_IMAGE_COLUMNS
@@ -163,6 +162,4 @@ def _sample_html(sample: SampleView) -> str:
 def _image_html(image: Image.Image | None) -> str:
     if image is None:
         return '<span class="warning">no picture</span>'
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return f'<img alt="" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+    return f'<img alt="" src="{data_uri(png_bytes(image))}">'

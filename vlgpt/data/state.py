@@ -1,4 +1,4 @@
-"""The loader's state: a small JSON that says where the trainer stands and in which data."""
+"""The loader's state: a small JSON that holds the trainer's position and what identifies the data."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from vlgpt.log import get_logger
 from vlgpt.settings import DataSettings
 
 SCHEMA = 2
-UNDRAWN_SCHEMA = 1  # saved when a rejected draw still left its slot empty; the same but for packed positions
+# Of states that were saved when a rejected draw still left its slot empty; only packed positions differ.
+UNDRAWN_SCHEMA = 1
 PLAN_SETTINGS = ("mixing", "temperature", "sequence_length", "packing", "shuffle_shards")
 SOURCE_PLAN_SETTINGS = ("weight", "image_first", "max_images", "keep_single_image", "start", "ramp")
 
 
 def plan_settings(settings: DataSettings, *, kind: str) -> dict[str, Any]:
-    """Every setting that decides what stands at a position, as flat JSON."""
+    """Every setting that decides which sample is at a position, as flat JSON."""
     names = PLAN_SETTINGS if kind == "packed" else ("mixing", "temperature", "shuffle_shards")
     source_names = SOURCE_PLAN_SETTINGS if kind == "packed" else ("weight", "ramp")
     plan = {name: getattr(settings, name) for name in names}
@@ -60,8 +61,7 @@ def check_state(
 ) -> None:
     """Compare a saved state with what the loader would save now.
 
-    Raises UserError: not a state of this schema and kind; or, unless allowed, the first thing that changed,
-    by name.
+    Raises UserError: not a state of this schema and kind; or, unless allowed, the first thing that changed, by name.
     """
     is_state = isinstance(state, dict) and state.get("schema") in (UNDRAWN_SCHEMA, SCHEMA)
     if not is_state or state.get("kind") != current["kind"]:
@@ -74,8 +74,7 @@ def check_state(
     if not is_change_allowed:
         raise UserError(
             f"the data is not what the checkpoint was trained on: {change}. Restore it, or set "
-            "data.allow_data_change=true to go on from the same position in the new data (samples may then "
-            "come twice "
+            "data.allow_data_change=true to go on from the same position in the new data (samples may then come twice "
             "or not at all)"
         )
     get_logger(__name__).warning("going on with changed data: %s", change)

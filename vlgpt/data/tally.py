@@ -1,4 +1,4 @@
-"""What the loader met: counts by source and reason, the quarantine file, when enough is enough, and time waited."""
+"""What the loader read: counts by source and reason, the quarantine file, the limit of bad samples, time waited."""
 
 from __future__ import annotations
 
@@ -69,10 +69,8 @@ class Tally:
         found = f"the last one: {last}; all: {self.by_source(self.bad)[name]}"
         if self._recent_bad[source] > self._max_bad_fraction * BAD_WINDOW:
             raise TooManyBadSamples(
-                f"source {name!r}: {self._recent_bad[source]} bad of the last {self._recent_read[source]} "
-                f"samples; "
-                f"data.max_bad_fraction {self._max_bad_fraction} allows "
-                f"{self._max_bad_fraction * BAD_WINDOW:.0f} of "
+                f"source {name!r}: {self._recent_bad[source]} bad of the last {self._recent_read[source]} samples; "
+                f"data.max_bad_fraction {self._max_bad_fraction} allows {self._max_bad_fraction * BAD_WINDOW:.0f} of "
                 f"{BAD_WINDOW}; {found}"
             )
         if self._consecutive_bad[source] > MAX_CONSECUTIVE_BAD:
@@ -144,7 +142,7 @@ class Waits:
         self._wait_s += time.monotonic() - before_s
 
     def warn_when_slow(self, num_workers: int) -> None:
-        """Now and then, when it was much."""
+        """A warning every few minutes in which the trainer waited more than 5 % of the time."""
         now_s = time.monotonic()
         if now_s - self._warned_s < WAIT_WARNING_PERIOD_S:
             return

@@ -1,32 +1,27 @@
 """Worker processes that make batches: in order, bounded, watched, and replaced once when one of them dies.
 
-A worker does what it is ordered to, one order after the other: count the targets of its next batches, or finish the
-next one into a buffer that is free (`buffers.py`). As many batches are ready as there are buffers, however many
-micro-batches a step has; what a step needs of all of them beforehand is a few numbers each.
+A worker obeys orders, one after the other: count the targets of its next batches, or finish the next one into a buffer
+that is free (`buffers.py`). As many batches are ready as there are buffers, however many micro-batches a step has; what
+a step needs of all of them beforehand is a few numbers each.
 
-Every worker has its own pipes, so that the death of one (a decoder's segmentation fault, the kernel's
-out-of-memory killer) can tear nothing of the others. What it was reading is on a board in shared memory:
-that sample is blamed, put aside, and the new worker continues at the batch that is due. A buffer is read only after
-the message that it is full, so nobody sees what a killed worker was writing.
+Each worker notes in shared memory which sample it reads. When it dies, that sample is blamed and never read again, and
+a new worker continues at the batch that is due. A buffer is read only after the message that it is full, so nobody sees
+what a killed worker was writing.
 """
 
 from __future__ import annotations
 
-import contextlib
 import faulthandler
 import mmap
 import os
 import signal
 import tempfile
-import threading
 import time
-import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
-from multiprocessing.connection import Connection, wait
-from multiprocessing.context import ForkContext
+from functools import partial
 from multiprocessing.util import Finalize
-from typing import Any
+from typing import IO
 
 import numpy as np
 import torch
@@ -34,72 +29,58 @@ import torch
 from vlgpt.data.buffers import Buffers, num_buffers
 from vlgpt.data.samples import Place
 from vlgpt.data.stream import Delivery, Position, Production, Targets
-from vlgpt.errors import UserError
 from vlgpt.log import get_logger
+from vlgpt.processes import Channel, Mark, Worker
 
 MAX_POISONED = 64
-_IDLE = -1
 
 
 class DataStalled(RuntimeError):
     """No batch came for `watchdog_s`; the stacks of all threads are in the log."""
 
 
-class Board:
-    """Shared memory: what every worker reads right now, and the samples that killed one."""
+class PoisonedSamples:
+    """Shared memory with the samples that killed a worker: no worker reads them again. Made before the workers."""
 
-    def __init__(self, num_workers: int):
-        num_rows = max(num_workers, 1) + 1 + MAX_POISONED
-        self._memory = mmap.mmap(-1, num_rows * 3 * 8)
-        table = np.frombuffer(self._memory, dtype=np.int64).reshape(num_rows, 3)
-        self._marks, self._count, self._poisoned = (
-            table[: -1 - MAX_POISONED],
-            table[-1 - MAX_POISONED],
-            table[-MAX_POISONED:],
-        )
-        self._marks[:] = _IDLE
+    def __init__(self) -> None:
+        table = np.frombuffer(mmap.mmap(-1, (1 + MAX_POISONED) * 3 * 8), dtype=np.int64).reshape(-1, 3)
+        self._count, self._places = table[0], table[1:]
 
-    def mark(self, worker: int, place: Place | None) -> None:
-        """Worker `worker` reads this sample now (None: none)."""
-        self._marks[worker] = (_IDLE, 0, 0) if place is None else (place.source, place.shard, place.sample)
-
-    def marked(self, worker: int) -> Place | None:
-        source, shard, sample = (int(value) for value in self._marks[worker])
-        return None if source == _IDLE else Place(source, shard, sample, 0)
-
-    def poison(self, place: Place) -> None:
-        """Never read this sample again."""
+    def add(self, place: Place) -> None:
+        """Never read this sample again; of more than MAX_POISONED the oldest are forgotten."""
         count = int(self._count[0])
-        self._poisoned[count % MAX_POISONED] = (place.source, place.shard, place.sample)
+        self._places[count % MAX_POISONED] = (place.source, place.shard, place.sample)
         self._count[0] = count + 1
 
-    def is_poisoned(self, place: Place) -> bool:
+    def __contains__(self, place: Place) -> bool:
         count = int(self._count[0])
         if count == 0:
             return False
-        known = self._poisoned[: min(count, MAX_POISONED)]
+        known = self._places[: min(count, MAX_POISONED)]
         return bool((known == (place.source, place.shard, place.sample)).all(axis=1).any())
 
 
 class WorkerGuard:
-    """The board as one worker sees it."""
+    """What one worker tells of the sample it reads, and which samples it must not read."""
 
-    def __init__(self, board: Board, worker: int):
-        self._board, self._worker = board, worker
+    def __init__(self, mark: Mark | None = None, poisoned: PoisonedSamples | None = None):
+        self._mark, self._poisoned = mark or Mark(3), poisoned or PoisonedSamples()
 
     def enter(self, place: Place) -> None:
-        self._board.mark(self._worker, place)
+        """This sample is read from now on."""
+        self._mark.set((place.source, place.shard, place.sample))
 
     def is_poisoned(self, place: Place) -> bool:
-        return self._board.is_poisoned(place)
+        """Whether this sample killed a worker."""
+        return place in self._poisoned
 
 
 Produce = Callable[[Position, int, WorkerGuard], Production]
 """(start, first batch after it, guard) -> every num_workers-th batch."""
 
 
-class _Worker:
-    """A process, a pipe for orders and one for what it made, its buffers, and a file for its stacks.
+class _DataWorker(Worker):
+    """A worker with its buffers, the batches that it has made, and a file for its stacks.
 
     `num_ahead` of its batches are counted before they are finished; the first `num_known` were, by a worker before it.
     """
@@ -107,70 +88,34 @@ class _Worker:
     def __init__(
         self,
         number: int,
+        work: Callable[[Mark, IO[bytes], Channel], None],
         *,
-        produce: Produce,
-        start: Position,
-        first: int,
         buffers: Buffers,
         num_ahead: int,
         num_known: int,
-        board: Board,
     ):
-        context = ForkContext()
         self.number, self.buffers, self._is_counting = number, buffers, num_ahead > 0
-        self.made: deque[Any] = deque()  # received, but not yet due
-        self.connection, child = context.Pipe(duplex=False)
-        orders, self._orders = context.Pipe(duplex=False)
+        self.made: deque[tuple[int, Delivery] | None] = deque()  # received, but not yet due
         self.stacks = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the worker
-        self.process = context.Process(
-            target=_work,
-            args=(
-                number,
-                child,
-                orders,
-                self.stacks,
-                produce,
-                start,
-                first,
-                buffers,
-                num_known,
-                board,
-                os.getpid(),
-            ),
-            daemon=True,
-            name=f"vlgpt-data-{number}",
-        )
-        self.process.start()
-        child.close()
-        orders.close()
+        self._mark = Mark(3)
+        super().__init__(partial(work, self._mark, self.stacks), name=f"data worker {number}")
         if num_ahead > num_known:
-            self._order("count", num_ahead - num_known)
+            self.order(("count", num_ahead - num_known))
         for buffer in range(buffers.count):
-            self._order("finish", buffer)
+            self.order(("finish", buffer))
 
-    def _order(self, what: str, number: int) -> None:
-        with contextlib.suppress(BrokenPipeError):  # it is dead, which `receive` tells
-            self._orders.send((what, number))
-
-    def take(self, buffer: int, content: Any, *, pin_memory: bool) -> Delivery:
+    def take(self, buffer: int, content: Delivery, *, pin_memory: bool) -> Delivery:
         """A finished batch out of its buffer, which the next but a few will fill."""
         delivery = self.buffers.take(content, pin_memory=pin_memory)
         if self._is_counting:
-            self._order("count", 1)
-        self._order("finish", buffer)
+            self.order(("count", 1))
+        self.order(("finish", buffer))
         return delivery
 
-    def receive(self, timeout_s: float) -> tuple[str, Any] | None:
-        """The next message; None after `timeout_s`. Raises EOFError when the worker is dead."""
-        ready = wait([self.connection, self.process.sentinel], timeout_s)
-        if not ready:
-            return None
-        if self.connection not in ready and not self.connection.poll(0):
-            raise EOFError
-        try:
-            return self.connection.recv()
-        except OSError as error:  # its pipe died with it
-            raise EOFError from error
+    def reading(self) -> Place | None:
+        """The sample that it reads now, or died on."""
+        marked = self._mark.get()
+        return None if marked is None else Place(*marked, 0)
 
     def dump_stacks(self) -> str:
         """The stacks of all its threads: now, or where it crashed."""
@@ -183,10 +128,7 @@ class _Worker:
 
     def close(self) -> None:
         """Workers hold nothing worth saving, so they are simply killed."""
-        self.process.kill()
-        self.process.join()
-        self.connection.close()
-        self._orders.close()
+        self.stop(0)
         self.stacks.close()
 
 
@@ -224,32 +166,24 @@ class WorkerPool:
         )
         # a count is ordered before the batches that the buffers hold are finished, so it is there when it is asked for
         self._num_ahead = -(-num_ahead // num_workers) + count if num_ahead else 0
-        self._board = Board(num_workers)
+        self._poisoned = PoisonedSamples()
         self._restarted: set[int] = set()
         self._num_taken, self._num_counted = 0, 0
         self._targets: list[deque[Targets]] = [deque() for _ in range(num_workers)]
-        self._workers: list[_Worker] = []
+        self._workers: list[_DataWorker] = []
         for number in range(num_workers):
             self._workers.append(self._start(number, Buffers(count, batch_bytes=batch_bytes), num_known=0))
         # workers ignore SIGTERM, which multiprocessing would send, and wait for, when the interpreter ends
         self.close = Finalize(self, _close_all, args=(self._workers,), exitpriority=10)
 
-    def _start(self, number: int, buffers: Buffers, *, num_known: int) -> _Worker:
-        return _Worker(
-            number,
-            produce=self._produce,
-            start=self._position,
-            first=(number - self._num_taken) % len(self._targets),
-            buffers=buffers,
-            num_ahead=self._num_ahead,
-            num_known=num_known,
-            board=self._board,
-        )
+    def _start(self, number: int, buffers: Buffers, *, num_known: int) -> _DataWorker:
+        first = (number - self._num_taken) % len(self._targets)
+        produce = partial(self._produce, self._position, first)
+        work = partial(_work, produce, self._poisoned, buffers, num_known)
+        return _DataWorker(number, work, buffers=buffers, num_ahead=self._num_ahead, num_known=num_known)
 
     def targets(self, num_batches: int) -> list[Targets]:
-        """Of the next batches after those that were asked for before. Raises ValueError for more than `num_ahead`
-        before the batches themselves.
-        """
+        """Targets of the next batches, after those asked for before. Raises ValueError for more than `num_ahead`."""
         if self._num_counted + num_batches > self._num_taken + self._max_asked_ahead:
             raise ValueError(
                 f"targets of {num_batches} batches are asked for, but no more than {self._max_asked_ahead} are counted "
@@ -289,32 +223,25 @@ class WorkerPool:
                 break
             self._stalled(number)
         kind, content = message
-        if kind == "user_error":
-            raise UserError(content)
-        if kind == "error":
-            raise RuntimeError(f"data worker {number} failed:\n{content}")
         if kind == "targets":
             self._targets[number].extend(content)
         else:
             self._workers[number].made.append(content)
 
     def _replace(self, number: int) -> None:
-        worker, place = self._workers[number], self._board.marked(number)
-        worker.process.join(5)
-        exit_code, stacks = worker.process.exitcode, worker.dump_stacks()
+        worker = self._workers[number]
+        place, exit_code, stacks = worker.reading(), worker.exit_code(), worker.dump_stacks()
         worker.close()
         self._on_death(number, place)
         if number in self._restarted:
             raise RuntimeError(
-                f"data worker {number} died again (exit code {exit_code}): a worker is restarted once; the "
-                f"samples it "
-                "was reading are in the quarantine file"
+                f"data worker {number} died again (exit code {exit_code}): a worker is restarted once; the samples "
+                "it was reading are in the quarantine file"
             )
         get_logger(__name__).warning("exit code %s, restarted once; its stacks:\n%s", exit_code, stacks)
         self._restarted.add(number)
         if place is not None:
-            self._board.poison(place)
-        self._board.mark(number, None)
+            self._poisoned.add(place)
         self._workers[number] = self._start(number, worker.buffers, num_known=self._num_known(number))
 
     def _num_known(self, number: int) -> int:
@@ -331,70 +258,46 @@ class WorkerPool:
         get_logger(__name__).error(
             "no batch for %.0f s, waiting for worker %d\n%s", self._watchdog_s, number, stacks
         )
-        reading = self._board.marked(number)
         raise DataStalled(
-            f"data worker {number} gave no batch for {self._watchdog_s:.0f} s (data.watchdog_s) while "
-            f"reading {reading}; "
-            "the stacks of all workers are in the log"
+            f"data worker {number} gave no batch for {self._watchdog_s:.0f} s (data.watchdog_s) while reading "
+            f"{self._workers[number].reading()}; the stacks of all workers are in the log"
         )
 
 
-def _close_all(workers: list[_Worker]) -> None:
+def _close_all(workers: list[_DataWorker]) -> None:
     for worker in workers:
         worker.close()
 
 
-def _die_with(parent: int) -> None:
-    """End this process soon after its trainer, whatever it is doing.
-
-    A trainer that is killed closes no pipe that its other workers hold too: a worker that waits for one would wait
-    forever.
-    """
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
-
-
 def _work(
-    number: int,
-    connection: Connection,
-    orders: Connection,
-    stacks: Any,
-    produce: Produce,
-    start: Position,
-    first: int,
+    produce: Callable[[WorkerGuard], Production],
+    poisoned: PoisonedSamples,
     buffers: Buffers,
     num_known: int,
-    board: Board,
-    parent: int,
+    mark: Mark,
+    stacks: IO[bytes],
+    channel: Channel,
 ) -> None:
     """A worker's life. It outlives signals that schedulers send to the whole job, but not its parent."""
-    for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+    for ignored in (signal.SIGTERM, signal.SIGUSR2):
         signal.signal(ignored, signal.SIG_IGN)
     faulthandler.enable(file=stacks)
     faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
-    try:
-        production = produce(start, first, WorkerGuard(board, number))
-        if num_known:
-            production.targets(num_known)
-        deliveries = iter(production)
-        while True:
-            what, amount = orders.recv()
-            if what == "count":
-                for _ in range(amount):  # one by one: signs of life
-                    connection.send(("targets", production.targets(1)))
-                board.mark(number, None)
-                continue
-            delivery = next(deliveries, None)
-            board.mark(number, None)  # whatever happens from here on is no sample's fault
-            stored = None if delivery is None else (amount, buffers.put(amount, delivery))
-            connection.send(("batch", stored))
-    except (UserError, FileNotFoundError) as error:
-        connection.send(("user_error", str(error)))
-    except (BrokenPipeError, EOFError):  # the trainer is gone
-        return
-    except Exception:  # a bug: its traceback is raised again in the parent
-        connection.send(("error", traceback.format_exc()))
+    production = produce(WorkerGuard(mark, poisoned))
+    if num_known:
+        production.targets(num_known)
+    deliveries = iter(production)
+    while True:
+        what, amount = channel.next_order()
+        if what == "count":
+            # one by one: each message is a sign of life
+            for _ in range(amount):
+                channel.send(("targets", production.targets(1)))
+            mark.set(None)
+            continue
+        delivery = next(deliveries, None)
+        # what happens from here on is no sample's fault
+        mark.set(None)
+        channel.send(("batch", None if delivery is None else (amount, buffers.put(amount, delivery))))

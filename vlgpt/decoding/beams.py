@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from vlgpt.decoding.api import Listener
+from vlgpt.decoding.cache import RenderedPrompt, Stream
 from vlgpt.decoding.hypothesis import Hypothesis, ReplyRules
 from vlgpt.decoding.stepwise import Hooks, extend_images
-from vlgpt.decoding.stream import RenderedPrompt, Stream
 
 
 @dataclass
@@ -29,8 +29,8 @@ class BeamGroup:
 class BeamSearch:
     """`num_beams` replies per prompt: grown by log-likelihood, ranked by log-likelihood / length ** penalty.
 
-    Every beam gains one token per step. A beam that chooses [IMG] draws the whole image within that step
-    while the others wait, so beams of equal step have equally many choices behind them. Source: transformers
+    Every beam gains one token per step. A beam that chooses [IMG] draws the whole image within that step while the
+    others wait, so beams of equal step have equally many choices behind them. Source: transformers
     `GenerationMixin._beam_search` with its default `early_stopping=False`.
     """
 

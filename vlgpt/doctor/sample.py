@@ -14,10 +14,11 @@ from vlgpt.batch import Batch, ImageInput, to_device
 from vlgpt.models.image_detokenizer import ImageDetokenizer
 from vlgpt.models.image_tokenizer import ImageTokenizer
 from vlgpt.models.language_models import build_language_model
-from vlgpt.models.multimodal_lm import LoraSettings, MultimodalLM
+from vlgpt.models.multimodal_lm import MultimodalLM
 from vlgpt.models.unified import UnifiedModel
 from vlgpt.planning.costs import StageCosts, Work, costs_of
 from vlgpt.planning.meta import meta_language_model
+from vlgpt.settings import LoraSettings
 from vlgpt.stages.language import LanguageStage
 
 

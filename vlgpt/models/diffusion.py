@@ -147,7 +147,7 @@ class VaeCodec(nn.Module):
 
 
 class DiffusionDecoder(nn.Module):
-    """Stable Diffusion 1.5 or SDXL with IP-Adapter Plus: a frozen `PictureDecoder`.
+    """Stable Diffusion 1.5 or SDXL with IP-Adapter Plus: a frozen `ImageDecoder`.
 
     PAPER: e_v is not defined (§3.1). `reading="tokens"` (default) takes z_v as the 16 tokens that the U-Net attends
     to, `"features"` as the 257 x 1280 features of the image encoder, with the Resampler inside the decoder.
@@ -156,6 +156,7 @@ class DiffusionDecoder(nn.Module):
 
     absent_image: Tensor
     absent_text: Tensor
+    is_deterministic = False
 
     def __init__(
         self,
@@ -246,7 +247,7 @@ class DiffusionDecoder(nn.Module):
         guidance: float | None = None,
         image_scale: float | None = None,
     ) -> Tensor:
-        """(B, Kv, Dv) | None, (B, Kt, Dt) | None -> (B, 3, H, W) in [-1, 1]: see `PictureDecoder.decode`.
+        """(B, Kv, Dv) | None, (B, Kt, Dt) | None -> (B, 3, H, W) in [-1, 1]: see `ImageDecoder.decode`.
 
         Without generators every image starts from the same noise. An absent image condition means scale 0.
         """

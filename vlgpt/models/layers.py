@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vlgpt.errors import UserError
 from vlgpt.log import get_logger
+from vlgpt.settings import TransformerSettings
 
 Backend = Literal["auto", "flash_attention_2", "sdpa"]
 
@@ -94,8 +95,9 @@ class Attention(nn.Module):
 class DecoderBlock(nn.Module):
     """Pre-norm block: causal self-attention, cross-attention to the context, MLP."""
 
-    def __init__(self, *, width: int, context_width: int, num_heads: int, mlp_ratio: float, backend: Backend):
+    def __init__(self, shape: TransformerSettings, *, context_width: int, backend: Backend):
         super().__init__()
+        width, num_heads = shape.width, shape.num_heads
         self.self_norm = nn.LayerNorm(width)
         self.self_attention = Attention(
             width=width, context_width=width, num_heads=num_heads, is_causal=True, backend=backend
@@ -105,7 +107,7 @@ class DecoderBlock(nn.Module):
             width=width, context_width=context_width, num_heads=num_heads, is_causal=False, backend=backend
         )
         self.mlp_norm = nn.LayerNorm(width)
-        hidden = int(width * mlp_ratio)
+        hidden = int(width * shape.mlp_ratio)
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
@@ -145,35 +147,24 @@ class QueryTransformer(nn.Module):
 
     def __init__(
         self,
+        shape: TransformerSettings,
         *,
         num_queries: int,
         num_context: int,
         context_width: int,
-        width: int,
-        depth: int,
-        num_heads: int,
-        mlp_ratio: float,
-        init_std: float,
         backend: Backend,
         has_checkpointing: bool,
     ):
         super().__init__()
         self.has_checkpointing = has_checkpointing
         # Tiny models need a std of 1.0: with 0.02 their cross-attention stays uniform for thousands of steps.
-        self.queries = nn.Parameter(torch.randn(num_queries, width) * init_std)
+        self.queries = nn.Parameter(torch.randn(num_queries, shape.width) * shape.init_std)
         self.context_norm = nn.LayerNorm(context_width)
-        self.context_positions = nn.Parameter(torch.randn(num_context, context_width) * init_std)
+        self.context_positions = nn.Parameter(torch.randn(num_context, context_width) * shape.init_std)
         self.blocks = nn.ModuleList(
-            DecoderBlock(
-                width=width,
-                context_width=context_width,
-                num_heads=num_heads,
-                mlp_ratio=mlp_ratio,
-                backend=backend,
-            )
-            for _ in range(depth)
+            DecoderBlock(shape, context_width=context_width, backend=backend) for _ in range(shape.depth)
         )
-        self.norm = nn.LayerNorm(width)
+        self.norm = nn.LayerNorm(shape.width)
 
     def forward(self, context: Tensor) -> Tensor:
         """(B, S, context_width) -> (B, num_queries, width). Raises ValueError for another context length."""

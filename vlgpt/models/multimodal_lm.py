@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from types import MethodType
 from typing import TYPE_CHECKING, Any
@@ -21,10 +20,11 @@ from torch import Tensor, nn
 from vlgpt.batch import Batch
 from vlgpt.errors import UserError
 from vlgpt.log import get_logger
-from vlgpt.models.heads import HeadKind, RegressionHead
+from vlgpt.models.heads import new_head
 from vlgpt.models.language_models import LogitRule, embedding_scale, leave_flash
 from vlgpt.models.losses import TargetPositions
 from vlgpt.models.standardise import KeepsBuffers
+from vlgpt.settings import LoraSettings
 from vlgpt.tokens import NUM_IMAGE_TOKENS
 
 if TYPE_CHECKING:
@@ -35,15 +35,6 @@ if TYPE_CHECKING:
 Lengths = list[list[int]]
 
 
-@dataclass(frozen=True)
-class LoraSettings:
-    """LoRA on all linear layers of the transformer (rank 32; PAPER: alpha and dropout are not given, §4.1)."""
-
-    rank: int = 32
-    alpha: float = 32.0
-    dropout: float = 0.05
-
-
 class MultimodalLM(KeepsBuffers):
     """A causal LM, a scale and projection for visual inputs, and a regression head beside the LM head.
 
@@ -51,7 +42,7 @@ class MultimodalLM(KeepsBuffers):
         language_model: a transformers causal LM whose vocabulary already holds the image tokens.
         num_tokens: real tokens; logits of the padding rows after them are masked.
         num_visual, visual_width: N and d of the image tokenizer.
-        head: `linear` (paper) or `mlp`.
+        head: `linear` (paper), `mlp`, or `package.module:Class` of another regression head.
     A standardised visual embedding enters as `projection(x) * visual_scale`, `visual_scale` being the RMS of the
     embeddings that words enter with: images and words have one scale. A predicted embedding is fed back the same way.
 
@@ -69,7 +60,7 @@ class MultimodalLM(KeepsBuffers):
         num_tokens: int,
         num_visual: int,
         visual_width: int,
-        head: HeadKind = "linear",
+        head: str = "linear",
     ):
         super().__init__()
         register_packed_attention()
@@ -81,7 +72,8 @@ class MultimodalLM(KeepsBuffers):
         if isinstance(self.projection, nn.Linear):
             nn.init.normal_(self.projection.weight, std=visual_width**-0.5)
             nn.init.zeros_(self.projection.bias)
-        self.regression_head = RegressionHead(hidden_width=hidden, visual_width=visual_width, kind=head)
+        self.head_name = head
+        self.regression_head = new_head(head, hidden_width=hidden, visual_width=visual_width)
         # One type for all that is trained together: DeepSpeed casts the whole stage, generation nothing.
         for part in (self.projection, self.regression_head):
             part.to(language_model.get_input_embeddings().weight.dtype)

@@ -19,7 +19,8 @@ from vlgpt.models.component import empty_parameters, load_weights
 from vlgpt.models.image_detokenizer import ImageDetokenizer
 from vlgpt.models.image_tokenizer import ImageTokenizer
 from vlgpt.models.language_models import Attention, build_language_model
-from vlgpt.models.multimodal_lm import LoraSettings, MultimodalLM
+from vlgpt.models.multimodal_lm import MultimodalLM
+from vlgpt.settings import LoraSettings
 from vlgpt.tokens import MODEL_TYPE, Rendering
 
 
@@ -93,7 +94,7 @@ class UnifiedModel(nn.Module):
             num_tokens=config.num_tokens,
             num_visual=tokenizer.num_visual,
             visual_width=tokenizer.visual_width,
-            head=config.head,  # type: ignore[arg-type]
+            head=config.head,
         )
         if config.lora is not None:
             settings = {name: value for name, value in config.lora.items() if name != "tokens"}

@@ -25,9 +25,8 @@ from vlgpt.models.language_models import check_parts, from_configuration
 from vlgpt.models.multimodal_lm import MultimodalLM
 from vlgpt.models.unified import UnifiedModel
 from vlgpt.planning.costs import Cost, StageCosts, attend_in_plan, costs_of
-from vlgpt.stages.build import build_image_tokenizer_stage
-from vlgpt.stages.language import LanguageStage
-from vlgpt.stages.tokenizer import ImageTokenizerStage
+from vlgpt.stages.language import LanguageStage, assemble
+from vlgpt.stages.tokenizer import ImageTokenizerStage, build_image_tokenizer_stage
 from vlgpt.tokens import MODEL_TYPE
 
 if TYPE_CHECKING:
@@ -112,22 +111,22 @@ def planned_stage(run: s.RunSettings) -> PlannedStage:
     """The parts of a run, in its precision. Raises UserError for an unknown shape or kind of stage."""
     settings = run.stage
     dtype = torch.bfloat16 if run.precision == "bf16" else torch.float32
-    if isinstance(settings, s.ImageTokenizerStage):
+    if isinstance(settings, s.TokenizerStageSettings):
         towers = {"image_encoder": image_tower(settings.encoder)} if settings.encoder else {}
         towers |= conditioner_towers(settings.conditioner) if settings.conditioner else {}
         # a tower whose features are read from disk does not run
         idle = tuple(name.replace("_condition", "_conditioner") for name in run.data.features)
         idle += ("image_encoder",) if "patches" in idle else ()
         return PlannedStage(_image_tokenizer_stage(settings).to(dtype), towers=towers, idle=idle)
-    if not isinstance(settings, s.LanguageStage):
-        raise UserError(f"stage.kind {settings.kind!r} cannot be planned; valid: image_tokenizer, language")
+    if not isinstance(settings, s.LanguageStageSettings):
+        raise UserError(f"stage.kind {settings.kind!r} cannot be planned; valid: {', '.join(s.STAGES)}")
     tokenizer, detokenizer, origin = image_parts(settings)
     stage = _language_stage(settings, tokenizer, detokenizer).to(dtype)
     towers = {"image_encoder": image_tower(settings.encoder)} if settings.encoder else {}
     return PlannedStage(stage, run.data.sequence_length, towers, origins=(f"image parts: {origin}",))
 
 
-def _image_tokenizer_stage(settings: s.ImageTokenizerStage) -> ImageTokenizerStage:
+def _image_tokenizer_stage(settings: s.TokenizerStageSettings) -> ImageTokenizerStage:
     """As training builds it, without what it reads or chooses by the machine."""
     changes = {"encoder": None, "conditioner": None, "tokenizer_from": None, "detokenizer_from": None}
     changes |= {"attention": "sdpa", "has_checkpointing": False}
@@ -136,7 +135,7 @@ def _image_tokenizer_stage(settings: s.ImageTokenizerStage) -> ImageTokenizerSta
 
 
 def _language_stage(
-    settings: s.LanguageStage, tokenizer: ImageTokenizer, detokenizer: ImageDetokenizer
+    settings: s.LanguageStageSettings, tokenizer: ImageTokenizer, detokenizer: ImageDetokenizer
 ) -> LanguageStage:
     """The LM of a configuration, its vocabulary grown by [IMG], [/IMG] and padding unless it is an export's."""
     config = configuration(settings.language_model)
@@ -152,11 +151,10 @@ def _language_stage(
             visual_width=tokenizer.visual_width,
             head=settings.head,
         )
-        if settings.trained == "lora":
-            lm.add_lora(settings.lora, [config.vocab_size - 2, config.vocab_size - 1])
-        lm.freeze_parts(settings.frozen)
         model = UnifiedModel(lm=lm, image_tokenizer=tokenizer, image_detokenizer=detokenizer)
-        return LanguageStage(model=model, objective=settings.objective)
+        image_tokens = [config.vocab_size - 2, config.vocab_size - 1]
+        changes = {"encoder": None, "attention": "sdpa", "has_checkpointing": False}
+        return assemble(model, settings.model_copy(update=changes), image_tokens=image_tokens, num_sources=1)
 
 
 def meta_language_model(config: PreTrainedConfig) -> PreTrainedModel:
@@ -168,7 +166,7 @@ def meta_language_model(config: PreTrainedConfig) -> PreTrainedModel:
         return from_configuration(config, ATTENTION)
 
 
-def image_arguments(settings: s.LanguageStage) -> tuple[dict[str, Any], dict[str, Any], str] | None:
+def image_arguments(settings: s.LanguageStageSettings) -> tuple[dict[str, Any], dict[str, Any], str] | None:
     """Arguments of image tokenizer and detokenizer, and whose: the export's or stage 1's. None: it is yet to run."""
     export = read_export(settings.language_model)
     if settings.image_tokenizer is None and export is not None:
@@ -181,11 +179,11 @@ def image_arguments(settings: s.LanguageStage) -> tuple[dict[str, Any], dict[str
     return tokenizer, detokenizer, str(folder)
 
 
-def image_parts(settings: s.LanguageStage) -> tuple[ImageTokenizer, ImageDetokenizer, str]:
+def image_parts(settings: s.LanguageStageSettings) -> tuple[ImageTokenizer, ImageDetokenizer, str]:
     """Without weights, and where their shapes come from; of the paper's size as long as stage 1 has not run."""
     found = image_arguments(settings)
     if found is None:
-        paper = _image_tokenizer_stage(s.ImageTokenizerStage(kind="image_tokenizer"))
+        paper = _image_tokenizer_stage(s.TokenizerStageSettings(kind="image_tokenizer"))
         origin = f"the paper's size ({settings.image_tokenizer} is not there yet)"
         return paper.tokenizer, paper.detokenizer, origin
     tokenizer, detokenizer, origin = found

@@ -6,16 +6,15 @@ first: there is never a request per sample.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from vlgpt.errors import UserError
-from vlgpt.files import CHUNK_BYTES
+from vlgpt.files import hash_stream, open_locked
 from vlgpt.log import get_logger
 
 DEFAULT_CACHE_BYTES = 64 << 30
@@ -75,9 +74,14 @@ class RemoteFolder:
         if _touch(local):
             return local
         local.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(local.with_name(f".{local.name}.lock")):
-            if not _touch(local):
-                self._download(name, local)
+        partial = local.with_name(f".{local.name}.partial")
+        # the partial file is also the lock: of several processes one downloads, the others wait
+        with open_locked(partial) as file:
+            if _touch(local):
+                partial.unlink(missing_ok=True)
+            else:
+                self._download(name, file)
+                os.replace(partial, local)
                 self._evict(keep=local)
         return local
 
@@ -98,27 +102,23 @@ class RemoteFolder:
         version = self._sha256.get(name) or self._sha256.get(f"{Path(name).stem}.tar", "")
         return self._folder / version[:16] / name if version else self._folder / name
 
-    def _download(self, name: str, local: Path) -> None:
+    def _download(self, name: str, target: BinaryIO) -> None:
         import fsspec
 
-        partial, digest = local.with_name(f".{local.name}.partial"), hashlib.sha256()
-        with fsspec.open(f"{self.where}/{name}", "rb") as source, partial.open("wb") as target:
-            while chunk := source.read(CHUNK_BYTES):
-                digest.update(chunk)
-                target.write(chunk)
+        digest = hashlib.sha256()
+        with fsspec.open(f"{self.where}/{name}", "rb") as source:
+            hash_stream(source, digest, copy_to=target)
+        target.flush()
         if (wanted := self._sha256.get(name)) and digest.hexdigest() != wanted:
-            partial.unlink()
             raise UserError(
-                f"{self.where}/{name} has sha256 {digest.hexdigest()[:12]}..., the manifest says "
-                f"{wanted[:12]}..."
+                f"{self.where}/{name} has sha256 {digest.hexdigest()[:12]}..., the manifest says {wanted[:12]}..."
             )
-        os.replace(partial, local)
 
     def _evict(self, *, keep: Path) -> None:
         """Remove the least recently used copies above the limit; files already open stay readable."""
         files = []
         for path in self._root.rglob("*"):
-            if path.suffix in (".lock", ".partial") or path.name == "manifest.json":
+            if path.suffix == ".partial" or path.name == "manifest.json":
                 continue
             try:
                 stat = path.stat()
@@ -141,11 +141,3 @@ def _touch(path: Path) -> bool:
     except FileNotFoundError:
         return False
     return True
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """One process at a time; the lock ends with the process, however it ends."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

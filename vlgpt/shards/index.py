@@ -1,20 +1,29 @@
-"""Builds the columns of a ShardIndex sample by sample."""
+"""Builds, rebuilds and retokenises the index of a tar, and lists the members of any tar from its headers."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-from collections.abc import Sequence
+import json
+import os
+import tarfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
-from vlgpt.document import Document
+from vlgpt.document import Document, TextPart, text_places
+from vlgpt.errors import UserError
+from vlgpt.files import sha256_file
 from vlgpt.shards.schema import ShardIndex, TextTokenizer, part_columns
 
 try:  # the same checksum, an order of magnitude faster
     from isal.isal_zlib import crc32 as _crc32
 except ImportError:
     from zlib import crc32 as _crc32
+
+END_MARK = bytes(1024)
 
 
 @dataclass(frozen=True)
@@ -81,3 +90,106 @@ class IndexBuilder:
 
 def _starts(counts: list[int]) -> np.ndarray:
     return np.array([0, *itertools.accumulate(counts)], dtype=np.int64)
+
+
+def retokenise(index: ShardIndex, documents: Iterator[Document], *, tokenizer: TextTokenizer) -> ShardIndex:
+    """The same index with the token lengths of another tokenizer; `documents` are the shard's, in order."""
+    tokens = np.zeros_like(index.part_tokens)
+    position = 0
+    for document in documents:
+        for part, place in zip(document.parts, text_places([part.role for part in document.parts])):
+            if isinstance(part, TextPart):
+                tokens[position] = len(tokenizer.encode_text(part.text, place))
+            position += 1
+    if position != len(tokens):
+        raise UserError(
+            f"the documents have {position} parts, the index has {len(tokens)}; rebuild the index"
+        )
+    return dataclasses.replace(index, part_tokens=tokens, tokenizer=tokenizer.fingerprint)
+
+
+def rebuild_index(tar: Path, *, tokenizer: TextTokenizer | None) -> ShardIndex:
+    """Index one of our own tars from its content alone. Raises UserError when the tar itself is damaged."""
+    builder = IndexBuilder(tokenizer)
+    with tar.open("rb") as file:
+        try:
+            for key, members in _samples(tar, file.fileno()):
+                record = os.pread(file.fileno(), members[0].size, members[0].offset)
+                builder.add(key, Document.from_record(json.loads(record)), members)
+        except (tarfile.TarError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{tar} is damaged ({error}); remove it and run its build again") from error
+    return builder.build(tar_sha256=sha256_file(tar))
+
+
+def _samples(tar: Path, descriptor: int) -> Iterator[tuple[str, list[Member]]]:
+    """(key, [record, images in order]) of every sample."""
+    key = ""
+    members: list[Member] = []
+    with tarfile.open(tar, mode="r:") as archive:
+        for info in archive:
+            stem, _, suffix = info.name.partition(".")
+            data = os.pread(descriptor, info.size, info.offset_data)
+            member = Member(suffix.rpartition(".")[2], info.offset_data, info.size, crc32(data))
+            if suffix == "json":
+                if members:
+                    yield key, members
+                key, members = stem, [member]
+            elif stem != key or suffix.partition(".")[0] != str(len(members) - 1):
+                raise ValueError(f"member {info.name!r} does not follow its record")
+            else:
+                members.append(member)
+    if members:
+        yield key, members
+
+
+@dataclass(frozen=True)
+class TarMembers:
+    """The whole regular files of one tar, in order. `names` are never to be used as paths."""
+
+    names: tuple[str, ...]
+    offsets: np.ndarray  # (n,) int64
+    sizes: np.ndarray  # (n,) int64
+    is_complete: bool
+    """False for a tar that is cut or damaged: the members before the damage are listed. A tar without its end mark
+    (two empty blocks) counts as cut: it may have been cut between two members.
+    """
+
+
+def list_tar_members(tar: Path) -> TarMembers:
+    """Scan the headers of an uncompressed tar. Raises OSError when the file cannot be read."""
+    names: list[str] = []
+    places: list[tuple[int, int]] = []
+    is_complete = True
+    size = tar.stat().st_size
+    try:
+        with tar.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
+            for info in archive:
+                if info.isreg() and not info.issparse():
+                    if info.offset_data + info.size > size:
+                        is_complete = False
+                        break
+                    names.append(info.name)
+                    places.append((info.offset_data, info.size))
+                archive.members = []  # type: ignore[attr-defined]  # keep memory flat: tarfile remembers every member
+    except (tarfile.TarError, EOFError):
+        is_complete = False
+    offsets, sizes = np.array(places, np.int64).reshape(-1, 2).T
+    return TarMembers(tuple(names), offsets, sizes, is_complete and _has_end_mark(tar, size))
+
+
+def _has_end_mark(tar: Path, size: int) -> bool:
+    with tar.open("rb") as file:
+        file.seek(max(0, size - len(END_MARK)))
+        return file.read() == END_MARK
+
+
+def read_tar_member(tar: Path, offset: int, size: int) -> bytes:
+    """The bytes of one member. Raises OSError when the tar is gone or shorter than it was."""
+    descriptor = os.open(tar, os.O_RDONLY)
+    try:
+        data = os.pread(descriptor, size, offset)
+    finally:
+        os.close(descriptor)
+    if len(data) != size:
+        raise OSError(f"{tar} ends inside a member: {len(data)} of {size} bytes at offset {offset}")
+    return data

@@ -6,20 +6,30 @@ import json
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
+
+import numpy as np
 
 from vlgpt.document import Document
 from vlgpt.errors import UserError
 from vlgpt.shards.cache import DEFAULT_CACHE_BYTES, LocalFolder, RemoteFolder, is_url
 from vlgpt.shards.features import FeatureReader
 from vlgpt.shards.foreign import TEXT_SUFFIXES, ForeignFolder, foreign_document
-from vlgpt.shards.layout import BadMember, Layout
+from vlgpt.shards.index import crc32
 from vlgpt.shards.manifest import MANIFEST, SUCCESS, Manifest, fingerprint, read_manifest
-from vlgpt.shards.schema import BadSample, Sample, ShardIndex, ShardRecord
+from vlgpt.shards.schema import BadSample, Sample, ShardIndex, ShardRecord, ShardReport
 
 MAX_OPEN_TARS = 128
 MAX_CACHED_INDEXES = 64
+# between members that are read together: a tar header and its padding, with room for long names
+MAX_GAP_BYTES = 4096
+# instead of the length of a span
+_APART, _OUTSIDE = -1, -2
+
+StoredSample = tuple[Document, list[tuple[str, bytes]]]
+"""A document and (suffix, encoded bytes) of its images."""
 
 
 class ShardSet:
@@ -220,3 +230,84 @@ class _OpenTar:
     def __del__(self) -> None:
         if hasattr(self, "descriptor"):
             os.close(self.descriptor)
+
+
+class BadMember(ValueError):
+    """A member that cannot be had as it was written; `reason` names the fault."""
+
+    def __init__(self, reason: str):
+        super().__init__(reason)
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Layout:
+    """`samples` (n, 4): first member, end, start of the piece of the tar that holds them, its length.
+    `members` (M, 3): offset, size, crc32.
+    """
+
+    samples: np.ndarray
+    members: np.ndarray
+
+    @staticmethod
+    def of(index: ShardIndex, *, num_bytes: int) -> Layout:
+        """The layout of a shard whose tar has `num_bytes`."""
+        offset, size = index.member_offset, index.member_size
+        members = np.stack([offset, size, index.member_crc.astype(np.int64)], axis=1)
+        first, end = index.member_start[:-1], index.member_start[1:]
+        if index.num_samples == 0:
+            return Layout(np.empty((0, 4), np.int64), members)
+        start = np.minimum.reduceat(offset, first)
+        span = np.maximum.reduceat(offset + size, first) - start
+        is_apart = span > np.add.reduceat(size, first) + MAX_GAP_BYTES * (end - first)
+        is_outside = np.logical_or.reduceat((offset < 0) | (size < 0) | (offset + size > num_bytes), first)
+        span = np.where(is_outside, _OUTSIDE, np.where(is_apart, _APART, span))
+        return Layout(np.stack([first, end, start, span], axis=1), members)
+
+    def read(self, file: int, sample: int, *, with_images: bool) -> list[bytes]:
+        """The members of a sample, checked: its record and its images. One request when they lie side by side, as in
+        every tar that was written sample by sample.
+
+        Raises BadMember (`bad_index`, `truncated_shard`, `checksum`) and OSError.
+        """
+        first, end, start, span = self.samples[sample].tolist()
+        if span == _OUTSIDE:
+            raise BadMember("bad_index")
+        if not with_images:
+            end, span = first + 1, _APART
+        piece = os.pread(file, span, start) if span != _APART else b""
+        found = []
+        for offset, size, crc in self.members[first:end].tolist():
+            if span == _APART:
+                data = os.pread(file, size, offset)
+            else:
+                data = piece[offset - start : offset - start + size]
+            if len(data) != size:
+                raise BadMember("truncated_shard")
+            if crc32(data) != crc:
+                raise BadMember("checksum")
+            found.append(data)
+        return found
+
+
+def read_stored_samples(
+    folder: Path, report: ShardReport, *, with_incomplete: bool = False
+) -> dict[int, StoredSample]:
+    """Record place in the shard -> (document, [(suffix, bytes), ...]).
+
+    Documents that lost an image in the build are left out unless `with_incomplete`.
+    """
+    index = ShardIndex.load(folder / f"{report.name}.idx")
+    incomplete = {place for places in report.dropped_images.values() for place in places}
+    samples: dict[int, StoredSample] = {}
+    with (folder / f"{report.name}.tar").open("rb") as file:
+        for sample, key in enumerate(index.keys):
+            place = int(str(key)[-5:])
+            if place in incomplete and not with_incomplete:
+                continue
+            members = []
+            for member in range(int(index.member_start[sample]), int(index.member_start[sample + 1])):
+                file.seek(int(index.member_offset[member]))
+                members.append((str(index.member_suffix[member]), file.read(int(index.member_size[member]))))
+            samples[place] = Document.from_record(json.loads(members[0][1])), members[1:]
+    return samples

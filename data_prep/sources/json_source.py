@@ -1,0 +1,48 @@
+"""What the sources of dialogues and pages in JSON files share: their records, and the images beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, ClassVar
+
+from data_prep.sources.base import ConvertingSource
+from data_prep.sources.inputs import require_keys
+from data_prep.sources.join import ImageFinder
+from data_prep.sources.records import JsonRecords, RawRecord
+
+
+class JsonSource(ConvertingSource[RawRecord]):
+    """A source of JSON files (a list, or JSON Lines) whose images lie in folders or tars.
+
+    A subclass sets `name`, what its files are called (`what`), and the keys that the first record must have (`wanted`:
+    meaning -> accepted names). Raises UserError when they are missing, naming the keys found.
+    """
+
+    name: ClassVar[str]
+    what: ClassVar[str]
+    wanted: ClassVar[Mapping[str, Sequence[str]]]
+
+    def __init__(
+        self,
+        inputs: Sequence[Path],
+        *,
+        images: Annotated[
+            tuple[Path, ...] | None, "folders or tars with the images; else beside the input"
+        ] = None,
+    ):
+        self.records: JsonRecords = self._open(inputs)
+        self.images = ImageFinder(images or sorted({file.path.parent for file in self.records.files}))
+
+    def _open(
+        self,
+        inputs: Sequence[Path],
+        *,
+        kind: str = "records",
+        count: Callable[[object], int] | None = None,
+    ) -> JsonRecords:
+        records = JsonRecords(inputs, source=self.name, kind=kind, count=count)
+        first = records.first()
+        found = first.value if isinstance(first.value, dict) else {}
+        require_keys(found, self.wanted, where=first.file.path, what=self.what)
+        return records
