@@ -39,7 +39,7 @@ setup(
         "data_prep": ["*.sh", "slurm/*.sbatch"],
         "evaluation": ["*.sh", "*.yaml", "prompts/*.yaml", "templates/*", "slurm/*.sbatch"],
         "demo": ["*.txt", "jobs.yaml", "templates/*", "configs/*.yaml", "configs/lm/*.yaml"],
-        "vlgpt": ["templates/*"],
+        "vlgpt": ["templates/*", "planning/*.json"],
     },
     install_requires=[
         "torch>=2.6",

@@ -33,7 +33,7 @@ LAYERS: list[list[list[str]]] = [
     [["images", "turns", "tokens", "batch", "shards"]],
     [["data"], ["models"]],
     [["model_card", "decoding", "export", "stages", "chat", "hf"]],
-    [["train", "planning"]],
+    [["planning", "train"]],
     [["doctor", "server"]],
     [["cli", "__main__"]],
 ]

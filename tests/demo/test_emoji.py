@@ -14,8 +14,7 @@ from evaluation import benchmarks
 from evaluation.core import read_image
 from evaluation.responders import OracleResponder
 from evaluation.run import run
-from evaluation.run_all import Models, jobs, run_job
-from evaluation.run_all import parser as run_all_parser
+from evaluation.run_all import Models, RunAllOptions, jobs, run_job
 from evaluation.score import score_folder
 from vlgpt.document import ImagePart
 from vlgpt.errors import UserError
@@ -234,8 +233,8 @@ def test_without_the_pretrained_export_label_pages_are_left_out_with_the_reason(
 
 def test_models_that_sample_draw_three_pictures_of_each_caption(emoji_data, export, tmp_path, monkeypatch):
     (job,) = (job for job in jobs(JOBS, prompts="vlgpt", given={"judge": "j"}) if job.name == "draw")
-    args = run_all_parser().parse_args([str(export), str(emoji_data), str(tmp_path), "--limit", "0"])
-    models = Models(args)
+    options = RunAllOptions(model=str(export), data=emoji_data, output=tmp_path)
+    models = Models(options)
     made = []
     monkeypatch.setattr(benchmarks, "make", lambda name, **options: made.append(options) or _Stop.now())
     for decoder_is, head_is, num in ((True, True, None), (False, True, 3), (True, False, 3)):
@@ -243,7 +242,7 @@ def test_models_that_sample_draw_three_pictures_of_each_caption(emoji_data, expo
         monkeypatch.setattr(type(generator.decoder), "is_deterministic", decoder_is)
         monkeypatch.setattr(type(generator.model.lm.regression_head), "is_deterministic", head_is)
         with pytest.raises(_Stop):
-            run_job(job, models, args)
+            run_job(job, models, options)
         assert made[-1].get("image_seeds") == num
 
 

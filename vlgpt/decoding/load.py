@@ -12,12 +12,12 @@ from torch import nn
 
 from vlgpt.errors import UserError
 from vlgpt.models.component import CONFIG_FILE, Component
-from vlgpt.models.decoder_parts import FOR_TARGETS
+from vlgpt.models.conditions import FOR_TARGETS
 from vlgpt.models.decoders import ImageDecoder
 from vlgpt.models.encoders import ClipEncoder, load_clip
 from vlgpt.models.unified import UnifiedConfig
-from vlgpt.tokens import DocumentTokenizer
 from vlgpt.registry import is_dotted, load_class
+from vlgpt.tokens import DocumentTokenizer
 
 DIFFUSION_PATHS = ("pipeline", "adapter", "unconditional", "vae")
 

@@ -20,10 +20,9 @@ from vlgpt.models.image_tokenizer import ImageTokenizer
 from vlgpt.models.language_models import build_language_model
 from vlgpt.models.multimodal_lm import MultimodalLM
 from vlgpt.models.unified import UnifiedModel
-from vlgpt.planning.architecture import Architecture, image_shapes, language_shape
-from vlgpt.planning.flops import Work
-from vlgpt.settings import RunSettings
-from vlgpt.settings import LoraSettings
+from vlgpt.planning.costs import StageCosts, Work, costs_of
+from vlgpt.planning.meta import meta_language_model
+from vlgpt.settings import LoraSettings, RunSettings
 from vlgpt.stages.language import LanguageStage
 from vlgpt.train.ds_config import merge_config
 from vlgpt.train.engine import Engine, start_process_group, stop_process_group
@@ -60,24 +59,16 @@ class Setting:
             "tie_word_embeddings": False,
         }
 
-    @property
-    def image_values(self) -> dict[str, object]:
-        part: dict[str, Any] = {"width": 64, "depth": 1, "num_heads": 4, "mlp_ratio": 2.0, "init_std": 1.0}
-        shapes = {"image_tokens": 2, "image_width": 8, "text_tokens": 2, "text_width": 8}
-        shared = {
-            "num_patches": 4,
-            "patch_width": 8,
-            "num_visual": self.num_visual,
-            "visual_width": self.width,
-        }
-        return {**shapes, **shared, "tokenizer": part, "detokenizer": part}
-
 
 def new_stage(setting: Setting, *, trained: str = "lora") -> LanguageStage:
     """LoRA on a random LLaMA, or all of it trained; the same weights for the same setting whatever the device."""
     seeds.seed_everything(0, "doctor")
+    if setting.device == "meta":
+        language_model = meta_language_model(AutoConfig.for_model(**setting.config))
+    else:
+        language_model = build_language_model(dict(setting.config), setting.attention)  # type: ignore[arg-type]
     lm = MultimodalLM(
-        build_language_model(dict(setting.config), setting.attention),  # type: ignore[arg-type]
+        language_model,
         num_tokens=setting.vocabulary,
         num_visual=setting.num_visual,
         visual_width=setting.width,
@@ -134,17 +125,15 @@ def new_batch(setting: Setting, *, seed: int = 0) -> Batch:
     return to_device(batch, setting.device, setting.dtype)
 
 
-def plan_of(setting: Setting) -> tuple[Architecture, Work]:
-    """The same stage and batch as plain numbers."""
-    lm = language_shape(AutoConfig.for_model(**setting.config), has_image_tokens=True)
-    shapes = image_shapes(dict(setting.image_values))
-    parts = Architecture(*shapes, setting.num_visual, setting.width, lm=lm, lora_rank=32)
+def plan_of(setting: Setting, *, trained: str = "lora") -> tuple[StageCosts, Work]:
+    """What a stage of this setting costs, and what its batch holds."""
+    with torch.device("meta"):
+        stage = new_stage(replace(setting, device="meta"), trained=trained)
     num_images = 3 * setting.rows
     num_visual = num_images * setting.num_visual
     num_text = setting.rows * (setting.length - 3) - num_visual
-    return parts, replace(
-        Work(setting.rows, setting.length, num_images, num_text, num_visual), has_tokenizing=False
-    )
+    work = Work(setting.rows, num_images, num_text, num_visual, has_tokenizing=False)
+    return costs_of(stage, length=setting.length), work
 
 
 def train_briefly(folder: Path, mode: str, shape: dict[str, object]) -> None:

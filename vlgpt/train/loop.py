@@ -19,12 +19,12 @@ from torch import Tensor
 
 from vlgpt import commits
 from vlgpt.log import MetricsSink, get_logger
+from vlgpt.planning.flops import FlopMeter, counting
 from vlgpt.settings import RunSettings
 from vlgpt.stages.base import Stage
 from vlgpt.train import checkpoint, faults
 from vlgpt.train.agreement import disagreement, replica_digest
 from vlgpt.train.engine import Engine, StepResult
-from vlgpt.train.flops import FlopMeter, counting
 from vlgpt.train.observers import Observer
 from vlgpt.train.progress import Content, Progress
 from vlgpt.train.schedule import learning_rate
