@@ -58,6 +58,8 @@ setup(
         "tqdm>=4.66",
         "jinja2>=3.1",
         "pyarrow>=17",
+        # the last release before 1.0, with the same interface
+        "webdataset>=0.2.111",
     ],
     extras_require={
         "train": TRAIN,

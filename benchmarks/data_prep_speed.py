@@ -32,7 +32,7 @@ from data_prep.build import build
 from data_prep.check import check_folder
 from data_prep.filters import FilterSettings
 from data_prep.images import ImageSettings
-from data_prep.job import Job, ShardBuilder, claim_folder
+from data_prep.job import BuildJob, ShardBuilder, claim_folder
 from data_prep.sources import Record, Source
 from data_prep.sources.images import ImagesSource
 from vlgpt.document import Document, ImagePart, TextPart
@@ -59,8 +59,8 @@ def make_pictures(folder: Path, *, count: int, width: int, height: int) -> list[
     return sorted(folder.glob("*.jpg"))[:count]
 
 
-def job_of(output: Path, source: Source, *, shard_size: int, **pictures: bool) -> Job:
-    return Job(
+def job_of(output: Path, source: Source, *, shard_size: int, **pictures: bool) -> BuildJob:
+    return BuildJob(
         folder=output,
         source=source,
         source_name="speed",
