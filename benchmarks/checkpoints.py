@@ -2,10 +2,10 @@
 
     OMP_NUM_THREADS=1 python benchmarks/checkpoints.py [--width 512] [--depth 8] [--repeats 3]
 
-A random LLaMA with its frozen image tokenizer, once wholly trained and once under LoRA, one process, ZeRO-2. The
-saves take turns and the best of `--repeats` counts. `bound` is (p + 16) bytes per trained parameter, p being the bytes
-of the training precision: nothing that can be resumed exactly is smaller than fp32 masters, two moments, the
-weights in training precision and the fp32 weights file. Then: the time to the first batch after a resume, by position.
+A random LLaMA with its frozen image tokenizer, once wholly trained and once under LoRA, one process, ZeRO-2. The saves
+take turns and the best of `--repeats` counts. `bound` is (p + 16) bytes per trained parameter, p being the bytes of the
+training precision: nothing that can be resumed exactly is smaller than fp32 masters, two moments, the weights in
+training precision and the fp32 weights file. Then: the time to the first batch after a resume, by position.
 """
 
 from __future__ import annotations
@@ -23,18 +23,17 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.generation import build
-from vlgpt import log
+from vlgpt import commits, log
 from vlgpt.batch import Batch
 from vlgpt.config import validate
 from vlgpt.data.loader import Loader
 from vlgpt.data.mixture import SLOTS
 from vlgpt.data.stream import Position
 from vlgpt.document import Document, TextPart
-from vlgpt.models.multimodal_lm import LoraSettings
-from vlgpt.settings import DataSettings, RunSettings
+from vlgpt.settings import DataSettings, LoraSettings, RunSettings
 from vlgpt.shards import ShardWriter, write_manifest
 from vlgpt.stages.language import LanguageStage
-from vlgpt.train import checkpoint, commit
+from vlgpt.train import checkpoint
 from vlgpt.train.ds_config import merge_config
 from vlgpt.train.engine import Engine, start_process_group, stop_process_group
 from vlgpt.train.loop import train_step
@@ -117,8 +116,8 @@ def commit_once(engine: Engine, facts: dict[str, Any], root: Path) -> tuple[floa
         timed(engine, "trainable_state", "gather", spent),
         timed(engine, "save", "deepspeed's files", spent),
         timed(checkpoint, "save_file", "fp32 weights", spent),
-        timed(commit, "sha256_file", "sha256", spent),
-        timed(commit.os, "fsync", "fsync", spent),
+        timed(commits, "sha256_file", "sha256", spent),
+        timed(commits.os, "fsync", "fsync", spent),
     ]
     folder: list[Path] = []
 
@@ -128,7 +127,7 @@ def commit_once(engine: Engine, facts: dict[str, Any], root: Path) -> tuple[floa
     seconds = seconds_of(run)
     for put_back in undo:
         put_back()
-    return seconds, commit.size_of(folder[0]), spent
+    return seconds, commits.size_of(folder[0]), spent
 
 
 def deepspeed_once(engine: Engine, root: Path, *, is_whole: bool) -> tuple[float, int]:
@@ -137,7 +136,7 @@ def deepspeed_once(engine: Engine, root: Path, *, is_whole: bool) -> tuple[float
     seconds = seconds_of(
         lambda: own.save_checkpoint(str(root), tag="t", exclude_frozen_parameters=not is_whole)
     )
-    return seconds, commit.size_of(root / "t")
+    return seconds, commits.size_of(root / "t")
 
 
 def compare(*, width: int, depth: int, is_lora: bool, repeats: int) -> None:

@@ -1,13 +1,14 @@
-"""Pictures per second of one core: data_prep.build against plain Pillow + webdataset and img2dataset's own
-operations; MB per second of data_prep.check; memory over 100,000 records.
+"""Speed of data_prep against what it replaces: images built and checked per CPU-second, memory over 100,000 records.
+
+The build is compared with plain Pillow + webdataset and with img2dataset's own operations.
 
     python benchmarks/data_prep_speed.py --folder /tmp/speed [--count 200] [--rounds 3] [--memory-records 100000]
 
-Everything reads the same JPEG files and writes tars of pictures with shorter side 256, quality 95. The
-contestants take turns, so that a busy machine slows all of them; the best round of each counts, in CPU time.
-"img2dataset's operations" are those of its Resizer for `keep_ratio`, `only_if_bigger`, quality 95:
-cv2.imdecode, cv2.resize with INTER_AREA, cv2.imencode and the sha256 that it stores by default (its
-downloading is left out), written with webdataset.ShardWriter as it does.
+Everything reads the same JPEG files and writes tars of images with shorter side 256, quality 95. The contestants take
+turns, so that a busy machine slows all of them; the best round of each counts, in CPU time. "img2dataset's operations"
+are those of its Resizer for `keep_ratio`, `only_if_bigger`, quality 95: cv2.imdecode, cv2.resize with INTER_AREA,
+cv2.imencode and the sha256 that it stores by default (its downloading is left out), written with webdataset.ShardWriter
+as it does.
 """
 
 from __future__ import annotations
@@ -120,7 +121,7 @@ CONTESTANTS: dict[str, Callable[[list[Path], Path], None]] = {
 
 
 def speeds(folder: Path, width: int, height: int, *, count: int, rounds: int) -> dict[str, float]:
-    """Best pictures per CPU-second of every contestant."""
+    """Best images per CPU-second of every contestant."""
     files = make_pictures(folder / f"{width}x{height}", count=count, width=width, height=height)
     best = dict.fromkeys(CONTESTANTS, 0.0)
     for _ in range(rounds):
@@ -149,7 +150,7 @@ def check_speed(folder: Path, *, count: int, rounds: int) -> float:
     return best
 
 
-class Stream:
+class PairSource:
     """Any number of small pairs of which no two are equal (a JPEG may end with anything)."""
 
     licence = "none"
@@ -185,7 +186,7 @@ def memory(folder: Path, *, num_records: int) -> list[float]:
     """Resident MB after each tenth of the records."""
     output = folder / "memory"
     shutil.rmtree(output, ignore_errors=True)
-    builder = builder_of(output, Stream(num_records), shard_size=max(1, num_records // 50))
+    builder = builder_of(output, PairSource(num_records), shard_size=max(1, num_records // 50))
     measured = []
     for shard in range(50):
         builder.build(shard)

@@ -17,9 +17,10 @@ import numpy as np
 import torch
 
 from demo.tiny import new_language_model, train_text_tokenizer
-from vlgpt.decoding.stream import RenderedPrompt, Rows
+from vlgpt.decoding.api import DecodeSettings, Prompt
+from vlgpt.decoding.cache import RenderedPrompt, Rows
+from vlgpt.decoding.generator import Generator
 from vlgpt.document import Document, TextPart
-from vlgpt.generate import DecodeSettings, Generator, Prompt
 from vlgpt.models.image_detokenizer import ImageDetokenizer
 from vlgpt.models.image_tokenizer import ImageTokenizer
 from vlgpt.models.multimodal_lm import MultimodalLM

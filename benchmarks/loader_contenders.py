@@ -1,8 +1,8 @@
 """How each library reads the same tars: raw samples, or finished batches of 32 made by the same decoder.
 
-A contender is a function (folder, decode) -> endless iterator. `decode` maps (encoded picture, caption) to what is
-batched; None asks for raw samples. Each library is used as its own documentation does, in one process, shuffled as
-far as it can shuffle a stream. Where a library cannot read tars, its own format is written from them first.
+A contender is a function (folder, decode) -> endless iterator. `decode` maps (encoded image, caption) to what is
+batched; None asks for raw samples. Each library is used as its own documentation does, in one process, shuffled as far
+as it can shuffle a stream. Where a library cannot read tars, its own format is written from them first.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Stream = Iterator[Any]
 
 def collate(samples: list[tuple[np.ndarray, str]]) -> tuple[torch.Tensor, list[str]]:
     """The batch that every contender ends with: (32, 3, H, W) float32 and captions."""
-    from vlgpt.data.pixels import to_pixels
+    from vlgpt.batch import to_pixels
 
     return to_pixels(np.stack([pixels for pixels, _ in samples])), [caption for _, caption in samples]
 
@@ -43,7 +43,7 @@ def tars_of(folder: Path) -> list[str]:
 def vlgpt(folder: Path, decode: Decode | None, *, decoder: str = "pillow") -> Stream:
     """Ours, on foreign tars without manifest."""
     from vlgpt.batch import to_device
-    from vlgpt.data import Loader
+    from vlgpt.data.loader import Loader
     from vlgpt.settings import DataSettings, SourceSettings
     from vlgpt.shards import ShardSet
 
@@ -198,7 +198,7 @@ def tarfile_stream(folder: Path, decode: Decode | None) -> Stream:
 
 
 def members(folder: Path) -> Iterator[tuple[bytes, bytes]]:
-    """(picture, caption) of every sample of every tar, in order."""
+    """(image, caption) of every sample of every tar, in order."""
     for tar in tars_of(folder):
         with tarfile.open(tar) as archive:
             fields: dict[str, bytes] = {}

@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 python benchmarks/mixture.py [--config launchers/configs/pretrain/vlgpt_7b.yaml] [--windows 20]
 
 The sources are the configuration's, their documents are made up: captions as long as LAION's, pages of MMC4 with 2 to
-15 images, and pages of OBELICS of which six in ten have one image. Prints the realised shares of both laws, how often
-a source is drawn for a sequence, and the time to plan a window of 4,096.
+15 images, and pages of OBELICS of which six in ten have one image. Prints the realised shares of both laws, how often a
+source is drawn for a sequence, and the time to plan a window of 4,096.
 """
 
 from __future__ import annotations

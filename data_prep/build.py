@@ -41,6 +41,7 @@ from vlgpt.options import (
     signature_options,
 )
 from vlgpt.processes import STOPPED, WHOLE, Mark, Share, Stopped, StopSignals, run_workers
+from vlgpt.registry import is_dotted
 from vlgpt.shards import Manifest, ShardReport, write_manifest
 from vlgpt.shards.manifest import MANIFEST, SUCCESS, read_manifest, read_report
 from vlgpt.shards.schema import MAX_RECORDS_PER_SHARD
@@ -56,7 +57,7 @@ class BuildOptions(ArrayOptions, TokenizerOptions):
     """The command line, apart from the options of the source, of its images and of the filters."""
 
     source: Annotated[str, Argument(is_positional=True, metavar="SOURCE")] = Field(
-        description=", ".join(SOURCES)
+        description=f"{', '.join(SOURCES)}, or package.module:Class of your own"
     )
     input: tuple[Path, ...] = Field((), description="files or folders to read")
     output: Path = Field(description="folder of the data set")
@@ -279,12 +280,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     stopped by a signal.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    name = next((argument for argument in argv if argument in SOURCES), None)
+    name = next((argument for argument in argv if argument in SOURCES or is_dotted(argument)), None)
     source_type = source_class(name) if name else None
     arguments = _parser(source_type).parse_args(argv)
     configure()
-    if arguments.source not in SOURCES:
-        raise UserError(f"unknown source {arguments.source!r}; valid: {', '.join(SOURCES)}")
     options = read_options(BuildOptions, arguments)
     job = make_job(options, arguments, source_class(options.source))
     try:

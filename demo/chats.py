@@ -8,19 +8,20 @@ sampled at a low temperature; those that do not end within the limit are left ou
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
 from rich.progress import track
 
 from vlgpt import seeds
 from vlgpt.document import Document, TextPart
 from vlgpt.errors import UserError, run_command
 from vlgpt.log import configure, get_logger
+from vlgpt.options import Options, parse
 from vlgpt.shards import ShardWriter, write_manifest
 from vlgpt.tokens import DocumentTokenizer
 
@@ -113,21 +114,21 @@ def write(
     return report.num_samples
 
 
+class ChatOptions(Options):
+    """The command line."""
+
+    model: Path = Field(description="transformers folder of a chat model")
+    output: Path = Field(description="folder that gets chats-train and chats-held-out")
+    template: str = Field("own", description="chat template of the run that reads them")
+    max_new_tokens: int = 64
+    temperature: float = 0.7
+    batch_size: int = 32
+    threads: int = 1
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Ask, and write both folders. Raises UserError when too few of the held-out replies end in time."""
-    p = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    p.add_argument("--model", type=Path, required=True, help="transformers folder of a chat model")
-    p.add_argument(
-        "--output", type=Path, required=True, help="folder that gets chats-train and chats-held-out"
-    )
-    p.add_argument(
-        "--template", default="own", help="chat template of the run that reads them (default: own)"
-    )
-    p.add_argument("--max-new-tokens", type=int, default=64)
-    p.add_argument("--temperature", type=float, default=0.7)
-    p.add_argument("--batch-size", type=int, default=32)
-    p.add_argument("--threads", type=int, default=1)
-    args = p.parse_args(argv)
+    args = parse(ChatOptions, argv, prog="python -m demo.chats", description=(__doc__ or "").split("\n")[0])
     configure()
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

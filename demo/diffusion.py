@@ -1,20 +1,21 @@
 """The tiny twin of the diffusion decoder: a U-Net that trains in minutes, drawing through the same `denoise`.
 
 Two things stand in for Stable Diffusion's parts: pixel unshuffle for the VAE, and a `ConvDecoder` whose
-coarse picture the U-Net sees and corrects (it diffuses the residual). The schedule has four steps and the
+coarse image the U-Net sees and corrects (it diffuses the residual). The schedule has four steps and the
 network is trained at just those: predicting clean latents works at 48 pixels, predicting noise does not.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from demo.decoder import ConvDecoder
 from vlgpt.models.component import Component, freeze
-from vlgpt.models.decoders import ConvDecoder
 from vlgpt.models.denoise import (
     Conditions,
     check_generators,
@@ -44,7 +45,7 @@ class PixelShuffleCodec(nn.Module):
 
 
 class TinyDiffusionDecoder(Component):
-    """A coarse picture plus a diffused residual: a `PictureDecoder`.
+    """A coarse image plus a diffused residual: a `ImageDecoder`.
 
     Args:
         coarse: arguments of the `ConvDecoder` inside; `on` takes a trained one.
@@ -54,9 +55,9 @@ class TinyDiffusionDecoder(Component):
         image_drop, text_drop: probability that a sample lacks that condition, in training mode only.
     """
 
-    guidance = image_scale = (
-        1.0  # four steps on a coarse image that is already right: guidance only adds contrast
-    )
+    # Four steps on a coarse image that is already right: guidance only adds contrast.
+    guidance = image_scale = 1.0
+    is_deterministic = False
 
     def __init__(
         self,
@@ -67,7 +68,7 @@ class TinyDiffusionDecoder(Component):
         text_tokens: int = 24,
         text_width: int = 128,
         width: int = 128,
-        channels: tuple[int, int] | list[int] = (48, 64),
+        channels: Sequence[int] = (48, 64),
         size_px: int = 48,
         factor: int = 4,
         num_steps: int = 4,
@@ -76,23 +77,7 @@ class TinyDiffusionDecoder(Component):
         image_drop: float = 0.1,
         text_drop: float = 0.1,
     ):
-        channels = list(channels)
-        super().__init__(
-            coarse=coarse,
-            image_tokens=image_tokens,
-            image_width=image_width,
-            text_tokens=text_tokens,
-            text_width=text_width,
-            width=width,
-            channels=channels,
-            size_px=size_px,
-            factor=factor,
-            num_steps=num_steps,
-            noise_scale=noise_scale,
-            scaling_factor=scaling_factor,
-            image_drop=image_drop,
-            text_drop=text_drop,
-        )
+        super().__init__()
         self.size_px, self.num_steps, self.noise_scale = size_px, num_steps, noise_scale
         self.image_drop, self.text_drop = image_drop, text_drop
         self.coarse = ConvDecoder(**coarse)
@@ -149,7 +134,7 @@ class TinyDiffusionDecoder(Component):
         """Mean squared error of the predicted clean residual: (B, Kv, Dv), (B, Kt, Dt), (B, 3, H, W) -> (B,).
 
         `coarse` (B, 3, H, W) is what the coarse decoder makes of the full conditions; None computes it here.
-        Samples that lose a condition get a coarse picture of their own. `generator` (CPU) draws timesteps,
+        Samples that lose a condition get a coarse image of their own. `generator` (CPU) draws timesteps,
         noise and losses of conditions; None is torch's own, as for dropout.
         """
         batch, device = pixels.shape[0], pixels.device
@@ -173,7 +158,7 @@ class TinyDiffusionDecoder(Component):
         return (predicted - clean).square().flatten(1).mean(1)
 
     def coarse_pictures(self, image: Tensor, text: Tensor, *, no_image: Tensor, no_text: Tensor) -> Tensor:
-        """Coarse pictures of what is left of the conditions: (B, Kv, Dv), (B, Kt, Dt) -> (B, 3, H, W)."""
+        """Coarse images of what is left of the conditions: (B, Kv, Dv), (B, Kt, Dt) -> (B, 3, H, W)."""
         image = self.coarse.drop_conditions(image, self.coarse.image_absent, no_image)
         text = self.coarse.drop_conditions(text, self.coarse.text_absent, no_text)
         return self.coarse.decode(image, text)
@@ -188,7 +173,7 @@ class TinyDiffusionDecoder(Component):
         guidance: float | None = None,
         image_scale: float | None = None,
     ) -> Tensor:
-        """See `PictureDecoder.decode`. Without generators every picture starts from the same noise."""
+        """See `ImageDecoder.decode`. Without generators every image starts from the same noise."""
         num_pictures = count_pictures(image_condition, text_condition)
         image = or_absent(image_condition, self.image_absent, num_pictures=num_pictures, name="image")
         text = or_absent(text_condition, self.text_absent, num_pictures=num_pictures, name="text")

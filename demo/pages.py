@@ -1,8 +1,8 @@
 """Interleaved documents of emoji: pages of a picture dictionary, and label pages that only make sense as a
 whole.
 
-A dictionary page shows 3 to 8 pictures of one sub-category in Unicode order, each beside its name. On a label
-page every picture is followed by one attribute word (category, tone, gender, style or sub-category): which
+A dictionary page shows 3 to 8 images of one sub-category in Unicode order, each beside its name. On a label
+page every image is followed by one attribute word (category, tone, gender, style or sub-category): which
 attribute it is can only be read from the page, so it teaches learning from context.
 """
 
@@ -24,7 +24,7 @@ MIN_PICTURES, MAX_PICTURES = 3, 8
 
 @dataclass(frozen=True)
 class Page:
-    """Pictures in reading order; `attribute` is `name` on dictionary pages."""
+    """Images in reading order; `attribute` is `name` on dictionary pages."""
 
     id: str
     attribute: str
@@ -43,9 +43,9 @@ class Page:
 
 
 def plan_pages(pictures: Sequence[Picture], *, passes: int, seed: int) -> list[Page]:
-    """Dictionary pages over all pictures, then as many label pages, mixed in a fixed random order.
+    """Dictionary pages over all images, then as many label pages, mixed in a fixed random order.
 
-    The first pass takes every picture; each further one takes one random tone of every concept, so that a
+    The first pass takes every image; each further one takes one random tone of every concept, so that a
     page shows more concepts.
     """
     pages = [page for number in range(passes) for page in _dictionary_pages(pictures, number, seed=seed)]

@@ -1,7 +1,7 @@
-"""Judges of drawn pictures: a CLIP that nothing else uses, and probes for attributes such as skin tone.
+"""Judges of drawn images: a CLIP that nothing else uses, and probes for attributes such as skin tone.
 
-A probe is a ridge classifier on simple features of a picture. It is trained on the pictures of the training
-split only, as they are and blurred (drawn pictures are soft); how often it is right on real held-out pictures
+A probe is a ridge classifier on simple features of an image. It is trained on the images of the training
+split only, as they are and blurred (drawn images are soft); how often it is right on real held-out images
 is reported beside every score that it gives.
 """
 
@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from evaluation.benchmarks.pictures import load_clip
-from vlgpt.data.pixels import read_square, to_pixels
+from evaluation.benchmarks.images import load_clip
+from vlgpt.batch import to_pixels
+from vlgpt.images import read_square
 
 Pictures = NDArray[np.uint8]  # (n, S, S, 3)
 Floats = NDArray[np.float32]
@@ -31,7 +32,7 @@ BLUR_FACTOR = 3
 
 
 class Judge:
-    """A frozen CLIP: pictures -> unit embeddings. `size_px` is the size at which pictures are compared."""
+    """A frozen CLIP: images -> unit embeddings. `size_px` is the size at which images are compared."""
 
     def __init__(self, folder: Path):
         clip = load_clip(str(folder), option="judge")
@@ -49,7 +50,7 @@ class Judge:
         return torch.cat(rows).numpy()
 
     def squares(self, images: Sequence[bytes]) -> Pictures:
-        """Encoded pictures at the judge's size: -> (n, S, S, 3) uint8."""
+        """Encoded images at the judge's size: -> (n, S, S, 3) uint8."""
         return np.stack([read_square(data, size_px=self.size_px, decoder="pillow") for data in images])
 
 
@@ -60,7 +61,7 @@ def load_judge(folder: str) -> Judge:
 
 
 def blur(pictures: Pictures) -> Pictures:
-    """As soft as a drawn picture: (n, S, S, 3) -> (n, S, S, 3)."""
+    """As soft as a drawn image: (n, S, S, 3) -> (n, S, S, 3)."""
     pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float()
     small = F.interpolate(pixels, scale_factor=1 / BLUR_FACTOR, mode="area")
     soft = F.interpolate(small, size=pixels.shape[-2:], mode="bilinear", align_corners=False)
@@ -120,7 +121,7 @@ def _with_constant(inputs: Floats) -> NDArray[np.float64]:
 
 
 class Probe:
-    """Tells one attribute of a picture.
+    """Tells one attribute of an image.
 
     Skin tone is judged by colour alone; everything else by colour, layout and the judge's embedding.
     """
@@ -130,7 +131,7 @@ class Probe:
         self._classifier: RidgeClassifier | None = None
 
     def fit(self, pictures: Pictures, labels: Sequence[str]) -> Probe:
-        """Train on real pictures, sharp and blurred; returns itself."""
+        """Train on real images, sharp and blurred; returns itself."""
         features = np.concatenate([self._features(pictures), self._features(blur(pictures))])
         self._classifier = RidgeClassifier.fit(features, [*labels, *labels])
         return self
@@ -148,12 +149,12 @@ class Probe:
     def _features(self, pictures: Pictures) -> Floats:
         if self.attribute == "tone":
             return histogram(pictures)
-        # Weights bring the three to like spread; on real held-out pictures they beat each one alone.
+        # Weights bring the three to like spread; on real held-out images they beat each one alone.
         return np.concatenate(
             [3 * histogram(pictures), thumbnail(pictures), 5 * self.judge.embed(pictures)], axis=1
         )
 
 
 def has_label(info: Mapping[str, Any], attribute: str) -> bool:
-    """Whether the attribute applies to a picture and names one thing (a group may have several tones)."""
+    """Whether the attribute applies to an image and names one thing (a group may have several tones)."""
     return info[attribute] not in ("", "several")

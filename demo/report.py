@@ -1,36 +1,38 @@
-"""The demo's page of pictures: `python -m demo.report --run runs/demo --output runs/demo/report.html`.
+"""The demo's page: `python -m demo.report --run runs/demo --output runs/demo/report.html`.
 
 With `--demo FOLDER` a run on a pre-trained language model is set beside that demo: its values, and marks made of them.
-
-One self-contained HTML file: pictures are data: URIs, curves are inline SVG, there is no script and no external
-resource, and everything that a model or a data set wrote is escaped. Also writes metrics.json beside the runs
-and prints the table.
+One HTML file (vlgpt.html) with images, loss curves as inline SVG and the metrics. Also writes metrics.json beside the
+runs and prints the table.
 """
 
 from __future__ import annotations
 
-import argparse
-import base64
-import hashlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-import jinja2
+from pydantic import Field
+from rich import box
+from rich.console import Console
+from rich.table import Table
 
 from demo import report_samples as samples
-from demo.benchmarks.suite import METRICS, print_table
 from demo.pass_marks import PASS_MARKS, PassMark, marks_beside
 from demo.report_curves import Chart, loss_chart
 from demo.report_samples import Answered
 from evaluation import manifest
-from evaluation.core import read_json
+from evaluation.core import Metric, read_json
 from vlgpt.errors import UserError, run_command
 from vlgpt.files import write_atomic
+from vlgpt.html import page
+from vlgpt.options import Options, parse
 
+Metrics: TypeAlias = Mapping[str, Metric]
+METRICS = "metrics.json"
+LOG_WIDTH = 110
 TEMPLATES = Path(__file__).with_name("templates")
 RUNS = {
     "clip": "tiny CLIP (the frozen encoders)",
@@ -47,7 +49,7 @@ ATTRIBUTION = (
 )
 CAVEAT = (
     "The words for skin tone and gender are those of the Unicode names of these drawings; they say nothing about "
-    "people. Pictures are emoji only, on white, with English names; they and the numbers do not transfer to photos."
+    "people. Images are emoji only, on white, with English names; they and the numbers do not transfer to photos."
 )
 
 
@@ -62,17 +64,6 @@ def read_timings(run: Path) -> dict[str, float]:
     return {name: float(stamp["seconds"]) for name, stamp in done if "seconds" in stamp}
 
 
-def find_evaluation(run: Path) -> Path:
-    """The folder that the emoji suite wrote. Raises UserError that names the command."""
-    for folder in (run / "evaluation", run / "evaluation" / "emoji"):
-        if (folder / METRICS).is_file():
-            return folder
-    raise UserError(
-        f"{run / 'evaluation' / METRICS} not found; run: python -m evaluation.run emoji "
-        f"--model {run}/finetune/result --data {run}/data --output {run}/evaluation"
-    )
-
-
 def charts(run: Path) -> list[Chart]:
     """Loss curves of every training run that has logged."""
     found = [
@@ -84,9 +75,9 @@ def charts(run: Path) -> list[Chart]:
 
 
 def metric_rows(
-    metrics: Mapping[str, Mapping[str, float]],
+    metrics: Metrics,
     marks: Mapping[str, PassMark],
-    demo: Mapping[str, Mapping[str, float]],
+    demo: Metrics,
 ) -> list[dict[str, Any]]:
     """Rows of the table; `is_met` is None where nothing is demanded, `demo` where that run did not measure."""
     rows = []
@@ -137,23 +128,20 @@ def answered_by(evaluation: Path) -> str:
 
 def render(
     *,
-    metrics: Mapping[str, Any],
-    shown: Mapping[str, Any],
+    metrics: Metrics,
+    shown: Mapping[str, list[dict[str, Any]]],
     curves: Sequence[Chart],
     timings: Mapping[str, float],
     who: str,
     marks: Mapping[str, PassMark],
-    demo: Mapping[str, Any],
+    demo: Metrics,
 ) -> str:
     """The page; `demo` holds the metrics of the run that this one is set beside, or nothing."""
-    style = (TEMPLATES / "report.css").read_text(encoding="utf-8")
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined
-    )
     rows = metric_rows(metrics, marks, demo)
-    return environment.get_template("report.html").render(
-        style=style,
-        style_hash=base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
+    return page(
+        (TEMPLATES / "report.html").read_text(encoding="utf-8"),
+        title="VL-GPT demo",
+        style=(TEMPLATES / "report.css").read_text(encoding="utf-8"),
         judged=[row for row in rows if row["is_met"] is not None],
         others=[row for row in rows if row["is_met"] is None],
         charts=curves,
@@ -168,36 +156,68 @@ def render(
     )
 
 
+def print_table(metrics: Metrics, marks: Mapping[str, PassMark]) -> None:
+    """The metrics on the terminal: value, chance, n and, where the demo has one, the pass mark."""
+    result = Table("metric", "value", "chance", "n", "pass mark", "", box=box.SIMPLE_HEAD)
+    result.columns[0].no_wrap = True
+    for column in result.columns[1:4]:
+        column.justify = "right"
+    for name, entry in metrics.items():
+        mark = marks.get(name)
+        chance = f"{entry['chance']:.3f}" if "chance" in entry else ""
+        verdict = "" if mark is None else "[green]pass[/green]" if mark.is_met(entry) else "[red]below[/red]"
+        row = (name, f"{entry['value']:.3f}", chance, str(entry["n"]), mark.text if mark else "", verdict)
+        result.add_row(*row)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=LOG_WIDTH)
+    console.print(result)
+
+
+class ReportOptions(Options):
+    """The command line."""
+
+    run: Path = Field(description="the demo's folder, such as runs/demo")
+    output: Path = Field(description="report.html")
+    evaluation: Path | None = Field(
+        None, description="folder of evaluation/run_all.sh (default: RUN/evaluation)"
+    )
+    data: Path | None = Field(None, description="the demo's shards (default: RUN/data)")
+    demo: Path | None = Field(
+        None, description="folder of a finished demo to be set beside, such as runs/demo"
+    )
+    also: tuple[Path, ...] = Field((), description="more metrics (evaluation.text_nll)")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write report.html and metrics.json, print the table."""
-    p = argparse.ArgumentParser(prog="python -m demo.report", description=(__doc__ or "").split("\n")[0])
-    p.add_argument("--run", type=Path, required=True, help="the demo's folder, such as runs/demo")
-    p.add_argument("--output", type=Path, required=True, help="report.html")
-    p.add_argument("--evaluation", type=Path, help="what the emoji suite wrote (default: RUN/evaluation)")
-    p.add_argument("--data", type=Path, help="the demo's shards (default: RUN/data)")
-    p.add_argument("--demo", type=Path, help="folder of a finished demo to be set beside, such as runs/demo")
-    p.add_argument("--also", type=Path, nargs="*", default=(), help="more metrics (evaluation.text_nll)")
-    args = p.parse_args(arguments)
-    evaluation = args.evaluation or find_evaluation(args.run)
-    metrics = {
-        name: entry for path in (evaluation / METRICS, *args.also) for name, entry in read_json(path).items()
-    }
-    demo = read_json(args.demo / METRICS) if args.demo else {}
-    marks = marks_beside(demo) if args.demo else PASS_MARKS
-    page = render(
+    options = parse(
+        ReportOptions, arguments, prog="python -m demo.report", description=__doc__.split("\n")[0]
+    )
+    evaluation = options.evaluation or options.run / "evaluation"
+    if not (evaluation / METRICS).is_file():
+        raise UserError(
+            f"{evaluation / METRICS} not found; evaluate first (demo/jobs.yaml gives the command)"
+        )
+    metrics: dict[str, Metric] = {}
+    for path in (evaluation / METRICS, *options.also):
+        metrics |= read_json(path)
+    demo = read_json(options.demo / METRICS) if options.demo else {}
+    marks = marks_beside(demo) if options.demo else PASS_MARKS
+    html = render(
         metrics=metrics,
-        shown=sections(evaluation, args.data or args.run / "data"),
-        curves=charts(args.run),
-        timings=read_timings(args.run),
+        shown=sections(evaluation, options.data or options.run / "data"),
+        curves=charts(options.run),
+        timings=read_timings(options.run),
         who=answered_by(evaluation),
         marks=marks,
         demo=demo,
     )
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(args.output, page.encode())
-    write_atomic(args.run / METRICS, (json.dumps(metrics, indent=1) + "\n").encode())
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(options.output, html)
+    write_atomic(options.run / METRICS, json.dumps(metrics, indent=1) + "\n")
     print_table(metrics, marks)
-    print(args.output)
+    print(options.output)
     return 0
 
 

@@ -59,7 +59,7 @@ def loss_terms(records: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[flo
 
 
 def chart(title: str, terms: Mapping[str, Sequence[tuple[float, float]]]) -> Chart | None:
-    """Points of all terms in one picture; None without any."""
+    """Points of all terms in one image; None without any."""
     if not any(terms.values()):
         return None
     steps = [step for points in terms.values() for step, _ in points]

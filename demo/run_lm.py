@@ -7,14 +7,14 @@ replaying the language model's own replies, and measured.
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
-import time
 from pathlib import Path
 
+from pydantic import Field
+
 from demo import run as demo
-from demo.run import ZERO2, Step, console
+from demo.run import ZERO2, Step
+from vlgpt.options import Options, parse
 
 ROOT = Path("runs/demo-lm")
 CONFIGS = "demo/configs/lm"
@@ -39,10 +39,9 @@ def own_steps() -> list[Step]:
     ask = f"python -m demo.chats --model {model} --output {data} --threads 2"
     # Chats have no images: their features are empty, but the loader asks every source for them.
     empty = f"python -m data_prep.features {chats}-train --encoder {demo.ROOT}/clip/result --features patches"
-    evaluate = (
-        f"python -m evaluation.run emoji --model {ROOT}/finetune/result --pretrained {ROOT}/pretrain/result"
+    evaluate = demo.evaluation(
+        f"{ROOT}/finetune/result", pretrained=f"{ROOT}/pretrain/result", output=f"{ROOT}/evaluation"
     )
-    evaluate += f" --judge {demo.ROOT}/judge/result --data {demo.ROOT}/data --output {ROOT}/evaluation"
     # The demo has built all held-out shards for its own evaluation.
     nll = f"python -m evaluation.text_nll {ROOT}/finetune/result --base {model} --data {chats}-held-out"
     report = f"python -m demo.report --run {ROOT} --output {ROOT}/report.html --data {demo.ROOT}/data"
@@ -56,9 +55,10 @@ def own_steps() -> list[Step]:
         training("finetune", after=("lm-pretrain", "decoder"), port=29522),
         Step(
             "lm-evaluation",
-            f"{evaluate} --max-shots 8 --threads 2 --dtype bfloat16",
+            f"{evaluate} --option max_shots=8 --threads 2 --dtype bfloat16",
             f"{ROOT}/evaluation",
             ("lm-finetune", "evaluation"),
+            ("demo/jobs.yaml",),
         ),
         Step(
             "lm-text",
@@ -80,22 +80,15 @@ def steps() -> list[Step]:
     return [*demo.steps("conv"), *own_steps()]
 
 
+class LmOptions(Options):
+    """The command line."""
+
+    jobs: int = Field(2, description="steps side by side")
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--jobs", type=int, default=2, help="steps side by side")
-    arguments = parser.parse_args()
-    began = time.monotonic()
-    try:
-        timings = demo.run(steps(), jobs=arguments.jobs)
-    except KeyboardInterrupt:
-        console.print("interrupted; `make demo-lm` goes on from here")
-        return 130
-    own = {name: seconds for name, seconds in timings.items() if name.startswith("lm-")}
-    (ROOT / "timings.json").write_text(json.dumps(own, indent=1))
-    console.print(f"finished in {time.monotonic() - began:.0f} s: open {ROOT}/report.html")
-    return 0
+    options = parse(LmOptions, None, prog="python -m demo.run_lm", description=__doc__)
+    return demo.run_demo(steps(), jobs=options.jobs, root=ROOT, command="make demo-lm", prefix="lm-")
 
 
 if __name__ == "__main__":

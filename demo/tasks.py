@@ -1,5 +1,5 @@
 """Chats about emoji that are true by construction: questions, descriptions, drawings and edits with a real
-target picture.
+target image.
 
 Describe, draw and edit use the templates of the paper's Table 6; questions are plain turns. Training draws a
 fixed mixture, held-out splits list everything there is, so that evaluation only reads shards.
@@ -82,7 +82,7 @@ def draw(picture: Picture) -> Task:
 
 
 def edit(source: Picture, target: Picture, *, family: str) -> Task:
-    """Table 6, editing. `family` names the one attribute in which the two pictures differ."""
+    """Table 6, editing. `family` names the one attribute in which the two images differ."""
     wanted = getattr(target, family)
     prompts = {
         "tone": "Remove the skin tone." if wanted == "none" else f"Change the skin tone to {wanted}.",
@@ -93,7 +93,7 @@ def edit(source: Picture, target: Picture, *, family: str) -> Task:
 
 
 def label_question(picture: Picture, family: str) -> Task:
-    """A question whose answer is the picture's attribute word."""
+    """A question whose answer is the image's attribute word."""
     return Task("question", family, (picture,), QUESTIONS[family], picture.labels[family])
 
 
@@ -103,7 +103,7 @@ def flag_question(picture: Picture) -> Task:
 
 
 class Namer:
-    """Asks `is this X?`; wrong names come from `pictures` and are a function of the picture alone."""
+    """Asks `is this X?`; wrong names come from `pictures` and are a function of the image alone."""
 
     def __init__(self, pictures: Sequence[Picture]):
         self._by_subcategory: dict[str, list[Picture]] = defaultdict(list)
@@ -141,7 +141,7 @@ class Namer:
 
 
 def plan_held_out(catalogue: Sequence[Picture], split: str) -> list[Task]:
-    """Every question, description and drawing of the split's pictures, and every edit whose target lies in
+    """Every question, description and drawing of the split's images, and every edit whose target lies in
     it.
 
     Sources of edits come from the split or from training. Flags are asked about with equal numbers of yes and
@@ -166,13 +166,13 @@ def plan_held_out(catalogue: Sequence[Picture], split: str) -> list[Task]:
 
 
 def plan_held_out_gender(catalogue: Sequence[Picture]) -> list[Task]:
-    """Gender edits from a training picture to one that was never trained on."""
+    """Gender edits from a training image to one that was never trained on."""
     edits = [task for task in _edits(catalogue) if task.family == "gender"]
     return [task for task in edits if task.pictures[0].split == "train" and task.pictures[1].split != "train"]
 
 
 def plan_training(catalogue: Sequence[Picture], *, size: int, seed: int) -> list[Task]:
-    """`size` chats of training pictures in the proportions of MIXTURE and EDIT_MIXTURE, shuffled."""
+    """`size` chats of training images in the proportions of MIXTURE and EDIT_MIXTURE, shuffled."""
     pictures = [picture for picture in catalogue if picture.split == "train"]
     edits: dict[str, list[Task]] = defaultdict(list)
     for task in _edits(pictures):
@@ -196,7 +196,7 @@ def plan_training(catalogue: Sequence[Picture], *, size: int, seed: int) -> list
 
 
 def _question_makers(pictures: Sequence[Picture]) -> dict[str, Callable[[int], Iterator[Task]]]:
-    """Per family an endless stream of questions over its pictures, reshuffled at every pass."""
+    """Per family an endless stream of questions over its images, reshuffled at every pass."""
     namer = Namer(pictures)
     flags = [picture for picture in pictures if picture.is_flag]
     others = list(filter(_is_clearly_no_flag, pictures))

@@ -5,14 +5,18 @@ For models trained from scratch (the demo). A pre-trained language model brings 
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
 
 from demo.tiny import save_language_model, train_text_tokenizer
 from vlgpt import log
 from vlgpt.document import TextPart
+from vlgpt.errors import run_command
+from vlgpt.options import Argument, Options, parse
 from vlgpt.seeds import seed_everything
 from vlgpt.shards.reader import ShardSet
 
@@ -29,23 +33,25 @@ def texts_of(folders: Sequence[Path]) -> Iterator[str]:
     yield from ["USER: ASSISTANT:"] * 1000
 
 
+class TokenizerOptions(Options):
+    """The command line; all but `folders` and `output` is the shape of the two models."""
+
+    folders: Annotated[tuple[Path, ...], Argument(is_positional=True, metavar="DIR")]
+    output: Path
+    vocabulary_size: int = 1600
+    width: int = Field(128, description="of the random LLaMA written beside the tokenizer")
+    depth: int = 3
+    num_heads: int = 4
+    mlp_width: int = 352
+    seed: int = 0
+
+
 def run(argv: Sequence[str] | None = None) -> int:
     """Write FOLDER as a transformers model folder: the tokenizer and a random LLaMA of the given shape."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("dir", type=Path, nargs="+")
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--vocabulary-size", type=int, default=1600)
-    parser.add_argument(
-        "--width", type=int, default=128, help="of the random LLaMA written beside the tokenizer"
-    )
-    parser.add_argument("--depth", type=int, default=3)
-    parser.add_argument("--num-heads", type=int, default=4)
-    parser.add_argument("--mlp-width", type=int, default=352)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args(argv)
+    arguments = parse(TokenizerOptions, argv, prog="python -m demo.text_tokenizer", description=__doc__)
     log.configure()
     seed_everything(arguments.seed, "language model")
-    tokenizer = train_text_tokenizer(texts_of(arguments.dir), vocabulary_size=arguments.vocabulary_size)
+    tokenizer = train_text_tokenizer(texts_of(arguments.folders), vocabulary_size=arguments.vocabulary_size)
     save_language_model(
         arguments.output,
         tokenizer,
@@ -59,4 +65,4 @@ def run(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(log.run_command(run))
+    sys.exit(run_command(run))

@@ -1,4 +1,4 @@
-"""Demo only: the tiny CLIP and the picture decoder.
+"""Demo only: the tiny CLIP and the image decoder.
 
 deepspeed demo/train_parts.py --deepspeed ds_configs/zero2.json [--config YAML] [KEY=VALUE ...]
 """

@@ -1,4 +1,4 @@
-"""Mean bag-of-words F1, a score for small demonstrations: a multiset overlap of lower-cased words."""
+"""Bag-of-words F1 of short captions: the multiset overlap of lower-cased words."""
 
 from __future__ import annotations
 
@@ -25,15 +25,6 @@ def word_f1(prediction: str, references: Sequence[str]) -> float:
         raise ValueError(f"prediction {prediction!r} has no reference")
     ours = Counter(words_of(prediction))
     return max(_f1(ours, Counter(words_of(reference))) for reference in references)
-
-
-def mean_word_f1(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """Mean of `word_f1` as a fraction. Raises ValueError where lengths differ or nothing is given."""
-    if len(predictions) != len(references) or not predictions:
-        raise ValueError(
-            f"{len(predictions)} predictions for {len(references)} reference lists; give one for each"
-        )
-    return sum(map(word_f1, predictions, references)) / len(predictions)
 
 
 def _f1(ours: Counter[str], theirs: Counter[str]) -> float:

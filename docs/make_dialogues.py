@@ -21,10 +21,12 @@ from PIL import Image
 
 from demo.catalogue import Picture as Emoji
 from demo.catalogue import load_catalogue
-from vlgpt.chat.dialogue import Content, Dialogue, Picture, png_bytes
+from vlgpt.chat.dialogue import Content, Dialogue, Picture
 from vlgpt.chat.reply import Event, Finished, ReplySettings, Request, answer
+from vlgpt.decoding.api import DecodeSettings, Prompt
+from vlgpt.decoding.generator import Generator
 from vlgpt.document import Document, ImagePart, Part, TextPart
-from vlgpt.generate import DecodeSettings, Generator, Prompt
+from vlgpt.images import png_bytes
 
 BEGIN, END = "<!-- dialogues: written by docs/make_dialogues.py -->", "<!-- end of dialogues -->"
 SIZE_PX = 96

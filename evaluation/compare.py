@@ -1,39 +1,42 @@
-"""What differs between two results, in protocol and in score: `python -m evaluation.compare A/results.json
-B/results.json`.
+"""What differs between two results: `python -m evaluation.compare A/results.json B/results.json`.
 
 Published numbers disagree for mundane reasons, so the protocol comes first: prompt, decoding, shots, metric
 mode, split, data, weights, library versions. The difference of the primary metric comes with a paired
-bootstrap interval over the examples that both scored (for corpus metrics such as CIDEr: over per-example
-scores).
+bootstrap interval over the examples that both scored (for corpus metrics such as CIDEr: over per-example scores).
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
+from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
 from evaluation import manifest
-from evaluation.core import read_json
-from evaluation.metrics.bootstrap import paired_bootstrap
+from evaluation.core import JsonObject, Record, read_json
+from evaluation.metrics.bootstrap import CONFIDENCE, paired_bootstrap
 from evaluation.score import per_example_path
 from vlgpt.errors import UserError, run_command
+from vlgpt.options import Argument, Options, parse
 
 PROTOCOL = ("benchmark", "split", "shots", "n", "num_examples", "ids", "scoring", "notes", "run")
 
 
-def protocol_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
-    """Every protocol field that differs, as "path: value in A | value in B"."""
-    return manifest.differences({k: a.get(k) for k in PROTOCOL}, {k: b.get(k) for k in PROTOCOL})
+class CompareOptions(Options):
+    """The command line."""
+
+    a: Annotated[Path, Argument(is_positional=True)] = Field(description="results.json")
+    b: Annotated[Path, Argument(is_positional=True)] = Field(description="results.json")
+    seed: int = Field(0, description="of the bootstrap")
+    as_json: Annotated[bool, Argument(flag="--json")] = Field(False, description="print JSON")
 
 
-def compare(a: Path, b: Path, *, seed: int = 0, num_resamples: int = 2000) -> dict[str, Any]:
+def compare(a: Path, b: Path, *, seed: int = 0) -> JsonObject:
     """Both results side by side: protocol differences, metrics, and the paired interval of A - B.
 
     Raises UserError when the two are results of different benchmarks.
@@ -45,16 +48,17 @@ def compare(a: Path, b: Path, *, seed: int = 0, num_resamples: int = 2000) -> di
         )
     names = [name for name in left["metrics"] if name in right["metrics"]]
     values = {name: (left["metrics"][name]["value"], right["metrics"][name]["value"]) for name in names}
+    protocols = [{key: result.get(key) for key in PROTOCOL} for result in (left, right)]
     return {
         "benchmark": left["benchmark"],
         "primary": left["primary"],
-        "protocol": protocol_differences(left, right),
+        "protocol": manifest.differences(*protocols),
         "metrics": {name: {"a": x, "b": y, "difference": x - y} for name, (x, y) in values.items()},
-        "paired": _paired(a, b, seed=seed, num_resamples=num_resamples),
+        "paired": _paired(a, b, seed=seed),
     }
 
 
-def _paired(a: Path, b: Path, *, seed: int, num_resamples: int) -> dict[str, Any] | None:
+def _paired(a: Path, b: Path, *, seed: int) -> JsonObject | None:
     """Bootstrap of the mean difference over the examples of both; None where examples have no scores."""
     files = per_example_path(a), per_example_path(b)
     if not all(file.is_file() for file in files):
@@ -63,9 +67,7 @@ def _paired(a: Path, b: Path, *, seed: int, num_resamples: int) -> dict[str, Any
     ids = [id for id in left if id in right]
     if not ids:
         return None
-    interval = paired_bootstrap(
-        [left[id] for id in ids], [right[id] for id in ids], seed=seed, num_resamples=num_resamples
-    )
+    interval = paired_bootstrap([left[id] for id in ids], [right[id] for id in ids], seed=seed)
     return {
         "num_pairs": len(ids),
         "only_in_a": len(left) - len(ids),
@@ -73,12 +75,12 @@ def _paired(a: Path, b: Path, *, seed: int, num_resamples: int) -> dict[str, Any
         "difference": interval.mean,
         "low": interval.low,
         "high": interval.high,
-        "confidence": interval.confidence,
+        "confidence": CONFIDENCE,
         "is_significant": interval.low > 0 or interval.high < 0,
     }
 
 
-def show(comparison: Mapping[str, Any], console: Console) -> None:
+def show(comparison: Record, console: Console) -> None:
     """The comparison as text: first what makes the two incomparable."""
     console.print(f"{comparison['benchmark']}: {len(comparison['protocol'])} differences in protocol (A | B)")
     for line in comparison["protocol"]:
@@ -99,16 +101,10 @@ def show(comparison: Mapping[str, Any], console: Console) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    p = argparse.ArgumentParser(
-        prog="python -m evaluation.compare", description=(__doc__ or "").split("\n")[0]
-    )
-    p.add_argument("a", type=Path, help="results.json")
-    p.add_argument("b", type=Path, help="results.json")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--json", action="store_true", help="print JSON")
-    args = p.parse_args(arguments)
-    comparison = compare(args.a, args.b, seed=args.seed)
-    if args.json:
+    description = (__doc__ or "").split("\n")[0]
+    options = parse(CompareOptions, arguments, prog="python -m evaluation.compare", description=description)
+    comparison = compare(options.a, options.b, seed=options.seed)
+    if options.as_json:
         print(json.dumps(comparison, indent=1, ensure_ascii=False))
     else:
         show(comparison, Console())

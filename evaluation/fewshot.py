@@ -1,47 +1,54 @@
-"""Demonstrations before the question: k training examples with their answers, chosen at random or by
-likeness.
+"""Demonstrations before the question: k training examples with their answers, chosen at random or by likeness.
 
 Random choice is addressed by (seed, example id): it depends on neither order, batch nor number of
-processes, and the first two of k = 4 are those of k = 2. RICES takes the training pictures nearest to the
-question's picture (cosine of CLIP features), the nearest one last, next to the question. The paper does not
+processes, and the first two of k = 4 are those of k = 2. RICES takes the training images nearest to the
+question's image (cosine of CLIP features), the nearest one last, next to the question. The paper does not
 say which of the two it used.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from itertools import islice
+from typing import Literal
 
 import numpy as np
 from PIL import Image
 
-from evaluation.core import Benchmark, DataNotFound, Example, Prompt, read_image, with_demonstrations
+from evaluation import prompts
+from evaluation.core import Benchmark, DataNotFound, Example, JsonObject, Prompt, Record, read_image
 from vlgpt import seeds
+from vlgpt.document import join
 from vlgpt.errors import UserError
 
-ImageFeatures = Callable[[Sequence[Image.Image]], np.ndarray]
-"""Pictures -> (num_pictures, dim) features."""
+Selection = Literal["random", "rices"]
+ImageFeatures = Callable[[Iterable[Image.Image]], np.ndarray]
+"""Images -> (num_images, dim) features."""
 DAGGER_SHOTS = 2
-"""The rows marked with a dagger in the paper: two demonstrations whose pictures are left out."""
+"""The rows marked with a dagger in the paper: two demonstrations whose images are left out."""
+MAX_SHUFFLED = 4096
+NUM_SPARE = 1024
 
 
 @dataclass(frozen=True)
 class FewShot:
-    """What demonstrations a run has. `is_text_only` leaves their pictures out."""
+    """What demonstrations a run has. `is_text_only` leaves their images out."""
 
     shots: int = 0
     seed: int = 0
-    selection: Literal["random", "rices"] = "random"
+    selection: Selection = "random"
     is_text_only: bool = False
 
     @staticmethod
     def dagger(*, seed: int = 0) -> FewShot:
+        """The demonstrations of the paper's dagger rows."""
         return FewShot(DAGGER_SHOTS, seed=seed, is_text_only=True)
 
 
-def label_of(shots: Mapping[str, Any]) -> str:
+def label_of(shots: Record) -> str:
     """A short name of a manifest's `shots`: "0", "dagger", "4", "4-rices"."""
     if not shots.get("k"):
         return "0"
@@ -53,11 +60,9 @@ def label_of(shots: Mapping[str, Any]) -> str:
 class Demonstrator:
     """Builds few-shot prompts of one benchmark.
 
-    Args: pool: training examples. features: for RICES, picture features (batches of `BATCH_SIZE`).
-    Raises UserError when the pool is too small or RICES has no features.
+    Args: pool: training examples. features: for RICES, image features.
+    Raises DataNotFound when the pool is too small, UserError when RICES has no features.
     """
-
-    BATCH_SIZE = 64
 
     def __init__(
         self,
@@ -75,45 +80,43 @@ class Demonstrator:
         if few_shot.shots and few_shot.selection == "rices":
             if features is None:
                 raise UserError(
-                    "RICES needs picture features: give --clip a CLIP folder, or --selection random"
+                    "RICES needs image features: give --clip a CLIP folder, or --selection random"
                 )
             self._pool_features = self._features_of(pool)
 
     def prompt(self, example: Example) -> tuple[Prompt, list[str]]:
         """An example's prompt with its demonstrations in front, and their ids."""
-        chosen = self.choose(example)
-        has_image = not self.few_shot.is_text_only
-        pieces = [
-            (self.benchmark.demonstration(shot, has_image=has_image), shot.prompt.images if has_image else ())
-            for shot in chosen
-        ]
-        return with_demonstrations(example.prompt, pieces), [shot.id for shot in chosen]
+        shots, has_images = self.choose(example), not self.few_shot.is_text_only
+        document = example.prompt.document
+        pieces = [self.benchmark.demonstration(shot, has_image=has_images) for shot in shots]
+        joined = join(document.id, document.source, [*pieces, document.parts], document.info)
+        joined = dataclasses.replace(joined, parts=prompts.merge_text(joined.parts))
+        images = [image for shot in shots for image in shot.prompt.images] if has_images else []
+        prompt = Prompt(joined, (*images, *example.prompt.images), example.prompt.id)
+        return prompt, [shot.id for shot in shots]
 
     def choose(self, example: Example) -> list[Example]:
-        """The demonstrations of an example, never one with its own picture or id."""
+        """The demonstrations of an example, never one with its own image or id."""
         if not self.few_shot.shots:
             return []
         order = self._nearest(example) if self.few_shot.selection == "rices" else self._random(example)
-        chosen: list[Example] = []
-        for at in order:
-            if len(chosen) < self.few_shot.shots and not _is_same(self.pool[at], example):
-                chosen.append(self.pool[at])
-            if len(chosen) == self.few_shot.shots:
-                break
-        else:
+        others = (self.pool[at] for at in order if not _is_same(self.pool[at], example))
+        chosen = list(islice(others, self.few_shot.shots))
+        if len(chosen) < self.few_shot.shots:
             raise UserError(
-                f"{example.id}: fewer than {self.few_shot.shots} training examples with another picture"
+                f"{example.id}: fewer than {self.few_shot.shots} training examples with another image"
             )
         return chosen[::-1] if self.few_shot.selection == "rices" else chosen
 
     def _random(self, example: Example) -> list[int]:
-        """Different pool positions in random order; a few more than needed, since some may show the same
-        picture."""
+        """Different pool positions in random order."""
         random = seeds.generator(self.few_shot.seed, "few-shot", self.benchmark.name, example.id)
-        if len(self.pool) <= 4096:
+        if len(self.pool) <= MAX_SHUFFLED:
             return [int(at) for at in random.permutation(len(self.pool))]
+        # VQAv2 has 443,757 training questions: shuffling them for every example would be wasted work. More than
+        # needed are drawn, since some may show the example's own image.
         drawn: dict[int, None] = {}
-        while len(drawn) < min(len(self.pool), self.few_shot.shots + 1024):
+        while len(drawn) < min(len(self.pool), self.few_shot.shots + NUM_SPARE):
             drawn[int(random.integers(len(self.pool)))] = None
         return list(drawn)
 
@@ -122,18 +125,13 @@ class Demonstrator:
         return [int(at) for at in np.argsort(-similarity, kind="stable")]
 
     def _features_of(self, examples: Sequence[Example]) -> np.ndarray:
-        """Unit features of each example's picture `-> (num_examples, dim)`."""
+        """Unit features of each example's image: -> (num_examples, dim)."""
         assert self.features is not None
-        rows = []
-        for start in range(0, len(examples), self.BATCH_SIZE):
-            batch = examples[start : start + self.BATCH_SIZE]
-            rows.append(
-                np.asarray(self.features([read_image(item.prompt.images[0]) for item in batch]), np.float64)
-            )
-        features = np.concatenate(rows)
+        images = (read_image(example.prompt.images[0]) for example in examples)
+        features = np.asarray(self.features(images), np.float64)
         return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
 
-    def manifest(self) -> dict[str, Any]:
+    def manifest(self) -> JsonObject:
         """For the manifest: how demonstrations were chosen, and from what."""
         few_shot = self.few_shot
         if not few_shot.shots:

@@ -1,17 +1,14 @@
-"""The Inception network of FID: Google's 2015-12-05 graph as pytorch-fid and torch-fidelity port it (2048
-features).
+"""The Inception network of FID: Google's 2015-12-05 graph as pytorch-fid and torch-fidelity port it (2048 features).
 
 It differs from torchvision's Inception v3 in three kinds of block (average pooling that leaves padding out
 of the count; max pooling in the last block) and has 1,008 classes. Weights: a local copy of
-`pt_inception-2015-12-05-6726825d.pth` (pytorch-fid) or the same as safetensors; a file of other weights is
-refused.
+`pt_inception-2015-12-05-6726825d.pth` (pytorch-fid) or the same as safetensors; a file of other weights is refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,12 +17,12 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.models import inception
 
+from evaluation.features import in_batches
 from evaluation.metrics.resize import ResizeMode, resize
 from vlgpt.errors import UserError
 from vlgpt.models.encoders import hash_weights
 
 NUM_CLASSES = 1008
-BATCH_SIZE = 32
 
 
 def _pool(x: Tensor) -> Tensor:
@@ -53,8 +50,7 @@ class BlockC(inception.InceptionC):
 
 
 class BlockE(inception.InceptionE):
-    """Mixed_7: (B, C, 8, 8) -> (B, 2048, 8, 8). `is_last` pools with the maximum, as the original graph
-    does."""
+    """Mixed_7: (B, C, 8, 8) -> (B, 2048, 8, 8). `is_last` pools with the maximum, as the original graph does."""
 
     def __init__(self, in_channels: int, *, is_last: bool):
         super().__init__(in_channels)
@@ -65,19 +61,13 @@ class BlockE(inception.InceptionE):
         double = self.branch3x3dbl_2(self.branch3x3dbl_1(x))
         # UPSTREAM: pytorch-fid inception.py, FIDInceptionE_2: the TensorFlow graph has max pooling here.
         pooled = F.max_pool2d(x, kernel_size=3, stride=1, padding=1) if self.is_last else _pool(x)
-        return torch.cat(
-            [
-                self.branch1x1(x),
-                torch.cat([self.branch3x3_2a(b3), self.branch3x3_2b(b3)], 1),
-                torch.cat([self.branch3x3dbl_3a(double), self.branch3x3dbl_3b(double)], 1),
-                self.branch_pool(pooled),
-            ],
-            1,
-        )
+        b3 = torch.cat([self.branch3x3_2a(b3), self.branch3x3_2b(b3)], 1)
+        double = torch.cat([self.branch3x3dbl_3a(double), self.branch3x3dbl_3b(double)], 1)
+        return torch.cat([self.branch1x1(x), b3, double, self.branch_pool(pooled)], 1)
 
 
 def new_inception() -> nn.Module:
-    """The network without weights; its forward ends after the average pool: (B, 3, 299, 299) -> (B, 2048)."""
+    """The network without weights; `features_of` runs it up to its average pool."""
     net = inception.Inception3(num_classes=NUM_CLASSES, aux_logits=False, init_weights=False)
     net.Mixed_5b, net.Mixed_5c, net.Mixed_5d = BlockA(192, 32), BlockA(256, 64), BlockA(288, 64)
     for name, width in (("6b", 128), ("6c", 160), ("6d", 160), ("6e", 192)):
@@ -86,7 +76,7 @@ def new_inception() -> nn.Module:
     return net.eval()
 
 
-def features_of(net: Any, pixels: Tensor) -> Tensor:
+def features_of(net: nn.Module, pixels: Tensor) -> Tensor:
     """Pool-3 features: (B, 3, 299, 299) -> (B, 2048)."""
     for name, layer in net.named_children():
         if name == "avgpool":
@@ -96,8 +86,7 @@ def features_of(net: Any, pixels: Tensor) -> Tensor:
 
 
 class InceptionFeatures:
-    """Pool-3 features of the FID Inception with local weights. Raises UserError when the file does not
-    fit."""
+    """Pool-3 features of the FID Inception with local weights. Raises UserError when the file does not fit."""
 
     def __init__(self, path: Path, *, resize_mode: ResizeMode = "pytorch_fid", device: str = "cpu"):
         if not path.is_file():
@@ -119,18 +108,15 @@ class InceptionFeatures:
             "resize": resize_mode,
         }
 
-    def images(self, images: Sequence[Image.Image]) -> np.ndarray:
-        """`(n, 2048)`."""
+    def images(self, images: Iterable[Image.Image]) -> np.ndarray:
+        """Images -> (n, 2048)."""
         rows = []
-        for start in range(0, len(images), BATCH_SIZE):
-            batch = [
-                resize(np.asarray(image), self.resize_mode) for image in images[start : start + BATCH_SIZE]
-            ]
-            pixels = torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2).float()
+        for batch in in_batches(images):
+            arrays = [resize(np.asarray(image), self.resize_mode) for image in batch]
+            pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float()
+            pixels = _scaled(pixels, self.resize_mode).to(self.device)
             with torch.no_grad():
-                rows.append(
-                    features_of(self.net, _scaled(pixels, self.resize_mode).to(self.device)).double().cpu()
-                )
+                rows.append(features_of(self.net, pixels).double().cpu())
         return torch.cat(rows).numpy()
 
 
@@ -146,4 +132,5 @@ def _read(path: Path) -> dict[str, Tensor]:
         from safetensors.torch import load_file
 
         return load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True)  # tensors only: nothing in the file is run
+    # Tensors only, so that no code in a downloaded file runs.
+    return torch.load(path, map_location="cpu", weights_only=True)

@@ -1,5 +1,4 @@
-"""What a result depends on: written beside every set of predictions as run.json, copied into every
-results.json."""
+"""What a result depends on: written beside every set of predictions as run.json, copied into every results.json."""
 
 from __future__ import annotations
 
@@ -8,17 +7,19 @@ import hashlib
 import importlib.metadata
 import json
 import platform
-import secrets
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
-from evaluation.core import Benchmark, Decoding, Example, ImageSource, Responder
+from evaluation.benchmarks import reference
+from evaluation.core import Benchmark, DecodeSettings, Example, JsonObject, Record, Responder
 from evaluation.prompts import PromptTemplate
+from vlgpt.decoding.api import ImageLike
 from vlgpt.errors import UserError
-from vlgpt.files import hash_stream
+from vlgpt.files import hash_stream, write_atomic
 
-PACKAGES = (
+Manifest: TypeAlias = JsonObject
+PACKAGES = [
     "vlgpt",
     "numpy",
     "pillow",
@@ -28,18 +29,10 @@ PACKAGES = (
     "open_clip_torch",
     "nltk",
     "easy-vqa",
-)
+]
 PROTOCOL_KEYS = (
-    "benchmark",
-    "split",
-    "prompt",
-    "second_prompt",
-    "decoding",
-    "answer_options",
-    "shots",
-    "responder",
-    "questions",
-    "subset",
+    *("benchmark", "split", "prompt", "second_prompt", "decoding", "answer_options"),
+    *("shots", "responder", "questions", "subset"),
 )
 """Predictions made under different values of these may never end in one file."""
 
@@ -66,7 +59,7 @@ def library_versions() -> dict[str, str]:
 
 
 def questions_hash(examples: Sequence[Example]) -> str:
-    """A hash of every id and zero-shot prompt, pictures by name: changes when the data or the prompt does."""
+    """A hash of every id and zero-shot prompt, images by name: changes when the data or the prompt does."""
     digest = hashlib.blake2b(digest_size=16)
     for example in examples:
         parts = example.prompt.document.to_record()["parts"]
@@ -75,10 +68,10 @@ def questions_hash(examples: Sequence[Example]) -> str:
     return digest.hexdigest()
 
 
-def _image_name(image: ImageSource) -> str:
+def _image_name(image: ImageLike) -> str:
     if isinstance(image, Path):
         return image.name
-    data = image if isinstance(image, bytes) else image.tobytes()
+    data = image if isinstance(image, bytes) else image.tobytes()  # type: ignore[union-attr]
     return hashlib.blake2b(data, digest_size=8).hexdigest()
 
 
@@ -87,18 +80,18 @@ def build(
     examples: Sequence[Example],
     *,
     responder: Responder,
-    decoding: Decoding,
-    shots: dict[str, Any],
-    subset: dict[str, Any] | None,
-) -> dict[str, Any]:
+    decoding: DecodeSettings,
+    shots: JsonObject,
+    subset: JsonObject | None,
+) -> Manifest:
     """The manifest of a run."""
-    template, second = benchmark.template, benchmark.second_template
+    second = benchmark.second_template
     return {
-        "benchmark": benchmark.name,
+        "benchmark": reference(benchmark),
         "split": benchmark.split,
         "options": benchmark.options(),
         "answer_options": {name: getattr(benchmark, name) for name in benchmark.answer_options},
-        "prompt": _prompt_record(template),
+        "prompt": _prompt_record(benchmark.template),
         **({} if second is None else {"second_prompt": _prompt_record(second)}),
         "decoding": dataclasses.asdict(decoding) | {"stop": list(decoding.stop)},
         "shots": shots,
@@ -113,7 +106,7 @@ def _prompt_record(template: PromptTemplate) -> dict[str, str]:
     return {"id": template.id, "hash": template.hash, "source": template.source, **template.text}
 
 
-def differences(a: dict[str, Any], b: dict[str, Any], *, prefix: str = "") -> list[str]:
+def differences(a: Record, b: Record, *, prefix: str = "") -> list[str]:
     """Leaves that differ between two JSON objects, as "path: a | b" lines."""
     lines = []
     for key in sorted(a.keys() | b.keys()):
@@ -125,7 +118,7 @@ def differences(a: dict[str, Any], b: dict[str, Any], *, prefix: str = "") -> li
     return lines
 
 
-def protocol(manifest: dict[str, Any]) -> dict[str, Any]:
+def _protocol(manifest: Manifest) -> Manifest:
     """The part of a manifest that predictions depend on; of the export its hash counts, not its path."""
     kept = {key: manifest[key] for key in PROTOCOL_KEYS if key in manifest}
     if isinstance(kept.get("responder"), dict):
@@ -133,24 +126,20 @@ def protocol(manifest: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def write_or_check(folder: Path, manifest: dict[str, Any]) -> None:
+def write_or_check(folder: Path, manifest: Manifest) -> None:
     """Write run.json, or compare with what is there. Raises UserError when the protocol has changed."""
-    path = folder / "run.json"
-    if path.is_file():
-        old = json.loads(path.read_text(encoding="utf-8"))
-        if changed := differences(protocol(old), protocol(manifest)):
-            raise UserError(
-                f"{folder} holds predictions of another protocol ({'; '.join(changed[:5])}: old | new); "
-                "choose another --output or delete the folder"
-            )
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".run.{secrets.token_hex(6)}.json"
-    temporary.write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    old = read(folder)
+    if old is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(folder / "run.json", json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+    elif changed := differences(_protocol(old), _protocol(manifest)):
+        raise UserError(
+            f"{folder} holds predictions of another protocol ({'; '.join(changed[:5])}: old | new); "
+            "choose another --output or delete the folder"
+        )
 
 
-def read(folder: Path) -> dict[str, Any] | None:
+def read(folder: Path) -> Manifest | None:
     """run.json of a predictions folder, if it has one."""
     path = folder / "run.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None

@@ -2,7 +2,7 @@
 
 OUT/shards/00000-of-00002.jsonl ...   what each process has answered so far; survives a kill
 OUT/predictions.jsonl                 all of it in the benchmark's order, once nothing is missing
-OUT/images/*.png                      drawn pictures, named by id
+OUT/images/*.png                      drawn images, named by id
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
-from evaluation.core import Prediction, png_bytes
+from evaluation.core import Prediction, Record
 from vlgpt import seeds
 from vlgpt.errors import UserError
 from vlgpt.files import write_atomic
+from vlgpt.images import png_bytes
 
 SHOWN_IDS = 10
 
@@ -31,12 +31,13 @@ def process_of(id: str, *, num_processes: int) -> int:
     return seeds.address("evaluation-process", id) % num_processes
 
 
-def to_line(prediction: Mapping[str, Any]) -> str:
+def to_line(prediction: Record) -> str:
+    """One line of a predictions file."""
     return json.dumps(prediction, ensure_ascii=False, sort_keys=True) + "\n"
 
 
 class PredictionLog:
-    """Appends predictions to one process's file. A line that a kill cut short is removed on opening."""
+    """Appends predictions to the file of one process. A line that a kill cut short is removed on opening."""
 
     def __init__(self, folder: Path, *, rank: int, num_processes: int):
         folder = folder / "shards"
@@ -56,7 +57,7 @@ class PredictionLog:
 
 
 def save_image(folder: Path, id: str, image: Image.Image) -> str:
-    """Write a drawn picture as PNG, whole or not at all; the path below `folder`."""
+    """Write a drawn image as PNG, whole or not at all; the path below `folder`."""
     is_plain = re.fullmatch(r"\w[\w.-]{0,99}", id) is not None
     name = id if is_plain else hashlib.blake2b(id.encode(), digest_size=12).hexdigest()
     path = folder / "images" / f"{name}.png"
@@ -107,7 +108,7 @@ def read_shards(folder: Path) -> dict[str, Prediction]:
 
 
 def merge(folder: Path, ids: Sequence[str]) -> Path | None:
-    """Write predictions.jsonl in the order of `ids` when every one is answered; else None. Safe to repeat."""
+    """Write predictions.jsonl in the order of `ids` when every one is answered, else None. It may run many times."""
     found = read_shards(folder)
     if any(id not in found for id in ids):
         return None
@@ -128,7 +129,7 @@ class IdCheck:
         return bool(self.missing or self.duplicate or self.foreign)
 
     def __str__(self) -> str:
-        found = [(name, getattr(self, name)) for name in ("missing", "duplicate", "foreign")]
+        found = asdict(self).items()
         return "; ".join(f"{len(ids)} {name} ids: {_shorten(ids)}" for name, ids in found if ids)
 
 

@@ -9,18 +9,29 @@ work by example id. The last one to finish merges their files into predictions.j
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Container, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal
 
 import numpy as np
+from pydantic import Field, model_validator
 
 from evaluation import benchmarks, manifest
-from evaluation.core import Benchmark, Decoding, Example, Prediction, Prompt, Responder
-from evaluation.fewshot import Demonstrator, FewShot
+from evaluation.core import (
+    IMAGE_KINDS,
+    Benchmark,
+    DecodeSettings,
+    Example,
+    JsonObject,
+    Prediction,
+    Prompt,
+    Responder,
+)
+from evaluation.features import ClipFeatures
+from evaluation.fewshot import Demonstrator, FewShot, Selection
 from evaluation.predictions import (
     PredictionLog,
     check_ids,
@@ -34,9 +45,66 @@ from evaluation.responders import ModelResponder, OracleResponder, ShuffledRespo
 from vlgpt import seeds
 from vlgpt.errors import UserError, run_command
 from vlgpt.log import configure, get_logger
+from vlgpt.options import Argument, Options, parse
 from vlgpt.processes import Share, run_ranks
 
-PICTURE_KINDS = ("image", "reconstruction")
+Pairs = Annotated[tuple[str, ...], Argument(is_repeated=True, metavar="NAME=VALUE")]
+
+
+class AnswerOptions(Options):
+    """Flags that `evaluation.run` and `evaluation.run_all` share."""
+
+    prompts: str = Field("vlgpt", description="vlgpt (pre-trained), vlgpt-i (instruction-tuned) or a .yaml")
+    limit: int | None = Field(None, description="answer a random subset of this size")
+    batch_size: int = 8
+    draw_batch_size: int = Field(1, description="images drawn at a time (part of the protocol)")
+    num_processes: int = 1
+    rank: int | None = Field(
+        None, description="this process (0 ...); without it all processes are started here"
+    )
+    device: str = "cpu"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+    @model_validator(mode="after")
+    def _is_one_of_the_processes(self) -> AnswerOptions:
+        Share(self.rank or 0, self.num_processes, flag="--rank")
+        return self
+
+    def load(self, export: Path) -> ModelResponder:
+        """The model of an export folder; processes take turns on the machine's GPUs."""
+        device = self.device
+        if device == "cuda":
+            import torch
+
+            device = f"cuda:{(self.rank or 0) % max(torch.cuda.device_count(), 1)}"
+        return ModelResponder.load(
+            export, device=device, dtype=self.dtype, draw_batch_size=self.draw_batch_size
+        )
+
+
+class RunOptions(AnswerOptions):
+    """The command line."""
+
+    benchmark: Annotated[str, Argument(is_positional=True)] = Field(description=benchmarks.VALID_NAMES)
+    model: Path | None = Field(None, description="export folder (vlgpt export)")
+    responder: Literal["oracle", "shuffled"] | None = Field(
+        None, description="a fake that tests the benchmark, instead of --model"
+    )
+    data: Path = Field(description="folder with the official files (docs/evaluation.md)")
+    output: Path
+    option: Pairs = Field((), description="an option of the benchmark")
+    decode: Pairs = Field((), description="a decode setting")
+    shots: int = Field(0, description="demonstrations before the question")
+    dagger: bool = Field(False, description="two demonstrations without their images (paper's dagger)")
+    selection: Selection = "random"
+    clip: Path | None = Field(None, description="CLIP folder for RICES")
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _has_one_who_answers(self) -> RunOptions:
+        if (self.model is None) == (self.responder is None):
+            raise UserError("give --model FOLDER or --responder, one of the two")
+        return self
 
 
 def run(
@@ -46,32 +114,35 @@ def run(
     examples: Sequence[Example],
     output: Path,
     demonstrator: Demonstrator | None = None,
-    decoding: Decoding | None = None,
+    decoding: DecodeSettings | None = None,
     batch_size: int = 8,
     num_processes: int = 1,
     rank: int = 0,
-    subset: dict[str, Any] | None = None,
+    subset: JsonObject | None = None,
 ) -> Path | None:
     """Answer this process's share of the examples; the path of predictions.jsonl once all shares are done.
 
     Raises UserError when `output` holds predictions of another protocol.
     """
     decoding = decoding or benchmark.decoding
-    if benchmark.kind in PICTURE_KINDS:  # recorded as it is drawn
+    if benchmark.kind in IMAGE_KINDS:
+        # The manifest records what is drawn with, also where the image decoder decides.
         own = getattr(responder, "drawing", {})
-        decoding = decoding.replace(**{key: own[key] for key in own if getattr(decoding, key) is None})
+        decoding = replace(decoding, **{key: own[key] for key in own if getattr(decoding, key) is None})
     demonstrator = demonstrator or Demonstrator(benchmark, (), FewShot())
-    shots = demonstrator.manifest()
-    manifest.write_or_check(
-        output,
-        manifest.build(
-            benchmark, examples, responder=responder, decoding=decoding, shots=shots, subset=subset
-        ),
+    facts = manifest.build(
+        benchmark,
+        examples,
+        responder=responder,
+        decoding=decoding,
+        shots=demonstrator.manifest(),
+        subset=subset,
     )
+    manifest.write_or_check(output, facts)
     for name, content in benchmark.extra_files(examples).items():
         (output / name).write_text(content, encoding="utf-8")
     done = read_shards(output)
-    group_size = getattr(responder, "draw_batch_size", 1) if benchmark.kind in PICTURE_KINDS else 1
+    group_size = getattr(responder, "draw_batch_size", 1) if benchmark.kind in IMAGE_KINDS else 1
     batches = _batches(
         examples, done, group_size=group_size, batch_size=batch_size, num_processes=num_processes, rank=rank
     )
@@ -104,8 +175,8 @@ def _batches(
 ) -> list[Sequence[Example]]:
     """What this process still has to ask, in batches.
 
-    Pictures that are made several at a time round differently beside other prompts. So their batches are fixed
-    groups of the benchmark's order: one group is answered by one process, and whole again when a kill cut it.
+    Images that are made several at a time round differently beside other prompts. So their batches are fixed
+    groups of the benchmark's order: one process answers a whole group, and all of it again after a kill within it.
     """
     groups = [examples[start : start + group_size] for start in range(0, len(examples), group_size)]
     mine = [group for group in groups if process_of(group[0].id, num_processes=num_processes) == rank]
@@ -121,10 +192,10 @@ def answer(
     responder: Responder,
     examples: Sequence[Example],
     prompts: Sequence[Prompt],
-    decoding: Decoding,
+    decoding: DecodeSettings,
     output: Path,
 ) -> list[Prediction]:
-    """One prediction for every example, by the benchmark's kind."""
+    """One prediction for every example, by the benchmark's kind; images go below `output`."""
     ids = [example.id for example in examples]
     if benchmark.kind == "text":
         texts = responder.generate(prompts, decoding)
@@ -155,64 +226,29 @@ def _second_answer(benchmark: Benchmark, responder: Responder, example: Example)
 
 
 def select(examples: Sequence[Example], *, limit: int | None, seed: int) -> Sequence[Example]:
-    """At most `limit` examples, a random subset in the benchmark's order: the same for every model and
-    process."""
+    """At most `limit` examples, a random subset in the benchmark's order: the same for all models and processes."""
     if limit is None or limit >= len(examples):
         return examples
-    chosen = set(
-        sorted(range(len(examples)), key=lambda i: seeds.address(seed, "limit", examples[i].id))[:limit]
-    )
-    return [example for i, example in enumerate(examples) if i in chosen]
+    order = sorted(range(len(examples)), key=lambda at: seeds.address(seed, "limit", examples[at].id))
+    return [examples[at] for at in sorted(order[:limit])]
 
 
 def write_submission(benchmark: Benchmark, predictions_file: Path, data: Path) -> Path | None:
-    """The official submission file beside predictions.jsonl, where the benchmark has one."""
+    """The official submission file beside predictions.jsonl, where the benchmark has one.
+
+    Raises UserError when it would not hold exactly one answer to every question of the split.
+    """
     predictions = {r["id"]: r for r in read_jsonl(predictions_file)}
     records = benchmark.submission(predictions, data)
     if records is None:
         return None
-    check = check_ids([record["id"] for record in benchmark.from_submission(records)], predictions)
+    ids = [record["id"] for record in benchmark.from_submission(records)]
+    check = check_ids(ids, [example.id for example in benchmark.truths(data)])
     if check.missing or check.duplicate:
         raise UserError(f"{benchmark.name}: the submission would be refused by the server ({check})")
     path = predictions_file.with_name("submission.json")
     path.write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")
     return path
-
-
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m evaluation.run", description=(__doc__ or "").split("\n")[0])
-    p.add_argument("benchmark", help=", ".join(benchmarks.REGISTRY))
-    who = p.add_mutually_exclusive_group(required=True)
-    who.add_argument("--model", type=Path, help="export folder (vlgpt export)")
-    who.add_argument("--responder", choices=("oracle", "shuffled"), help="a fake that tests the benchmark")
-    p.add_argument(
-        "--data", type=Path, required=True, help="folder with the official files (docs/evaluation.md)"
-    )
-    p.add_argument("--output", type=Path, required=True)
-    p.add_argument(
-        "--option", action="append", default=[], metavar="NAME=VALUE", help="an option of the benchmark"
-    )
-    p.add_argument("--decode", action="append", default=[], metavar="NAME=VALUE", help="a decode setting")
-    p.add_argument(
-        "--prompts", default="vlgpt", help="vlgpt (pre-trained), vlgpt-i (instruction-tuned) or a .yaml"
-    )
-    p.add_argument("--shots", type=int, default=0)
-    p.add_argument(
-        "--dagger", action="store_true", help="two demonstrations without their pictures (paper's dagger)"
-    )
-    p.add_argument("--selection", choices=("random", "rices"), default="random")
-    p.add_argument("--clip", type=Path, help="CLIP folder for RICES")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--limit", type=int, help="answer a random subset of this size")
-    p.add_argument("--batch-size", type=int, default=8)
-    p.add_argument(
-        "--draw-batch-size", type=int, default=1, help="pictures drawn at a time (part of the protocol)"
-    )
-    p.add_argument("--num-processes", type=int, default=1)
-    p.add_argument("--rank", type=int, help="this process (0 ...); without it all processes are started here")
-    p.add_argument("--device", default="cpu")
-    p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    return p
 
 
 def pairs(texts: Sequence[str], flag: str) -> dict[str, str]:
@@ -222,69 +258,60 @@ def pairs(texts: Sequence[str], flag: str) -> dict[str, str]:
     return dict(text.split("=", 1) for text in texts)
 
 
+def changed(decoding: DecodeSettings, changes: JsonObject) -> DecodeSettings:
+    """Decode settings with some fields replaced. Raises UserError for an unknown field."""
+    names = [field.name for field in fields(DecodeSettings)]
+    if unknown := sorted(set(changes) - set(names)):
+        raise UserError(f"decoding has no {', '.join(unknown)}; valid: {', '.join(names)}")
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in changes.items()}
+    return replace(decoding, **values)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if arguments and arguments[0] in benchmarks.SUITES:
-        return benchmarks.suite(arguments[0]).main(arguments[1:])
-    args = parser().parse_args(arguments)
-    configure(rank=args.rank or 0)
-    require_rank(args.rank, args.num_processes)
-    if args.num_processes > 1 and args.rank is None:
-        return run_ranks("evaluation.run", arguments, args.num_processes)
-    benchmark = benchmarks.make(args.benchmark, prompt_file=args.prompts, **pairs(args.option, "--option"))
-    examples = select(benchmark.examples(args.data), limit=args.limit, seed=args.seed)
-    few_shot = FewShot(args.shots, args.seed, args.selection)
-    if args.dagger:
-        few_shot = FewShot.dagger(seed=args.seed)
-    pool = benchmark.pool(args.data) if few_shot.shots else ()
-    changes: dict[str, Any] = {key: json.loads(v) for key, v in pairs(args.decode, "--decode").items()}
+    options = parse(
+        RunOptions, arguments, prog="python -m evaluation.run", description=(__doc__ or "").split("\n")[0]
+    )
+    configure(rank=options.rank or 0)
+    if options.num_processes > 1 and options.rank is None:
+        return run_ranks("evaluation.run", arguments, options.num_processes)
+    benchmark = benchmarks.make(
+        options.benchmark, prompt_file=options.prompts, **pairs(options.option, "--option")
+    )
+    examples = select(benchmark.examples(options.data), limit=options.limit, seed=options.seed)
+    few_shot = FewShot(options.shots, options.seed, options.selection)
+    if options.dagger:
+        few_shot = FewShot.dagger(seed=options.seed)
+    pool = benchmark.pool(options.data) if few_shot.shots else ()
+    features = None if options.clip is None else ClipFeatures(options.clip, device=options.device).images
+    decode = {key: json.loads(value) for key, value in pairs(options.decode, "--decode").items()}
     predictions = run(
         benchmark,
-        _responder(args, benchmark, examples),
+        _responder(options, benchmark, examples),
         examples=examples,
-        output=args.output,
-        demonstrator=Demonstrator(benchmark, pool, few_shot, features=_features(args)),
-        decoding=benchmark.decoding.replace(seed=args.seed).replace(**changes),
-        batch_size=args.batch_size,
-        num_processes=args.num_processes,
-        rank=args.rank or 0,
-        subset=None if args.limit is None else {"limit": args.limit, "seed": args.seed},
+        output=options.output,
+        demonstrator=Demonstrator(benchmark, pool, few_shot, features=features),
+        decoding=changed(benchmark.decoding, {"seed": options.seed, **decode}),
+        batch_size=options.batch_size,
+        num_processes=options.num_processes,
+        rank=options.rank or 0,
+        subset=None if options.limit is None else {"limit": options.limit, "seed": options.seed},
     )
     if predictions is None:
-        print(f"{args.output}: this share is done; other processes are still at work")
+        print(f"{options.output}: this share is done; other processes are still at work")
         return 0
     print(predictions)
-    if args.limit is None and (path := write_submission(benchmark, predictions, args.data)):
+    if options.limit is None and (path := write_submission(benchmark, predictions, options.data)):
         print(path)
     return 0
 
 
-def _responder(args: argparse.Namespace, benchmark: Benchmark, examples: Sequence[Example]) -> Responder:
-    if args.responder == "oracle":
+def _responder(options: RunOptions, benchmark: Benchmark, examples: Sequence[Example]) -> Responder:
+    if options.model is not None:
+        return options.load(options.model)
+    if options.responder == "oracle":
         return OracleResponder(benchmark, examples)
-    if args.responder == "shuffled":
-        return ShuffledResponder(benchmark, examples, seed=args.seed)
-    device = args.device
-    if device == "cuda":
-        import torch
-
-        device = f"cuda:{(args.rank or 0) % max(torch.cuda.device_count(), 1)}"
-    return ModelResponder.load(
-        args.model, device=device, dtype=args.dtype, draw_batch_size=args.draw_batch_size
-    )
-
-
-def _features(args: argparse.Namespace) -> Any:
-    if args.clip is None:
-        return None
-    from evaluation.features import ClipFeatures
-
-    return ClipFeatures(args.clip, device=args.device).images
-
-
-def require_rank(rank: int | None, num_processes: int) -> None:
-    """Raises UserError for a rank that is not one of the processes: its share would be left out silently."""
-    Share(rank or 0, num_processes, flag="--rank")
+    return ShuffledResponder(benchmark, examples, seed=options.seed)
 
 
 if __name__ == "__main__":

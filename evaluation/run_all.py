@@ -1,96 +1,160 @@
-"""Every benchmark that has data, one after another, with one loaded model: what evaluation/run_all.sh starts.
+"""Every benchmark of a job list that has data, one after another: what evaluation/run_all.sh starts.
 
-Each job (jobs.yaml) has its own folder below OUT, so a killed run goes on where it stopped, on any number
-of processes. Whoever finds all predictions of a job merged scores it; the last one writes report.html and
-results.json.
+Each job (jobs.yaml) has its own folder below OUT, so a killed run continues where it stopped, on any number of
+processes. The process that finds all predictions of a job merged scores it; the last one writes report.html and
+results.json. A model is loaded once.
 """
 
 from __future__ import annotations
 
-import argparse
+import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import yaml
+from pydantic import Field
 
 from evaluation import benchmarks, report
-from evaluation.core import DataNotFound, Responder
+from evaluation.core import DataNotFound, Metric, Record, read_json
 from evaluation.fewshot import Demonstrator, FewShot
 from evaluation.responders import ModelResponder, OracleResponder, ShuffledResponder
-from evaluation.run import require_rank, run, select, write_submission
+from evaluation.run import AnswerOptions, Pairs, changed, pairs, run, select, write_submission
 from evaluation.score import score_folder
 from vlgpt.errors import UserError, run_command
+from vlgpt.files import write_atomic
 from vlgpt.log import configure, get_logger
+from vlgpt.options import Argument, parse
 from vlgpt.processes import run_ranks
 
 JOBS = Path(__file__).with_name("jobs.yaml")
+FAKES = {"oracle": OracleResponder, "shuffled": ShuffledResponder}
+JOB_KEYS = {"name", "benchmark", "model", "shots", "seeds", "prompts", "needs", "needs_any", "optional"}
+JOB_KEYS |= {"options", "sampling_options"}
+
+
+class RunAllOptions(AnswerOptions):
+    """The command line."""
+
+    model: Annotated[str, Argument(is_positional=True)] = Field(
+        description="export folder; `oracle` or `shuffled` test the benchmarks themselves"
+    )
+    data: Annotated[Path, Argument(is_positional=True)] = Field(
+        description="folder with the official files (docs/evaluation.md)"
+    )
+    output: Annotated[Path, Argument(is_positional=True)]
+    jobs: Path = Field(JOBS, description="another job list")
+    clip: str | None = Field(None, description="CLIP ViT-L/14 folder: reconstruction, edits, CLIP score")
+    inception: str | None = Field(None, description="weights of the FID Inception")
+    fd_clip: str | None = Field(None, description="CLIP folder as extractor of a Frechet distance")
+    option: Pairs = Field((), description="an option that jobs name")
+    other_model: Pairs = Field((), description="the export of a model that jobs name")
+    metrics: Path | None = Field(None, description="JSON file for all metrics of all jobs")
+    num_beams: int | None = Field(None, description="instead of each benchmark's own number of beams")
+    threads: int | None = Field(None, description="torch threads of each process")
 
 
 @dataclass(frozen=True)
 class Job:
-    """One benchmark with its demonstrations. `missing` names options that were not given."""
+    """One benchmark with its demonstrations; `missing` names options that were not given.
+
+    `model` names another export than the evaluated one. `sampling_options` are added for a model that does not always
+    draw the same image.
+    """
 
     name: str
     benchmark: str
     few_shot: FewShot
-    options: Mapping[str, str] = field(default_factory=dict)
+    options: Record = field(default_factory=dict)
+    sampling_options: Record = field(default_factory=dict)
+    model: str = ""
     missing: tuple[str, ...] = ()
 
 
 def jobs(path: Path, *, prompts: str, given: Mapping[str, str]) -> Iterator[Job]:
-    """The jobs of a YAML file for one model kind. Raises UserError for unknown keys."""
-    known = {"benchmark", "shots", "seeds", "prompts", "needs", "needs_any", "optional", "options"}
+    """The jobs of a YAML file for one kind of prompts. Raises UserError for unknown keys."""
     for row in yaml.safe_load(path.read_text(encoding="utf-8")):
-        if unknown := sorted(set(row) - known):
-            raise UserError(f"{path}: unknown keys {unknown} in {row}; valid: {sorted(known)}")
+        if unknown := sorted(set(row) - JOB_KEYS):
+            raise UserError(f"{path}: unknown keys {unknown} in {row}; valid: {sorted(JOB_KEYS)}")
         if prompts not in row.get("prompts", [prompts]):
             continue
         needs, needs_any = row.get("needs", []), row.get("needs_any", [])
         wanted = [*needs, *needs_any, *row.get("optional", ())]
-        options = {**row.get("options", {}), **{name: given[name] for name in wanted if name in given}}
         missing = tuple(name for name in needs if name not in given)
         if needs_any and not set(needs_any) & set(given):
             missing += (" or ".join(needs_any),)
         shots = row.get("shots", 0)
         for seed in row.get("seeds", [0]):
-            few_shot = FewShot.dagger(seed=seed) if shots == "dagger" else FewShot(int(shots), seed=seed)
-            name = row["benchmark"] + (f"-{shots}shot-seed{seed}" if shots else "")
-            yield Job(name.replace("daggershot", "dagger"), row["benchmark"], few_shot, options, missing)
+            name = row.get("name") or row["benchmark"].rpartition(":")[2]
+            name += f"-{shots}shot-seed{seed}" if shots else ""
+            yield Job(
+                name=name.replace("daggershot", "dagger"),
+                benchmark=row["benchmark"],
+                few_shot=FewShot.dagger(seed=seed) if shots == "dagger" else FewShot(int(shots), seed=seed),
+                options={**row.get("options", {}), **{key: given[key] for key in wanted if key in given}},
+                sampling_options=row.get("sampling_options", {}),
+                model=row.get("model", ""),
+                missing=missing,
+            )
 
 
-def run_job(job: Job, responder_of: Any, args: argparse.Namespace) -> str | None:
-    """Answer this process's share of a job, and score it when it is complete; why it was left out, or
-    None."""
+class Models:
+    """The exports that are asked, each loaded when a job first needs it; none with a fake."""
+
+    def __init__(self, options: RunAllOptions):
+        self.options, self.fake = options, FAKES.get(options.model)
+        self.exports = {"": options.model, **pairs(options.other_model, "--other-model")}
+        self.loaded: dict[str, ModelResponder] = {}
+
+    def load(self, name: str) -> ModelResponder:
+        """The export that jobs call `name`; "" is the evaluated one."""
+        if name not in self.loaded:
+            self.loaded[name] = self.options.load(Path(self.exports[name]))
+        return self.loaded[name]
+
+
+def run_job(job: Job, models: Models, options: RunAllOptions) -> str | None:
+    """Answer this process's share of a job, and score it when it is complete.
+
+    -> why it was left out, or None.
+    """
     if job.missing:
         return f"needs the option {', '.join(job.missing)}"
-    benchmark = benchmarks.make(job.benchmark, prompt_file=args.prompts, **job.options)
+    if models.fake is None and job.model not in models.exports:
+        return f"needs --other-model {job.model}=EXPORT"
+    model = None if models.fake else models.load(job.model)
+    is_sampling = model is not None and not model.is_deterministic
+    benchmark = benchmarks.make(
+        job.benchmark,
+        prompt_file=options.prompts,
+        **{**job.options, **(job.sampling_options if is_sampling else {})},
+    )
     try:
-        examples = select(benchmark.examples(args.data), limit=args.limit, seed=0)
-        pool = benchmark.pool(args.data) if job.few_shot.shots else ()
+        examples = select(benchmark.examples(options.data), limit=options.limit, seed=0)
+        pool = benchmark.pool(options.data) if job.few_shot.shots else ()
         demonstrator = Demonstrator(benchmark, pool, job.few_shot)
     except DataNotFound as error:
         return str(error)
-    output = args.output / job.name
+    output = options.output / job.name
     predictions = run(
         benchmark,
-        responder_of(benchmark, examples),
+        model or FAKES[options.model](benchmark, examples),
         examples=examples,
         output=output,
         demonstrator=demonstrator,
-        decoding=benchmark.decoding.replace(**({"num_beams": args.num_beams} if args.num_beams else {})),
-        batch_size=args.batch_size,
-        num_processes=args.num_processes,
-        rank=args.rank or 0,
-        subset=None if args.limit is None else {"limit": args.limit, "seed": 0},
+        decoding=changed(benchmark.decoding, {"num_beams": options.num_beams} if options.num_beams else {}),
+        batch_size=options.batch_size,
+        num_processes=options.num_processes,
+        rank=options.rank or 0,
+        subset=None if options.limit is None else {"limit": options.limit, "seed": 0},
     )
     if predictions is None:
         return None
-    if args.limit is None:
-        write_submission(benchmark, predictions, args.data)
-    result = score_folder(benchmark, output, args.data)
+    if options.limit is None:
+        write_submission(benchmark, predictions, options.data)
+    result = score_folder(benchmark, output, options.data)
     primary = result["metrics"].get(result["primary"], {})
     get_logger("evaluation").info(
         "%s: %s %s", job.name, result["primary"], primary.get("value", "not measured")
@@ -98,93 +162,57 @@ def run_job(job: Job, responder_of: Any, args: argparse.Namespace) -> str | None
     return None
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="evaluation/run_all.sh", description=(__doc__ or "").split("\n")[0])
-    p.add_argument("model", help="export folder; `oracle` or `shuffled` test the benchmarks themselves")
-    p.add_argument("data", type=Path, help="folder with the official files (docs/evaluation.md)")
-    p.add_argument("output", type=Path)
-    p.add_argument("--prompts", default="vlgpt", help="vlgpt (pre-trained) or vlgpt-i (instruction-tuned)")
-    p.add_argument("--jobs", type=Path, default=JOBS, help="another job list")
-    p.add_argument("--clip", help="CLIP ViT-L/14 folder: reconstruction, edits, CLIP score")
-    p.add_argument("--inception", help="weights of the FID Inception")
-    p.add_argument("--fd-clip", help="CLIP folder as extractor of a Frechet distance")
-    p.add_argument("--limit", type=int, help="a random subset of this size of each benchmark")
-    p.add_argument("--num-beams", type=int, help="instead of each benchmark's own number of beams")
-    p.add_argument("--batch-size", type=int, default=8)
-    p.add_argument(
-        "--draw-batch-size", type=int, default=1, help="pictures drawn at a time (part of the protocol)"
-    )
-    p.add_argument("--num-processes", type=int, default=1)
-    p.add_argument("--rank", type=int, help="this process; without it all are started here")
-    p.add_argument("--device", default="cpu")
-    p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    return p
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    args = parser().parse_args(arguments)
-    configure(rank=args.rank or 0)
-    require_rank(args.rank, args.num_processes)
-    if args.num_processes > 1 and args.rank is None:
-        own = sys.argv[1:] if arguments is None else arguments
-        return run_ranks("evaluation.run_all", own, args.num_processes)
-    parts = _run_suites(args)
-    given = {name: value for name in ("clip", "inception", "fd_clip") if (value := getattr(args, name))}
-    responder_of = _responders(args)
-    planned = list(jobs(args.jobs, prompts=args.prompts, given=given))
+    own = list(sys.argv[1:] if arguments is None else arguments)
+    description = (__doc__ or "").split("\n")[0]
+    options = parse(RunAllOptions, own, prog="evaluation/run_all.sh", description=description)
+    configure(rank=options.rank or 0)
+    if options.num_processes > 1 and options.rank is None:
+        return run_ranks("evaluation.run_all", own, options.num_processes)
+    if options.threads:
+        import torch
+
+        torch.set_num_threads(options.threads)
+    given = {name: value for name in ("clip", "inception", "fd_clip") if (value := getattr(options, name))}
+    given |= pairs(options.option, "--option")
+    models = Models(options)
+    planned = list(jobs(options.jobs, prompts=options.prompts, given=given))
     skipped: dict[str, str] = {}
     failed: list[str] = []
     for job in planned:
         try:
-            reason = run_job(job, responder_of, args)
-        except (
-            UserError
-        ) as error:  # the others still run; the reason stands in the report, the exit code is 2
+            reason = run_job(job, models, options)
+        except UserError as error:
+            # The others still run; the report gives the reason, and the exit code is 2.
             failed.append(job.name)
             reason = f"failed: {error}"
         if reason:
             skipped[job.name] = reason
             get_logger("evaluation").warning("%s left out: %s", job.name, reason)
-    todo = parts + [job.name for job in planned if job.name not in skipped]
-    if open_jobs := [name for name in todo if not (args.output / name / "results.json").is_file()]:
+    todo = [job.name for job in planned if job.name not in skipped]
+    if open_jobs := [name for name in todo if not (options.output / name / "results.json").is_file()]:
         print(f"other processes are still at work on {', '.join(open_jobs)}")
         return 0
     if not todo:
-        raise UserError(f"no benchmark has data below {args.data}; docs/evaluation.md lists the files")
-    for path in report.write(args.output, data=args.data, names=todo, skipped=skipped):
+        raise UserError(f"no benchmark has data below {options.data}; docs/evaluation.md lists the files")
+    if options.metrics:
+        write_metrics(options.metrics, [options.output / name / "results.json" for name in todo])
+    for path in report.write(options.output, data=options.data, names=todo, skipped=skipped):
         print(path)
     return 2 if failed else 0
 
 
-def _run_suites(args: argparse.Namespace) -> list[str]:
-    """Run the suites whose data is there; the folders below the output that their parts have."""
-    names = []
-    who = "--responder" if args.model in ("oracle", "shuffled") else "--model"
-    for name in benchmarks.suites_of(args.data):
-        flags = [who, args.model, "--data", str(args.data), "--output", str(args.output)]
-        flags += ["--num-processes", str(args.num_processes), "--rank", str(args.rank or 0)]
-        if args.limit is not None:
-            flags += ["--limit", str(args.limit)]
-        benchmarks.suite(name).main(flags)
-        names += benchmarks.suite(name).part_names(args.output)
-    return names
-
-
-def _responders(args: argparse.Namespace) -> Any:
-    """A function (benchmark, examples) -> Responder; a model is loaded once."""
-    if args.model == "oracle":
-        return OracleResponder
-    if args.model == "shuffled":
-        return ShuffledResponder
-    device = args.device
-    if device == "cuda":
-        import torch
-
-        device = f"cuda:{(args.rank or 0) % max(torch.cuda.device_count(), 1)}"
-    responder: Responder = ModelResponder.load(
-        Path(args.model), device=device, dtype=args.dtype, draw_batch_size=args.draw_batch_size
-    )
-    return lambda benchmark, examples: responder
+def write_metrics(path: Path, results: Sequence[Path]) -> None:
+    """All metrics of all jobs by name, in order. Raises UserError when two jobs measure one name."""
+    metrics: dict[str, Metric] = {}
+    for file in results:
+        found = read_json(file)["metrics"]
+        if twice := sorted(found.keys() & metrics.keys()):
+            raise UserError(
+                f"--metrics {path}: {file.parent.name} measures {twice[0]} again; leave --metrics out"
+            )
+        metrics |= found
+    write_atomic(path, json.dumps(metrics, indent=1) + "\n")
 
 
 if __name__ == "__main__":

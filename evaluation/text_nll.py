@@ -6,25 +6,40 @@ rendering. NLL: nats per token of the replies, end token included.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
+from torch import nn
 
-from evaluation.core import metric
+from evaluation.core import Metric, metric
 from vlgpt.document import Document
 from vlgpt.errors import UserError, run_command
 from vlgpt.files import write_atomic
 from vlgpt.log import configure
 from vlgpt.models.language_models import load_language_model
 from vlgpt.models.unified import UnifiedModel
+from vlgpt.options import Argument, Options, parse
 from vlgpt.shards import ShardSet
 from vlgpt.tokens import DocumentTokenizer, TokenSequence, flatten
+
+
+class NllOptions(Options):
+    """The command line."""
+
+    export: Annotated[Path, Argument(is_positional=True, metavar="model")] = Field(
+        description="export folder (stage 2 or 3)"
+    )
+    base: Path = Field(description="the language model that it was trained from")
+    data: Path = Field(description="folder of shards with text chats")
+    template: str = Field("own", description="chat template, own: the model's")
+    output: Path = Field(description="JSON file")
+    threads: int = Field(1, description="torch threads")
 
 
 def read_chats(folder: Path) -> list[Document]:
@@ -37,7 +52,9 @@ def read_chats(folder: Path) -> list[Document]:
 
 
 @torch.no_grad()
-def target_nll(language_model: Any, chats: Sequence[TokenSequence], *, num_tokens: int) -> tuple[float, int]:
+def target_nll(
+    language_model: nn.Module, chats: Sequence[TokenSequence], *, num_tokens: int
+) -> tuple[float, int]:
     """Mean negative log-likelihood of all targets, and their number; logits after `num_tokens` are padding."""
     total, count = 0.0, 0
     for chat in chats:
@@ -48,7 +65,7 @@ def target_nll(language_model: Any, chats: Sequence[TokenSequence], *, num_token
     return total / count, count
 
 
-def compare(export: Path, base: Path, data: Path, *, template: str) -> dict[str, dict[str, float]]:
+def compare(export: Path, base: Path, data: Path, *, template: str) -> dict[str, Metric]:
     """`text/nll` of the export, `text/nll_base`, and `text/nll_ratio`, their quotient.
 
     Raises UserError when the two tokenizers differ.
@@ -72,21 +89,13 @@ def compare(export: Path, base: Path, data: Path, *, template: str) -> dict[str,
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, write the metrics and print them."""
-    p = argparse.ArgumentParser(
-        prog="python -m evaluation.text_nll", description=(__doc__ or "").split("\n")[0]
-    )
-    p.add_argument("model", type=Path, help="export folder (stage 2 or 3)")
-    p.add_argument("--base", type=Path, required=True, help="the language model that it was trained from")
-    p.add_argument("--data", type=Path, required=True, help="folder of shards with text chats")
-    p.add_argument("--template", default="own", help="chat template (default: own, the model's)")
-    p.add_argument("--output", type=Path, required=True, help="JSON file")
-    p.add_argument("--threads", type=int, default=1, help="torch threads")
-    args = p.parse_args(arguments)
+    description = (__doc__ or "").split("\n")[0]
+    options = parse(NllOptions, arguments, prog="python -m evaluation.text_nll", description=description)
     configure()
-    torch.set_num_threads(args.threads)
-    metrics = compare(args.model, args.base, args.data, template=args.template)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(args.output, (json.dumps(metrics, indent=1) + "\n").encode())
+    torch.set_num_threads(options.threads)
+    metrics = compare(options.export, options.base, options.data, template=options.template)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(options.output, json.dumps(metrics, indent=1) + "\n")
     print(json.dumps(metrics))
     return 0
 

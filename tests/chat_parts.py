@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from tiny_unified import new_document_tokenizer, new_model
 
-from vlgpt.generate import Generator
-from vlgpt.models.decoders import ConvDecoder
+from demo.decoder import ConvDecoder
+from vlgpt.decoding.generator import Generator
 from vlgpt.models.encoders import load_clip, new_open_clip, save_open_clip
 from vlgpt.models.unified import UnifiedModel
 

@@ -13,7 +13,8 @@ import numpy as np
 from chat_parts import picture_bytes
 
 from vlgpt.chat.dialogue import Dialogue, Picture
-from vlgpt.generate import DecodeSettings, Generator
+from vlgpt.decoding.api import DecodeSettings
+from vlgpt.decoding.generator import Generator
 
 SENTENCE = "quick brown fox draws three blue circles beside a lazy elephant what is in the picture please"
 WORDS = SENTENCE.split()

@@ -15,9 +15,10 @@ from vlgpt.chat import files
 from vlgpt.chat.dialogue import Dialogue, Picture, Turn, interleave
 from vlgpt.chat.reply import Drawn, Failed, Finished, Notice, ReplySettings, Request, TextPiece, answer
 from vlgpt.chat.terminal import Terminal, printable
+from vlgpt.decoding.api import DecodeSettings, Prompt
+from vlgpt.decoding.generator import Generator
 from vlgpt.document import ImagePart, TextPart
 from vlgpt.errors import UserError
-from vlgpt.generate import DecodeSettings, Generator, Prompt
 
 SETTINGS = ReplySettings(DecodeSettings(max_new_tokens=12))
 DRAW = ReplySettings(DecodeSettings(images="force"))

@@ -133,7 +133,7 @@ def test_shown_text_is_escaped_and_an_edit_gets_the_original_back():
     import html
 
     sys.path.insert(0, str(ROOT))
-    from launchers.chat_page import escaped
+    from vlgpt.chat.page import escaped
 
     shown = escaped(MARKUP)
     assert "<b" not in shown and "<script" not in shown and "<img" not in shown

@@ -9,15 +9,16 @@ import pytest
 import torch
 from tiny_unified import NUM_PATCHES, NUM_VISUAL, PATCH_WIDTH, VISUAL_WIDTH, new_document_tokenizer, new_model
 
-from vlgpt import generate as generate_module
+from vlgpt.decoding import generator as generate_module
+from vlgpt.decoding.api import DecodeSettings, Prompt, Reply
+from vlgpt.decoding.cache import RenderedPrompt, Stream
+from vlgpt.decoding.generator import Generator
 from vlgpt.decoding.hypothesis import Hypothesis
 from vlgpt.decoding.prompts import render_all
 from vlgpt.decoding.ranking import log_likelihoods
 from vlgpt.decoding.stepwise import Hooks, ids_of
-from vlgpt.decoding.stream import RenderedPrompt, Stream
 from vlgpt.document import Document, ImagePart, TextPart
 from vlgpt.errors import UserError
-from vlgpt.generate import DecodeSettings, Generator, Prompt, Reply
 from vlgpt.tokens import PLACEHOLDER_ID
 
 SENTENCE = "the quick brown fox draws three blue circles beside a lazy elephant what is in picture"

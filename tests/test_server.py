@@ -20,7 +20,8 @@ from PIL import Image
 from vlgpt.chat.batching import Batcher, QueueFull, ShuttingDown
 from vlgpt.chat.dialogue import Dialogue, Picture
 from vlgpt.chat.reply import Failed, Finished, ReplySettings, Request, answer
-from vlgpt.generate import DecodeSettings, Generator
+from vlgpt.decoding.api import DecodeSettings
+from vlgpt.decoding.generator import Generator
 from vlgpt.server.app import ServerLimits, create_app
 
 CHAT = "/v1/chat/completions"

@@ -19,7 +19,7 @@ import torch
 from chat_parts import save_export
 from chat_storm import Outcome, cases, storm
 
-from vlgpt.generate import Generator
+from vlgpt.decoding.generator import Generator
 
 SOAK_S, WARM_S, PAUSE_S = 600.0, 120.0, 1.0
 MAX_GROWTH_MIB = 15.0

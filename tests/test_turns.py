@@ -15,21 +15,21 @@ from chat_tokenizers import make
 from tiny_unified import new_document_tokenizer, new_model
 
 from data_prep import index
+from demo.stages import ClipStage, ClipStageSettings
 from demo.tiny import train_text_tokenizer
 from vlgpt import hf
 from vlgpt.data.assemble import Assembler, ShardLengths
-from vlgpt.data.draws import Draws
+from vlgpt.data.mixture import Draws
 from vlgpt.data.sources import OpenSource
+from vlgpt.decoding.generator import Generator
 from vlgpt.decoding.prompts import empty_prompt, render
 from vlgpt.document import Document, ImagePart, Part, TextPart
 from vlgpt.errors import UserError
 from vlgpt.export import export_model
-from vlgpt.generate import Generator
 from vlgpt.models.encoders import load_clip
-from vlgpt.settings import DemoClipStage, SourceSettings
+from vlgpt.settings import SourceSettings
 from vlgpt.shards import ShardSet, ShardWriter, write_manifest
 from vlgpt.shards.index import IndexBuilder
-from vlgpt.stages.build import build_demo_clip
 from vlgpt.tokens import DocumentTokenizer, flatten
 from vlgpt.turns import SYSTEM_MESSAGE, TEMPLATES
 
@@ -425,9 +425,13 @@ def test_the_demos_clip_reads_texts_without_a_start_token(tmp_path):
     tokenizer = train_text_tokenizer(chat_tokenizers.TEXTS, vocabulary_size=300)
     tokenizer.save_pretrained(tmp_path / "text")
     assert tokenizer.encode("a")[0] == tokenizer.bos_token_id
-    stage = build_demo_clip(
-        DemoClipStage(
-            kind="demo_clip", text_tokenizer=str(tmp_path / "text"), width=32, image_depth=1, text_depth=1
+    stage = ClipStage.build(
+        ClipStageSettings(
+            kind="demo.stages:ClipStage",
+            text_tokenizer=str(tmp_path / "text"),
+            width=32,
+            image_depth=1,
+            text_depth=1,
         )
     )
     wanted = [*tokenizer.encode("the fox", add_special_tokens=False), tokenizer.eos_token_id]

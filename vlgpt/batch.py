@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from vlgpt.images import planar
 
 ImageKind = Literal["patches", "visual", "pixels"]
 _NUM_DIMS: dict[str, int] = {"patches": 3, "visual": 3, "pixels": 4}
@@ -18,19 +21,25 @@ T = TypeVar("T")
 def normalised(pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Pixels as encoders and losses take them, on whatever device they are: uint8 (...) -> (...) in [-1, 1].
 
-    Computed in fp32 and then cast, so that fp32 is the same to the bit everywhere. The divisor lies on the device: by a
-    number of the CPU, CUDA would multiply with its reciprocal.
+    Computed in fp32 and then cast, so that fp32 results are bit-identical on every device.
     """
+    # A tensor on the device: dividing by a Python number, CUDA multiplies by its reciprocal, which rounds differently.
     divisor = torch.full((), 127.5, device=pixels.device)
     return pixels.to(torch.float32).div_(divisor).sub_(1.0).to(dtype)
 
 
+def to_pixels(squares: Sequence[np.ndarray] | np.ndarray) -> Tensor:
+    """M images of (H, W, 3) uint8, in a list or an array -> (M, 3, H, W) float32 in [-1, 1]."""
+    return normalised(torch.from_numpy(planar(squares)))
+
+
 def to_device(value: T, device: torch.device | str, dtype: torch.dtype | None = None) -> T:
-    """Move every tensor of a (nested) dataclass. DeepSpeed casts no dataclass, so floating tensors are cast to `dtype`,
-    and pixels, the only uint8 tensors of a batch, are normalised: after they have travelled, as a quarter of the bytes.
+    """Move every tensor of a (nested) dataclass; cast floating ones to `dtype`, which DeepSpeed does for no dataclass.
+
+    Pixels, the only uint8 tensors of a batch, are normalised: on the device, since uint8 is a quarter of the bytes.
     """
     if isinstance(value, Tensor):
-        # in its own type: a tensor that is cast on the way would be copied synchronously
+        # In its own type first: a tensor that is cast on the way is copied synchronously.
         tensor = value.to(device=device, non_blocking=True)
         if tensor.dtype == torch.uint8:
             return normalised(tensor, dtype or torch.float32)  # type: ignore[return-value]
@@ -75,8 +84,8 @@ class ImageInput:
 class Batch:
     """Packed token rows. B rows, L positions, M images, N visual embeddings per image.
 
-    `is_target` marks the position whose own content is predicted from the position before; the shift by one happens
-    in `models/losses.py` and nowhere else. Segment 0 is padding; attention never crosses segments.
+    `is_target` marks the position whose own content is predicted from the position before; the shift by one happens in
+    `models/losses.py` and nowhere else. Segment 0 is padding; attention never crosses segments.
     """
 
     token_ids: Tensor  # (B, L) int64; visual positions hold a placeholder
@@ -105,7 +114,7 @@ class Batch:
         self._validate_runs()
         is_start = self._is_segment_start()
         if bool((self.is_target & is_start).any()):
-            raise ValueError("a segment's first position is a target: nothing stands before it to predict it")
+            raise ValueError("a segment's first position is a target: no position before it predicts it")
         if bool((self.is_target & (self.segment_ids == 0)).any()):
             raise ValueError("padding positions are marked as targets")
         if bool((self.position_ids[is_start] != 0).any()):
@@ -141,10 +150,6 @@ class Batch:
     def num_rows(self) -> int:
         return self.token_ids.shape[0]
 
-    @property
-    def padding_share(self) -> float:
-        return float((self.segment_ids == 0).float().mean())
-
 
 @dataclass(frozen=True)
 class ConditionBatch:
@@ -173,7 +178,7 @@ class ConditionBatch:
 
     def require(self, name: str) -> Tensor:
         """The tensor `name`; raises ValueError that says how to provide it."""
-        value: Any = getattr(self, name)
+        value: Tensor | None = getattr(self, name)
         if value is None:
             raise ValueError(f"this stage needs {name} in its batches: list it under `data.features`")
         if value.dtype == torch.uint8:
@@ -184,12 +189,15 @@ class ConditionBatch:
 class LossTerm(NamedTuple):
     """A sum over targets, never a mean: the loop divides by the count over all ranks and micro-batches.
 
-    `count` must equal what the stage's `count_targets` gives for the same batch. `by_source` holds per-source
-    (sum, count) pairs for the log, `(2, num_sources)`, detached.
+    `count` must equal what the stage's `count_targets` gives for the same batch. `by_source` holds per-source (sum,
+    count) pairs for the log, `(2, num_sources)`, detached.
 
-    A named tuple, since DeepSpeed looks for tensors in tuples, lists and dictionaries only: on the losses that it finds
-    hangs what it has to do before every backward pass (without it, ZeRO-1 in bf16 and offloading accumulate wrongly).
+
     """
+
+    # A named tuple, because DeepSpeed looks for tensors in tuples, lists and dictionaries only. It puts its
+    # before-backward hook on the losses that it finds; without the hook, ZeRO-1 in bf16 and offloading accumulate
+    # wrongly.
 
     total: Tensor
     weight: float = 1.0

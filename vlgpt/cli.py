@@ -1,34 +1,70 @@
-"""Command lines: `vlgpt ...` and the training launchers. Only this file of the library has argparse and a console."""
+"""Command lines: `vlgpt ...`, the training launchers and the chat page. The console of the library is here.
+
+Every command takes one `Options` model, from which its flags follow. Slow imports (torch) are inside the commands, so
+that `--help` and a wrong flag answer at once.
+"""
 
 from __future__ import annotations
 
-import argparse
+import atexit
 import contextlib
 import json
+import os
+import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import tempfile
+import typing
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from pydantic import Field
 from rich.console import Console
 
 from vlgpt import log
 from vlgpt.document import IMAGE_MARK, Document, ImagePart, Part, Role, TextPart
-from vlgpt.errors import UserError
+from vlgpt.errors import UserError, run_command
+from vlgpt.options import Argument, Options, add_options, make_parser, model_options, parse, read_options
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from vlgpt.decoding.api import DecodeSettings
     from vlgpt.settings import RunSettings
     from vlgpt.train.validation import Probe
 
     MakeProbe = Callable[[RunSettings], Probe]
 
+DEMO_MODEL = Path("runs/demo/finetune/result")
+DEMO_EXAMPLES = (
+    "Create an image that visually represents the description: red apple.",
+    "Provide a brief description of the given image <image>",
+    "<image> Change the skin tone to dark.",
+    "<image> What category is this?",
+)
 console = Console(highlight=False, soft_wrap=True)
+
+YAML = Argument(metavar="YAML")
+Overrides = Annotated[tuple[str, ...], Argument(is_positional=True, metavar="KEY=VALUE")]
+
+
+class ModelOptions(Options):
+    """Of every command that loads an export."""
+
+    model: Path = Field(DEMO_MODEL, description="export folder")
+    device: str = "cpu"
 
 
 # ------------------------------------------------------------------------------------------------------------ training
+
+
+class TrainOptions(Options):
+    """Of the training launchers."""
+
+    deepspeed: Annotated[str, Argument(metavar="JSON")] = Field(description="ZeRO settings, see ds_configs/")
+    config: Annotated[str | None, YAML] = Field(None, description="the run, see launchers/configs/")
+    local_rank: Annotated[int, Argument(flag="--local_rank")] = Field(
+        0, description="given by the deepspeed launcher"
+    )
+    overrides: Overrides = Field((), description="settings to change, such as optimizer.lr=1e-4")
 
 
 def launch_training(
@@ -38,51 +74,102 @@ def launch_training(
 
     `make_probe(settings)` gives what is asked of the model at every validation, when the settings name probes.
     """
-    parser = argparse.ArgumentParser(
-        description=f"Train one stage (default configuration: {default_config})."
+    about = f"Train one stage (default configuration: {default_config})."
+    return run_command(
+        lambda: _train(
+            parse(TrainOptions, argv, prog=Path(sys.argv[0]).name, description=about),
+            default_config,
+            make_probe,
+        )
     )
-    parser.add_argument("--deepspeed", metavar="JSON", required=True, help="ZeRO settings, see ds_configs/")
-    parser.add_argument(
-        "--config", metavar="YAML", default=default_config, help="the run, see launchers/configs/"
-    )
-    parser.add_argument("--local_rank", type=int, default=0, help="given by the deepspeed launcher")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="KEY=VALUE", help="settings to change, such as optimizer.lr=1e-4"
-    )
-    arguments = parser.parse_args(argv)
-    return log.run_command(lambda: _train(arguments, make_probe))
 
 
-def _train(arguments: argparse.Namespace, make_probe: MakeProbe | None) -> int:
+def _train(options: TrainOptions, default_config: str, make_probe: MakeProbe | None) -> int:
     from vlgpt.config import load_run
 
-    settings = load_run(arguments.config, arguments.overrides)
+    settings = load_run(options.config or default_config, options.overrides)
     from vlgpt.train.ds_config import read_config
     from vlgpt.train.facts import is_finished, missing_inputs
     from vlgpt.train.run import run_training
 
-    ds_config = read_config(arguments.deepspeed)
+    ds_config = read_config(options.deepspeed)
     if is_finished(settings):
         sys.stderr.write(f"{settings.run_dir} is complete: nothing to do\n")
         return 0
     if missing := missing_inputs(settings):
-        is_demo = any(path.startswith("runs/demo/") for _, path in missing)
-        hint = "; `make demo` prepares everything the demo configurations read" if is_demo else ""
         names = ", ".join(f"{key} = {path}" for key, path in missing)
-        raise FileNotFoundError(f"{names} does not exist{hint}")
+        raise FileNotFoundError(
+            f"{names} does not exist: run the step that makes it first (docs/training.md)"
+        )
     probe = None
     if settings.validation.probes:
         if make_probe is None:
             raise UserError("validation.probes ask a language model: remove them, this launcher trains none")
         probe = make_probe(settings)
-    return run_training(settings, ds_config, ds_source=arguments.deepspeed, probe=probe)
+    return run_training(settings, ds_config, ds_source=options.deepspeed, probe=probe)
 
 
-# ---------------------------------------------------------------------------------------------------------- vlgpt NAME
+class SuperviseOptions(Options):
+    """Of `launchers/supervise.py`."""
+
+    run_dir: Path = Field(description="output_dir of the run")
+    max_restarts: int = 3
+    pause_s: float = Field(10.0, description="before each restart")
+    command: Annotated[tuple[str, ...], Argument(is_positional=True)] = Field(
+        description="after `--`; {port} becomes a free port"
+    )
+
+
+def launch_supervised(argv: Sequence[str] | None = None) -> int:
+    """Run a training command, and start it again after a lost process."""
+    from vlgpt.train.supervise import supervise
+
+    about = launch_supervised.__doc__
+    options = parse(SuperviseOptions, argv, prog="launchers/supervise.py", description=about)
+    log.configure()
+    how = options.model_dump(include={"run_dir", "max_restarts", "pause_s"})
+    return supervise(options.command, **how)
+
+
+# ----------------------------------------------------------------------------------------------------------- generating
+
+
+class ReplyOptions(ModelOptions):
+    """How a reply is decoded and drawn."""
+
+    output: Path = Field(Path("generated"), description="folder for pictures (and reply.json)")
+    images: Literal["free", "never", "force"] = Field("free", description="may the reply hold images")
+    max_images: int = 1
+    max_new_tokens: int = 64
+    num_beams: int = 1
+    temperature: float = Field(0.0, description="0 is greedy")
+    top_p: float = 1.0
+    visual_guidance: float = Field(1.0, description="against the empty prompt; 1 is off")
+    decoder_guidance: float | None = Field(
+        None, description="guidance of a diffusion decoder (default: its own); 1 is off"
+    )
+    seed: int = 0
+
+    def decoding(self) -> DecodeSettings:
+        """Raises UserError."""
+        from vlgpt.decoding.api import DecodeSettings
+
+        names = [name for name in DecodeSettings.__dataclass_fields__ if hasattr(self, name)]
+        return DecodeSettings(**{name: getattr(self, name) for name in names})
+
+
+class GenerateOptions(ReplyOptions):
+    """Of `vlgpt generate`."""
+
+    prompt: str = Field("", description=f"text; {IMAGE_MARK} marks where images stand; - reads stdin")
+    image: Annotated[tuple[Path, ...], Argument(is_repeated=True)] = Field(
+        (), description="picture file, may be repeated"
+    )
+    plain: bool = Field(False, description="continue plain text instead of answering a chat turn")
 
 
 def read_prompt(text: str, num_images: int, *, is_chat: bool) -> Document:
-    """`<image>` marks where images stand; without marks they all come first. Raises UserError when counts differ."""
+    """`<image>` marks the place of an image, without marks all come first. Raises UserError when counts differ."""
     from vlgpt.chat.dialogue import split_marks
 
     role: Role = "user" if is_chat else "plain"
@@ -95,46 +182,40 @@ def read_prompt(text: str, num_images: int, *, is_chat: bool) -> Document:
     return Document("prompt", "command line", parts)
 
 
-def generate(arguments: argparse.Namespace) -> int:
-    """Reply to one prompt: JSON on stdout, pictures as PNG files that carry the prompt."""
+def generate(options: GenerateOptions) -> int:
+    """Reply to one prompt: JSON on stdout, images as PNG files that carry the prompt."""
     from PIL.PngImagePlugin import PngInfo
 
-    from vlgpt.generate import Generator, Prompt
+    from vlgpt.decoding.api import Prompt
+    from vlgpt.decoding.generator import Generator
 
-    text = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
-    images = tuple(_read_file(path) for path in arguments.image)
-    document = read_prompt(text, len(images), is_chat=not arguments.plain)
-    settings = _decode_settings(arguments)
-    generator = Generator.load(arguments.model, device=arguments.device)
+    text = sys.stdin.read() if options.prompt == "-" else options.prompt
+    images = tuple(_read_file(path) for path in options.image)
+    document, settings = read_prompt(text, len(images), is_chat=not options.plain), options.decoding()
+    generator = Generator.load(options.model, device=options.device)
     (reply,) = generator.generate([Prompt(document, images)], settings)
+    options.output.mkdir(parents=True, exist_ok=True)
     files = []
     if reply.visual:
         import torch
 
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        addresses: list[tuple[int | str, ...]] = [
-            (arguments.seed, "draw", n) for n in range(len(reply.visual))
-        ]
-        pictures = generator.draw(
-            torch.stack(reply.visual), seeds=addresses, guidance=arguments.decoder_guidance
-        )
-        for number, picture in enumerate(pictures):
-            path = arguments.output / f"{number:02d}.png"
+        seeds: list[tuple[int | str, ...]] = [(options.seed, "draw", n) for n in range(len(reply.visual))]
+        drawn = generator.draw(torch.stack(reply.visual), seeds=seeds, guidance=options.decoder_guidance)
+        for number, image in enumerate(drawn):
+            path = options.output / f"{number:02d}.png"
             about = PngInfo()
             about.add_itxt("prompt", text)
-            about.add_itxt("model", str(arguments.model))
-            picture.save(path, pnginfo=about)
+            about.add_itxt("model", str(options.model))
+            image.save(path, pnginfo=about)
             files.append(str(path))
     record = {
         "prompt": text,
         "text": reply.text,
         "images": files,
         "finish": reply.finish,
-        "seed": arguments.seed,
+        "seed": options.seed,
     }
-    if arguments.output is not None:
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        (arguments.output / "reply.json").write_text(json.dumps(record, ensure_ascii=False, indent=1) + "\n")
+    (options.output / "reply.json").write_text(json.dumps(record, ensure_ascii=False, indent=1) + "\n")
     sys.stdout.write(json.dumps(record, ensure_ascii=False) + "\n")
     return 0
 
@@ -152,29 +233,55 @@ def _read_file(path: Path) -> bytes:
     return content
 
 
-def _decode_settings(arguments: argparse.Namespace) -> DecodeSettings:
-    from vlgpt.generate import DecodeSettings
+class ReconstructOptions(ModelOptions):
+    """Of `vlgpt reconstruct`."""
 
-    return DecodeSettings(
-        max_new_tokens=arguments.max_new_tokens,
-        num_beams=arguments.num_beams,
-        temperature=arguments.temperature,
-        top_p=arguments.top_p,
-        images=arguments.images,
-        max_images=arguments.max_images,
-        visual_guidance=arguments.visual_guidance,
-        seed=arguments.seed,
+    image: Annotated[tuple[Path, ...], Argument(is_positional=True)]
+    output: Path = Path("reconstruction.png")
+    decoder_guidance: float | None = Field(
+        None, description="guidance of a diffusion decoder (default: its own); 1 is off"
     )
+    image_scale: float | None = Field(
+        None, description="weight of z_v beside z_t in a diffusion decoder (default: its own)"
+    )
+    seed: int = 0
 
 
-def chat(arguments: argparse.Namespace) -> int:
-    """Talk with a model in the terminal, with pictures on both sides; /help inside lists the commands."""
+def reconstruct(options: ReconstructOptions) -> int:
+    """Images through the image tokenizer and back: a contact sheet of original, both, z_v only, z_t only."""
+    from vlgpt.decoding.generator import Conditions, Generator, to_pictures
+    from vlgpt.decoding.prompts import square_pixels
+    from vlgpt.images import contact_sheet
+
+    data = [_read_file(path) for path in options.image]
+    generator = Generator.load(options.model, device=options.device)
+    uses: dict[str, Conditions] = {"both": "both", "z_v only": "image", "z_t only": "text"}
+    how: dict[str, Any] = {
+        "guidance": options.decoder_guidance,
+        "image_scale": options.image_scale,
+        "seed": options.seed,
+    }
+    columns = {name: generator.reconstruct(data, use=use, **how) for name, use in uses.items()}
+    size = columns["both"][0].width
+    # The originals as the encoder sees them: a square crop.
+    originals = [to_pictures(square_pixels(content, size)[None])[0] for content in data]
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    contact_sheet({"original": originals, **columns}).save(options.output)
+    console.print(f"{options.output}: original, reconstruction, z_v only, z_t only")
+    return 0
+
+
+# -------------------------------------------------------------------------------------------------------- conversations
+
+
+def chat(options: ReplyOptions) -> int:
+    """Talk with a model in the terminal, with images on both sides; /help inside lists the commands."""
     from vlgpt.chat.reply import ReplySettings
     from vlgpt.chat.terminal import Terminal
-    from vlgpt.generate import Generator
+    from vlgpt.decoding.generator import Generator
 
-    settings = ReplySettings(_decode_settings(arguments), decoder_guidance=arguments.decoder_guidance)
-    generator = Generator.load(arguments.model, device=arguments.device)
+    settings = ReplySettings(options.decoding(), decoder_guidance=options.decoder_guidance)
+    generator = Generator.load(options.model, device=options.device)
 
     def write(text: str) -> None:
         sys.stdout.write(text)
@@ -189,104 +296,138 @@ def chat(arguments: argparse.Namespace) -> int:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401 - gives input() its line editing
     terminal = Terminal(
-        generator, settings, output=arguments.output, write=write, model_name=str(arguments.model)
+        generator, settings, output=options.output, write=write, model_name=str(options.model)
     )
     terminal.run(lines())
     return 0
 
 
-def serve(arguments: argparse.Namespace) -> int:
-    """Serve a model over HTTP: OpenAI-style chat completions with pictures, /health, /metrics, /v1/models."""
-    from vlgpt.generate import Generator
+class PageOptions(ModelOptions):
+    """Of `launchers/chat.py`."""
+
+    host: str = Field("127.0.0.1", description="there is no login: mind who can reach it")
+    port: int | None = Field(None, description="default: the first free one from 7860 on")
+    max_new_tokens: int = 128
+    max_upload_mib: int = Field(10, description="size of one picture file")
+
+
+def launch_chat(argv: Sequence[str] | None = None) -> int:
+    """A page to talk with a model: text and images, both ways. Serves until interrupted."""
+    about = (launch_chat.__doc__ or "").partition(" Serves")[0]
+    log.configure()
+    return run_command(
+        lambda: _serve_page(parse(PageOptions, argv, prog="launchers/chat.py", description=about))
+    )
+
+
+def _serve_page(options: PageOptions) -> int:
+    # Read by gradio when it is imported. Uploads too lie in this folder, and are gone when the page ends.
+    folder = Path(tempfile.mkdtemp(prefix="vlgpt-chat-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.environ["GRADIO_TEMP_DIR"] = str(folder)
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    try:
+        from vlgpt.chat.page import ChatPage, launch
+    except ModuleNotFoundError as error:
+        raise UserError(f"{error.name} is not installed: pip install 'vlgpt[chat]'") from error
+    from vlgpt.chat.batching import Batcher
+    from vlgpt.decoding.generator import Generator
+
+    batcher = Batcher(Generator.load(options.model, device=options.device))
+    name = options.model.as_posix()
+    page = ChatPage(batcher, model_name=name, pictures=folder, max_new_tokens=options.max_new_tokens)
+    blocks = launch(
+        page,
+        host=options.host,
+        port=options.port,
+        max_upload_mib=options.max_upload_mib,
+        examples=DEMO_EXAMPLES if options.model == DEMO_MODEL else (),
+    )
+    sys.stdout.write(f"http://{options.host}:{blocks.server_port}\n")
+    sys.stdout.flush()
+    blocks.block_thread()
+    batcher.close()
+    return 0
+
+
+class ServeOptions(ModelOptions):
+    """Of `vlgpt serve`."""
+
+    host: str = Field("127.0.0.1", description="there is no login: mind who can reach it")
+    port: int = 8000
+    name: str | None = Field(None, description="model name that clients see (default: the folder's)")
+    max_new_tokens: int = Field(256, description="limit and default of max_tokens")
+    max_batch: int = Field(8, description="waiting requests decoded together")
+    max_waiting: int = Field(32, description="more are refused with 429")
+    timeout_s: float = Field(120.0, description="from request to whole reply")
+    max_body_mib: int = 20
+
+
+def serve(options: ServeOptions) -> int:
+    """Serve a model over HTTP: OpenAI-style chat completions with images, /health, /metrics, /v1/models."""
+    from vlgpt.decoding.generator import Generator
 
     try:
         from vlgpt.server.app import ServerLimits, create_app
         from vlgpt.server.app import serve as run_server
     except ImportError as error:
         raise UserError(f"{error.name} is not installed: pip install 'vlgpt[chat]'") from error
-    limits = ServerLimits(
-        max_new_tokens=arguments.max_new_tokens,
-        max_batch=arguments.max_batch,
-        max_waiting=arguments.max_waiting,
-        timeout_s=arguments.timeout_s,
-        max_body_bytes=arguments.max_body_mib << 20,
-    )
-    generator = Generator.load(arguments.model, device=arguments.device)
-    name = arguments.name or arguments.model.resolve().name
-    console.print(f"{name} listens on http://{arguments.host}:{arguments.port}/v1/chat/completions")
-    run_server(
-        create_app(generator, model_name=name, limits=limits), host=arguments.host, port=arguments.port
-    )
+    shared = options.model_dump(include={"max_new_tokens", "max_batch", "max_waiting", "timeout_s"})
+    limits = ServerLimits(**shared, max_body_bytes=options.max_body_mib << 20)
+    generator = Generator.load(options.model, device=options.device)
+    name = options.name or options.model.resolve().name
+    console.print(f"{name} listens on http://{options.host}:{options.port}/v1/chat/completions")
+    run_server(create_app(generator, model_name=name, limits=limits), host=options.host, port=options.port)
     return 0
 
 
-def reconstruct(arguments: argparse.Namespace) -> int:
-    """Pictures through the image tokenizer and back: a contact sheet of original, both, z_v only, z_t only."""
-    from vlgpt.decoding.prompts import square_pixels
-    from vlgpt.generate import Conditions, Generator, to_pictures
-
-    data = [_read_file(path) for path in arguments.image]
-    generator = Generator.load(arguments.model, device=arguments.device)
-    options = {
-        "guidance": arguments.decoder_guidance,
-        "image_scale": arguments.image_scale,
-        "seed": arguments.seed,
-    }
-    uses: dict[str, Conditions] = {"both": "both", "z_v only": "image", "z_t only": "text"}
-    columns = {name: generator.reconstruct(data, use=use, **options) for name, use in uses.items()}
-    size = columns["both"][0].width
-    originals = [
-        to_pictures(square_pixels(content, size)[None])[0] for content in data
-    ]  # as the encoder sees them
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    contact_sheet({"original": originals, **columns}).save(arguments.output)
-    console.print(f"{arguments.output}: original, reconstruction, z_v only, z_t only")
-    return 0
+# ----------------------------------------------------------------------------------------------------- runs and exports
 
 
-def contact_sheet(columns: Mapping[str, Sequence[Image]], *, min_cell_px: int = 128) -> Image:
-    """Pictures of one size under the names of their columns; small ones are enlarged by a whole factor."""
-    from PIL import Image as images
-    from PIL import ImageDraw
+class ExportOptions(Options):
+    """Of `vlgpt export`."""
 
-    size, count = next(iter(columns.values()))[0].width, len(next(iter(columns.values())))
-    cell, header = size * -(-min_cell_px // size), 16
-    sheet = images.new("RGB", (cell * len(columns), header + cell * count), "white")
-    for column, (name, pictures) in enumerate(columns.items()):
-        ImageDraw.Draw(sheet).text((column * cell + 4, 2), name, fill="black")
-        for row, picture in enumerate(pictures):
-            enlarged = picture.resize((cell, cell), images.Resampling.NEAREST)
-            sheet.paste(enlarged, (column * cell, header + row * cell))
-    return sheet
+    run: Annotated[Path, Argument(is_positional=True)] = Field(
+        description="run folder, such as runs/pretrain"
+    )
+    output: Path
+    picture_decoder: Path | None = Field(None, description="another decoder than the run names")
+    keep_lora: bool = Field(False, description="keep the adapter apart instead of merging it")
 
 
-def export(arguments: argparse.Namespace) -> int:
+def export(options: ExportOptions) -> int:
     """The newest commit of a run as an export folder; needs neither GPU nor deepspeed."""
-    from vlgpt.export import export_run
+    from vlgpt.stages.language import export_run
 
-    export_run(
-        arguments.run,
-        arguments.output,
-        merge_lora=not arguments.keep_lora,
-        picture_decoder=arguments.picture_decoder,
-    )
-    console.print(f"{arguments.output} holds the export of {arguments.run}")
+    merge_lora, decoder = not options.keep_lora, options.picture_decoder
+    export_run(options.run, options.output, merge_lora=merge_lora, picture_decoder=decoder)
+    console.print(f"{options.output} holds the export of {options.run}")
     return 0
 
 
-def inspect(arguments: argparse.Namespace) -> int:
+class InspectOptions(Options):
+    """Of `vlgpt inspect`."""
+
+    config: Annotated[str, YAML] = "demo/configs/pretrain.yaml"
+    batches: int = 1
+    html: Path | None = Field(None, description="write a page instead of printing")
+    full: bool = Field(False, description="print every position")
+    overrides: Overrides = ()
+
+
+def inspect(options: InspectOptions) -> int:
     """The next batches of a run as the model will see them: tokens, roles, segments, targets, weights, images."""
     from vlgpt.config import load_run
     from vlgpt.data.inspect import LossWeights
     from vlgpt.data.inspect import inspect as look
     from vlgpt.data.inspect_page import to_html, to_text
     from vlgpt.data.loader import Loader
-    from vlgpt.settings import LanguageStage
-    from vlgpt.stages.build import load_tokenizer
+    from vlgpt.settings import LanguageStageSettings
+    from vlgpt.stages.language import load_tokenizer
 
-    run = load_run(arguments.config, arguments.overrides)
+    run = load_run(options.config, options.overrides)
     tokenizer, weights = None, LossWeights()
-    if isinstance(run.stage, LanguageStage):
+    if isinstance(run.stage, LanguageStageSettings):
         tokenizer = load_tokenizer(run.stage)
         weights = LossWeights(run.stage.text_weight, run.stage.visual_weight, run.stage.first_visual_weight)
     loader = Loader(
@@ -297,48 +438,66 @@ def inspect(arguments: argparse.Namespace) -> int:
         run_positions=run.steps * run.global_batch,
     )
     try:
-        found = look(loader, num_batches=arguments.batches, weights=weights)
+        found = look(loader, num_batches=options.batches, weights=weights)
     finally:
         loader.close()
-    if arguments.html is not None:
-        arguments.html.write_text(to_html(found, title=f"vlgpt inspect {arguments.config}"), encoding="utf-8")
-        console.print(f"{arguments.html} shows {arguments.batches} batches")
+    if options.html is not None:
+        options.html.write_text(to_html(found, title=f"vlgpt inspect {options.config}"), encoding="utf-8")
+        console.print(f"{options.html} shows {options.batches} batches")
     else:
-        sys.stdout.write(to_text(found, has_colour=sys.stdout.isatty(), is_full=arguments.full) + "\n")
+        sys.stdout.write(to_text(found, has_colour=sys.stdout.isatty(), is_full=options.full) + "\n")
     return 0
 
 
-def plan(arguments: argparse.Namespace) -> int:
+class PlanOptions(Options):
+    """Of `vlgpt plan`."""
+
+    config: Annotated[str, YAML]
+    gpus: int = Field(8, description="per node")
+    nodes: int = 1
+    gpu_memory: str = "40GB"
+    peak_tflops: float | None = Field(None, description="dense bf16 peak of one GPU (default: 312, A100)")
+    mfu: float = Field(0.4, description="share of the peak that is reached")
+    is_json: Annotated[bool, Argument(flag="--json")] = Field(False, description="one JSON object on stdout")
+    overrides: Overrides = ()
+
+
+def plan(options: PlanOptions) -> int:
     """Parameters, memory, FLOPs, hours and disk of a run, and which ZeRO stage fits; needs no weights."""
     from vlgpt.config import load_run
     from vlgpt.planning.plan import make_plan, parse_bytes
     from vlgpt.planning.table import to_text
 
-    found = make_plan(
-        load_run(arguments.config, arguments.overrides),
-        gpus=arguments.gpus,
-        nodes=arguments.nodes,
-        gpu_memory=parse_bytes(arguments.gpu_memory),
-        peak_tflops=arguments.peak_tflops,
-        mfu=arguments.mfu,
-    )
-    sys.stdout.write((json.dumps(found, indent=1) if arguments.json else to_text(found)) + "\n")
+    run, gpu_memory = load_run(options.config, options.overrides), parse_bytes(options.gpu_memory)
+    shape = options.model_dump(include={"gpus", "nodes", "peak_tflops", "mfu"})
+    found = make_plan(run, gpu_memory=gpu_memory, **shape)
+    sys.stdout.write((json.dumps(found, indent=1) if options.is_json else to_text(found)) + "\n")
     return 0
 
 
-def doctor(arguments: argparse.Namespace) -> int:
+class DoctorOptions(Options):
+    """Of `vlgpt doctor`."""
+
+    config: Annotated[str | None, YAML] = Field(None, description="look for faults in this configuration too")
+    gpus: int = Field(1, description="processes of the run, for its batch arithmetic and memory")
+    gpu: bool = Field(False, description="run the real path on the GPUs of this machine (10 minutes)")
+    overrides: Overrides = ()
+
+
+def doctor(options: DoctorOptions) -> int:
     """Environment, versions, disk and faults of a configuration, each with its fix; --gpu runs the real path."""
     from vlgpt.config import load_run
     from vlgpt.doctor.environment import check_environment
-    from vlgpt.doctor.lint import lint
+    from vlgpt.doctor.lint import Finding, lint
 
-    faults = []
-    if arguments.config is not None:
-        faults = lint(arguments.config, tuple(arguments.overrides), num_processes=arguments.gpus)
-    is_readable = arguments.config is not None and not any("correct this key" in f.fix for f in faults)
-    run = load_run(arguments.config, arguments.overrides) if is_readable else None
-    findings = [*check_environment(run, num_processes=arguments.gpus), *faults]
-    if arguments.gpu:
+    faults: list[Finding] = []
+    run: RunSettings | None = None
+    if options.config is not None:
+        faults = lint(options.config, options.overrides, num_processes=options.gpus)
+        if not any("correct this key" in fault.fix for fault in faults):
+            run = load_run(options.config, options.overrides)
+    findings = [*check_environment(run, num_processes=options.gpus), *faults]
+    if options.gpu:
         from vlgpt.doctor.gpu import check_gpu
 
         findings += check_gpu()
@@ -348,129 +507,23 @@ def doctor(arguments: argparse.Namespace) -> int:
     return 1 if any(finding.level == "error" for finding in findings) else 0
 
 
-def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", metavar="YAML", help="look for faults in this configuration too")
-    parser.add_argument(
-        "--gpus", type=int, default=1, help="processes of the run, for its batch arithmetic and memory"
-    )
-    parser.add_argument(
-        "--gpu", action="store_true", help="run the real path on the GPUs of this machine (10 minutes)"
-    )
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+# ----------------------------------------------------------------------------------------------------------------- main
 
-
-def _plan_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", required=True, metavar="YAML")
-    parser.add_argument("--gpus", type=int, default=8, help="per node")
-    parser.add_argument("--nodes", type=int, default=1)
-    parser.add_argument("--gpu-memory", default="40GB")
-    parser.add_argument("--peak-tflops", type=float, help="dense bf16 peak of one GPU (default: 312, A100)")
-    parser.add_argument("--mfu", type=float, default=0.4, help="share of the peak that is reached")
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
-
-
-def _prompt_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--prompt", default="", help=f"text; {IMAGE_MARK} marks where images stand; - reads stdin"
-    )
-    parser.add_argument(
-        "--image", type=Path, action="append", default=[], help="picture file, may be repeated"
-    )
-    parser.add_argument(
-        "--plain", action="store_true", help="continue plain text instead of answering a chat turn"
-    )
-
-
-def _reply_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--output", type=Path, default=Path("generated"), help="folder for pictures (and reply.json)"
-    )
-    parser.add_argument(
-        "--images", choices=("free", "never", "force"), default="free", help="may the reply hold images"
-    )
-    parser.add_argument("--max-images", type=int, default=1)
-    parser.add_argument("--max-new-tokens", type=int, default=64)
-    parser.add_argument("--num-beams", type=int, default=1)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument(
-        "--visual-guidance", type=float, default=1.0, help="against the empty prompt; 1 is off"
-    )
-    parser.add_argument(
-        "--decoder-guidance", type=float, help="guidance of a diffusion decoder (default: its own); 1 is off"
-    )
-    parser.add_argument("--seed", type=int, default=0)
-
-
-def _reconstruct_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("image", type=Path, nargs="+")
-    parser.add_argument("--output", type=Path, default=Path("reconstruction.png"))
-    parser.add_argument(
-        "--decoder-guidance", type=float, help="guidance of a diffusion decoder (default: its own); 1 is off"
-    )
-    parser.add_argument(
-        "--image-scale", type=float, help="weight of z_v beside z_t in a diffusion decoder (default: its own)"
-    )
-    parser.add_argument("--seed", type=int, default=0)
-
-
-def _serve_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--host", default="127.0.0.1", help="there is no login: mind who can reach it")
-    parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--name", help="model name that clients see (default: the folder's)")
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="limit and default of max_tokens")
-    parser.add_argument("--max-batch", type=int, default=8, help="waiting requests decoded together")
-    parser.add_argument("--max-waiting", type=int, default=32, help="more are refused with 429")
-    parser.add_argument("--timeout-s", type=float, default=120.0, help="from request to whole reply")
-    parser.add_argument("--max-body-mib", type=int, default=20)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="vlgpt", description="VL-GPT: read and write text and images in one sequence."
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def add(
-        name: str, function: Callable[[argparse.Namespace], int], *, has_model: bool = True
-    ) -> argparse.ArgumentParser:
-        doc = (function.__doc__ or "").strip().splitlines()[0]
-        command = commands.add_parser(name, help=doc, description=doc)
-        command.set_defaults(function=function)
-        if has_model:
-            command.add_argument(
-                "--model", type=Path, default=Path("runs/demo/finetune/result"), help="export folder"
-            )
-            command.add_argument("--device", default="cpu")
-        return command
-
-    command = add("generate", generate)
-    _prompt_arguments(command)
-    _reply_arguments(command)
-    _reply_arguments(add("chat", chat))
-    _serve_arguments(add("serve", serve))
-    _reconstruct_arguments(add("reconstruct", reconstruct))
-    command = add("inspect", inspect, has_model=False)
-    command.add_argument("--config", default="demo/configs/pretrain.yaml", metavar="YAML")
-    command.add_argument("--batches", type=int, default=1)
-    command.add_argument("--html", type=Path, help="write a page instead of printing")
-    command.add_argument("--full", action="store_true", help="print every position")
-    command.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
-    _plan_arguments(add("plan", plan, has_model=False))
-    _doctor_arguments(add("doctor", doctor, has_model=False))
-    command = add("export", export, has_model=False)
-    command.add_argument("run", type=Path, help="run folder, such as runs/pretrain")
-    command.add_argument("--output", type=Path, required=True)
-    command.add_argument("--picture-decoder", type=Path, help="another decoder than the run names")
-    command.add_argument(
-        "--keep-lora", action="store_true", help="keep the adapter apart instead of merging it"
-    )
-    return parser
+COMMANDS: tuple[Callable[[Any], int], ...] = (
+    generate, chat, serve, reconstruct, inspect, plan, doctor, export
+)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `vlgpt`."""
-    arguments = _parser().parse_args(argv)
+    parser = make_parser("vlgpt", "VL-GPT: read and write text and images in one sequence.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    models: dict[str, type[Options]] = {}
+    for function in COMMANDS:
+        name, doc = function.__name__, (function.__doc__ or "").splitlines()[0]
+        models[name] = typing.get_type_hints(function)["options"]
+        add_options(commands.add_parser(name, help=doc, description=doc), model_options(models[name]))
+    arguments = parser.parse_args(argv)
+    function = next(function for function in COMMANDS if function.__name__ == arguments.command)
     log.configure()
-    return log.run_command(lambda: arguments.function(arguments))
+    return run_command(lambda: function(read_options(models[arguments.command], arguments)))

@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from vlgpt.errors import UserError
-from vlgpt.settings import RunSettings
+from vlgpt.settings import RunSettings, stage_settings
 
 S = TypeVar("S", bound=BaseModel)
 
@@ -106,11 +106,11 @@ def _relax(values: Any) -> Any:
 
 def _explain(model: type[BaseModel], values: Any, error: ValidationError) -> str:
     problem = error.errors()[0]
-    location = [step for step in problem["loc"] if not _is_tag(step, values, problem["loc"])]
+    location = problem["loc"]
     key = ".".join(str(step) for step in location)
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if problem["type"] == "extra_forbidden":
-        names = _field_names(model, problem["loc"][:-1])
+        names = _field_names(model, values, location[:-1])
         close = difflib.get_close_matches(str(location[-1]), names, 1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         return f"unknown key {key!r} (value {problem['input']!r}); {hint}valid keys: {', '.join(names)}{more}"
@@ -125,37 +125,15 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _is_tag(step: Any, values: Any, location: Sequence[Any]) -> bool:
-    """Whether this step is the tag of a discriminated union (pydantic puts it into the location)."""
-    index = list(location).index(step)
-    current = values
-    for previous in location[:index]:
-        if isinstance(current, dict):
-            current = current.get(previous, current)
-        elif isinstance(current, (list, tuple)) and isinstance(previous, int) and previous < len(current):
-            current = current[previous]
-    return (
-        isinstance(current, dict)
-        and isinstance(step, str)
-        and current.get("kind") == step
-        and step not in current
-    )
-
-
-def _field_names(model: type[BaseModel], location: Sequence[Any]) -> list[str]:
+def _field_names(model: type[BaseModel], values: Any, location: Sequence[int | str]) -> list[str]:
     """Field names of the settings class at a location of pydantic's error."""
+    if location and location[0] == "stage" and issubclass(model, RunSettings):
+        model, location = stage_settings(values["stage"]["kind"]), location[1:]
     current: Any = model
     for step in location:
-        if isinstance(step, int):
-            continue
-        candidates = list(_models(current))
-        for candidate in candidates:
+        for candidate in _models(current):
             if step in candidate.model_fields:
-                current = candidate.model_fields[step].annotation
-                break
-            kind = candidate.model_fields.get("kind")
-            if kind is not None and step in typing.get_args(kind.annotation):
-                current = candidate
+                current = candidate.model_fields[str(step)].annotation
                 break
     return sorted({name for candidate in _models(current) for name in candidate.model_fields})
 

@@ -15,7 +15,7 @@ ROLES: tuple[Role, ...] = get_args(Role)
 TextPlace = Literal[
     "plain", "first", "user", "assistant"
 ]  # `first`: in the user turn that a chat begins with
-IMAGE_MARK = "<image>"  # what people type where an image stands; never a token
+IMAGE_MARK = "<image>"  # what people type in the place of an image; never a token
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class TextPart:
 
 @dataclass(frozen=True, slots=True)
 class ImagePart:
-    """A place where image number `index` of the sample stands."""
+    """The place of image number `index` of the sample."""
 
     index: int
     role: Role = "plain"
@@ -41,8 +41,8 @@ Part = TextPart | ImagePart
 class Document:
     """Text and images in reading order. Images are numbered 0, 1, ... in the order in which they appear.
 
-    `info` is free JSON about provenance and truth (url, licence, hashes, attributes); training never reads it.
-    Raises ValueError when a role is unknown, images are out of order, or chat and plain parts are mixed.
+    `info` is free JSON about provenance and truth (url, licence, hashes, attributes); training never reads it. Raises
+    ValueError when a role is unknown, images are out of order, or chat and plain parts are mixed.
     """
 
     id: str
@@ -125,7 +125,7 @@ def _part_from_record(document_id: str, record: Mapping[str, Any]) -> Part:
 
 
 def text_places(roles: Sequence[Role]) -> list[TextPlace]:
-    """Where the parts of a document stand, by their roles: what decides how their text is tokenised."""
+    """The places of the parts of a document, by their roles: they decide how text is tokenised."""
     opening = next((number for number, role in enumerate(roles) if role != "user"), len(roles))
     return [*(["first"] * opening), *roles[opening:]]  # type: ignore[list-item]
 
@@ -133,7 +133,7 @@ def text_places(roles: Sequence[Role]) -> list[TextPlace]:
 def join(
     id: str, source: str, pieces: Sequence[Sequence[Part]], info: Mapping[str, Any] | None = None
 ) -> Document:
-    """Concatenate part lists, numbering the images anew in reading order (few-shot prompts, multi-turn chats)."""
+    """Concatenate part lists, with the images renumbered in reading order (few-shot prompts, multi-turn chats)."""
     parts: list[Part] = []
     num_images = 0
     for piece in pieces:

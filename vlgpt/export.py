@@ -11,21 +11,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
-from vlgpt import config as run_config
-from vlgpt.decoding.load import DIFFUSION_PATHS, cast_parameters, located
+from vlgpt.decoding.load import DIFFUSION_PATHS, located
 from vlgpt.errors import UserError
-from vlgpt.generate import Generator
 from vlgpt.log import get_logger
 from vlgpt.model_card import write_card
-from vlgpt.models.decoder_parts import FOR_TARGETS, read_parts
-from vlgpt.models.unified import UnifiedConfig, UnifiedModel, is_export
+from vlgpt.models.conditions import FOR_TARGETS, read_parts
+from vlgpt.models.unified import UnifiedConfig, UnifiedModel
 from vlgpt.models.weights import tensors_of, write_weights
-from vlgpt.settings import LanguageStage, RunSettings
-from vlgpt.stages.build import build_language_stage, dtype_of
-from vlgpt.stages.weights import load_trainable, newest_trainable
 from vlgpt.tokens import DocumentTokenizer
 
 MAX_COPIED_BYTES = 200_000_000
@@ -44,11 +36,11 @@ def export_model(
 ) -> None:
     """Write an export; config.json comes last, so that a folder without it is known to be incomplete.
 
-    The model is not changed: adapters are merged tensor by tensor while writing, or kept apart with
-    `merge_lora=False` (then logits equal the training model's bit by bit). `encoder` holds the fields of
-    EncoderSettings; it and the picture decoder are copied when they are local and below 200 MB, else named.
-    `picture_decoder` is a ConvDecoder's folder, or a JSON file (or a folder with diffusion.json) with the arguments of
-    `DiffusionDecoder.load`. Raises UserError when one of them cannot be found.
+    The model is not changed: adapters are merged tensor by tensor while writing, or kept apart with `merge_lora=False`
+    (then logits equal the training model's bit by bit). `encoder` holds the fields of EncoderSettings; it and the image
+    decoder are copied when they are local and below 200 MB, else named. `picture_decoder` is the folder of a saved
+    decoder, or a JSON file (or a folder with diffusion.json) with the arguments of `DiffusionDecoder.load`. Raises
+    UserError when one of them cannot be found.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").unlink(missing_ok=True)
@@ -86,7 +78,7 @@ def config_of(model: UnifiedModel, tokenizer: DocumentTokenizer, *, merge_lora: 
         num_tokens=lm.num_tokens,
         template=tokenizer.template_name,
         rendering="parts" if tokenizer.rendering == "parts" else "saved",
-        head="linear" if isinstance(lm.regression_head.layers, nn.Linear) else "mlp",
+        head=lm.head_name,
         is_boundary_target=tokenizer.is_boundary_target,
         lora=lora,
     )
@@ -116,7 +108,7 @@ def carry(reference: str | Path, folder: Path, name: str) -> str:
 
 
 def _carry_decoder(path: Path, folder: Path) -> dict[str, Any]:
-    """The record of a picture decoder, its small local parts copied."""
+    """The record of an image decoder, its small local parts copied."""
     description = path if path.is_file() else path / DIFFUSION_FILE
     if description.is_file():
         parts = read_parts(description)
@@ -128,8 +120,7 @@ def _carry_decoder(path: Path, folder: Path) -> dict[str, Any]:
         return {"kind": "diffusion", **arguments}
     if not (path / "config.json").is_file():
         raise UserError(
-            f"picture_decoder {path} is neither a saved ConvDecoder or TinyDiffusionDecoder nor a folder with "
-            f"{DIFFUSION_FILE}"
+            f"picture_decoder {path} is neither the folder of a saved decoder nor one with {DIFFUSION_FILE}"
         )
     name = json.loads((path / "config.json").read_text())["class"]
     return {"kind": "component", "class": name, "path": carry(path, folder, "picture_decoder")}
@@ -163,7 +154,7 @@ def _write_transformers_files(folder: Path, tokenizer: DocumentTokenizer, config
 
 
 def _image_size_px(folder: Path, config: UnifiedConfig) -> int:
-    """The size of the pictures that the encoder reads, from its own configuration; 224 when there is none to read."""
+    """The size of the images that the encoder reads, from its own configuration; 224 when there is none to read."""
     place = Path(located(folder, config.image_encoder["path"])) if config.image_encoder else folder
     for name, keys in (
         ("open_clip_config.json", ("model_cfg", "vision_cfg")),
@@ -176,57 +167,3 @@ def _image_size_px(folder: Path, config: UnifiedConfig) -> int:
             size = record.get("image_size", 224)
             return size if isinstance(size, int) else int(size[0])
     return 224
-
-
-def load_generator(folder: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = None) -> Generator:
-    """See `Generator.load`."""
-    return Generator.load(folder, device=device, dtype=dtype)
-
-
-def export_run(
-    run: str | Path, folder: str | Path, *, merge_lora: bool = True, picture_decoder: str | Path | None = None
-) -> None:
-    """Export the newest commit of a language run from its one file of trained weights: no GPU, no deepspeed.
-
-    The export appears complete or not at all. `picture_decoder` replaces the one of the run's settings. Raises
-    UserError when the run has no commit, is no language run, or its base weights are not those it was trained on.
-    """
-    run, folder = Path(run), Path(folder)
-    settings = run_config.load_run(run / "config.yaml")
-    if not isinstance(settings.stage, LanguageStage):
-        raise UserError(
-            f"{run} trained a {settings.stage.kind}: its result folder is what later stages read, nothing to export"
-        )
-    if folder.exists() and not is_export(folder) and any(folder.iterdir()):
-        raise UserError(f"{folder} exists and is no export: choose another folder")
-    stage, tokenizer = build_language_stage(
-        settings.stage, num_sources=len(settings.data.sources), dtype=dtype_of(settings)
-    )
-    trained = newest_trainable(run)
-    load_trainable(stage, trained)
-    cast_parameters(stage.model.lm, dtype_of(settings))  # type: ignore[union-attr,arg-type]  # its result has the same
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    export_model(
-        stage.model,  # type: ignore[arg-type]
-        partial,
-        tokenizer=tokenizer,
-        encoder=None if settings.stage.encoder is None else settings.stage.encoder.model_dump(),
-        picture_decoder=picture_decoder or settings.stage.picture_decoder,
-        merge_lora=merge_lora,
-        card=card_of(settings, tag=trained.tag),
-    )
-    if folder.exists():
-        shutil.rmtree(folder)
-    partial.replace(folder)
-
-
-def card_of(settings: RunSettings, *, tag: str) -> dict[str, Any]:
-    """What a run's settings say for the model card."""
-    return {
-        "name": settings.name,
-        "checkpoint": tag,
-        "sources": [f"{source.name} ({source.path})" for source in settings.data.sources],
-        "steps": settings.steps,
-        "global_batch": settings.global_batch,
-    }

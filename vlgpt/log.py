@@ -1,14 +1,20 @@
-"""Logging: one logger for people, one metrics file for programs, TensorBoard beside it."""
+"""Logging: one logger for people, one metrics file for programs, TensorBoard and Weights & Biases beside it."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
+
+from vlgpt.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def get_logger(name: str = "vlgpt") -> logging.Logger:
@@ -28,17 +34,23 @@ def configure(*, rank: int = 0, level: int = logging.INFO) -> None:
     logger.propagate = False
 
 
-class Mirror(Protocol):
-    """Somebody else who gets the records of a `MetricsLog`."""
+class MetricsSink:
+    """Receives the numbers of a run. This one drops them: ranks other than 0 hold it."""
 
-    def write(self, step: int, values: Mapping[str, Any]) -> None: ...
-    def close(self) -> None: ...
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Take in one record."""
+
+    def image(self, step: int, name: str, image: Tensor) -> None:
+        """Take in an image `(3, H, W)` in [0, 1]."""
+
+    def close(self) -> None:
+        """No record comes any more."""
 
 
-class MetricsLog:
+class MetricsLog(MetricsSink):
     """metrics.jsonl (one JSON object per line) and TensorBoard events of one run; only rank 0 should hold one."""
 
-    def __init__(self, folder: Path, *, use_tensorboard: bool = True, mirrors: Sequence[Mirror] = ()):
+    def __init__(self, folder: Path, *, use_tensorboard: bool = True, mirrors: Sequence[MetricsSink] = ()):
         folder.mkdir(parents=True, exist_ok=True)
         self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
         self._mirrors = mirrors
@@ -65,8 +77,8 @@ class MetricsLog:
                 if isinstance(value, (int, float)):
                     self._writer.add_scalar(name, value, step)
 
-    def image(self, step: int, name: str, image: Any) -> None:
-        """Add a picture `(3, H, W)` in [0, 1] to TensorBoard."""
+    def image(self, step: int, name: str, image: Tensor) -> None:
+        """Add an image `(3, H, W)` in [0, 1] to TensorBoard."""
         if self._writer is not None:
             self._writer.add_image(name, image, step)
 
@@ -76,6 +88,34 @@ class MetricsLog:
             mirror.close()
         if self._writer is not None:
             self._writer.close()
+
+
+class WandbMirror(MetricsSink):
+    """Sends every number to Weights & Biases; metrics.jsonl stays the record.
+
+    WANDB_MODE=offline writes to RUN/wandb instead of the network. Raises UserError when the package is missing.
+    """
+
+    def __init__(self, run_dir: Path, *, project: str, name: str, config: Mapping[str, Any]):
+        try:
+            import wandb
+        except ImportError as error:
+            raise UserError(
+                "wandb_project is set, but wandb is not installed: pip install wandb, or remove it"
+            ) from error
+        # One id per folder, so that a resumed run goes on with its curve instead of starting another.
+        identity = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:16]
+        self._run: Any = wandb.init(
+            project=project, name=name, id=identity, resume="allow", dir=str(run_dir), config=dict(config)
+        )
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Send the numbers of one record."""
+        numbers = {key: value for key, value in values.items() if isinstance(value, (int, float))}
+        self._run.log({**numbers, "step": step})
+
+    def close(self) -> None:
+        self._run.finish()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

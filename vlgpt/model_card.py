@@ -10,16 +10,10 @@ import yaml
 
 from vlgpt.models.unified import UnifiedConfig, UnifiedModel
 
-ATTRIBUTIONS = {
-    "twemoji": "Twemoji graphics: copyright Twitter, Inc and other contributors, CC-BY 4.0 "
-    "(https://creativecommons.org/licenses/by/4.0/).",
-    "noto": "Noto Emoji graphics: copyright Google Inc, Apache License 2.0.",
-}
-ATTRIBUTIONS["emoji"] = f"{ATTRIBUTIONS['noto']}\n{ATTRIBUTIONS['twemoji']}"
-
 USAGE = """```python
+from vlgpt.decoding.api import DecodeSettings, Prompt
+from vlgpt.decoding.generator import Generator
 from vlgpt.document import Document, TextPart
-from vlgpt.generate import DecodeSettings, Generator, Prompt
 
 generator = Generator.load("PATH")
 prompt = Prompt(Document("question", "user", (TextPart("What is an elephant?", "user"),)))
@@ -34,7 +28,7 @@ def write_card(path: Path, *, model: UnifiedModel, config: UnifiedConfig, card: 
     """Write the model card.
 
     `card` may hold `name`, `summary`, `licence`, `sources` (list of str), `steps`, `global_batch`, `checkpoint`,
-    `results` (name -> value) and `attribution` (list of names in ATTRIBUTIONS or of sentences).
+    `results` (name -> value) and `attribution` (sentences, such as the licences of the data).
     """
     header = {"library_name": "vlgpt", "pipeline_tag": "any-to-any", "tags": ["vl-gpt", "multimodal"]}
     if "licence" in card:
@@ -57,8 +51,8 @@ def write_card(path: Path, *, model: UnifiedModel, config: UnifiedConfig, card: 
     if results := card.get("results"):
         rows = "\n".join(f"| {name} | {value} |" for name, value in results.items())
         sections.append(f"## Results\n\n| benchmark | value |\n|---|---|\n{rows}")
-    if names := _attributions(card):
-        sections.append("## Attribution\n\n" + "\n".join(f"- {line}" for line in names))
+    if lines := dict.fromkeys(card.get("attribution", ())):
+        sections.append("## Attribution\n\n" + "\n".join(f"- {line}" for line in lines))
     path.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
 
 
@@ -88,14 +82,3 @@ def _training(card: Mapping[str, Any]) -> str:
         if name in card:
             lines.append(f"- {name.replace('_', ' ')}: {card[name]}")
     return "\n".join(lines)
-
-
-def _attributions(card: Mapping[str, Any]) -> list[str]:
-    """Lines of `attribution`, and those that the names of the data sources call for."""
-    wanted = [str(name) for name in card.get("attribution", ())]
-    sources = " ".join(str(source) for source in card.get("sources", ())).lower()
-    wanted += [name for name in ATTRIBUTIONS if name in sources]
-    lines: list[str] = []
-    for name in wanted:
-        lines += [line for line in ATTRIBUTIONS.get(name.lower(), name).splitlines() if line not in lines]
-    return lines

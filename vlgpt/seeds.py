@@ -28,7 +28,7 @@ def generator(*names: int | str) -> np.random.Generator:
 
 
 def torch_generator(*names: int | str) -> torch.Generator:
-    """A CPU torch generator for this address: pictures depend on neither device nor batch."""
+    """A CPU torch generator for this address: images depend on neither device nor batch."""
     import torch
 
     return torch.Generator().manual_seed(address(*names) & (2**63 - 1))

@@ -1,17 +1,35 @@
 """The run's settings: strict, frozen pydantic models. A YAML file plus `a.b=c` overrides becomes one `RunSettings`.
 
-Names are nouns with units and one meaning. Paper values are the defaults where the paper gives one.
+Read from the end: `RunSettings` is one training run, and names all other classes. Names are nouns with units and one
+meaning. Paper values are the defaults where the paper gives one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from vlgpt.errors import UserError
+from vlgpt.registry import is_dotted, load_object
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[float, Field(ge=0.0)]
+# Regression heads of vlgpt.models.heads, by name.
+HEADS = ("linear", "mlp")
 
 
 class Settings(BaseModel):
@@ -28,19 +46,18 @@ class SourceSettings(Settings):
 
     name: str
     path: str
-    weight: Annotated[float, Field(ge=0.0)] | Literal["size"] = (
-        "size"  # share of the accepted sequences; "size": proportional to its samples
-    )
-    image_first: Fraction = (
-        1.0  # probability that an image stays before the text part that follows it; else swapped
-    )
-    max_images: Positive = 5  # of a window with more, as many are sampled (paper: 5); chats end before
-    keep_single_image: Fraction = 1.0  # probability to keep a window with exactly one image (OBELICS: 0.2)
-    start: Literal["beginning", "random"] = "beginning"  # where a window of a too long document begins
-    ramp: tuple[Fraction, Fraction] = (
-        0.0,
-        0.0,
-    )  # shares of the run between which the weight grows from 0 to full
+    # Share of the accepted sequences; "size": proportional to the number of samples.
+    weight: NotNegative | Literal["size"] = "size"
+    # Probability that an image stays before the text part that follows it; otherwise the two are swapped.
+    image_first: Fraction = 1.0
+    # Of a window with more images, as many are sampled (paper: 5). A chat ends before its first image too many.
+    max_images: Positive = 5
+    # Probability to keep a window with exactly one image (OBELICS: 0.2).
+    keep_single_image: Fraction = 1.0
+    # Where a window of a too long document begins.
+    start: Literal["beginning", "random"] = "beginning"
+    # Shares of the run between which the weight grows from 0 to its full value.
+    ramp: tuple[Fraction, Fraction] = (0.0, 0.0)
 
 
 class DataSettings(Settings):
@@ -48,25 +65,30 @@ class DataSettings(Settings):
 
     sources: tuple[SourceSettings, ...] = Field(min_length=1)
     mixing: Literal["weights", "temperature"] = "weights"
-    temperature: Annotated[float, Field(gt=0.0)] = (
-        1.0  # with mixing=temperature: share ~ size ** (1 / temperature)
-    )
-    sequence_length: Positive = 512  # positions of a packed row (language stages)
+    # With mixing=temperature: share ~ size ** (1 / temperature).
+    temperature: Annotated[float, Field(gt=0.0)] = 1.0
+    # Positions of a packed row (language stages).
+    sequence_length: Positive = 512
     packing: Literal["best_fit", "none"] = "best_fit"
-    features: tuple[
-        Literal["patches", "image_condition", "text_condition", "visual"], ...
-    ] = ()  # read, not computed
-    pixels: bool = False  # decode images (online encoders, CLIP and picture decoder training)
+    # What is read from data_prep.features instead of being computed.
+    features: tuple[Literal["patches", "image_condition", "text_condition", "visual"], ...] = ()
+    # Decode images: for online encoders, and for training a CLIP or an image decoder.
+    pixels: bool = False
     image_size_px: Positive = 224
     decoder: Literal["pillow", "fast"] = "pillow"
     num_workers: Annotated[int, Field(ge=0)] = 2
-    prefetch_batches: Positive = 4  # prepared ahead per rank, at least one per worker; or fewer:
-    prefetch_bytes: Positive = 2 << 30  # per rank, so that batches of large features cannot fill the memory
-    shuffle_shards: Positive = 16  # samples are shuffled inside blocks of this many shards of a source
-    cache_dir: str | None = None  # where copies of remote shards and indexes of foreign tars are kept
+    # Batches prepared ahead per rank, at least one per worker. `prefetch_bytes` bounds their memory per rank, so that
+    # batches of large features cannot fill it.
+    prefetch_batches: Positive = 4
+    prefetch_bytes: Positive = 2 << 30
+    # Samples are shuffled inside blocks of this many shards of a source.
+    shuffle_shards: Positive = 16
+    # Where copies of remote shards and indexes of foreign tars are kept.
+    cache_dir: str | None = None
     cache_bytes: Positive = 64 << 30
     seed: int = 0
-    max_bad_fraction: Fraction = 0.01  # per source, over windows of 10,000 samples
+    # Per source, over windows of 10,000 samples.
+    max_bad_fraction: Fraction = 0.01
     allow_data_change: bool = False
     watchdog_s: Annotated[float, Field(gt=0)] = 300.0
 
@@ -77,12 +99,15 @@ class DataSettings(Settings):
 class ConditionShapes(Settings):
     """Shapes that the frozen encoders give; checked against features and encoders at start."""
 
-    num_patches: Positive = 257  # P: CLIP ViT-L/14 at 224 px, CLS kept
-    patch_width: Positive = 1024  # C
-    image_tokens: Positive = 16  # Kv of e_v: IP-Adapter Plus
-    image_width: Positive = 768  # Dv
-    text_tokens: Positive = 77  # Kt of e_t: SD 1.5
-    text_width: Positive = 768  # Dt
+    # P x C: CLIP ViT-L/14 at 224 px, class token kept.
+    num_patches: Positive = 257
+    patch_width: Positive = 1024
+    # Kv x Dv of e_v: IP-Adapter Plus.
+    image_tokens: Positive = 16
+    image_width: Positive = 768
+    # Kt x Dt of e_t: Stable Diffusion 1.5.
+    text_tokens: Positive = 77
+    text_width: Positive = 768
 
 
 class TransformerSettings(Settings):
@@ -110,7 +135,7 @@ class EncoderSettings(Settings):
     has_cls: bool = True
 
 
-class LoraConfiguration(Settings):
+class LoraSettings(Settings):
     """LoRA on all linear layers (paper: rank 32; PAPER: alpha and dropout are not given, §4.1; as SEED-X)."""
 
     rank: Positive = 32
@@ -118,7 +143,16 @@ class LoraConfiguration(Settings):
     dropout: Fraction = 0.05
 
 
-class ImageTokenizerStage(Settings):
+# -------------------------------------------------------------------------------------------------------------- stages
+
+
+class StageSettings(Settings):
+    """Base of what is trained. `kind` is one of STAGES, or `package.module:Class` of a `Stage` of your own."""
+
+    kind: str
+
+
+class TokenizerStageSettings(StageSettings):
     """Stage 1: image tokenizer and detokenizer, L = image_weight * MSE(z_v, e_v) + text_weight * MSE(z_t, e_t)."""
 
     kind: Literal["image_tokenizer"]
@@ -128,19 +162,23 @@ class ImageTokenizerStage(Settings):
     tokenizer: TransformerSettings = TransformerSettings()
     detokenizer: TransformerSettings = TransformerSettings()
     has_mean_token: bool = False
-    image_weight: Annotated[float, Field(ge=0)] = 1.0
-    text_weight: Annotated[float, Field(ge=0)] = 1.0
-    encoder: EncoderSettings | None = None  # computes patches online; None: patches come from features
-    conditioner: EncoderSettings | None = None  # computes e_v and e_t online; None: from features
-    tokenizer_from: str | None = None  # a stage-1 result whose image tokenizer is the start; None: random
-    detokenizer_from: str | None = None  # the same for the detokenizer
-    frozen: tuple[Literal["tokenizer", "detokenizer"], ...] = ()  # not trained
-    statistics_samples: Positive = 8192  # samples from which target statistics are taken
+    image_weight: NotNegative = 1.0
+    text_weight: NotNegative = 1.0
+    # `encoder` computes patches online, `conditioner` e_v and e_t; None: they are read from features.
+    encoder: EncoderSettings | None = None
+    conditioner: EncoderSettings | None = None
+    # A stage-1 result whose tokenizer or detokenizer is the start; None: random weights.
+    tokenizer_from: str | None = None
+    detokenizer_from: str | None = None
+    # Not trained.
+    frozen: tuple[Literal["tokenizer", "detokenizer"], ...] = ()
+    # Samples from which the statistics of the targets are taken.
+    statistics_samples: Positive = 8192
     attention: Literal["auto", "flash_attention_2", "sdpa"] = "auto"
     has_checkpointing: bool = False
 
     @model_validator(mode="after")
-    def _has_a_target(self) -> ImageTokenizerStage:
+    def _has_a_target(self) -> TokenizerStageSettings:
         if self.image_weight == 0 and self.text_weight == 0:
             raise ValueError("image_weight and text_weight are both 0: nothing would be trained")
         if set(self.frozen) == {"tokenizer", "detokenizer"}:
@@ -148,43 +186,53 @@ class ImageTokenizerStage(Settings):
         return self
 
 
-class LanguageStage(Settings):
+class LanguageStageSettings(StageSettings):
     """Stages 2 and 3: the multimodal language model. Which data it reads makes the difference between the two."""
 
     kind: Literal["language"]
-    language_model: str  # an export of vlgpt, or any transformers causal LM
-    image_tokenizer: str | None = None  # stage-1 export; None: the one inside the vlgpt export
-    text_tokenizer: str | None = None  # None: the one beside the language model
-    init_from: str | None = (
-        None  # a run folder whose newest trainable weights are loaded (stage 3 continues LoRA)
-    )
+    # An export of vlgpt, or any causal language model of transformers.
+    language_model: str
+    # A stage-1 result; None: the tokenizer inside the vlgpt export.
+    image_tokenizer: str | None = None
+    # None: the one beside the language model.
+    text_tokenizer: str | None = None
+    # A run folder whose newest trainable weights are loaded (stage 3 continues LoRA).
+    init_from: str | None = None
     template: str = "vlgpt"
     trained: Literal["lora", "all"] = "lora"
-    frozen: tuple[
-        Literal["regression_head", "input_projection", "token_rows", "embeddings"], ...
-    ] = ()  # not trained; token_rows go with trained=lora, embeddings with trained=all
-    lora: LoraConfiguration = LoraConfiguration()
-    head: Literal["linear", "mlp"] = "linear"
+    # Not trained. `token_rows` goes with trained=lora, `embeddings` with trained=all.
+    frozen: tuple[Literal["regression_head", "input_projection", "token_rows", "embeddings"], ...] = ()
+    lora: LoraSettings = LoraSettings()
+    # The regression head: linear (paper), mlp, or `package.module:Class` of your own.
+    head: str = "linear"
     objective: Literal["mse", "mse_cosine", "smooth_l1"] = "mse"
-    text_weight: Annotated[float, Field(ge=0)] = 1.0
-    visual_weight: Annotated[float, Field(ge=0)] = 1.0
-    first_visual_weight: Annotated[float, Field(gt=0)] = (
-        1.0  # weight of slot 1 against the others of an image
-    )
-    visual_input_drop: Fraction = (
-        0.0  # share of visual inputs set to zero in training (against exposure bias)
-    )
-    visual_input_noise: Annotated[float, Field(ge=0)] = (
-        0.0  # std of noise on visual inputs, standardised scale
-    )
+    text_weight: NotNegative = 1.0
+    visual_weight: NotNegative = 1.0
+    # Weight of slot 1 against the other slots of an image.
+    first_visual_weight: Annotated[float, Field(gt=0)] = 1.0
+    # Corruption of visual inputs in training, against exposure bias: the share that is set to zero, and the standard
+    # deviation of noise in standardised scale.
+    visual_input_drop: Fraction = 0.0
+    visual_input_noise: NotNegative = 0.0
     is_boundary_target: bool = True
-    encoder: EncoderSettings | None = None  # computes patches online, and goes into the export
-    picture_decoder: str | None = None  # goes into the export, so that it can draw
+    # Computes patches online, and goes into the export.
+    encoder: EncoderSettings | None = None
+    # Goes into the export, so that it can draw.
+    picture_decoder: str | None = None
     attention: Literal["auto", "flash_attention_2", "sdpa", "eager"] = "auto"
     has_checkpointing: bool = False
 
+    @field_validator("head")
+    @classmethod
+    def _head_has_a_name(cls, head: str) -> str:
+        if head not in HEADS and not is_dotted(head):
+            raise ValueError(
+                f"unknown; valid: {', '.join(HEADS)}, or package.module:Class of a head of your own"
+            )
+        return head
+
     @model_validator(mode="after")
-    def _freezes_what_is_there(self) -> LanguageStage:
+    def _freezes_what_is_there(self) -> LanguageStageSettings:
         wrong = "embeddings" if self.trained == "lora" else "token_rows"
         if wrong in self.frozen:
             other = "all" if self.trained == "lora" else "lora"
@@ -192,36 +240,47 @@ class LanguageStage(Settings):
         return self
 
 
-class DemoClipStage(Settings):
-    """Demo only: a tiny CLIP, trained from scratch because no pre-trained one can be had offline."""
-
-    kind: Literal["demo_clip"]
-    text_tokenizer: str
-    image_size_px: Positive = 48
-    patch_size_px: Positive = 12
-    width: Positive = 128
-    image_depth: Positive = 4
-    text_depth: Positive = 2
-    head_width: Positive = 32
-    context_length: Positive = 24
+STAGES: Mapping[str, type[StageSettings]] = {
+    "image_tokenizer": TokenizerStageSettings,
+    "language": LanguageStageSettings,
+}
+RENAMED_STAGES = {
+    "demo_clip": "demo.stages:ClipStage",
+    "demo_decoder": "demo.stages:DecoderStage (with decoder=diffusion: demo.stages:DiffusionStage)",
+}
 
 
-class DemoDecoderStage(Settings):
-    """Demo only: the picture decoder, trained on pictures and their frozen conditions."""
+def stage_settings(kind: str) -> type[StageSettings]:
+    """The settings class of a stage kind; a stage of another package names its own as `settings_class`.
 
-    kind: Literal["demo_decoder"]
-    decoder: Literal["conv", "diffusion"] = "conv"
-    coarse: str | None = None  # diffusion: the trained conv decoder whose residual is modelled
-    noise_scale: Annotated[float, Field(gt=0, le=1)] = 0.3  # diffusion: of the noise that pictures start from
-    shapes: ConditionShapes
-    size_px: Positive = 48
-    image_drop: Fraction = 0.1  # share of samples trained without z_v, so that z_t alone can be drawn
-    text_drop: Fraction = 0.1
+    Raises UserError for an unknown kind.
+    """
+    if kind in STAGES:
+        return STAGES[kind]
+    if kind in RENAMED_STAGES:
+        raise UserError(f"{kind} is now {RENAMED_STAGES[kind]}")
+    if ":" not in kind:
+        raise UserError(
+            f"unknown; valid: {', '.join(STAGES)}, or package.module:Class of a stage of your own"
+        )
+    found = getattr(load_object(kind, key="stage.kind"), "settings_class", None)
+    if not (isinstance(found, type) and issubclass(found, StageSettings)):
+        raise UserError("this class has no settings_class derived from StageSettings: it is no stage")
+    return found
 
 
-StageSettings = Annotated[
-    ImageTokenizerStage | LanguageStage | DemoClipStage | DemoDecoderStage, Field(discriminator="kind")
-]
+def _of_its_kind(values: object) -> object:
+    """Plain values -> settings of the class that their `kind` means, so that errors name its keys."""
+    if not isinstance(values, dict) or not isinstance(kind := values.get("kind"), str):
+        return values
+    try:
+        found = stage_settings(kind)
+    except UserError as error:
+        problem = PydanticCustomError("stage_kind", "{reason}", {"reason": str(error)})
+        raise ValidationError.from_exception_data(
+            "stage", [{"type": problem, "loc": ("kind",), "input": kind}]
+        ) from error
+    return found.model_validate(values)
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -233,13 +292,13 @@ class OptimizerSettings(Settings):
     lr: Annotated[float, Field(gt=0)] = 2e-4
     betas: tuple[Fraction, Fraction] = (0.9, 0.98)
     eps: Annotated[float, Field(gt=0)] = 1e-6
-    weight_decay: Annotated[float, Field(ge=0)] = 0.05  # not on norms, biases, embeddings and other vectors
+    # Not on norms, biases, embeddings and other vectors.
+    weight_decay: NotNegative = 0.05
     warmup_steps: Annotated[int, Field(ge=0)] = 500
     min_lr_ratio: Fraction = 0.05
     gradient_clipping: Annotated[float, Field(gt=0)] = 1.0
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = (
-        0.0  # of a moving average that becomes the result; 0: none
-    )
+    # Of a moving average of the weights, which becomes the result; 0: none.
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
 class CheckpointSettings(Settings):
@@ -248,17 +307,18 @@ class CheckpointSettings(Settings):
     interval_steps: Positive = 1000
     keep: Annotated[int, Field(ge=2)] = 3
     resume: Literal["auto", "never"] = "auto"
-    upload: str | None = None  # any fsspec URL: every commit is copied there in the background, marker last
-    on_disk_full: Literal["continue", "stop"] = "continue"  # when a commit does not fit: train on, or exit 74
+    # Any fsspec URL: every commit is copied there in the background, its marker last.
+    upload: str | None = None
+    # When a commit does not fit on the disk: train on, or exit with code 74.
+    on_disk_full: Literal["continue", "stop"] = "continue"
 
 
 class PictureCheckSettings(Settings):
-    """Stage 1: held-out pictures through tokenizer, detokenizer and picture decoder at every validation."""
+    """Stage 1: held-out images through tokenizer, detokenizer and image decoder at every validation."""
 
     picture_decoder: str
-    judge: EncoderSettings | None = (
-        None  # CLIP whose similarity is logged (paper: ViT-L/14); None: sheet only
-    )
+    # A CLIP whose similarity is logged (paper: ViT-L/14); None: only the contact sheet.
+    judge: EncoderSettings | None = None
     num_pictures: Positive = 256
     num_on_sheet: Positive = 8
 
@@ -286,18 +346,19 @@ class ValidationSettings(Settings):
     @model_validator(mode="after")
     def _pictures_come_from_sources(self) -> ValidationSettings:
         if self.pictures is not None and not self.sources:
-            raise ValueError("pictures shows held-out pictures: name validation.sources, or remove it")
+            raise ValueError("pictures shows held-out images: name validation.sources, or remove it")
         return self
 
 
 class FaultSettings(Settings):
     """What is watched while a run goes on."""
 
-    replica_check_steps: Annotated[int, Field(ge=0)] = 1000  # compare weights between ranks; 0: never
-    spike_sigma: Annotated[float, Field(ge=0)] = (
-        6.0  # loss this far above its moving mean is an event; 0: off
-    )
-    spike_rollback: bool = False  # go back to the newest commit and leave out the data since then
+    # Compare weights between ranks this often; 0: never.
+    replica_check_steps: Annotated[int, Field(ge=0)] = 1000
+    # A loss this many standard deviations above its moving mean is an event; 0: off.
+    spike_sigma: NotNegative = 6.0
+    # After a spike, go back to the newest commit and leave out the data since then.
+    spike_rollback: bool = False
     max_rollbacks: Positive = 3
 
 
@@ -313,26 +374,30 @@ class RunSettings(Settings):
 
     name: str
     output_dir: str
-    stage: StageSettings
+    stage: Annotated[SerializeAsAny[StageSettings], BeforeValidator(_of_its_kind)]
     data: DataSettings
     optimizer: OptimizerSettings = OptimizerSettings()
     steps: Positive
-    global_batch: (
-        Positive  # samples (stage 1) or packed rows (stages 2, 3) per optimizer step, over all ranks
-    )
+    # Samples (stage 1) or packed rows (stages 2, 3) per optimizer step, over all ranks.
+    global_batch: Positive
     micro_batch: Positive
     precision: Literal["bf16", "fp32"] = "bf16"
     seed: int = 0
-    threads: Positive = 1  # torch threads per process on CPU
+    # torch threads per process on CPU.
+    threads: Positive = 1
     checkpoint: CheckpointSettings = CheckpointSettings()
     validation: ValidationSettings = ValidationSettings()
     log_interval_steps: Positive = 10
-    wandb_project: str | None = None  # also send numbers to Weights & Biases
-    max_skipped_steps: Positive = 5  # non-finite steps in a row before the run stops
-    step_timeout_s: Annotated[float, Field(gt=0)] = 1800.0  # no step ends for so long: stacks, then exit 72
+    # Also send the numbers to Weights & Biases.
+    wandb_project: str | None = None
+    # Non-finite steps in a row before the run stops.
+    max_skipped_steps: Positive = 5
+    # When no step ends for so long, all stacks are written and the process exits with code 72.
+    step_timeout_s: Annotated[float, Field(gt=0)] = 1800.0
     faults: FaultSettings = FaultSettings()
     profile: ProfileSettings = ProfileSettings()
-    peak_tflops: Annotated[float, Field(gt=0)] | None = None  # of one device, for MFU; None: known GPUs only
+    # Of one device, for MFU; None: known GPUs only.
+    peak_tflops: Annotated[float, Field(gt=0)] | None = None
 
     def accumulation(self, world_size: int) -> int:
         """Micro-batches per step and rank. Raises ValueError when the global batch cannot be divided."""

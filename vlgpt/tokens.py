@@ -1,7 +1,7 @@
 """The only file that knows special tokens: `Document` -> spans of token ids, chats as `turns` says.
 
-Every part of a document is tokenised on its own, so token lengths add up: packing can be planned from the lengths
-stored in an index, and targets follow from the span that a token came from, never from re-tokenising text.
+Every part of a document is tokenised on its own. So token lengths add up, and packing can be planned from the lengths
+that an index stores. Targets follow from the span that a token came from, never from tokenising text again.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from vlgpt.document import Document, ImagePart, Role, TextPlace, text_places
+from vlgpt.document import Document, ImagePart, Part, Role, TextPlace, text_places
 from vlgpt.errors import UserError
 from vlgpt.log import get_logger
 from vlgpt.turns import OWN, TEMPLATES, Turns, cut, of_parts, of_texts
@@ -24,7 +24,7 @@ from vlgpt.turns import OWN, TEMPLATES, Turns, cut, of_parts, of_texts
 BEGIN_IMAGE, END_IMAGE = "[IMG]", "[/IMG]"
 NUM_IMAGE_TOKENS = 2  # they are the last tokens of the vocabulary
 MODEL_TYPE = "vlgpt"  # in the config.json of an export
-PLACEHOLDER_ID = 0  # stands where visual embeddings are put; never looked up as a target
+PLACEHOLDER_ID = 0  # at positions of visual embeddings; never looked up as a target
 VOCABULARY_MULTIPLE = 64
 
 SpanRole = Literal["start", "system", "header", "plain", "user", "assistant", "end"]
@@ -188,7 +188,7 @@ class DocumentTokenizer:
         return -(-self.num_tokens // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
     def encode_text(self, text: str, place: TextPlace = "plain") -> list[int]:
-        """Token ids of one piece of text as it stands inside a document; special tokens in the text stay plain text.
+        """Token ids of one piece of text inside a document; special tokens in the text stay plain text.
 
         A space is put before it, but where the chat template lets text follow without one.
         """
@@ -257,9 +257,9 @@ class DocumentTokenizer:
     ) -> list[Piece]:
         """The rendering of a document whose parts have these roles and kinds, as fixed ids and places of parts.
 
-        With `is_prompt` nothing follows the last part of a plain document or of an open reply, and a document that
-        ends with a user turn gets the header of the reply that is to come. A chat that begins with a reply has an
-        empty user turn before it.
+        With `is_prompt` nothing follows the last part of a plain document or of an open reply, and a document that ends
+        with a user turn gets the header of the reply that is to come. A chat that begins with a reply has an empty user
+        turn before it.
         """
         if roles and roles[0] != "plain":
             result = [*self.chat_head, *self._turn_pieces(roles, is_image, is_prompt=is_prompt)]
@@ -314,14 +314,19 @@ class DocumentTokenizer:
 
     def spans(self, document: Document, *, is_prompt: bool = False) -> list[Span]:
         """Render a whole document; see `pieces` for `is_prompt`."""
-        result = []
         roles = [part.role for part in document.parts]
-        places, is_image = text_places(roles), [isinstance(part, ImagePart) for part in document.parts]
-        for piece in self.pieces(roles, is_image, is_prompt=is_prompt):
+        is_image = [isinstance(part, ImagePart) for part in document.parts]
+        return self.fill(self.pieces(roles, is_image, is_prompt=is_prompt), document.parts)
+
+    def fill(self, pieces: Sequence[Piece], parts: Sequence[Part]) -> list[Span]:
+        """The spans of pieces that were made for these parts."""
+        result = []
+        places = text_places([part.role for part in parts])
+        for piece in pieces:
             if piece.part is None:
                 result.append(Span(piece.role, piece.ids, (piece.is_target,) * len(piece.ids)))
                 continue
-            part = document.parts[piece.part]
+            part = parts[piece.part]
             if isinstance(part, ImagePart):
                 result.append(self.image_span(part.index, role=piece.role, is_target=piece.is_target))
             else:
@@ -341,7 +346,7 @@ class TokenSequence:
 
 
 def flatten(spans: Sequence[Span]) -> TokenSequence:
-    """Spans -> arrays `(L,)`. The first position is never a target: nothing stands before it."""
+    """Spans -> arrays `(L,)`. The first position is never a target: no position before it predicts it."""
     lengths = [len(span.ids) for span in spans]
     total = sum(lengths)
     token_ids = np.empty(total, np.int64)

@@ -1,9 +1,9 @@
-"""How a chat model is spoken to: chat templates, and the token ids that one puts around what is said.
+"""Chat templates, and the token ids that one puts around the turns of a chat.
 
-A template is a jinja text, as transformers keeps it in `tokenizer.chat_template`. Packing and interleaving need
-more than its whole rendering: the ids that stand before, between and after the turns, so that turns can be tokenised
-one by one. `cut` finds them by rendering dialogues and looking for what was said; a template whose rendering is not
-made of such fixed ids is refused with the reason.
+A template is a jinja text, as transformers keeps it in `tokenizer.chat_template`. Packing and interleaving need more
+than its whole rendering: the ids before, between and after the turns, so that turns can be tokenised one by one. `cut`
+finds them by rendering dialogues and looking for what was said; a template whose rendering is not made of such fixed
+ids is refused with the reason.
 """
 
 from __future__ import annotations
@@ -138,8 +138,8 @@ def of_parts(name: str, *, encode: Callable[[str], Ids], bos: Ids, eos: Ids) -> 
 def of_texts(template: ChatTemplate, *, encode: Callable[[str], Ids], bos: Ids, eos: Ids) -> Turns:
     """The ids of a built-in template when every text of it is tokenised on its own.
 
-    For tokenizers that join what is said with what stands around it. Nothing is lost, since parts are tokenised on
-    their own in training and in use, but `apply_chat_template` of an export may give other tokens.
+    For tokenizers that join what is said with the text around it. Nothing is lost, since parts are tokenised on their
+    own in training and in use, but `apply_chat_template` of an export may give other tokens.
     """
 
     def ids(text: str) -> Ids:
@@ -197,8 +197,8 @@ class _Unfit(Exception):
 def cut(tokenizer: Any, *, encode: Encode, name: str, bare: frozenset[TextPlace] | None = None) -> Turns:
     """The ids around the turns in the chat template of a transformers tokenizer.
 
-    Rendering with the result is token for token what `apply_chat_template` gives for the probes. `bare` says where
-    text follows without a space; it is found out when not given. Raises UserError, with the reason, for a template that
+    Rendering with the result is token for token what `apply_chat_template` gives for the probes. `bare` says where text
+    follows without a space; it is found out when not given. Raises UserError, with the reason, for a template that
     cannot be rendered turn by turn.
     """
     choices = [] if bare is None else [bare]

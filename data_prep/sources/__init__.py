@@ -1,4 +1,4 @@
-"""Sources: each reads one on-disk format and gives Documents. A new source is one file and one line here.
+"""Sources: each reads one on-disk format and gives Documents. A new source is one file, here or in your own package.
 
 A source class is made as `SomeSource(inputs, *, option=default, ...)`: `inputs` are the paths after
 `--input`, and every keyword parameter becomes a flag (`Annotated[int, "help text"]`; str, int, float, bool,
@@ -9,14 +9,12 @@ whose version decides its output).
 
 from __future__ import annotations
 
-import importlib
-
 from data_prep.sources.base import Dropped, ImageOpener, Record, Source
+from vlgpt.registry import load_class
 
 __all__ = ["SOURCES", "Dropped", "ImageOpener", "Record", "Source", "source_class"]
 
 SOURCES: dict[str, str] = {
-    "emoji": "demo.source:EmojiSource",
     "folder": "data_prep.sources.folder:FolderSource",
     "images": "data_prep.sources.images:ImagesSource",
     "text": "data_prep.sources.text:TextSource",
@@ -32,7 +30,6 @@ SOURCES: dict[str, str] = {
 }
 
 
-def source_class(name: str) -> type:
-    """The class behind a name on the command line. Raises KeyError for an unknown name."""
-    module, _, attribute = SOURCES[name].partition(":")
-    return getattr(importlib.import_module(module), attribute)
+def source_class(name: str) -> type[Source]:
+    """The class behind a short name or `package.module:Class`. Raises UserError for an unknown name."""
+    return load_class(name, Source, key="source", known=SOURCES)

@@ -1,7 +1,7 @@
 """What the emoji benchmarks share: they read the held-out shards of data_prep's emoji source, nothing else.
 
     DATA/instructions-{unseen,seen,combination,target}    chats that are true by construction
-    DATA/pairs-{train,seen}                               pictures with their attributes
+    DATA/pairs-{train,seen}                               images with their attributes
 
 A prompt is the chat itself without its reply, so prompts cannot drift from what was trained.
 """
@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from evaluation.core import Benchmark, DataNotFound, Example, Prompt
+from evaluation.core import Benchmark, DataNotFound, Example
 from evaluation.prompts import PromptTemplate
 from vlgpt import seeds
+from vlgpt.decoding.api import Prompt
 from vlgpt.document import Document
 from vlgpt.shards import ShardSet
 
@@ -31,7 +32,7 @@ NUM_SHUFFLES = 5
 
 @dataclass(frozen=True)
 class Item:
-    """One record of a shard folder; its pictures are read when they are needed."""
+    """One record of a shard folder; its images are read when they are needed."""
 
     document: Document
     folder: Path
@@ -44,7 +45,7 @@ class Item:
 
     @property
     def images(self) -> tuple[bytes, ...]:
-        """The encoded pictures, in document order."""
+        """The encoded images, in document order."""
         return _open(self.folder).read(self.shard, self.sample).images
 
 
@@ -58,7 +59,7 @@ def load(folder: Path) -> tuple[Item, ...]:
     """All records of a folder, in shard order. Raises DataNotFound that says how to build it."""
     if not folder.is_dir():
         kind, _, split = folder.name.partition("-")
-        command = f"python -m data_prep.build emoji --kind {kind} --split {split} --output {folder}"
+        command = f"python -m data_prep.build demo.source:EmojiSource --kind {kind} --split {split} --output {folder}"
         raise DataNotFound(f"data set {folder} does not exist; build it: {command}")
     shards = _open(folder)
     return tuple(
@@ -87,7 +88,7 @@ def subset(items: Sequence[Item], limit: int) -> list[Item]:
 
 
 def ask(item: Item, *, id: str = "") -> Prompt:
-    """The chat without its reply, and the pictures that the user shows."""
+    """The chat without its reply, and the images that the user shows."""
     id = id or item.document.id
     parts = tuple(part for part in item.document.parts if part.role != "assistant")
     document = Document(id, item.document.source, parts, {})
@@ -96,7 +97,7 @@ def ask(item: Item, *, id: str = "") -> Prompt:
 
 @dataclass(frozen=True, kw_only=True)
 class EmojiBenchmark(Benchmark):
-    """Options of all emoji benchmarks. `judge`: folder of a CLIP that nothing else uses (pictures only)."""
+    """Options of all emoji benchmarks. `judge`: folder of a CLIP that nothing else uses (images only)."""
 
     split: str = "held-out"
     prompt: str = "chat"

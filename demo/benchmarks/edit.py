@@ -1,8 +1,8 @@
-"""Emoji benchmark of edits: a picture and an instruction, judged by probes and against the real target."""
+"""Emoji benchmark of edits: an image and an instruction, judged by probes and against the real target."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -12,7 +12,8 @@ import numpy as np
 
 from demo.benchmarks.data import SPLITS, ask, best_constant, chats, load, shuffled_score
 from demo.benchmarks.images import PictureAnswers, draw_candidates
-from evaluation.core import Decoding, Example, Kind, Prediction, Scores, metric
+from evaluation.core import Example, Kind, Predictions, Scores, metric
+from vlgpt.decoding.api import DecodeSettings
 
 if TYPE_CHECKING:
     from demo.probes import Pictures, Probe
@@ -20,17 +21,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class EmojiEdit(PictureAnswers):
-    """Edits with a real target picture: skin tone of unseen concepts, gender towards pictures never trained on.
+    """Edits with a real target image: skin tone of unseen concepts, gender towards images never trained on.
 
     accuracy: a probe sees the wanted attribute; its chance is what the unedited source gets. concept_kept (skin
-    tone): the nearest of 150 real pictures, the target among them and the source not, shows the same concept in
-    any skin tone; its chance is what edits of other pictures get.
+    tone): the nearest of 150 real images, the target among them and the source not, shows the same concept in
+    any skin tone; its chance is what edits of other images get.
     """
 
     name: ClassVar[str] = "emoji_edit"
     kind: ClassVar[Kind] = "image"
     primary: ClassVar[str] = "edit/tone_accuracy"
-    default_decoding: ClassVar[Decoding] = Decoding(max_new_tokens=24, images="free")
+    default_decoding: ClassVar[DecodeSettings] = DecodeSettings(max_new_tokens=24, images="free")
 
     TASKS: ClassVar[tuple[tuple[str, str], ...]] = (("tone", "unseen"), ("gender", "target"))
 
@@ -45,26 +46,26 @@ class EmojiEdit(PictureAnswers):
                 result.append(Example(item.document.id, ask(item), target, info))
         return result
 
-    def score(self, predictions: Mapping[str, Prediction], data: Path) -> Scores:
+    def score(self, examples: Sequence[Example], predictions: Predictions, data: Path) -> Scores:
         judge = self.load_judge()
         metrics: dict[str, dict[str, float]] = {}
         per_example: dict[str, float] = {}
         for family, _ in self.TASKS:
-            examples = [e for e in self.answered(predictions, data) if e.info["family"] == family]
-            if not examples:
+            chosen = [example for example in examples if example.info["family"] == family]
+            if not chosen:
                 continue
-            drawn = self.drawn(examples, predictions, data)
-            sources = judge.squares([example.info["source_image"] for example in examples])
-            wanted = [example.info["wanted"] for example in examples]
+            drawn = self.drawn(chosen, predictions, data)
+            sources = judge.squares([example.info["source_image"] for example in chosen])
+            wanted = [example.info["wanted"] for example in chosen]
             probe = train_probe(data, self.judge, family)
             obtained = np.array([a == b for a, b in zip(probe.predict(drawn), wanted)])
             name = f"edit/{family}_accuracy"
             chance = probe.accuracy(sources, wanted)
-            metrics[name] = metric(float(obtained.mean()), len(examples), chance=chance)
+            metrics[name] = metric(float(obtained.mean()), len(chosen), chance=chance)
             metrics[f"probe/{family}"] = _probe_accuracy(data, self.judge, family)
-            per_example |= {example.id: float(value) for example, value in zip(examples, obtained)}
+            per_example |= {example.id: float(value) for example, value in zip(chosen, obtained)}
             if family == "tone":
-                metrics |= self._concept_kept(examples, drawn, sources, obtained, data)
+                metrics |= self._concept_kept(chosen, drawn, sources, obtained, data)
         return Scores(metrics, per_example, notes=self.notes(predictions))
 
     def _concept_kept(
@@ -85,7 +86,7 @@ class EmojiEdit(PictureAnswers):
         def kept(embeddings: np.ndarray) -> np.ndarray:
             result = []
             for embedding, example, (truth, others) in zip(embeddings, examples, candidates):
-                rows = np.append(others, truth)  # a tie goes to another picture
+                rows = np.append(others, truth)  # a tie goes to another image
                 nearest = rows[np.argmax(gallery[rows] @ embedding)]
                 result.append(concepts[nearest] == example.info["concept"])
             return np.array(result)
@@ -101,7 +102,7 @@ class EmojiEdit(PictureAnswers):
 
 
 def _labelled(data: Path, folders: Sequence[str], attribute: str) -> tuple[list[bytes], list[str]]:
-    """Real pictures to which an attribute applies, and its values."""
+    """Real images to which an attribute applies, and its values."""
     from demo.probes import has_label
 
     items = [item for folder in folders for item in load(data / folder)]
@@ -113,7 +114,7 @@ def _labelled(data: Path, folders: Sequence[str], attribute: str) -> tuple[list[
 
 @lru_cache(maxsize=8)
 def train_probe(data: Path, judge: str, attribute: str) -> Probe:
-    """A probe trained on all training pictures to which the attribute applies."""
+    """A probe trained on all training images to which the attribute applies."""
     from demo.probes import Probe, load_judge
 
     images, labels = _labelled(data, ["pairs-train"], attribute)
@@ -121,7 +122,7 @@ def train_probe(data: Path, judge: str, attribute: str) -> Probe:
 
 
 def _probe_accuracy(data: Path, judge: str, attribute: str) -> dict[str, float]:
-    """How often the probe is right on the real pictures of all held-out splits."""
+    """How often the probe is right on the real images of all held-out splits."""
     from demo.probes import load_judge
 
     images, labels = _labelled(data, [f"instructions-{split}" for split in SPLITS], attribute)

@@ -1,13 +1,13 @@
-"""Emoji benchmarks whose answers are pictures: reconstruction, drawing from text, edits.
+"""Emoji benchmarks whose answers are images: reconstruction, drawing from text, edits.
 
-All pictures are compared at the judge's size, pixels in [-1, 1]. A missing picture counts as the mean training
-picture: it is never left out.
+All images are compared at the judge's size, pixels in [-1, 1]. A missing image counts as the mean training
+image: it is never left out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -24,8 +24,9 @@ from demo.benchmarks.data import (
     named,
     subset,
 )
-from evaluation.core import Decoding, Example, Kind, Prediction, Prompt, Scores, metric
+from evaluation.core import Example, Kind, Predictions, Scores, metric
 from vlgpt import seeds
+from vlgpt.decoding.api import DecodeSettings, Prompt
 from vlgpt.document import Document, ImagePart
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ MEAN_OF = 1000
 
 
 class PictureAnswers(EmojiBenchmark):
-    """Predictions are PNG files; `truth` is the encoded real picture."""
+    """Predictions are PNG files; `truth` is the encoded real image."""
 
     primary: ClassVar[str]
 
@@ -51,9 +52,7 @@ class PictureAnswers(EmojiBenchmark):
 
         return load_judge(self.judge)
 
-    def drawn(
-        self, examples: Sequence[Example], predictions: Mapping[str, Prediction], data: Path
-    ) -> Pictures:
+    def drawn(self, examples: Sequence[Example], predictions: Predictions, data: Path) -> Pictures:
         """What was drawn, in the order of the examples: -> (n, S, S, 3)."""
         judge = self.load_judge()
         result = np.repeat(mean_picture(data, self.judge)[None], len(examples), axis=0)
@@ -62,19 +61,15 @@ class PictureAnswers(EmojiBenchmark):
                 result[row] = judge.squares([Path(path).read_bytes()])[0]
         return result
 
-    def answered(self, predictions: Mapping[str, Prediction], data: Path) -> list[Example]:
-        """The examples that were answered."""
-        return [example for example in self.examples(data) if example.id in predictions]
-
-    def notes(self, predictions: Mapping[str, Prediction]) -> dict[str, Any]:
-        """Who judged, and how many pictures are missing."""
+    def notes(self, predictions: Predictions) -> dict[str, Any]:
+        """Who judged, and how many images are missing."""
         missing = sum(not prediction["image"] for prediction in predictions.values())
         return {"judge": dict(self.load_judge().identity), "num_without_picture": missing}
 
 
 @lru_cache(maxsize=4)
 def mean_picture(data: Path, judge: str) -> np.ndarray:
-    """Mean of 1,000 training pictures: -> (S, S, 3) uint8."""
+    """Mean of 1,000 training images: -> (S, S, 3) uint8."""
     from demo.probes import load_judge
 
     items = subset(load(data / "pairs-train"), MEAN_OF)
@@ -98,7 +93,7 @@ def all_pixel_mse(first: Pictures, second: Pictures) -> np.ndarray:
 
 @dataclass(frozen=True, kw_only=True)
 class EmojiReconstruction(PictureAnswers):
-    """Held-out pictures through image tokenizer, detokenizer and picture decoder.
+    """Held-out images through image tokenizer, detokenizer and image decoder.
 
     `conditions`: which of z_v and z_t the decoder reads (both | image | text; paper, Table 4).
     """
@@ -114,8 +109,8 @@ class EmojiReconstruction(PictureAnswers):
     conditions: str = "both"
 
     @property
-    def decoding(self) -> Decoding:
-        return self.default_decoding.replace(use=self.conditions)
+    def decoding(self) -> DecodeSettings:
+        return replace(super().decoding, use=self.conditions)
 
     def examples(self, data: Path) -> Sequence[Example]:
         result = []
@@ -126,14 +121,14 @@ class EmojiReconstruction(PictureAnswers):
                 result.append(Example(id, prompt, image, {"split": split, "picture": id}))
         return result
 
-    def score(self, predictions: Mapping[str, Prediction], data: Path) -> Scores:
+    def score(self, examples: Sequence[Example], predictions: Predictions, data: Path) -> Scores:
         judge, mean = self.load_judge(), mean_picture(data, self.judge)
         suffix = SUFFIX[self.conditions]
         metrics: dict[str, dict[str, float]] = {}
         per_example: dict[str, float] = {}
-        for split, examples in by_split(self.answered(predictions, data)):
-            real, n = judge.squares([example.truth for example in examples]), len(examples)
-            drawn = self.drawn(examples, predictions, data)
+        for split, chosen in by_split(examples):
+            real, n = judge.squares([example.truth for example in chosen]), len(chosen)
+            drawn = self.drawn(chosen, predictions, data)
             error = pixel_mse(drawn, real)
             blank = pixel_mse(np.repeat(mean[None], n, axis=0), real).mean()
             cosine = judge.embed(drawn) @ judge.embed(real).T
@@ -143,23 +138,23 @@ class EmojiReconstruction(PictureAnswers):
             metrics[name] = metric(float(error.mean()), n, chance=float(blank))
             name = named(f"reconstruction/clip_similarity{suffix}", split, main="unseen")
             metrics[name] = metric(float(matched - mismatched), n, chance=0.0)
-            per_example |= {example.id: float(value) for example, value in zip(examples, error)}
+            per_example |= {example.id: float(value) for example, value in zip(chosen, error)}
         return Scores(metrics, per_example, notes=self.notes(predictions))
 
 
 @dataclass(frozen=True, kw_only=True)
 class EmojiDraw(PictureAnswers):
-    """Pictures drawn from held-out captions, compared with the real ones.
+    """Images drawn from held-out captions, compared with the real ones.
 
-    real_r5: the real picture is among the 5 nearest of 150 candidates (itself and 149 others of its split, drawn
-    by id) in the judge's space. pixel_mse_ratio: error to the real picture / mean error to the other 149.
-    `image_seeds`: pictures per caption, for models that sample; scores are means over all of them.
+    real_r5: the real image is among the 5 nearest of 150 candidates (itself and 149 others of its split, drawn
+    by id) in the judge's space. pixel_mse_ratio: error to the real image / mean error to the other 149.
+    `image_seeds`: images per caption, for models that sample; scores are means over all of them.
     """
 
     name: ClassVar[str] = "emoji_draw"
     kind: ClassVar[Kind] = "image"
     primary: ClassVar[str] = "draw/real_r5"
-    default_decoding: ClassVar[Decoding] = Decoding(max_new_tokens=24, images="free")
+    default_decoding: ClassVar[DecodeSettings] = DecodeSettings(max_new_tokens=24, images="free")
 
     limit: int = 440
     image_seeds: int = 1
@@ -175,43 +170,43 @@ class EmojiDraw(PictureAnswers):
                     result.append(Example(id, ask(item, id=id), image, info))
         return result
 
-    def score(self, predictions: Mapping[str, Prediction], data: Path) -> Scores:
+    def score(self, examples: Sequence[Example], predictions: Predictions, data: Path) -> Scores:
         judge = self.load_judge()
         metrics: dict[str, dict[str, float]] = {}
         per_example: dict[str, float] = {}
-        for split, examples in by_split(self.answered(predictions, data)):
+        for split, chosen in by_split(examples):
             ids, images = _real_pictures(data, split)
             real = judge.squares(images)
-            drawn = self.drawn(examples, predictions, data)
+            drawn = self.drawn(chosen, predictions, data)
             similarity = judge.embed(drawn) @ judge.embed(real).T
             error = all_pixel_mse(drawn, real)
             hits, matched, mismatched = [], [], []
-            for row, example in enumerate(examples):
+            for row, example in enumerate(chosen):
                 truth, others = draw_candidates(ids, example.info["picture"])
                 # A tie counts as a miss: a judge that tells nothing apart must not score.
                 rank = int(np.sum(similarity[row, others] >= similarity[row, truth]))
                 hits.append(float(rank < NUM_RECALL))
                 matched.append(error[row, truth])
                 mismatched.append(error[row, others].mean())
-            n = len({example.info["picture"] for example in examples})
+            n = len({example.info["picture"] for example in chosen})
             chance = NUM_RECALL / min(NUM_CANDIDATES, len(ids))
             name = named("draw/real_r5", split, main="unseen")
             metrics[name] = metric(float(np.mean(hits)), n, chance=chance)
             total = float(np.sum(mismatched))
-            ratio = float(np.sum(matched)) / total if total else 1.0  # all pictures alike: nothing to tell
+            ratio = float(np.sum(matched)) / total if total else 1.0  # all images alike: nothing to tell
             metrics[named("draw/pixel_mse_ratio", split, main="unseen")] = metric(ratio, n, chance=1.0)
-            per_example |= {example.id: hit for example, hit in zip(examples, hits)}
+            per_example |= {example.id: hit for example, hit in zip(chosen, hits)}
         return Scores(metrics, per_example, notes=self.notes(predictions))
 
 
 def _real_pictures(data: Path, split: str) -> tuple[list[str], list[bytes]]:
-    """All pictures of a split: ids and files."""
+    """All images of a split: ids and files."""
     items = chats(data, split, kind="draw")
     return [item.info["picture"]["id"] for item in items], [item.images[0] for item in items]
 
 
 def draw_candidates(ids: Sequence[str], truth: str, *, without: str = "") -> tuple[int, np.ndarray]:
-    """Position of the true picture, and of up to 149 others of the same gallery."""
+    """Position of the true image, and of up to 149 others of the same gallery."""
     position = ids.index(truth)
     pool = [row for row, id in enumerate(ids) if id not in (truth, without)]
     random = seeds.generator("emoji-candidates", truth, without)

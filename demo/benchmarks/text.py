@@ -24,9 +24,10 @@ from demo.benchmarks.data import (
     subset,
 )
 from demo.word_f1 import word_f1
-from evaluation.core import Decoding, Example, Prediction, Prompt, Scores, mean_by, metric
+from evaluation.core import Example, Predictions, Scores, mean_by, metric
 from evaluation.metrics.captions import score_captions
 from vlgpt import seeds
+from vlgpt.decoding.api import DecodeSettings, Prompt
 from vlgpt.document import Document, ImagePart, Part, TextPart
 from vlgpt.errors import UserError
 
@@ -44,21 +45,14 @@ class WordAnswers(EmojiBenchmark):
     def clean(self, text: str) -> str:
         return " ".join(text.split()).rstrip(". ").lower()
 
-    def answered(
-        self, predictions: Mapping[str, Prediction], data: Path
-    ) -> tuple[list[Example], dict[str, str]]:
-        """The examples that were answered, and the clean answers by id."""
-        examples = [example for example in self.examples(data) if example.id in predictions]
-        return examples, {example.id: self.clean(predictions[example.id]["text"]) for example in examples}
-
 
 @dataclass(frozen=True, kw_only=True)
 class EmojiCaption(WordAnswers):
-    """Word F1 and CIDEr (one reference) of captions written for held-out pictures."""
+    """Word F1 and CIDEr (one reference) of captions written for held-out images."""
 
     name: ClassVar[str] = "emoji_caption"
     primary: ClassVar[str] = "caption/word_f1"
-    default_decoding: ClassVar[Decoding] = Decoding(max_new_tokens=24)
+    default_decoding: ClassVar[DecodeSettings] = DecodeSettings(max_new_tokens=24)
 
     limit: int = 440
 
@@ -74,8 +68,8 @@ class EmojiCaption(WordAnswers):
             for item in chats(data, split, kind="describe", limit=self.limit)
         ]
 
-    def score(self, predictions: Mapping[str, Prediction], data: Path) -> Scores:
-        examples, answers = self.answered(predictions, data)
+    def score(self, examples: Sequence[Example], predictions: Predictions, data: Path) -> Scores:
+        answers = self.answers(predictions)
         metrics: dict[str, dict[str, float]] = {}
         per_example: dict[str, float] = {}
         for split, chosen in by_split(examples):
@@ -103,7 +97,7 @@ class EmojiVqa(WordAnswers):
 
     name: ClassVar[str] = "emoji_vqa"
     primary: ClassVar[str] = "vqa/tone"
-    default_decoding: ClassVar[Decoding] = Decoding(max_new_tokens=12)
+    default_decoding: ClassVar[DecodeSettings] = DecodeSettings(max_new_tokens=12)
 
     limit: int = 250
 
@@ -126,8 +120,8 @@ class EmojiVqa(WordAnswers):
             for item in chats(data, split, kind="question", family=family, limit=self.limit)
         ]
 
-    def score(self, predictions: Mapping[str, Prediction], data: Path) -> Scores:
-        examples, answers = self.answered(predictions, data)
+    def score(self, examples: Sequence[Example], predictions: Predictions, data: Path) -> Scores:
+        answers = self.answers(predictions)
         per_example = {e.id: float(answers[e.id] == e.truth) for e in examples}
         groups: dict[str, list[Example]] = defaultdict(list)
         for example in examples:
@@ -149,16 +143,16 @@ class EmojiVqa(WordAnswers):
 
 @dataclass(frozen=True, kw_only=True)
 class EmojiLabelPages(WordAnswers):
-    """In-context learning: k training pictures, each with one attribute word, then a held-out picture.
+    """In-context learning: k training images, each with one attribute word, then a held-out image.
 
     Which attribute is asked for can only be read from the page. Meant for the pre-trained model (stage 2). With
-    `has_random_labels` every shown picture gets a random word of the attribute: a model that still answers well reads
-    which words are wanted, not which picture has which (Min et al. 2022, arXiv 2202.12837).
+    `has_random_labels` every shown image gets a random word of the attribute: a model that still answers well reads
+    which words are wanted, not which image has which (Min et al. 2022, arXiv 2202.12837).
     """
 
     name: ClassVar[str] = "emoji_label_pages"
     primary: ClassVar[str] = "fewshot/label_gain"
-    default_decoding: ClassVar[Decoding] = Decoding(max_new_tokens=12, stop=(".",))
+    default_decoding: ClassVar[DecodeSettings] = DecodeSettings(max_new_tokens=12, stop=(".",))
 
     prompt: str = "label_page"
     limit: int = 200
@@ -168,7 +162,7 @@ class EmojiLabelPages(WordAnswers):
 
     @property
     def shots(self) -> tuple[int, ...]:
-        """How many pictures the pages show. Without any there are no labels to be random."""
+        """How many images the pages show. Without any there are no labels to be random."""
         return tuple(k for k in SHOTS if k <= self.max_shots and (k > 0 or not self.has_random_labels))
 
     def examples(self, data: Path) -> Sequence[Example]:
@@ -184,7 +178,7 @@ class EmojiLabelPages(WordAnswers):
         return result
 
     def _shots(self, query: Item, words: Mapping[str, list[Item]], attribute: str) -> list[Item]:
-        """As label pages are made: a word at random, then a picture with it; smaller k are the start of larger ones."""
+        """As label pages are made: a word at random, then an image with it; smaller k are the start of larger ones."""
         random = seeds.generator(self.seed, "emoji-label-page", query.document.id)
         shots: dict[str, Item] = {}
         names = sorted(words)
@@ -214,8 +208,8 @@ class EmojiLabelPages(WordAnswers):
         }
         return Example(id, Prompt(document, images, id), query.info["labels"][attribute], info)
 
-    def score(self, predictions: Mapping[str, Prediction], data: Path) -> Scores:
-        examples, answers = self.answered(predictions, data)
+    def score(self, examples: Sequence[Example], predictions: Predictions, data: Path) -> Scores:
+        answers = self.answers(predictions)
         right = {e.id: float(answers[e.id] == e.truth) for e in examples}
         metrics: dict[str, dict[str, float]] = {}
         kind = "random_label" if self.has_random_labels else "label"
@@ -251,7 +245,7 @@ def _pictures_by_word(items: Sequence[Item]) -> dict[str, dict[str, list[Item]]]
 
 
 def _queries(items: Sequence[Item]) -> list[tuple[Item, str]]:
-    """Each picture with one attribute that it has, all attributes about equally often."""
+    """Each image with one attribute that it has, all attributes about equally often."""
     counts = dict.fromkeys(ATTRIBUTES, 0)
     result = []
     for item in sorted(items, key=lambda item: seeds.address("emoji-query", item.document.id)):

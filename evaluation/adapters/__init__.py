@@ -6,13 +6,12 @@ from collections.abc import Sequence
 
 from PIL import Image
 
-from evaluation.core import Prompt
+from vlgpt.decoding.api import Prompt
 from vlgpt.document import Document, ImagePart, Part, Role, TextPart
 
 
 def prompt_of(pieces: Sequence[str | Image.Image], *, is_chat: bool, id: str) -> Prompt:
-    """Texts and pictures in reading order as one user turn (`is_chat`) or as a plain document to go on
-    with."""
+    """Texts and images in reading order as one user turn (`is_chat`) or as a plain document to go on with."""
     role: Role = "user" if is_chat else "plain"
     parts: list[Part] = []
     images: list[Image.Image] = []

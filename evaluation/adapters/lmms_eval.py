@@ -5,10 +5,13 @@ The class itself is in lmms_model.py, which imports lmms-eval's heavy parts only
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lmms_eval.models.registry_v2 import ModelManifest
 
 
-def manifest() -> Any:
+def manifest() -> ModelManifest:
     """What lmms-eval registers."""
     from lmms_eval.models.registry_v2 import ModelManifest
 

@@ -1,7 +1,6 @@
 """VL-GPT as a model of lmms-eval.
 
-python -m lmms_eval --model vlgpt --model_args export=EXPORT,prompts=vlgpt-i --tasks vqav2_val --batch_size
-8
+    python -m lmms_eval --model vlgpt --model_args export=EXPORT,prompts=vlgpt-i --tasks vqav2_val --batch_size 8
 
 Prompts are the task's own words (that is lmms-eval's protocol), so scores differ from evaluation.run's. Its
 few-shot sampler joins texts only: use evaluation.run for few-shot numbers.
@@ -10,22 +9,25 @@ few-shot sampler joins texts only: use evaluation.run for few-shot numbers.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
+from PIL import Image
 
 from evaluation.adapters import prompt_of
-from evaluation.core import Decoding, Prompt, Responder
+from evaluation.core import DecodeSettings, Prompt, Record, Responder
 from evaluation.responders import ModelResponder
 from vlgpt.errors import UserError
 
+GREEDY = DecodeSettings(max_new_tokens=64, images="never")
+Visuals = Callable[[Record], Sequence[Image.Image] | None]
+
 
 class VlGptLmms(lmms):
-    """Args: export: export folder; prompts: vlgpt-i asks in a user turn, vlgpt lets the model go on with a
-    text."""
+    """Args: export: export folder; prompts: vlgpt-i asks in a user turn, vlgpt lets the model go on with a text."""
 
     is_simple = True
 
@@ -38,7 +40,7 @@ class VlGptLmms(lmms):
         device: str | None = None,
         dtype: str = "float32",
         responder: Responder | None = None,
-        **unused: Any,
+        **unused: object,
     ) -> None:
         super().__init__()
         if unused:
@@ -58,7 +60,9 @@ class VlGptLmms(lmms):
     def device(self) -> str:
         return self._device
 
-    def _prompt(self, context: str, doc_to_visual: Any, doc_id: int, task: str, split: str) -> Prompt:
+    def _prompt(
+        self, context: str, doc_to_visual: Visuals | None, doc_id: int, task: str, split: str
+    ) -> Prompt:
         document = self.task_dict[task][split][doc_id]
         images = list(doc_to_visual(document) or ()) if doc_to_visual is not None else []
         text = context.replace("<image>", " ")
@@ -66,7 +70,7 @@ class VlGptLmms(lmms):
 
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
         """Replies in the order of the requests; requests of equal settings are answered together."""
-        groups: dict[Decoding, list[int]] = {}
+        groups: dict[DecodeSettings, list[int]] = {}
         prompts = []
         for number, request in enumerate(requests):
             context, settings, *where = request.args
@@ -76,15 +80,13 @@ class VlGptLmms(lmms):
         for decoding, numbers in groups.items():
             for start in range(0, len(numbers), self.batch_size):
                 batch = numbers[start : start + self.batch_size]
-                for number, text in zip(
-                    batch, self.responder.generate([prompts[i] for i in batch], decoding)
-                ):
+                texts = self.responder.generate([prompts[i] for i in batch], decoding)
+                for number, text in zip(batch, texts):
                     replies[number] = text.strip()
         return replies
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
-        """Log-likelihood of each continuation (with the end of the reply), and whether greedy decoding
-        gives it."""
+        """Log-likelihood of each continuation (with the end of the reply), and whether greedy decoding gives it."""
         results = []
         for request in requests:
             context, continuation, doc_to_visual, doc_id, task, split = request.args
@@ -92,7 +94,7 @@ class VlGptLmms(lmms):
                 continuation = continuation(self.task_dict[task][split][doc_id])
             prompt = self._prompt(context, doc_to_visual, doc_id, task, split)
             (score,) = self.responder.rank(prompt, [str(continuation).strip()], normalise="sum")
-            (greedy,) = self.responder.generate([prompt], Decoding(max_new_tokens=64))
+            (greedy,) = self.responder.generate([prompt], GREEDY)
             results.append((float(score), greedy.strip() == str(continuation).strip()))
         return results
 
@@ -100,12 +102,13 @@ class VlGptLmms(lmms):
         raise NotImplementedError("vlgpt answers single rounds; multi-round tasks are not supported")
 
 
-def decoding_of(settings: dict[str, Any]) -> Decoding:
+def decoding_of(settings: Record) -> DecodeSettings:
     """lmms-eval's generation_kwargs (names of transformers) -> our decode settings."""
     until = settings.get("until") or ()
     stop = (until,) if isinstance(until, str) else tuple(until)
     is_sampled = bool(settings.get("do_sample", False)) or float(settings.get("temperature") or 0) > 0
-    return Decoding(
+    return replace(
+        GREEDY,
         max_new_tokens=int(settings.get("max_new_tokens") or 128),
         num_beams=int(settings.get("num_beams") or 1),
         temperature=float(settings.get("temperature") or 1.0) if is_sampled else 0.0,

@@ -1,7 +1,6 @@
 """VL-GPT in VLMEvalKit: adds the model to its table and starts its run.py.
 
-python -m evaluation.adapters.vlmevalkit --kit VLMEvalKit --model EXPORT -- --data GQA_TestDev_Balanced
-COCO_VAL
+    python -m evaluation.adapters.vlmevalkit --kit VLMEvalKit --model EXPORT -- --data GQA_TestDev_Balanced COCO_VAL
 
 VLMEvalKit has no plug-in hook and is on no package registry: clone it and give the folder. Its COCO_VAL
 scores without the PTB tokenizer, so that CIDEr is not comparable with anything else. The interface followed
@@ -10,22 +9,37 @@ here is that of vlmeval.vlm.base.BaseModel (INTERLEAVE, generate_inner).
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import importlib
 import runpy
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+from pydantic import Field
+
 from evaluation.adapters import prompt_of
-from evaluation.core import Decoding, Responder, read_image
+from evaluation.core import DecodeSettings, Responder, read_image
 from evaluation.responders import ModelResponder
 from vlgpt.errors import UserError, run_command
+from vlgpt.options import Options, parse
 
-DECODING = Decoding(max_new_tokens=64)
+DECODING = DecodeSettings(max_new_tokens=64, images="never")
+
+
+class KitOptions(Options):
+    """The command line before `--`; what stands behind it goes to VLMEvalKit's run.py."""
+
+    kit: Path = Field(description="folder of a VLMEvalKit clone (holds run.py)")
+    model: Path = Field(description="export folder")
+    name: str = "VL-GPT"
+    prompts: str = "vlgpt-i"
+    device: str = "cpu"
+    dtype: str = "float32"
 
 
 def model_class(base: type) -> type:
@@ -47,7 +61,7 @@ def model_class(base: type) -> type:
         ) -> None:
             super().__init__()
             self.is_chat = prompts != "vlgpt"
-            self.decoding = DECODING.replace(**decode)
+            self.decoding = replace(DECODING, **decode)
             self.responder = responder or ModelResponder.load(Path(model_path), device=device, dtype=dtype)
 
         def generate_inner(self, message: Sequence[Mapping[str, str]], dataset: str | None = None) -> str:
@@ -63,15 +77,14 @@ def model_class(base: type) -> type:
     return VlGpt
 
 
-def _piece(item: Mapping[str, str]) -> Any:
+def _piece(item: Mapping[str, str]) -> str | Image.Image:
     if item["type"] not in ("image", "text"):
         raise UserError(f"VL-GPT reads images and texts; VLMEvalKit sent {item['type']!r}")
     return read_image(Path(item["value"])) if item["type"] == "image" else item["value"]
 
 
-def register(name: str, **settings: Any) -> None:
-    """Put the model into VLMEvalKit's table under `name`. Raises UserError when the kit cannot be
-    imported."""
+def register(name: str, **settings: str) -> None:
+    """Put the model into VLMEvalKit's table under `name`. Raises UserError when the kit cannot be imported."""
     try:
         base = importlib.import_module("vlmeval.vlm.base").BaseModel
         config = importlib.import_module("vlmeval.config")
@@ -81,24 +94,18 @@ def register(name: str, **settings: Any) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    p = argparse.ArgumentParser(prog="python -m evaluation.adapters.vlmevalkit", description=__doc__)
-    p.add_argument("--kit", type=Path, required=True, help="folder of a VLMEvalKit clone (holds run.py)")
-    p.add_argument("--model", type=Path, required=True, help="export folder")
-    p.add_argument("--name", default="VL-GPT")
-    p.add_argument("--prompts", default="vlgpt-i")
-    p.add_argument("--device", default="cpu")
-    p.add_argument("--dtype", default="float32")
-    p.add_argument("rest", nargs=argparse.REMAINDER, help="-- and the arguments of VLMEvalKit's run.py")
-    args = p.parse_args(arguments)
-    script = args.kit / "run.py"
+    own = list(sys.argv[1:] if arguments is None else arguments)
+    at = own.index("--") if "--" in own else len(own)
+    options = parse(
+        KitOptions, own[:at], prog="python -m evaluation.adapters.vlmevalkit", description=__doc__
+    )
+    script = options.kit / "run.py"
     if not script.is_file():
         raise UserError(f"{script} not found; --kit is the folder of a VLMEvalKit clone")
-    sys.path.insert(0, str(args.kit.resolve()))
-    register(
-        args.name, model_path=str(args.model), prompts=args.prompts, device=args.device, dtype=args.dtype
-    )
-    rest = args.rest[1:] if args.rest[:1] == ["--"] else args.rest
-    sys.argv = [str(script), "--model", args.name, *rest]
+    sys.path.insert(0, str(options.kit.resolve()))
+    settings = {"prompts": options.prompts, "device": options.device, "dtype": options.dtype}
+    register(options.name, model_path=str(options.model), **settings)
+    sys.argv = [str(script), "--model", options.name, *own[at + 1 :]]
     runpy.run_path(str(script), run_name="__main__")
     return 0
 

@@ -5,18 +5,19 @@ Every number is multiplied by 100. CIDEr is a corpus measure: it is only compara
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from evaluation.benchmarks.coco import CaptionedImage, load_coco
-from evaluation.core import Benchmark, Decoding, Example, Prediction, Scores, metric
+from evaluation.benchmarks.coco import load_coco
+from evaluation.core import Benchmark, DecodeSettings, Example, Predictions, Scores, metric
 from evaluation.metrics.captions import score_captions
-from evaluation.metrics.postprocess import cut_caption
+from evaluation.metrics.java import java_scores
+from evaluation.metrics.postprocess import Style, cut_caption
+from evaluation.metrics.ptb import TokenizerName
 from vlgpt import seeds
 from vlgpt.document import Part
-from vlgpt.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,25 +30,26 @@ class CocoCaption(Benchmark):
 
     name: ClassVar[str] = "coco_caption"
     primary: ClassVar[str] = "CIDEr"
-    default_decoding: ClassVar[Decoding] = Decoding(
+    # PAPER: not stated (table 5); Emu's settings (Emu1/mm_eval)
+    default_decoding: ClassVar[DecodeSettings] = DecodeSettings(
         max_new_tokens=20, min_new_tokens=8, num_beams=5, length_penalty=-1.0
-    )  # PAPER: not stated (table 5); Emu's settings (Emu1/mm_eval)
+    )
+    submission_keys: ClassVar = ("image_id", "caption")
+    has_integer_ids: ClassVar[bool] = True
 
     split: str = "test"
     prompt: str = "caption"
-    cut: str = "emu"
-    tokenizer: str = "python"
+    cut: Style = "emu"
+    tokenizer: TokenizerName = "python"
     java_metrics: bool = False
 
     def examples(self, data: Path) -> Sequence[Example]:
-        return [self._example(image) for image in load_coco(data, split=self.split)]
-
-    def _example(self, image: CaptionedImage) -> Example:
-        id = str(image.image_id)
-        references = [text for _, text in image.captions]
-        return Example(
-            id, self.make_prompt(id, images=(image.path,)), references, {"image_id": image.image_id}
-        )
+        found = []
+        for image in load_coco(data, split=self.split):
+            id, references = str(image.image_id), [text for _, text in image.captions]
+            prompt = self.make_prompt(id, images=(image.path,))
+            found.append(Example(id, prompt, references, {"image_id": image.image_id}))
+        return found
 
     def pool(self, data: Path) -> Sequence[Example]:
         return replace(self, split="train2014" if self.split.endswith("2014") else "train").examples(data)
@@ -61,40 +63,26 @@ class CocoCaption(Benchmark):
         return (whole or example.truth)[0].strip()
 
     def clean(self, text: str) -> str:
-        return cut_caption(text, self.cut)  # type: ignore[arg-type]
+        return cut_caption(text, self.cut)
 
-    def score(self, predictions: Mapping[str, Prediction], data: Path) -> Scores:
-        examples = [example for example in self.loaded(data) if example.id in predictions]
-        if without := [e.id for e in examples if not isinstance(predictions[e.id].get("text"), str)]:
-            raise UserError(f"{self.name}: predictions without a caption: {', '.join(without[:10])}")
+    def score(self, examples: Sequence[Example], predictions: Predictions, data: Path) -> Scores:
         references = {example.id: example.truth for example in examples}
-        captions = {example.id: self.clean(predictions[example.id]["text"]) for example in examples}
-        scores = score_captions(captions, references, tokenizer=self.tokenizer)  # type: ignore[arg-type]
+        captions = self.answers(predictions)
+        scores = score_captions(captions, references, tokenizer=self.tokenizer)
         others = score_captions(self._captions_of_others(examples), references).corpus
+        n = len(examples)
         metrics = {
-            name: metric(100 * value, len(examples), chance=100 * others[name])
-            for name, value in scores.corpus.items()
+            name: metric(100 * value, n, chance=100 * others[name]) for name, value in scores.corpus.items()
         }
         if self.java_metrics:
-            from evaluation.java_metrics import java_scores
-
-            metrics |= {
-                name: metric(100 * v, len(examples)) for name, v in java_scores(captions, references).items()
-            }
+            metrics |= {name: metric(100 * v, n) for name, v in java_scores(captions, references).items()}
         per_example = dict(zip(references, (100 * value for value in scores.per_image["CIDEr"])))
         return Scores(
-            metrics, per_example, notes={"tokenizer": scores.tokenizer, "cut": self.cut, "scale": 100}
+            metrics, per_example, notes={"tokenizer": self.tokenizer, "cut": self.cut, "scale": 100}
         )
 
     def _captions_of_others(self, examples: Sequence[Example]) -> dict[str, str]:
-        """Human captions of other pictures (one fixed cycle): what chance means here."""
+        """Human captions of other images (one fixed cycle): what chance means here."""
         order = seeds.generator("chance", self.name).permutation(len(examples))
         ideals = [self.clean(self.ideal(example)) for example in examples]
         return {examples[at].id: ideals[order[i - 1]] for i, at in enumerate(order)}
-
-    def from_submission(self, records: Iterable[Mapping[str, Any]]) -> list[Prediction]:
-        return [{"id": str(record["image_id"]), "text": record["caption"]} for record in records]
-
-    def submission(self, predictions: Mapping[str, Prediction], data: Path) -> list[dict[str, Any]]:
-        """COCO's result file `[{"image_id": int, "caption": str}]`."""
-        return [{"image_id": int(id), "caption": self.clean(p["text"])} for id, p in predictions.items()]

@@ -1,7 +1,6 @@
-"""COCO text to image: FID of 30,000 pictures drawn from captions of val2014 (paper, Table 2), KID and CLIP
-score.
+"""COCO text to image: FID of 30,000 images drawn from captions of val2014 (paper, Table 2), KID and CLIP score.
 
-There is no official script. Ours draws `num_samples` pictures of val2014 without repetition and one caption
+There is no official script. Ours draws `num_samples` images of val2014 without repetition and one caption
 of each, both addressed by `sample_seed`, and writes the list as prompts.jsonl. Every choice that moves the
 number (reference set, crop, resize before Inception, weights) is in the result's notes.
 """
@@ -9,25 +8,37 @@ number (reference set, crop, resize before Inception, weights) is in the result'
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar, Literal, Protocol
 
 import numpy as np
 from PIL import Image
 
-from evaluation.benchmarks.coco import CaptionedImage, load_coco
-from evaluation.benchmarks.pictures import (
-    chance_cosine,
+from evaluation.benchmarks.coco import load_coco
+from evaluation.benchmarks.images import (
     count_without,
-    drawn_picture,
+    drawn_image,
     load_clip,
-    percent_cosines,
+    percent_chance,
     scoring_device,
 )
-from evaluation.core import Benchmark, Example, ImageSource, Prediction, Scores, metric, read_image
-from evaluation.metrics.fid import Moments, frechet_distance, frechet_distance_of_features, kernel_distance
+from evaluation.core import (
+    Benchmark,
+    Example,
+    ImageLike,
+    JsonObject,
+    Metric,
+    Predictions,
+    Scores,
+    metric,
+    read_image,
+)
+from evaluation.features import crop_and_resize
+from evaluation.metrics.clip_score import pair_cosines
+from evaluation.metrics.fid import frechet_distance, frechet_distance_of_features, kernel_distance, moments
+from evaluation.metrics.resize import ResizeMode
 from vlgpt import seeds
 from vlgpt.errors import UserError
 
@@ -35,12 +46,20 @@ KID_SUBSET = 1000
 KID_SEED = 2020
 
 
+class Extractor(Protocol):
+    """Images -> (n, dim) features; `identity` goes into the notes."""
+
+    identity: dict[str, str]
+
+    def images(self, images: Iterable[Image.Image]) -> np.ndarray: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class CocoGeneration(Benchmark):
     """`inception` (weights file) and/or `fd_clip` (CLIP folder used as extractor, reported as FD_clip: for
-    small models without Inception) give the distances, `clip` the CLIP score. `reference`: all pictures of
+    small models without Inception) give the distances, `clip` the CLIP score. `reference`: all images of
     the split | matched (those that the captions belong to); `reference_stats`: an .npz with mu and sigma
-    instead of pictures."""
+    instead of images."""
 
     name: ClassVar[str] = "coco_generation"
     kind: ClassVar = "image"
@@ -52,96 +71,94 @@ class CocoGeneration(Benchmark):
     num_samples: int = 30_000
     sample_seed: int = 42
     size_px: int = 256
-    reference: str = "all"
+    reference: Literal["all", "matched"] = "all"
     reference_stats: str = ""
     inception: str = ""
-    resize: str = "pytorch_fid"
+    resize: ResizeMode = "pytorch_fid"
     fd_clip: str = ""
     clip: str = ""
 
     def examples(self, data: Path) -> Sequence[Example]:
         images = load_coco(data, split=self.split)
         random = seeds.generator(self.sample_seed, self.name)
-        chosen = random.permutation(len(images))[: self.num_samples]
-        return [self._example(number, images[at], random) for number, at in enumerate(chosen)]
+        found = []
+        for number, at in enumerate(random.permutation(len(images))[: self.num_samples]):
+            image = images[at]
+            caption_id, caption = image.captions[int(random.integers(len(image.captions)))]
+            id = f"{number:05d}"
+            info = {"image_id": image.image_id, "caption_id": caption_id, "caption": caption}
+            found.append(Example(id, self.make_prompt(id, caption=caption), image.path, info))
+        return found
 
-    def _example(self, number: int, image: CaptionedImage, random: np.random.Generator) -> Example:
-        caption_id, caption = image.captions[int(random.integers(len(image.captions)))]
-        id = f"{number:05d}"
-        info = {"image_id": image.image_id, "caption_id": caption_id, "caption": caption}
-        return Example(id, self.make_prompt(id, caption=caption), image.path, info)
-
-    def ideal(self, example: Example) -> ImageSource:
+    def ideal(self, example: Example) -> ImageLike:
         return example.truth
 
     def extra_files(self, examples: Sequence[Example]) -> dict[str, str]:
-        """prompts.jsonl: which caption each picture is drawn from."""
-        keys = ("image_id", "caption_id", "caption")
-        lines = [
-            json.dumps({"id": int(e.id), **{key: e.info[key] for key in keys}}, ensure_ascii=False)
-            for e in examples
-        ]
-        return {"prompts.jsonl": "\n".join(lines) + "\n"}
+        """prompts.jsonl: which caption each image is drawn from."""
+        lines = [json.dumps({"id": int(e.id), **e.info}, ensure_ascii=False) + "\n" for e in examples]
+        return {"prompts.jsonl": "".join(lines)}
 
-    def score(self, predictions: Mapping[str, Prediction], data: Path) -> Scores:
-        if not (self.inception or self.fd_clip or self.clip):
+    def score(self, examples: Sequence[Example], predictions: Predictions, data: Path) -> Scores:
+        extractors = self._extractors()
+        if not (extractors or self.clip):
             raise UserError(
                 "give --option inception=FILE (FID, KID) and/or clip=FOLDER (CLIP score), fd_clip=FOLDER"
             )
-        examples = [example for example in self.loaded(data) if example.id in predictions]
-        metrics: dict[str, dict[str, float]] = {}
-        notes: dict[str, Any] = {
+        metrics: dict[str, Metric] = {}
+        per_example: dict[str, float] = {}
+        notes: JsonObject = {
             "num_without_picture": count_without(examples, predictions),
             "reference": self.reference_stats or self.reference,
             "picture_preparation": f"shorter side to {self.size_px} (PIL bicubic, antialiased), centre crop",
         }
-        for label, extractor in self._extractors():
-            metrics |= self._distances(label, extractor.images, examples, predictions, data, notes)
-            notes[f"{label}_extractor"] = dict(extractor.identity)
-        per_example: dict[str, float] = {}
+        for label, extractor in extractors.items():
+            metrics |= self._distances(label, extractor, examples, predictions, data, notes)
+            notes[f"{label}_extractor"] = extractor.identity
         if self.clip:
-            score, chance, per_example, notes["clip"] = self._clip_score(examples, predictions)
-            metrics["CLIP_score"] = metric(max(score, 0.0), len(examples), chance=chance)
+            clip = load_clip(self.clip)
+            drawn = clip.images(drawn_image(predictions[example.id]) for example in examples)
+            texts = clip.texts([example.info["caption"] for example in examples])
+            cosines = 100 * pair_cosines(drawn, texts)
+            score, chance = max(float(cosines.mean()), 0.0), percent_chance(drawn, texts)
+            metrics["CLIP_score"] = metric(score, len(examples), chance=chance)
+            per_example = {example.id: float(value) for example, value in zip(examples, cosines)}
+            notes["clip"] = clip.identity
         return Scores(metrics, per_example, notes=notes)
 
-    def _extractors(self) -> list[tuple[str, Any]]:
-        found: list[tuple[str, Any]] = []
+    def _extractors(self) -> dict[str, Extractor]:
+        """By the name of the distance that they give."""
+        found: dict[str, Extractor] = {}
         if self.inception:
             from evaluation.inception import InceptionFeatures
 
-            extractor = InceptionFeatures(
-                Path(self.inception),
-                resize_mode=self.resize,  # type: ignore[arg-type]
-                device=scoring_device(),
-            )
-            found.append(("FID", extractor))
+            path, device = Path(self.inception), scoring_device()
+            found["FID"] = InceptionFeatures(path, resize_mode=self.resize, device=device)
         if self.fd_clip:
-            found.append(("FD_clip", load_clip(self.fd_clip, option="fd_clip")))
+            found["FD_clip"] = load_clip(self.fd_clip, option="fd_clip")
         return found
 
     def _distances(
         self,
         label: str,
-        extract: Callable[[Sequence[Image.Image]], np.ndarray],
+        extractor: Extractor,
         examples: Sequence[Example],
-        predictions: Mapping[str, Prediction],
+        predictions: Predictions,
         data: Path,
-        notes: dict[str, Any],
-    ) -> dict[str, dict[str, float]]:
-        from evaluation.features import crop_and_resize, in_batches
+        notes: JsonObject,
+    ) -> dict[str, Metric]:
+        """Frechet and kernel distance of the drawn images from the reference; adds how to `notes`."""
 
-        def drawn(i: int) -> Image.Image:
-            return crop_and_resize(drawn_picture(predictions[examples[i].id]), self.size_px)
+        def features(images: Iterable[Image.Image]) -> np.ndarray:
+            return extractor.images(crop_and_resize(image, self.size_px) for image in images)
 
-        fake = in_batches(extract, drawn, len(examples))
+        fake = features(drawn_image(predictions[example.id]) for example in examples)
         if self.reference_stats:
-            mean, covariance = _read_stats(Path(self.reference_stats))
-            moments = Moments(fake.shape[1])
-            moments.update(fake)
-            value = frechet_distance(mean, covariance, moments.mean(), moments.covariance())
+            value = frechet_distance(*_read_stats(Path(self.reference_stats)), *moments(fake))
             return {label: metric(value, len(examples))}
-        paths = self._reference(examples, data)
-        real = in_batches(extract, lambda i: crop_and_resize(read_image(paths[i]), self.size_px), len(paths))
+        paths = [example.truth for example in examples]
+        if self.reference == "all":
+            paths = [image.path for image in load_coco(data, split=self.split)]
+        real = features(read_image(path) for path in paths)
         notes["num_reference"] = len(paths)
         size = min(KID_SUBSET, len(real), len(fake))
         kid = kernel_distance(real, fake, seed=KID_SEED, subset_size=size)
@@ -149,25 +166,6 @@ class CocoGeneration(Benchmark):
         distance = frechet_distance_of_features(real, fake)
         kid_label = "KID" if label == "FID" else "KD_clip"
         return {label: metric(distance, len(examples)), kid_label: metric(kid.mean, len(examples))}
-
-    def _reference(self, examples: Sequence[Example], data: Path) -> list[Path]:
-        if self.reference == "matched":
-            return [example.truth for example in examples]
-        if self.reference == "all":
-            return [image.path for image in load_coco(data, split=self.split)]
-        raise UserError(f"option reference is {self.reference!r}; wanted all or matched")
-
-    def _clip_score(
-        self, examples: Sequence[Example], predictions: Mapping[str, Prediction]
-    ) -> tuple[float, float | None, dict[str, float], dict[str, Any]]:
-        from evaluation.features import in_batches
-
-        clip = load_clip(self.clip)
-        drawn = in_batches(clip.images, lambda i: drawn_picture(predictions[examples[i].id]), len(examples))
-        texts = clip.texts([example.info["caption"] for example in examples])
-        cosines = percent_cosines(drawn, texts)
-        per_example = {example.id: float(value) for example, value in zip(examples, cosines)}
-        return float(cosines.mean()), chance_cosine(drawn, texts), per_example, dict(clip.identity)
 
 
 def _read_stats(path: Path) -> tuple[np.ndarray, np.ndarray]:

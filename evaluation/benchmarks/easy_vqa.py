@@ -1,20 +1,19 @@
-"""easy-VQA: questions about one coloured shape (V. Zhou), 13 answers; the pictures come with `pip install
-easy-vqa`.
+"""easy-VQA: questions about one coloured shape (V. Zhou), 13 answers; the images come with `pip install easy-vqa`.
 
-Small, public and offline: the demo's published VQA benchmark. Accuracy is exact match.
+Small, public and offline. Accuracy is exact match.
 """
 
 from __future__ import annotations
 
 import importlib.util
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 from evaluation.benchmarks.vqa import ShortAnswers
-from evaluation.core import DataNotFound, Decoding, Example, Prediction, Scores, mean_by, metric, read_json
+from evaluation.core import DataNotFound, DecodeSettings, Example, Predictions, Scores, metric, read_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,45 +21,27 @@ class EasyVqa(ShortAnswers):
     """Splits test and train (shots), read from DATA/easy_vqa or from the installed package's data folder."""
 
     name: ClassVar[str] = "easy_vqa"
-    default_decoding: ClassVar[Decoding] = Decoding(max_new_tokens=5, min_new_tokens=1)
+    default_decoding: ClassVar[DecodeSettings] = DecodeSettings(max_new_tokens=5, min_new_tokens=1)
+    train_split: ClassVar[str] = "train"
 
     split: str = "test"
 
     def examples(self, data: Path) -> Sequence[Example]:
         folder = _folder(data) / self.split
-        return [
-            self._example(f"{self.split}-{number}", question, answer, folder / "images" / f"{image}.png")
-            for number, (question, answer, image) in enumerate(read_json(folder / "questions.json"))
-        ]
+        found = []
+        for number, (question, answer, image) in enumerate(read_json(folder / "questions.json")):
+            id = f"{self.split}-{number}"
+            prompt = self.make_prompt(id, images=(folder / "images" / f"{image}.png",), question=question)
+            info = {"question": question, "image_id": f"{self.split}-{image}"}
+            info["question_type"] = "yes/no" if answer in ("yes", "no") else "open"
+            found.append(Example(id, prompt, answer, info))
+        return found
 
-    def _example(self, id: str, question: str, answer: str, image: Path) -> Example:
-        info = {"question": question, "image_id": f"{self.split}-{image.stem}"}
-        info["question_type"] = "yes/no" if answer in ("yes", "no") else "open"
-        return Example(id, self.make_prompt(id, images=(image,), question=question), answer, info)
-
-    def pool(self, data: Path) -> Sequence[Example]:
-        return replace(self, split="train").examples(data)
-
-    def ideal(self, example: Example) -> str:
-        return example.truth
-
-    def score(self, predictions: Mapping[str, Prediction], data: Path) -> Scores:
-        examples = [example for example in self.loaded(data) if example.id in predictions]
-        answers = self.answers(predictions)
-        per_example = {e.id: 100.0 * (answers[e.id] == e.truth) for e in examples}
-        counts, n = Counter(example.truth for example in examples), len(examples)
-        chance = 100 * sum(count * (count - 1) for count in counts.values()) / max(n * (n - 1), 1)
-        return Scores(
-            metrics={
-                "accuracy": metric(sum(per_example.values()) / n, n, chance=chance),
-                "majority_answer": metric(100 * counts.most_common(1)[0][1] / n, n),
-            },
-            per_example=per_example,
-            breakdown={
-                "question_type": mean_by(per_example, {e.id: e.info["question_type"] for e in examples})
-            },
-            notes={"cut": self.cut},
-        )
+    def score(self, examples: Sequence[Example], predictions: Predictions, data: Path) -> Scores:
+        scores = super().score(examples, predictions, data)
+        ((_, most),) = Counter(example.truth for example in examples).most_common(1)
+        scores.metrics["majority_answer"] = metric(100 * most / len(examples), len(examples))
+        return scores
 
 
 def _folder(data: Path) -> Path:

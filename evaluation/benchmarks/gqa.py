@@ -6,100 +6,74 @@ Consistency needs the unbalanced questions too: `--option split=testdev_all`.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from evaluation.benchmarks.files import find_file, find_folder, has_file
-from evaluation.benchmarks.vqa import ShortAnswers
-from evaluation.core import Example, Prediction, Scores, metric, read_json
-from evaluation.metrics.gqa import gqa_scores, normalise_answer
-
-GROUPS = ("structural_type", "semantic_type", "detailed_type", "steps", "length")
+from evaluation.benchmarks.vqa import ShortAnswers, chance_of_equal
+from evaluation.core import (
+    Example,
+    JsonObject,
+    Predictions,
+    Scores,
+    find_file,
+    find_folder,
+    has_file,
+    metric,
+    read_json,
+)
+from evaluation.metrics.gqa import Normalise, gqa_scores, normalise_answer
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gqa(ShortAnswers):
-    """`normalise`: llava (blanks, final full stop, case) or raw, applied after the cut."""
+    """`normalise`: llava (spaces, final full stop, case) or raw, applied after the cut. `truth` is the record."""
 
     name: ClassVar[str] = "gqa"
+    train_split: ClassVar[str] = "train_balanced"
+    submission_keys: ClassVar = ("questionId", "prediction")
 
     split: str = "testdev_balanced"
-    normalise: str = "llava"
+    normalise: Normalise = "llava"
 
     def examples(self, data: Path) -> Sequence[Example]:
         folder = find_folder(data, "gqa/images", "images", "gqa/allImages/images")
-        questions = self._questions(data)
-        return [self._example(id, record, folder) for id, record in questions.items()]
-
-    def _questions(self, data: Path) -> dict[str, dict[str, Any]]:
-        return read_json(
-            find_file(data, f"gqa/{self.split}_questions.json", f"gqa/questions/{self.split}_questions.json")
-        )
-
-    def _example(self, id: str, record: Mapping[str, Any], folder: Path) -> Example:
-        question, image = record["question"], folder / f"{record['imageId']}.jpg"
-        info = {"question": question, "image_id": record["imageId"]}
-        info |= {
-            f"{key}_type": record["types"][key] for key in ("structural", "semantic") if "types" in record
-        }
-        return Example(
-            id, self.make_prompt(id, images=(image,), question=question), record.get("answer"), info
-        )
-
-    def pool(self, data: Path) -> Sequence[Example]:
-        return replace(self, split="train_balanced").examples(data)
+        names = (f"gqa/{self.split}_questions.json", f"gqa/questions/{self.split}_questions.json")
+        found = []
+        for id, record in read_json(find_file(data, *names)).items():
+            question, image_id = record["question"], record["imageId"]
+            info = {"question": question, "image_id": image_id}
+            if "types" in record:
+                info |= {f"{key}_type": record["types"][key] for key in ("structural", "semantic")}
+            prompt = self.make_prompt(id, images=(folder / f"{image_id}.jpg",), question=question)
+            found.append(Example(id, prompt, record if "answer" in record else None, info))
+        return found
 
     def ideal(self, example: Example) -> str:
-        return example.truth
+        return example.truth["answer"]
 
-    def score(self, predictions: Mapping[str, Prediction], data: Path) -> Scores:
-        questions = {id: record for id, record in self._questions(data).items() if id in predictions}
-        names = [f"gqa/{self.split}_choices.json", f"gqa/eval/{self.split}_choices.json"]
+    def score(self, examples: Sequence[Example], predictions: Predictions, data: Path) -> Scores:
+        self.require_truths(examples)
+        questions = {example.id: example.truth for example in examples}
+        names = (f"gqa/{self.split}_choices.json", f"gqa/eval/{self.split}_choices.json")
         choices = read_json(find_file(data, *names)) if has_file(data, *names) else None
-        answers = self.answers(predictions)
-        result = gqa_scores(questions, answers, choices=choices, normalise=self.normalise)  # type: ignore[arg-type]
+        result = gqa_scores(questions, self.answers(predictions), choices=choices, normalise=self.normalise)
         balanced = [id for id, record in questions.items() if record["isBalanced"]]
-        binary = [id for id in balanced if questions[id]["types"]["structural"] != "query"]
-        sizes = {"accuracy": len(balanced), "binary": len(binary), "open": len(balanced) - len(binary)}
-        metrics = {
-            name: metric(getattr(result, name), sizes.get(name, len(balanced)))
-            for name in (
-                "accuracy",
-                "binary",
-                "open",
-                "consistency",
-                "validity",
-                "plausibility",
-                "distribution",
-            )
-            if getattr(result, name) is not None and sizes.get(name, 1)
-        }
-        metrics["accuracy"]["chance"] = self._chance([questions[id]["answer"] for id in balanced])
+        metrics = {name: metric(value, n) for name, (value, n) in result.scores.items()}
+        gold = [questions[id]["answer"] for id in balanced]
+        metrics["accuracy"]["chance"] = chance_of_equal(gold, lambda text: normalise_answer(self.clean(text)))
         return Scores(
             metrics=metrics,
             per_example={id: 100.0 * result.is_correct[id] for id in balanced},
             breakdown={
-                name: {
-                    str(key): metric(value, n) for key, (value, n) in getattr(result, f"per_{name}").items()
-                }
-                for name in GROUPS
+                name: {str(key): metric(value, n) for key, (value, n) in group.items()}
+                for name, group in result.groups.items()
             },
             notes={"normalise": self.normalise, "cut": self.cut},
         )
 
-    def _chance(self, gold: Sequence[str]) -> float:
-        """Share of question pairs with the same answer: what other questions' answers score."""
-        n, counts = len(gold), Counter(gold)
-        kept = {answer for answer in counts if normalise_answer(self.clean(answer), "llava") == answer}
-        return 100 * sum(counts[answer] * (counts[answer] - 1) for answer in kept) / max(n * (n - 1), 1)
-
-    def from_submission(self, records: Iterable[Mapping[str, Any]]) -> list[Prediction]:
-        return [{"id": str(record["questionId"]), "text": record["prediction"]} for record in records]
-
-    def submission(self, predictions: Mapping[str, Prediction], data: Path) -> list[dict[str, Any]]:
+    def submission(self, predictions: Predictions, data: Path) -> list[JsonObject]:
         """`[{"questionId": str, "prediction": str}]`, lower case without a final full stop."""
         answers = self.answers(predictions)
         return [{"questionId": id, "prediction": normalise_answer(text)} for id, text in answers.items()]

@@ -1,7 +1,7 @@
 """VisDial v1.0: rank 100 answers to a question of a dialog (paper, Table 2: NDCG on val).
 
 Files `visdial_1.0_{split}.json` and `visdial_1.0_{split}_dense_annotations.json`. An answer's score is its
-log-likelihood after picture, caption and history: the paper's "open-ended" wording cannot give a ranking.
+log-likelihood after image, caption and history: the paper's "open-ended" wording cannot give a ranking.
 """
 
 from __future__ import annotations
@@ -9,13 +9,27 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 
 from evaluation import prompts
-from evaluation.benchmarks.files import find_file, find_folder, has_file
-from evaluation.core import Benchmark, Example, Prediction, Prompt, Scores, metric, read_json
+from evaluation.core import (
+    Benchmark,
+    Example,
+    JsonObject,
+    Metric,
+    Prediction,
+    Predictions,
+    Prompt,
+    Record,
+    Scores,
+    find_file,
+    find_folder,
+    has_file,
+    metric,
+    read_json,
+)
 from evaluation.metrics.visdial import ndcg_scores, sparse_scores, submission_record
 from vlgpt.document import Document
 from vlgpt.errors import UserError
@@ -33,12 +47,10 @@ class VisDial(Benchmark):
     answer_options: ClassVar[tuple[str, ...]] = ("normalise",)
 
     prompt: str = "dialog"
-    rounds: str = "dense"
+    rounds: Literal["dense", "all"] = "dense"
     normalise: str = "sum"
 
     def examples(self, data: Path) -> Sequence[Example]:
-        if self.rounds not in ("dense", "all"):
-            raise UserError(f"option rounds is {self.rounds!r}; wanted dense or all")
         content = read_json(find_file(data, f"visdial/visdial_1.0_{self.split}.json"))["data"]
         dense = self._dense(data)
         folder = find_folder(data, f"visdial/VisualDialog_{self.split}2018", f"VisualDialog_{self.split}2018")
@@ -48,18 +60,22 @@ class VisDial(Benchmark):
         return examples
 
     def _dense(self, data: Path) -> dict[tuple[int, int], list[float]]:
-        """Relevance of the options by (image, round from 1); the sample of the train split calls it
-        `relevance`."""
+        """Relevance of the options by (image, round from 1)."""
         name = f"visdial/visdial_1.0_{self.split}_dense_annotations.json"
         if not has_file(data, name) and (self.split == "test" or self.rounds == "all"):
             return {}
+        # The sample of the train split has `relevance` for `gt_relevance`.
         return {
             (record["image_id"], record["round_id"]): record.get("gt_relevance", record.get("relevance"))
             for record in read_json(find_file(data, name))
         }
 
     def _dialog(
-        self, dialog: Mapping[str, Any], content: Mapping[str, Any], dense: Mapping[Any, Any], folder: Path
+        self,
+        dialog: Record,
+        content: Record,
+        dense: Mapping[tuple[int, int], list[float]],
+        folder: Path,
     ) -> Iterator[Example]:
         questions, answers, image_id = content["questions"], content["answers"], dialog["image_id"]
         image = folder / f"VisualDialog_{self.split}2018_{image_id:012d}.jpg"
@@ -67,7 +83,8 @@ class VisDial(Benchmark):
         for number, turn in enumerate(dialog["dialog"], 1):
             question = questions[turn["question"]]
             relevance = dense.get((image_id, number))
-            is_open = self.split == "test" and "answer" not in turn  # the one round that the server asks for
+            # Of the test split, the server asks only for the one round that has no answer.
+            is_open = self.split == "test" and "answer" not in turn
             is_asked = "answer_options" in turn and (relevance is not None or self.rounds == "all" or is_open)
             if is_asked:
                 id = f"{image_id}-{number}"
@@ -77,9 +94,8 @@ class VisDial(Benchmark):
                 info["options"] = [answers[option] for option in turn["answer_options"]]
                 yield Example(id, Prompt(Document(id, self.name, asked), (image,), id), truth, info)
             if "answer" in turn:
-                parts += self.template.parts(
-                    "demonstration", question=question, answer=answers[turn["answer"]]
-                )
+                answer = answers[turn["answer"]]
+                parts += self.template.parts("demonstration", question=question, answer=answer)
 
     def candidates(self, example: Example) -> Sequence[str]:
         return [self.template.candidate(option) for option in example.info["options"]]
@@ -91,8 +107,7 @@ class VisDial(Benchmark):
             scores[example.truth["gt_index"]] += 1e-6
         return scores
 
-    def score(self, predictions: Mapping[str, Prediction], data: Path) -> Scores:
-        examples = [example for example in self.loaded(data) if example.id in predictions]
+    def score(self, examples: Sequence[Example], predictions: Predictions, data: Path) -> Scores:
         for example in examples:
             found, wanted = len(predictions[example.id].get("scores", ())), len(example.info["options"])
             if found != wanted:
@@ -100,11 +115,11 @@ class VisDial(Benchmark):
                     f"{self.name}: prediction {example.id!r} has {found} scores for {wanted} options"
                 )
         dense = [example for example in examples if example.truth["relevance"] is not None]
-        metrics: dict[str, dict[str, float]] = {}
+        metrics: dict[str, Metric] = {}
         per_example: dict[str, float] = {}
         if dense:
             relevance = np.array([example.truth["relevance"] for example in dense])
-            result = ndcg_scores([predictions[e.id]["scores"] for e in dense], relevance, undefined="skip")
+            result = ndcg_scores([predictions[e.id]["scores"] for e in dense], relevance)
             n = result.num_rounds - result.num_undefined
             metrics["NDCG"] = metric(100 * result.ndcg, n, chance=100 * chance_ndcg(relevance))
             per_example = {e.id: 100 * v for e, v in zip(dense, result.per_round) if np.isfinite(v)}
@@ -117,23 +132,21 @@ class VisDial(Benchmark):
             )
         return Scores(metrics, per_example, notes={"normalise": self.normalise, "rounds": self.rounds})
 
-    def from_submission(self, records: Iterable[Mapping[str, Any]]) -> list[Prediction]:
+    def from_submission(self, records: Iterable[Record]) -> list[Prediction]:
         return [
             {"id": f"{r['image_id']}-{r['round_id']}", "scores": [-float(rank) for rank in r["ranks"]]}
             for r in records
         ]
 
-    def submission(self, predictions: Mapping[str, Prediction], data: Path) -> list[dict[str, Any]]:
+    def submission(self, predictions: Predictions, data: Path) -> list[JsonObject]:
         """`[{"image_id", "round_id" from 1, "ranks": rank of every option}]`."""
+        places = {id: [int(number) for number in id.split("-")] for id in predictions}
         return [
-            submission_record(e.info["image_id"], e.info["round_id"], predictions[e.id]["scores"])
-            for e in self.loaded(data)
+            submission_record(*places[id], prediction["scores"]) for id, prediction in predictions.items()
         ]
 
 
-def _sparse_metrics(
-    examples: Sequence[Example], predictions: Mapping[str, Prediction]
-) -> dict[str, dict[str, float]]:
+def _sparse_metrics(examples: Sequence[Example], predictions: Predictions) -> dict[str, Metric]:
     """MRR and R@k in percent, mean rank in ranks, with what a random order of the options scores."""
     scores = np.array([predictions[example.id]["scores"] for example in examples])
     result = sparse_scores(scores, [example.truth["gt_index"] for example in examples])
@@ -150,13 +163,13 @@ def _sparse_metrics(
 
 
 def chance_ndcg(relevance: np.ndarray) -> float:
-    """Expected NDCG of a random order, exactly: `(rounds, options) ->` mean over rounds with a relevant
-    option."""
+    """Expected NDCG of a random order, exactly: (rounds, options) -> mean over rounds with a relevant option."""
     discount = 1 / np.log2(np.arange(relevance.shape[1]) + 2.0)
     expected = []
     for gains in relevance:
         k = int(np.count_nonzero(gains))
         if k:
+            # Every option is equally likely at each of the first k places.
             ideal = float(np.sum(np.sort(gains)[::-1][:k] * discount[:k]))
             expected.append(gains.mean() * discount[:k].sum() / ideal)
     return float(np.mean(expected)) if expected else 0.0

@@ -1,23 +1,30 @@
 """VizWiz: questions that blind people asked about their photographs; many cannot be answered.
 
-Official files `val.json`, `train.json`, `test.json` (a list; the picture's name is the id) and folders of
-pictures. The paper's split is test-dev, whose answers only the server knows.
+Official files `val.json`, `train.json`, `test.json` (a list; the image's name is the id) and folders of images.
+The paper's split is test-dev, whose answers only the server knows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
-
-import numpy as np
+from typing import ClassVar
 
 from evaluation import prompts
-from evaluation.benchmarks.files import find_file, find_folder
 from evaluation.benchmarks.vqa import VqaBenchmark
-from evaluation.core import Example, Prediction, Prompt, Scores, SecondQuestion, metric, read_json
-from evaluation.metrics.vqa import answers_of, vizwiz_answerable_from_answers, vizwiz_unanswerable
+from evaluation.core import (
+    Example,
+    Predictions,
+    Prompt,
+    Scores,
+    SecondQuestion,
+    find_file,
+    find_folder,
+    metric,
+    read_json,
+)
+from evaluation.metrics.vqa import Mode, answers_of, vizwiz_answerable_from_answers, vizwiz_unanswerable
 from vlgpt.document import Document
 from vlgpt.errors import UserError
 
@@ -33,29 +40,26 @@ class VizWiz(VqaBenchmark):
     """
 
     name: ClassVar[str] = "vizwiz"
+    train_split: ClassVar[str] = "train"
+    submission_keys: ClassVar = ("image", "answer")
     answer_options: ClassVar[tuple[str, ...]] = ("second_prompt",)
 
-    mode: str = "vizwiz"
+    mode: Mode = "vizwiz"
     second_prompt: str = "none"
 
     def examples(self, data: Path) -> Sequence[Example]:
-        names = (
-            f"vizwiz/{self.split}.json",
-            f"vizwiz/annotations/{self.split}.json",
-            f"annotations/{self.split}.json",
-        )
-        records = read_json(find_file(data, *names))
-        folder = find_folder(
-            data, f"vizwiz/{self.split}", f"vizwiz/images/{self.split}", f"images/{self.split}", self.split
-        )
-        return [self._example(record, folder / record["image"]) for record in records]
-
-    def _example(self, record: Mapping[str, Any], image: Path) -> Example:
-        id, question = record["image"], record["question"]
-        info = {"question": question, "image_id": id}
-        info |= {key: record[key] for key in ("answer_type", "answerable") if key in record}
-        truth = answers_of(record) if "answers" in record else None
-        return Example(id, self.make_prompt(id, images=(image,), question=question), truth, info)
+        split = self.split
+        names = (f"vizwiz/{split}.json", f"vizwiz/annotations/{split}.json", f"annotations/{split}.json")
+        folder = find_folder(data, f"vizwiz/{split}", f"vizwiz/images/{split}", f"images/{split}", split)
+        found = []
+        for record in read_json(find_file(data, *names)):
+            id, question = record["image"], record["question"]
+            info = {"question": question, "image_id": id}
+            info |= {key: record[key] for key in ("answer_type", "answerable") if key in record}
+            truth = answers_of(record) if "answers" in record else None
+            prompt = self.make_prompt(id, images=(folder / id,), question=question)
+            found.append(Example(id, prompt, truth, info))
+        return found
 
     @property
     def second_template(self) -> prompts.PromptTemplate | None:
@@ -67,13 +71,13 @@ class VizWiz(VqaBenchmark):
             return None
         parts = prompts.merge_text(template.parts("prompt", question=example.info["question"]))
         prompt = Prompt(Document(example.id, self.name, parts), example.prompt.images, example.id)
-        return SecondQuestion(prompt, (template.candidate("yes"), template.candidate("no")), "answerable")
+        is_known = None
+        if example.truth is not None:
+            is_known = bool(vizwiz_answerable_from_answers([self.clean(self.ideal(example))])[0])
+        candidates = (template.candidate("yes"), template.candidate("no"))
+        return SecondQuestion(prompt, candidates, "answerable", is_known)
 
-    def ideal_choice(self, example: Example) -> np.ndarray:
-        (is_known,) = vizwiz_answerable_from_answers([self.clean(self.ideal(example))])
-        return np.array([0.0, -9.0]) if is_known else np.array([-9.0, 0.0])
-
-    def answers(self, predictions: Mapping[str, Prediction]) -> dict[str, str]:
+    def answers(self, predictions: Predictions) -> dict[str, str]:
         answers = super().answers(predictions)
         if self.second_prompt == "none":
             return answers
@@ -85,33 +89,21 @@ class VizWiz(VqaBenchmark):
         is_known = {id: prediction["answerable"] >= 0.5 for id, prediction in predictions.items()}
         return {id: answer if is_known[id] else "unanswerable" for id, answer in answers.items()}
 
-    def pool(self, data: Path) -> Sequence[Example]:
-        return replace(self, split="train").examples(data)
-
-    def score(self, predictions: Mapping[str, Prediction], data: Path) -> Scores:
-        """Accuracy, and AP and F1 of "unanswerable" from `answerable` in [0, 1] of a prediction, else from
-        its text."""
-        scores = super().score(predictions, data)
+    def score(self, examples: Sequence[Example], predictions: Predictions, data: Path) -> Scores:
+        """Accuracy, and AP and F1 of "unanswerable" from `answerable` in [0, 1] of a prediction, else its text."""
+        scores = super().score(examples, predictions, data)
         scores.notes["second_prompt"] = self.second_prompt
-        labels = {e.id: e.info["answerable"] for e in self.loaded(data) if "answerable" in e.info}
-        ids = [id for id in predictions if id in labels]
-        if not ids:
+        labels = {e.id: e.info["answerable"] for e in examples if "answerable" in e.info}
+        if not labels:
             return scores
         answers = self.answers(predictions)
-        hard = vizwiz_answerable_from_answers([answers[id] for id in ids])
-        given = [float(predictions[id].get("answerable", value)) for id, value in zip(ids, hard)]
-        result = vizwiz_unanswerable([labels[id] for id in ids], given)
-        share = 100 * sum(1 - labels[id] for id in ids) / len(ids)
-        scores.metrics["unanswerable_ap"] = metric(result.average_precision, len(ids), chance=share)
-        scores.metrics["unanswerable_f1"] = metric(result.f1, len(ids))
-        has_scores = any("answerable" in predictions[id] for id in ids)
+        hard = vizwiz_answerable_from_answers([answers[id] for id in labels])
+        given = [float(predictions[id].get("answerable", value)) for id, value in zip(labels, hard)]
+        result = vizwiz_unanswerable([*labels.values()], given)
+        n = len(labels)
+        share = 100 * sum(1 - label for label in labels.values()) / n
+        scores.metrics["unanswerable_ap"] = metric(result.average_precision, n, chance=share)
+        scores.metrics["unanswerable_f1"] = metric(result.f1, n)
+        has_scores = any("answerable" in predictions[id] for id in labels)
         scores.notes["unanswerable_from"] = "scores" if has_scores else "the answer text"
         return scores
-
-    def from_submission(self, records: Iterable[Mapping[str, Any]]) -> list[Prediction]:
-        return [{"id": str(record["image"]), "text": record["answer"]} for record in records]
-
-    def submission(self, predictions: Mapping[str, Prediction], data: Path) -> list[dict[str, Any]]:
-        """`[{"image": name, "answer": str}]`, one for every picture of the split."""
-        answers = self.answers(predictions)
-        return [{"image": example.id, "answer": answers[example.id]} for example in self.loaded(data)]

@@ -1,1 +1,1 @@
-"""Metrics: pure functions of lists and arrays in numpy and plain Python, importing nothing of vlgpt."""
+"""Metrics: pure functions of lists and arrays in numpy and plain Python; of vlgpt they import the errors only."""

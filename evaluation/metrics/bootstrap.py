@@ -1,4 +1,4 @@
-"""Bootstrap intervals of means over questions, and of the difference of two systems on the same questions."""
+"""Bootstrap interval of the difference of two systems on the same questions."""
 
 from __future__ import annotations
 
@@ -7,72 +7,46 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+CONFIDENCE = 0.95
 _DRAWS_AT_ONCE = 4_000_000
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean (or mean difference) with its percentile interval."""
+    """A mean with its percentile interval of `CONFIDENCE`."""
 
     mean: float
     low: float
     high: float
-    confidence: float
-    num_resamples: int
-    share_at_most_zero: float  # of resampled means: a one-sided bootstrap p-value for "greater than 0"
 
 
 def paired_bootstrap(
-    first: ArrayLike,
-    second: ArrayLike,
-    *,
-    seed: int | np.random.Generator,
-    num_resamples: int = 2000,
-    confidence: float = 0.95,
+    first: ArrayLike, second: ArrayLike, *, seed: int, num_resamples: int = 2000
 ) -> Interval:
     """Interval of mean(first - second) with questions drawn in pairs: (questions,) x 2.
 
-    Pairing removes what questions share, so it is narrower than two separate intervals. Raises ValueError
-    where the lengths differ; see `bootstrap_mean` for the rest.
+    Pairing removes what questions share, so it is narrower than two separate intervals. The same seed gives the
+    same interval. Raises ValueError for lengths that differ and for empty or non-finite scores.
     """
     a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     if a.shape != b.shape:
         raise ValueError(
             f"paired scores have shapes {a.shape} and {b.shape}; wanted the same questions in both"
         )
-    return bootstrap_mean(a - b, seed=seed, num_resamples=num_resamples, confidence=confidence)
-
-
-def bootstrap_mean(
-    scores: ArrayLike,
-    *,
-    seed: int | np.random.Generator,
-    num_resamples: int = 2000,
-    confidence: float = 0.95,
-) -> Interval:
-    """Percentile interval of the mean of per-question scores: (questions,).
-
-    The same seed gives the same interval. Raises ValueError for empty or non-finite scores, fewer than one
-    resample or a confidence outside (0, 1).
-    """
-    values = np.asarray(scores, dtype=np.float64)
+    values = a - b
     if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
         raise ValueError(f"scores of shape {values.shape} are empty, not one-dimensional or not finite")
-    if num_resamples < 1 or not 0 < confidence < 1:
-        raise ValueError(
-            f"num_resamples is {num_resamples} and confidence {confidence}; wanted >= 1 and within (0, 1)"
-        )
     means = _resampled_means(values, np.random.default_rng(seed), num_resamples)
-    tail = (1 - confidence) / 2
+    tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(means, [tail, 1 - tail])
-    at_most_zero = float((means <= 0).mean())
-    return Interval(float(values.mean()), float(low), float(high), confidence, num_resamples, at_most_zero)
+    return Interval(float(values.mean()), float(low), float(high))
 
 
 def _resampled_means(
     values: NDArray[np.float64], generator: np.random.Generator, num_resamples: int
 ) -> NDArray[np.float64]:
-    """(questions,) -> (resamples,), in blocks that bound memory."""
+    """(questions,) -> (resamples,)."""
+    # All draws at once would take 3 GB for VQAv2 (214,354 questions x 2,000 resamples of 8 bytes).
     block = max(1, _DRAWS_AT_ONCE // len(values))
     means = []
     for start in range(0, num_resamples, block):

@@ -1,9 +1,8 @@
 """CIDEr-D, BLEU-1..4 and ROUGE-L of whole caption sets, equal to pycocoevalcap 1.2 within rounding.
 
 N-grams become integers once and their counts serve CIDEr and BLEU alike, so 5,000 images take about a second.
-All are corpus measures: gather every process' captions before scoring. CIDEr takes its word weights from the
-references of the scored images, so the mean of two halves is not the score of the whole, and one image
-scores 0.
+All are corpus measures: gather the captions of all processes before scoring. CIDEr takes its word weights from the
+references of the scored images, so the mean of two halves is not the score of the whole, and one image scores 0.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,11 +19,13 @@ from evaluation.metrics.ptb import TokenizerName, tokenize
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
+Id = TypeVar("Id", bound=Hashable)
 
 MAX_ORDER = 4
 _CIDER_SIGMA = 6.0
 _ROUGE_BETA = 1.2
-_TINY, _SMALL = 1e-15, 1e-9  # BLEU's guards against zero, as in pycocoevalcap
+# BLEU's guards against zero, as in pycocoevalcap
+_TINY, _SMALL = 1e-15, 1e-9
 
 
 @dataclass(frozen=True)
@@ -34,27 +35,24 @@ class CaptionScores:
     image_ids: list[Hashable]
     corpus: dict[str, float]
     per_image: dict[str, list[float]] = field(repr=False)
-    tokenizer: str = "none"
 
 
 def score_captions(
-    hypotheses: Mapping[Any, str],
-    references: Mapping[Any, Sequence[str]],
+    hypotheses: Mapping[Id, str],
+    references: Mapping[Id, Sequence[str]],
     *,
     tokenizer: TokenizerName = "python",
 ) -> CaptionScores:
     """Tokenise raw captions as COCO does, then score them; see `score_tokenized`."""
     _check(hypotheses, references)
     image_ids = list(references)
-    flat = tokenize([text for image in image_ids for text in references[image]], tokenizer=tokenizer)
-    found = iter(flat.captions)
+    found = iter(tokenize([text for image in image_ids for text in references[image]], tokenizer=tokenizer))
     tokenized_references = {image: [next(found) for _ in references[image]] for image in image_ids}
     answers = tokenize([hypotheses[image] for image in image_ids], tokenizer=tokenizer)
-    scores = score_tokenized(dict(zip(image_ids, answers.captions)), tokenized_references)
-    return CaptionScores(scores.image_ids, scores.corpus, scores.per_image, answers.tokenizer)
+    return score_tokenized(dict(zip(image_ids, answers)), tokenized_references)
 
 
-def score_tokenized(hypotheses: Mapping[Any, str], references: Mapping[Any, Sequence[str]]) -> CaptionScores:
+def score_tokenized(hypotheses: Mapping[Id, str], references: Mapping[Id, Sequence[str]]) -> CaptionScores:
     """Score captions that are tokenised already: one string per image against its reference strings.
 
     Raises ValueError where the image ids of both differ, there are no images, or an image has no reference;
@@ -78,7 +76,7 @@ def score_tokenized(hypotheses: Mapping[Any, str], references: Mapping[Any, Sequ
     return CaptionScores(image_ids, corpus, {name: values.tolist() for name, values in per_image.items()})
 
 
-def _check(hypotheses: Mapping[Any, str], references: Mapping[Any, Sequence[str]]) -> None:
+def _check(hypotheses: Mapping[Id, str], references: Mapping[Id, Sequence[str]]) -> None:
     if not references:
         raise ValueError("no images to score")
     if hypotheses.keys() != references.keys():
@@ -102,16 +100,18 @@ def _check(hypotheses: Mapping[Any, str], references: Mapping[Any, Sequence[str]
 class _NgramCounts:
     """Counts of all n-grams in all captions, one entry per (caption, n-gram), sorted.
 
-    Captions are numbered hypotheses first: 0 .. num_images - 1, then the references image by image.
+    Captions are numbered hypotheses first: 0 .. num_images - 1, then the references image by image. The same
+    words have the same n-gram number in all captions. Shapes: `image_of` and `num_words` (captions,);
+    `caption`, `ngram` and `count` (entries,); `order_of` (n-grams,), from 1 to MAX_ORDER.
     """
 
     num_images: int
-    image_of: Ints  # (captions,)
-    num_words: Ints  # (captions,)
-    caption: Ints  # (entries,)
-    ngram: Ints  # (entries,)  the same number for the same words, over all captions
-    count: Ints  # (entries,)
-    order_of: Ints  # (n-grams,)  1 .. MAX_ORDER
+    image_of: Ints
+    num_words: Ints
+    caption: Ints
+    ngram: Ints
+    count: Ints
+    order_of: Ints
 
     @classmethod
     def of(cls, answers: Sequence[str], targets: Sequence[Sequence[str]]) -> _NgramCounts:
@@ -137,7 +137,8 @@ class _NgramCounts:
         is_reference = self.caption >= self.num_images
         width = max(len(self.order_of), 1)
         keys = self.image_of[self.caption[is_reference]] * width + self.ngram[is_reference]
-        order = np.argsort(keys, kind="stable")  # nearly sorted already: five runs for each image
+        # Nearly sorted already (one run for each reference), where numpy's stable sort is fastest.
+        order = np.argsort(keys, kind="stable")
         keys = keys[order]
         first = np.flatnonzero(np.diff(keys, prepend=-1))
         count = self.count[is_reference][order]
@@ -149,7 +150,9 @@ def _count_ngrams(
 ) -> tuple[tuple[Ints, Ints, Ints], Ints]:
     """(words,) x 3 -> (entries,) x 3 caption, n-gram and count; (n-grams,) order of each n-gram."""
     starts = np.arange(len(words))
-    shorter = np.zeros(len(words), dtype=np.int64)  # number of the n-gram one word shorter that begins here
+    # Number of the n-gram one word shorter that begins at each word: an n-gram is that number and one more word,
+    # so every order needs only one sort of integers.
+    shorter = np.zeros(len(words), dtype=np.int64)
     captions, ngrams, orders = [], [], []
     num_ngrams = 0
     for order in range(1, MAX_ORDER + 1):
@@ -186,10 +189,12 @@ def _cider(counts: _NgramCounts) -> Floats:
     norm = np.sqrt(np.bincount(counts.caption * MAX_ORDER + order, weight**2, minlength=slots))
 
     answer_keys = counts.caption[~is_reference] * width + counts.ngram[~is_reference]
+    # Only n-grams that caption and reference share add to the cosine.
     is_shared, place = _find(answer_keys, image[is_reference] * width + counts.ngram[is_reference])
     theirs = weight[is_reference][is_shared]
     ours = weight[~is_reference][place[is_shared]]
     slot = (counts.caption * MAX_ORDER + order)[is_reference][is_shared]
+    # CIDEr-D clips a count to the reference's, so that repeating a word gains nothing.
     dot = np.bincount(slot, np.minimum(ours, theirs) * theirs, minlength=slots).astype(np.float64)
 
     shape = (-1, MAX_ORDER)
@@ -263,7 +268,8 @@ def _rouge_l(answer: str, references: Sequence[str]) -> float:
 
 
 def _longest_common(masks: Mapping[str, int], num_words: int, others: Sequence[str]) -> int:
-    """Length of the longest common subsequence, one bit per word (Hyyro 2004)."""
+    """Length of the longest common subsequence; `masks` has the places of each word as bits (Hyyro 2004)."""
+    # One addition of integers does a whole row of the usual table.
     full = (1 << num_words) - 1
     row = full
     for word in others:

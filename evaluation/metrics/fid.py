@@ -1,9 +1,8 @@
 """Frechet and kernel distance between feature sets (FID, KID), in float64 numpy.
 
-FID needs only n, mean and covariance: `Moments` collects them batch by batch and merges over processes.
 The distance uses tr sqrt(S1 S2) = sum of square roots of the eigenvalues of L' S2 L with S1 = L L', about
 eight times faster at width 2048 than `scipy.linalg.sqrtm`, which pytorch-fid calls in a form that scipy
-1.18 removed.
+1.18 removed (`benchmarks/metrics.py` measures it).
 """
 
 from __future__ import annotations
@@ -16,90 +15,10 @@ from numpy.typing import ArrayLike, NDArray
 Floats = NDArray[np.float64]
 
 
-class Moments:
-    """Count, mean and covariance of feature rows that arrive in batches.
-
-    Sums are kept of rows minus a fixed shift (the first row seen unless given), so that subtracting the
-    squared mean later loses no digits. Order and grouping of the batches change the result only by rounding.
-    """
-
-    def __init__(self, width: int, *, shift: ArrayLike | None = None) -> None:
-        if width < 1:
-            raise ValueError(f"feature width is {width}; wanted at least 1")
-        self.num_rows = 0
-        self._shift: Floats | None = None if shift is None else np.array(shift, dtype=np.float64)
-        if self._shift is not None and self._shift.shape != (width,):
-            raise ValueError(f"shift has shape {self._shift.shape}; wanted ({width},)")
-        self._sum = np.zeros(width)
-        self._products = np.zeros((width, width))
-
-    @property
-    def width(self) -> int:
-        return len(self._sum)
-
-    def update(self, features: ArrayLike) -> None:
-        """Add rows: (n, width). Raises ValueError for another shape or numbers that are not finite."""
-        rows = np.asarray(features, dtype=np.float64)
-        if rows.ndim != 2 or rows.shape[1] != self.width:
-            raise ValueError(f"features have shape {rows.shape}; wanted (n, {self.width})")
-        if not np.isfinite(rows).all():
-            raise ValueError("features hold NaN or infinity")
-        if not len(rows):
-            return
-        if self._shift is None:
-            self._shift = rows[0].copy()
-        centred = rows - self._shift
-        self.num_rows += len(rows)
-        self._sum += centred.sum(axis=0)
-        self._products += centred.T @ centred
-
-    def merge(self, other: Moments) -> None:
-        """Add the rows that another process collected, whatever its shift."""
-        if other.width != self.width:
-            raise ValueError(f"cannot merge moments of width {other.width} into width {self.width}")
-        if other._shift is None:
-            return
-        if self._shift is None:
-            self._shift = other._shift.copy()
-        move = other._shift - self._shift
-        crossed = np.outer(move, other._sum)
-        self._products += other._products + crossed + crossed.T + other.num_rows * np.outer(move, move)
-        self._sum += other._sum + other.num_rows * move
-        self.num_rows += other.num_rows
-
-    def mean(self) -> Floats:
-        """() -> (width,). Raises ValueError before the first row."""
-        if self._shift is None:
-            raise ValueError("no features were added")
-        return self._shift + self._sum / self.num_rows
-
-    def covariance(self) -> Floats:
-        """Unbiased covariance: () -> (width, width). Raises ValueError for fewer than two rows."""
-        if self.num_rows < 2:
-            raise ValueError(f"a covariance needs at least 2 rows, got {self.num_rows}")
-        mean = self._sum / self.num_rows
-        return (self._products - self.num_rows * np.outer(mean, mean)) / (self.num_rows - 1)
-
-    def to_arrays(self) -> dict[str, NDArray]:
-        """For np.savez or an all-gather; `from_arrays` restores it."""
-        shift = np.zeros(self.width) if self._shift is None else self._shift
-        return {
-            "num_rows": np.array(self.num_rows),
-            "shift": shift,
-            "sum": self._sum,
-            "products": self._products,
-        }
-
-    @classmethod
-    def from_arrays(cls, arrays: dict[str, NDArray]) -> Moments:
-        moments = cls(len(arrays["sum"]), shift=arrays["shift"])
-        moments.num_rows = int(arrays["num_rows"])
-        moments._sum, moments._products = np.array(arrays["sum"]), np.array(arrays["products"])
-        return moments
-
-
-def fid_of_moments(real: Moments, fake: Moments) -> float:
-    return frechet_distance(real.mean(), real.covariance(), fake.mean(), fake.covariance())
+def moments(features: ArrayLike) -> tuple[Floats, Floats]:
+    """Mean and unbiased covariance of feature rows: (n, d) -> (d,), (d, d). Raises ValueError for n < 2."""
+    rows = _feature_rows(features, "given")
+    return rows.mean(axis=0), np.cov(rows, rowvar=False).reshape(rows.shape[1], -1)
 
 
 def frechet_distance(mean_1: ArrayLike, cov_1: ArrayLike, mean_2: ArrayLike, cov_2: ArrayLike) -> float:
@@ -120,7 +39,9 @@ def frechet_distance(mean_1: ArrayLike, cov_1: ArrayLike, mean_2: ArrayLike, cov
 
 
 def _left_root(covariance: Floats) -> Floats:
-    """R with R R' = S: Cholesky, or eigenvectors where S is singular (fewer rows than features)."""
+    """R with R R' = S: (d, d) -> (d, d)."""
+    # Cholesky is the cheaper root but fails where S is singular (fewer rows than features); any root gives
+    # the same eigenvalues of R' S2 R.
     try:
         return np.asarray(np.linalg.cholesky(covariance), dtype=np.float64)
     except np.linalg.LinAlgError:
@@ -129,6 +50,7 @@ def _left_root(covariance: Floats) -> Floats:
 
 
 def _sum_of_roots(root: Floats, covariance: Floats) -> float:
+    # Rounding makes the product slightly asymmetric and its zero eigenvalues slightly negative.
     inner = root.T @ covariance @ root
     return float(np.sqrt(np.maximum(np.linalg.eigvalsh((inner + inner.T) / 2), 0.0)).sum())
 
@@ -144,8 +66,7 @@ def frechet_distance_of_features(real: ArrayLike, fake: ArrayLike) -> float:
     if x1.shape[1] != x2.shape[1]:
         raise ValueError(f"real features have width {x1.shape[1]} but fake ones {x2.shape[1]}")
     if min(len(x1), len(x2)) >= x1.shape[1]:
-        m1, m2 = x1.mean(axis=0), x2.mean(axis=0)
-        return frechet_distance(m1, _covariance(x1), m2, _covariance(x2))
+        return frechet_distance(*moments(x1), *moments(x2))
     difference = x1.mean(axis=0) - x2.mean(axis=0)
     c1 = (x1 - x1.mean(axis=0)) / np.sqrt(len(x1) - 1)
     c2 = (x2 - x2.mean(axis=0)) / np.sqrt(len(x2) - 1)
@@ -153,14 +74,12 @@ def frechet_distance_of_features(real: ArrayLike, fake: ArrayLike) -> float:
     return float(difference @ difference + (c1**2).sum() + (c2**2).sum() - 2 * trace_of_root)
 
 
-def _covariance(rows: Floats) -> Floats:
-    return np.cov(rows, rowvar=False).reshape(rows.shape[1], -1)
-
-
 def _feature_rows(features: ArrayLike, name: str) -> Floats:
     rows = np.asarray(features, dtype=np.float64)
     if rows.ndim != 2 or len(rows) < 2:
         raise ValueError(f"{name} features have shape {rows.shape}; wanted (n, d) with n >= 2")
+    if not np.isfinite(rows).all():
+        raise ValueError(f"{name} features hold NaN or infinity")
     return rows
 
 
@@ -175,16 +94,9 @@ class Kid:
 
 
 def kernel_distance(
-    real: ArrayLike,
-    fake: ArrayLike,
-    *,
-    seed: int,
-    num_subsets: int = 100,
-    subset_size: int = 1000,
-    degree: int = 3,
+    real: ArrayLike, fake: ArrayLike, *, seed: int, num_subsets: int = 100, subset_size: int = 1000
 ) -> Kid:
-    """Unbiased squared MMD with the kernel (x.y / d + 1)^degree, mean and std over subsets (Binkowski et
-    al. 2018).
+    """Unbiased squared MMD with the kernel (x.y / d + 1)^3, mean and std over subsets (Binkowski et al. 2018).
 
     Defaults and drawing follow torch-fidelity, whose own seed is 2020. Raises ValueError where a set has
     fewer rows than `subset_size` or that is below 2.
@@ -200,16 +112,16 @@ def kernel_distance(
     for _ in range(num_subsets):
         rows_1 = x1[generator.choice(len(x1), subset_size, replace=False)]
         rows_2 = x2[generator.choice(len(x2), subset_size, replace=False)]
-        values.append(polynomial_mmd(rows_1, rows_2, degree=degree))
+        values.append(polynomial_mmd(rows_1, rows_2))
     return Kid(float(np.mean(values)), float(np.std(values)), num_subsets, subset_size)
 
 
-def polynomial_mmd(first: Floats, second: Floats, *, degree: int = 3) -> float:
-    """Unbiased squared MMD of two sets of the same size: (m, d), (m, d) -> number."""
+def polynomial_mmd(first: Floats, second: Floats) -> float:
+    """Unbiased squared MMD of two sets of the same size, kernel (x.y / d + 1)^3: (m, d), (m, d) -> number."""
     num_rows, width = first.shape
     within = 0.0
     for rows in (first, second):
-        kernel = (rows @ rows.T / width + 1.0) ** degree
+        kernel = (rows @ rows.T / width + 1.0) ** 3
         within += float(kernel.sum() - np.trace(kernel))
-    between = float(((first @ second.T / width + 1.0) ** degree).sum())
+    between = float(((first @ second.T / width + 1.0) ** 3).sum())
     return within / (num_rows * (num_rows - 1)) - 2 * between / num_rows**2

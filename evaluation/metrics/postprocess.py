@@ -2,7 +2,7 @@
 
 emu          Emu1/mm_eval: first line, first sentence; answers also lose a leading "it is" and article
 openflamingo open_flamingo/eval: text before the next demonstration's words
-llava        blanks and the final full stop off, lower case (answers); blanks off (captions)
+llava        without surrounding spaces; answers also in lower case and without the final full stop
 none         unchanged
 """
 
@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Literal
 
 Style = Literal["emu", "openflamingo", "llava", "none"]
+Cut = Callable[[str], str]
 
 _EMU_OPENINGS = ("it is ", "it's ", "a ", "an ", "the ")
 
@@ -27,14 +28,10 @@ def cut_caption(text: str, style: Style = "emu") -> str:
     return _styled(_CAPTION_CUTS, style)(text)
 
 
-def _styled(cuts: Mapping[str, Callable[[str], str]], style: str) -> Callable[[str], str]:
+def _styled(cuts: Mapping[str, Cut], style: str) -> Cut:
     if style not in cuts:
         raise ValueError(f"cut style is {style!r}; wanted one of {', '.join(cuts)}")
     return cuts[style]
-
-
-def _unchanged(text: str) -> str:
-    return text
 
 
 def _emu_answer(text: str) -> str:
@@ -45,25 +42,15 @@ def _emu_answer(text: str) -> str:
     return text
 
 
-def _emu_caption(text: str) -> str:
-    return text.split("\n")[0].split(". ")[0].removesuffix(".").lower()
-
-
-def _openflamingo_answer(text: str) -> str:
-    return re.split("Question|Answer|Short", text, maxsplit=1)[0].split(", ", 1)[0]
-
-
-def _openflamingo_caption(text: str) -> str:
-    return text.split("Output", 1)[0].replace('"', "")
-
-
-def _llava_answer(text: str) -> str:
-    return text.strip().rstrip(".").lower()
-
-
-_ANSWER_CUTS: dict[str, Callable[[str], str]] = {
-    "emu": _emu_answer, "openflamingo": _openflamingo_answer, "llava": _llava_answer, "none": _unchanged,
-}  # fmt: skip
-_CAPTION_CUTS: dict[str, Callable[[str], str]] = {
-    "emu": _emu_caption, "openflamingo": _openflamingo_caption, "llava": str.strip, "none": _unchanged,
-}  # fmt: skip
+_ANSWER_CUTS: Mapping[str, Cut] = {
+    "emu": _emu_answer,
+    "openflamingo": lambda text: re.split("Question|Answer|Short", text, maxsplit=1)[0].split(", ", 1)[0],
+    "llava": lambda text: text.strip().rstrip(".").lower(),
+    "none": lambda text: text,
+}
+_CAPTION_CUTS: Mapping[str, Cut] = {
+    "emu": lambda text: text.split("\n")[0].split(". ")[0].removesuffix(".").lower(),
+    "openflamingo": lambda text: text.split("Output", 1)[0].replace('"', ""),
+    "llava": str.strip,
+    "none": lambda text: text,
+}

@@ -1,8 +1,8 @@
 """Caption tokenisation as in pycocoevalcap 1.2: Stanford tokenizer 3.4.1, lower case, punctuation removed.
 
 `tokenize` runs in pure Python (the default) or calls the original Java tool. The Python scanner gives the
-Java tool's output on real captions and on almost any random mixture of characters; the result says which one
-was used.
+Java tool's output on real captions and on almost any random mixture of characters (docs/evaluation.md has the
+counts).
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import shutil
 import struct
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from evaluation.metrics.ptb_rules import RULES
 
@@ -26,7 +26,9 @@ TokenizerName = Literal["python", "java"]
 PUNCTUATION = frozenset(["''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"])
 
 _LINE_BREAKS = re.compile("[\n\r\x0b\x0c\u2028\u2029]")
-_SPACED_CONTEXT = re.compile(  # where a token depends on what stands beyond the next space
+# A match means that a token may depend on the text behind the next space: numbers and phone numbers, dots, tags,
+# single letters with a full stop ("plan B. The"), abbreviations before a number at the end of a line.
+_SPACED_CONTEXT = re.compile(
     r"[\d)] \d|\. [.\d]|[<\t\u00a0\u2000-\u200a\u3000]"
     r"|(?:(?<![A-Za-z])|(?<=['\u2019][sdmSDM]))[A-Za-z]\.(?: +[A-Z]| *$)|(?i:ca|figs?|prop|nos?|art|pp|op)\.$"
 )
@@ -34,19 +36,13 @@ _SIMPLE_WORD = re.compile(r"[A-Za-z]+,?")
 _PLAIN_WORD = re.compile("[A-Za-z]+(?= )")
 _SPLIT_WORDS = frozenset(["cannot", "gonna", "gotta", "lemme", "gimme", "wanna"])
 _MAX_CACHED = 500_000
+JAVA_TIMEOUT_S = 600.0
 
 _cache: dict[str, tuple[str, ...]] = {}
 
 
-class Tokenized(NamedTuple):
-    """Tokenised captions in input order, tokens joined by one space, and the tokenizer that made them."""
-
-    captions: list[str]
-    tokenizer: str
-
-
-def tokenize(captions: Sequence[str], *, tokenizer: TokenizerName = "python") -> Tokenized:
-    """Tokenise captions for CIDEr, BLEU and ROUGE.
+def tokenize(captions: Sequence[str], *, tokenizer: TokenizerName = "python") -> list[str]:
+    """Tokenise captions for CIDEr, BLEU and ROUGE: in input order, tokens joined by one space.
 
     Line-break characters inside a caption become spaces first. In the original tool a carriage return or
     U+2028 starts a new line, which silently gives every later caption to the wrong image.
@@ -55,21 +51,20 @@ def tokenize(captions: Sequence[str], *, tokenizer: TokenizerName = "python") ->
     """
     lines = [_LINE_BREAKS.sub(" ", caption) for caption in captions]
     if tokenizer == "java":
-        return Tokenized(_tokenize_java(lines), "java")
+        return _tokenize_java(lines)
     if tokenizer != "python":
         raise ValueError(f"tokenizer is {tokenizer!r}; wanted 'python' or 'java'")
-    return Tokenized([_tokenize_line(lines, index) for index in range(len(lines))], "python")
+    return [_tokenize_line(lines, index) for index in range(len(lines))]
 
 
 def _tokenize_line(lines: Sequence[str], index: int) -> str:
     line = lines[index]
     if index + 1 == len(lines) or _SPACED_CONTEXT.search(line):
-        # UPSTREAM: the tool reads all captions as one text; a final "D." loses its full stop if "A ..." is
-        # next.
+        # UPSTREAM: the tool reads all captions as one text; a final "D." loses its full stop if "A ..." is next.
         follow = "\n" + "\n".join(lines[index + 1 : index + 3]) + "\n" if index + 1 < len(lines) else ""
-        tokens: list[str] = [token for token in scan(line, follow) if token not in PUNCTUATION]
-        return " ".join(tokens)
-    tokens = []
+        return " ".join(_without_punctuation(scan(line, follow)))
+    # All other captions are cut at spaces: captions repeat their words, so nearly every chunk is in the cache.
+    tokens: list[str] = []
     for chunk in line.split(" "):
         if chunk:
             known = _cache.get(chunk)
@@ -77,13 +72,17 @@ def _tokenize_line(lines: Sequence[str], index: int) -> str:
     return " ".join(tokens)
 
 
+def _without_punctuation(tokens: Iterable[str]) -> tuple[str, ...]:
+    return tuple(token for token in tokens if token not in PUNCTUATION)
+
+
 def _tokenize_chunk(chunk: str) -> tuple[str, ...]:
-    """Tokens of text without spaces, followed by a space; remembered."""
+    """Tokens of text without spaces that is followed by a space; the result is cached."""
     word = chunk.rstrip(",").lower()
     if _SIMPLE_WORD.fullmatch(chunk) and word not in _SPLIT_WORDS:
         tokens: tuple[str, ...] = (word,)
     else:
-        tokens = tuple(token for token in scan(chunk, " ") if token not in PUNCTUATION)
+        tokens = _without_punctuation(scan(chunk, " "))
     if len(_cache) < _MAX_CACHED:
         _cache[chunk] = tokens
     return tokens
@@ -98,7 +97,8 @@ def scan(text: str, follow: str = "\n") -> list[str]:
         if padded[position] == " ":
             position += 1
             continue
-        plain = _PLAIN_WORD.match(padded, position)  # no rule that begins with a letter can cross a space
+        # Most words take this short way: no rule that begins with a letter can cross a space.
+        plain = _PLAIN_WORD.match(padded, position)
         if plain is not None and plain.group().lower() not in _SPLIT_WORDS:
             tokens.append(plain.group().lower())
             position = plain.end()
@@ -108,7 +108,8 @@ def scan(text: str, follow: str = "\n") -> list[str]:
             match = rule.pattern.match(padded, position)
             if match is not None and match.end(2) - position > longest:
                 longest, found = match.end(2) - position, (rule, match.group(1))
-        if found is None:  # emoji, control characters, spaces
+        # The tool drops what no rule knows: pictographs, control characters, unusual spaces.
+        if found is None:
             position += 1
             continue
         rule, taken = found
@@ -122,6 +123,7 @@ def scan(text: str, follow: str = "\n") -> list[str]:
 
 def _utf16_units(text: str) -> str:
     """One character per 16-bit unit, as Java sees text."""
+    # Without this, a pictograph (two units) would count as one character for the longest match.
     if not text or max(text) <= "\uffff":
         return text
     encoded = text.encode("utf-16-le", "surrogatepass")
@@ -146,7 +148,7 @@ def find_java_tokenizer() -> Path | None:
     return None
 
 
-def _tokenize_java(lines: Sequence[str], *, timeout_s: float = 600.0) -> list[str]:
+def _tokenize_java(lines: Sequence[str]) -> list[str]:
     jar = find_java_tokenizer()
     if jar is None:
         raise FileNotFoundError(
@@ -160,11 +162,8 @@ def _tokenize_java(lines: Sequence[str], *, timeout_s: float = 600.0) -> list[st
         source.write_text("\n".join(lines), encoding="utf-8")
         command = ["java", "-Dfile.encoding=UTF-8", "-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer"]
         command += ["-preserveLines", "-lowerCase", str(source)]
-        done = subprocess.run(command, capture_output=True, check=True, timeout=timeout_s)
+        done = subprocess.run(command, capture_output=True, check=True, timeout=JAVA_TIMEOUT_S)
     output = done.stdout.decode("utf-8").split("\n")
     if len(output) < len(lines):
         raise RuntimeError(f"the Java tokenizer gave {len(output)} lines for {len(lines)} captions")
-    return [
-        " ".join(token for token in line.rstrip().split(" ") if token not in PUNCTUATION)
-        for line in output[: len(lines)]
-    ]
+    return [" ".join(_without_punctuation(line.rstrip().split(" "))) for line in output[: len(lines)]]

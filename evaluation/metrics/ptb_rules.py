@@ -42,7 +42,7 @@ _NEWER_LETTERS = re.compile(
     "\ua698-\ua69d\ua78f\ua794-\ua79f\ua7ab-\ua7f7\ua8fd\ua8fe\ua9e0-\ua9e4\ua9e6-\ua9fe\uaa7e\uaa7f\uab30-\uab5a"
     "\uab5c-\uab69\uab70-\uabbf]"
 )
-# Symbols that stand alone; every other character that no rule knows (emoji, controls) is dropped.
+# Symbols that stand alone; every other character that no rule knows (pictographs, controls) is dropped.
 _SYMBOLS = (
     r"%&+|~\^\\=/\u00a1\u00a5-\u00a9\u00ac\u00ae-\u00b4\u00b6-\u00ba\u00bf\u00d7\u00f7\u037e\u0387"
     r"\u0589\u05be\u05c0\u05c3\u05c6"
@@ -71,7 +71,8 @@ def _ranges(categories: str) -> str:
     return "".join(f"{chr(first)}-{chr(last)}" for first, last in ranges)
 
 
-_L = _ranges("L") + "\u1885\u1886"  # marks since Unicode 9
+# The last two are marks since Unicode 9, letters to the tool.
+_L = _ranges("L") + "\u1885\u1886"
 _D = _ranges("Nd")
 _LETTER = rf"(?:[{_L}{_LETTER_LIKE}]|&[aeiouAEIOU](?i:acute|grave|uml);)"
 _WORD = rf"{_LETTER}(?:{_LETTER}|[{_D}])*(?:[.!?]{_LETTER}(?:{_LETTER}|[{_D}])*)*"
@@ -194,7 +195,8 @@ def _rule(
     flags: int = 0,
 ) -> Rule:
     look = f"(?=({follow}))" if follow else "()"
-    return Rule(re.compile(f"({token}){look}", flags | re.ASCII), write, num_given_back)  # cases of A-Z only
+    # re.ASCII: like the tool, ignoring case pairs the letters A-Z only.
+    return Rule(re.compile(f"({token}){look}", flags | re.ASCII), write, num_given_back)
 
 
 _I = re.IGNORECASE

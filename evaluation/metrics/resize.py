@@ -1,10 +1,9 @@
-"""The resizings that FID implementations put before Inception: they differ by up to 16 grey levels on
-sharp images.
+"""The resizings that FID implementations put before Inception: they differ by up to 16 grey levels on sharp images.
 
 torch_fidelity  TensorFlow 1 bilinear: no antialiasing, grid anchored at the top left corner
 pytorch_fid     torch bilinear: no antialiasing, pixel centres
-torchmetrics    torch bilinear with antialiasing (the default since 1.x; antialias=False is its
-torch-fidelity mode) clean_fid       Pillow bicubic with antialiasing on float channels
+torchmetrics    torch bilinear with antialiasing (the default since 1.x; antialias=False is its torch-fidelity mode)
+clean_fid       Pillow bicubic with antialiasing on float channels
 seed            Pillow bilinear with antialiasing on 8-bit pixels (the pytorch-fid copy in AILab-CVC/SEED)
 
 All return grey levels 0..255 as floats before the network's own scaling. State the mode with every FID.

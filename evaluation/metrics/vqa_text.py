@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Literal
 
-from evaluation.metrics.porter import stem as porter_stem
+from vlgpt.errors import UserError
 
 Stem = Literal["none", "porter"]
-NormaliseMode = Literal["official", "punctuation", "digits_articles", "lmms_eval"]
 
 _MARKS = ';/[]"{}()=+\\_-><@`,?!'
 _COMMA_IN_NUMBER = re.compile(r"\d,\d")
-# UPSTREAM: written "(?!<=\d)" for a look-behind, so it only looks ahead: "5." loses its full stop, ".5"
-# keeps it.
+# UPSTREAM: written "(?!<=\d)" for a look-behind, so it only looks ahead: "5." loses its full stop, ".5" keeps it.
 _FULL_STOP = re.compile(r"(?!<=\d)\.(?!\d)")
 # UPSTREAM: re.UNICODE is passed as `count`, so only the first 32 full stops go.
 _MAX_FULL_STOPS = int(re.UNICODE)
@@ -25,59 +23,55 @@ _DIGITS = {"none": "0"} | {word: str(value) for value, word in enumerate(_NUMBER
 _MAX_CACHED = 1 << 18
 
 
-def normalise(text: str, mode: NormaliseMode = "official") -> str:
-    """One answer normalised.
-
-    official: line breaks, punctuation, digits, articles and contractions (the full chain);
-    punctuation and digits_articles: one of its two steps; lmms_eval: EvalAIAnswerProcessor of lmms-eval
-    and MMF.
-    Raises ValueError for an unknown mode.
-    """
-    if mode == "official":
-        return _digits_articles(_punctuation(clean(text)))
-    if mode == "punctuation":
-        return _punctuation(clean(text))
-    if mode == "digits_articles":
-        return _digits_articles(clean(text))
-    if mode == "lmms_eval":
-        spaced = text.lower().replace(",", "").replace("?", "").replace("'s", " 's")
-        return _digits_articles(_punctuation(clean(spaced.strip())))
-    raise ValueError(
-        f"normalise mode is {mode!r}; wanted official, punctuation, digits_articles or lmms_eval"
-    )
-
-
 def normaliser(*, stem: Stem = "none", has_backticks: bool = False) -> Callable[[str], str]:
-    """The full chain as a remembering function: a data set repeats its few thousand answers again and
-    again."""
+    """All steps as one function: line breaks, punctuation, stem, digits, articles, contractions.
+
+    Results are remembered, since a data set repeats its few thousand answers. Raises ValueError for an unknown stem.
+    """
     step = punctuation_step(stem=stem)
     table = _BACKTICK_CONTRACTIONS if has_backticks else CONTRACTIONS
 
     @lru_cache(maxsize=_MAX_CACHED)
     def full(text: str) -> str:
-        return _digits_articles(step(clean(text)), table)
+        return digits_articles(step(clean(text)), table)
 
     return full
 
 
 def punctuation_step(*, stem: Stem = "none") -> Callable[[str], str]:
-    """Punctuation, then for OK-VQA the stemmer on the whole string, without cleaning; remembering."""
+    """Punctuation, then for OK-VQA the stemmer on the whole string; results are remembered.
+
+    The stem is that of NLTK's Porter stemmer in its default mode, as Emu and LAVIS use it: a phrase is one word
+    to it, so only its end changes ("fire hydrants" -> "fire hydr"). Raises ValueError for an unknown stem.
+    """
     if stem not in ("none", "porter"):
         raise ValueError(f"stem is {stem!r}; wanted 'none' or 'porter'")
+    stemmed = _porter() if stem == "porter" else str
 
     @lru_cache(maxsize=_MAX_CACHED)
     def step(text: str) -> str:
-        plain = _punctuation(text)
-        return porter_stem(plain) if stem == "porter" else plain
+        return stemmed(punctuation(text))
 
     return step
 
 
+def _porter() -> Callable[[str], str]:
+    # Imported here: NLTK takes over a second to import, and only OK-VQA needs it.
+    try:
+        from nltk.stem.porter import PorterStemmer
+    except ImportError as error:
+        raise UserError(
+            "OK-VQA's stemmer needs nltk: pip install 'vlgpt[eval]', or --option stem=none"
+        ) from error
+    return PorterStemmer().stem
+
+
 def clean(text: str) -> str:
+    """The text on one line, without surrounding spaces."""
     return text.replace("\n", " ").replace("\t", " ").strip()
 
 
-def _punctuation(text: str) -> str:
+def punctuation(text: str) -> str:
     """Each mark goes, or becomes a space where it stands between letters and no number has a comma."""
     is_number_with_comma = _COMMA_IN_NUMBER.search(text) is not None
     result = text
@@ -88,10 +82,10 @@ def _punctuation(text: str) -> str:
     return _FULL_STOP.sub("", result, count=_MAX_FULL_STOPS)
 
 
-def _digits_articles(text: str, contractions: dict[str, str] | None = None) -> str:
-    table = CONTRACTIONS if contractions is None else contractions
+def digits_articles(text: str, contractions: Mapping[str, str]) -> str:
+    """Lower case, number words as digits, no articles, apostrophes put into contractions."""
     words = [_DIGITS.get(word, word) for word in text.lower().split()]
-    return " ".join(table.get(word, word) for word in words if word not in _ARTICLES)
+    return " ".join(contractions.get(word, word) for word in words if word not in _ARTICLES)
 
 
 # Written form, then what it becomes. UPSTREAM: the words in capitals can never match lower-cased text and

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from small_data import NUM_VISUAL, WORDS, chat, make_tokenizer, page, pair
 
 from vlgpt.data.assemble import Assembler, LengthMismatch, PartLengths, SequencePlan, ShardLengths
-from vlgpt.data.draws import Draws
+from vlgpt.data.mixture import Draws
 from vlgpt.document import ROLES, Document, ImagePart, Part, TextPart
 from vlgpt.errors import UserError
 from vlgpt.settings import SourceSettings

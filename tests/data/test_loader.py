@@ -16,7 +16,7 @@ import torch
 from small_data import NUM_VISUAL, chat, make_tokenizer, page, pair, write_dataset, write_feature
 
 from vlgpt.batch import Batch, ConditionBatch, tensors_of
-from vlgpt.data import Loader
+from vlgpt.data.loader import Loader
 from vlgpt.data.mixture import SLOTS
 from vlgpt.data.stream import Position, advance
 from vlgpt.document import Document, ImagePart

@@ -12,7 +12,7 @@ from tiny_unified import NUM_PATCHES, PATCH_WIDTH, new_document_tokenizer, new_m
 from torch import Tensor
 
 from vlgpt.batch import Batch, ImageInput
-from vlgpt.data import Loader
+from vlgpt.data.loader import Loader
 from vlgpt.document import Document, ImagePart, Part, TextPart
 from vlgpt.models.losses import cross_entropies, targets_of
 from vlgpt.seeds import generator

@@ -23,9 +23,9 @@ import torch
 from PIL import Image
 from small_data import make_tokenizer, page, pair, picture, write_dataset
 
-import vlgpt.data.pixels
-from vlgpt.data import Loader
+import vlgpt.images
 from vlgpt.data.buffers import Buffers
+from vlgpt.data.loader import Loader
 from vlgpt.data.tally import TooManyBadSamples
 from vlgpt.data.workers import DataStalled
 from vlgpt.document import Document
@@ -279,7 +279,7 @@ def test_a_worker_killed_by_a_sample_is_replaced_and_the_sample_put_aside(
     killer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     wanted = [b.documents for b in islice(conditions(settings(killer), micro_batch=4), 30)]
-    monkeypatch.setattr(vlgpt.data.pixels, "decode_image", crash)
+    monkeypatch.setattr(vlgpt.images, "decode_image", crash)
     quarantine = tmp_path / "bad.jsonl"
     loader = conditions(settings(killer, num_workers=2), micro_batch=4, quarantine=quarantine)
     found = [b.documents for b in islice(loader, 30)]
@@ -375,7 +375,7 @@ def test_a_worker_that_dies_twice_ends_the_run(killer: Path, monkeypatch: pytest
         os.kill(os.getpid(), signal.SIGKILL)
         return decode_image(data, **options)
 
-    monkeypatch.setattr(vlgpt.data.pixels, "decode_image", always_crash)
+    monkeypatch.setattr(vlgpt.images, "decode_image", always_crash)
     loader = conditions(settings(killer, num_workers=1))
     with pytest.raises(RuntimeError, match="died again"):
         next(iter(loader))
@@ -389,7 +389,7 @@ def test_a_stuck_worker_is_noticed_and_its_stacks_are_logged(
         time.sleep(1000 if data == KILLER else 0)
         return decode_image(data, **options)
 
-    monkeypatch.setattr(vlgpt.data.pixels, "decode_image", sleep_for_ever)
+    monkeypatch.setattr(vlgpt.images, "decode_image", sleep_for_ever)
     loader = conditions(settings(killer, num_workers=2, watchdog_s=3.0))
     before = time.monotonic()
     with pytest.raises(DataStalled, match="watchdog_s"):
@@ -405,7 +405,7 @@ def test_an_error_in_a_worker_is_raised_in_the_main_process(
     def broken(data: bytes, **options: Any) -> Image.Image:
         raise ZeroDivisionError("a bug of ours")
 
-    monkeypatch.setattr(vlgpt.data.pixels, "decode_image", broken)
+    monkeypatch.setattr(vlgpt.images, "decode_image", broken)
     for num_workers, error in ((0, ZeroDivisionError), (1, RuntimeError)):
         loader = conditions(settings(killer, num_workers=num_workers))
         with pytest.raises(error, match="a bug of ours"):
@@ -423,7 +423,7 @@ def test_a_users_error_in_a_worker_stays_a_users_error(tmp_path: Path) -> None:
 
 ORPHAN = """
 import os, sys, signal
-from vlgpt.data import Loader
+from vlgpt.data.loader import Loader
 from vlgpt.settings import DataSettings, SourceSettings
 source = SourceSettings(name="s", path=sys.argv[1])
 settings = DataSettings(sources=(source,), pixels=True, image_size_px=8, num_workers=2)
@@ -436,8 +436,8 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 STUCK = ORPHAN.replace(
     "next(iter(loader))",
-    """import threading, time, vlgpt.data.pixels
-vlgpt.data.pixels.decode_image = lambda *rest, **more: time.sleep(1000)
+    """import threading, time, vlgpt.images
+vlgpt.images.decode_image = lambda *rest, **more: time.sleep(1000)
 threading.Thread(target=lambda: next(iter(loader)), daemon=True).start()
 time.sleep(2)""",
 )

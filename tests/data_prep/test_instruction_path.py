@@ -20,7 +20,7 @@ from source_files import (
 )
 from tiny_unified import NUM_VISUAL, new_document_tokenizer
 
-from vlgpt.data import Loader
+from vlgpt.data.loader import Loader
 from vlgpt.document import Document, ImagePart, TextPart
 from vlgpt.settings import DataSettings, SourceSettings
 from vlgpt.shards import ShardWriter, write_manifest

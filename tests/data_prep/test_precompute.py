@@ -18,8 +18,9 @@ from tiny_clip import save_tiny_clip
 from data_prep import check, features
 from data_prep.build import main as build
 from data_prep.feature_jobs import compute_shard, make_job
-from vlgpt.data.pixels import read_square, to_pixels
+from vlgpt.batch import to_pixels
 from vlgpt.errors import UserError, run_command
+from vlgpt.images import read_square
 from vlgpt.models.encoders import load_clip
 from vlgpt.shards import ShardSet, write_spec
 

@@ -10,9 +10,10 @@ from corpus import picture
 from tiny_clip import save_tiny_clip
 
 from data_prep import check, similarity
-from vlgpt.data.pixels import read_square, to_pixels
+from vlgpt.batch import to_pixels
 from vlgpt.document import Document, ImagePart, TextPart
 from vlgpt.errors import run_command
+from vlgpt.images import read_square
 from vlgpt.models.encoders import load_clip
 from vlgpt.shards import ShardSet, ShardWriter, write_manifest
 

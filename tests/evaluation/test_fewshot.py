@@ -92,7 +92,7 @@ def test_rices_takes_the_nearest_pictures_with_the_nearest_last(data):
 
 def test_rices_without_features_and_too_small_pools_are_refused(easy):
     benchmark, _, pool = easy
-    with pytest.raises(UserError, match="RICES needs picture features"):
+    with pytest.raises(UserError, match="RICES needs image features"):
         Demonstrator(benchmark, pool, FewShot(2, selection="rices"))
     with pytest.raises(UserError, match="99 shots wanted, but easy_vqa has 8 training examples"):
         Demonstrator(benchmark, pool, FewShot(99))

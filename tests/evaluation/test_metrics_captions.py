@@ -27,12 +27,10 @@ def test_scores_of_real_captions_equal_pycocoevalcap(coco, name):
     golden = expected["scores"][name]
     assert scores.corpus[name] == pytest.approx(golden["corpus"], abs=1e-9)
     assert scores.per_image[name] == pytest.approx(golden["per_image"], abs=1e-9)
-    assert scores.tokenizer == "python"
 
 
 def test_scores_of_odd_captions_equal_pycocoevalcap():
     """Empty captions, no-break spaces, one image, unequal numbers of references."""
-    pytest.importorskip("pycocoevalcap")
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.rouge.rouge import Rouge

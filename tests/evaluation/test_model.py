@@ -1,6 +1,7 @@
 """A real (tiny, random) export goes through the whole evaluation: every benchmark, resumed, in any batch size."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -89,7 +90,7 @@ def test_pictures_change_with_the_seed_only_where_the_decoder_draws_noise(export
     prompts = [example.prompt for example in benchmark.examples(data)[:2]]
     first, again = (responder.reconstruct(prompts, benchmark.decoding) for _ in range(2))
     assert [image.tobytes() for image in first] == [image.tobytes() for image in again]
-    text_only = responder.reconstruct(prompts, benchmark.decoding.replace(use="text"))
+    text_only = responder.reconstruct(prompts, replace(benchmark.decoding, use="text"))
     assert text_only[0].tobytes() != first[0].tobytes()
 
 

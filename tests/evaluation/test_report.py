@@ -11,7 +11,7 @@ import yaml
 from evaluation import benchmarks, report
 from evaluation.compare import compare
 from evaluation.compare import main as compare_main
-from evaluation.report_examples import pick
+from evaluation.report import pick
 from evaluation.responders import ShuffledResponder
 from evaluation.run import run
 from evaluation.run_all import JOBS, jobs

@@ -13,7 +13,6 @@ import pytest
 from official_files import picture
 
 from evaluation import benchmarks, manifest
-from evaluation.core import Decoding
 from evaluation.predictions import PredictionLog, check_ids, merge, process_of, read_jsonl, read_shards
 from evaluation.run import main as run_main
 from evaluation.run import run, select
@@ -21,6 +20,7 @@ from evaluation.run_all import main as run_all_main
 from evaluation.score import main as score_main
 from evaluation.score import read_predictions, score
 from vlgpt import seeds
+from vlgpt.decoding.api import DecodeSettings
 from vlgpt.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -221,7 +221,11 @@ def test_another_protocol_may_not_continue_a_run(data, tmp_path):
             output=tmp_path,
         ),
         "decoding.num_beams": lambda: run(
-            benchmark, WordResponder(), examples=examples, output=tmp_path, decoding=Decoding(num_beams=3)
+            benchmark,
+            WordResponder(),
+            examples=examples,
+            output=tmp_path,
+            decoding=DecodeSettings(num_beams=3),
         ),
         "responder.export_hash": lambda: run(
             benchmark, WordResponder(identity={"export_hash": "x"}), examples=examples, output=tmp_path

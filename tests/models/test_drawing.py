@@ -17,18 +17,17 @@ sys.path.append(str(Path(__file__).parents[1] / "evaluation"))
 from official_files import write_coco
 
 from evaluation import benchmarks, manifest
-from evaluation.core import Decoding
 from evaluation.responders import ModelResponder
 from evaluation.run import run
 from vlgpt.chat.dialogue import Dialogue
 from vlgpt.chat.reply import Finished, ReplySettings, Request, answer
 from vlgpt.cli import main
+from vlgpt.decoding.api import DecodeSettings
+from vlgpt.decoding.generator import Generator
 from vlgpt.errors import UserError
 from vlgpt.export import export_model
-from vlgpt.generate import DecodeSettings, Generator
-from vlgpt.models.decoder_parts import read_parts
+from vlgpt.models.conditions import load_conditioner, read_parts
 from vlgpt.models.diffusion import DiffusionDecoder
-from vlgpt.models.encoders import load_clip
 from vlgpt.models.image_detokenizer import ImageDetokenizer
 from vlgpt.server.protocol import ChatRequest
 from vlgpt.train.pictures import open_decoder
@@ -43,10 +42,10 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("drawing")
     save_parts(folder)
     description = mini.write_diffusion(folder / "sd", **DRAWING)
-    targets = load_clip(description, library="ip_adapter")  # writes the constants
+    targets = load_conditioner(description, library="ip_adapter")  # writes the constants
     tokenizer = new_document_tokenizer()
     model = new_chat_model(tokenizer)
-    text_tokens, text_width = targets.text_states(["a"]).shape[1:]
+    text_tokens, text_width = targets.text_condition(["a"]).shape[1:]
     model.image_detokenizer = ImageDetokenizer(
         num_visual=NUM_VISUAL, visual_width=VISUAL_WIDTH, image_tokens=tiny.IMAGE_TOKENS,
         image_width=tiny.WIDTH, text_tokens=text_tokens, text_width=text_width, width=32, depth=2, num_heads=4,
@@ -75,7 +74,7 @@ def test_a_generator_draws_as_diffusion_json_says_unless_asked_otherwise(generat
 def test_without_the_keys_a_diffusion_decoder_is_guided(tmp_path):
     description = mini.write_diffusion(tmp_path)
     assert {key: read_parts(description)[key] for key in DRAWING} == {"guidance": 7.5, "image_scale": 1.0}
-    load_clip(description, library="ip_adapter")
+    load_conditioner(description, library="ip_adapter")
     parts = {"adapter": tmp_path / "adapter.bin", "unconditional": tmp_path / "unconditional.safetensors"}
     decoder = DiffusionDecoder.load(tmp_path / "pipeline", **parts, num_steps=2)
     assert (decoder.guidance, decoder.image_scale) == (7.5, 1.0)
@@ -135,7 +134,7 @@ def test_evaluation_draws_as_diffusion_json_says_and_records_the_numbers(folder,
     prompts = [benchmarks.make("coco_reconstruction").examples(tmp_path / "data")[0].prompt]
     visual = generator.tokenize([Image.open(prompts[0].images[0])])
     wanted_image = generator.draw(visual, seeds=[("evaluation", 0, prompts[0].id)], **DRAWING)[0]
-    assert responder.reconstruct(prompts, Decoding())[0].tobytes() == wanted_image.tobytes()
+    assert responder.reconstruct(prompts, DecodeSettings())[0].tobytes() == wanted_image.tobytes()
 
 
 def test_validation_images_are_drawn_as_diffusion_json_says(folder):

@@ -9,7 +9,8 @@ from tiny_unified import new_document_tokenizer, new_model
 
 from vlgpt.batch import ImageInput
 from vlgpt.models.losses import targets_of
-from vlgpt.models.multimodal_lm import LoraSettings, varlen_arguments
+from vlgpt.models.multimodal_lm import varlen_arguments
+from vlgpt.settings import LoraSettings
 from vlgpt.stages.base import parameter_groups
 from vlgpt.stages.language import LanguageStage
 

@@ -12,16 +12,15 @@ import torch
 
 torch.set_num_threads(1)
 
+from vlgpt.commits import newest_trainable  # noqa: E402
 from vlgpt.config import parse_yaml, validate  # noqa: E402
 from vlgpt.errors import UserError  # noqa: E402
 from vlgpt.log import read_metrics  # noqa: E402
 from vlgpt.settings import RunSettings  # noqa: E402
-from vlgpt.stages.weights import newest_trainable  # noqa: E402
 from vlgpt.train.ds_config import merge_config  # noqa: E402
 from vlgpt.train.engine import start_process_group, stop_process_group  # noqa: E402
 from vlgpt.train.loop import TrainingStopped, train  # noqa: E402
-from vlgpt.train.result import finish  # noqa: E402
-from vlgpt.train.run import build_run, close  # noqa: E402
+from vlgpt.train.run import build_run, close, finish  # noqa: E402
 
 DEEPSPEED = {
     "zero_optimization": {"stage": 2, "reduce_bucket_size": 1_000_000},

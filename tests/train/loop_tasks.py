@@ -23,19 +23,19 @@ from worker import (
     settings_of,
 )
 
-from vlgpt import seeds
+from vlgpt import commits, seeds
 from vlgpt.batch import LossTerm
 from vlgpt.config import parse_yaml, validate
 from vlgpt.document import Document, TextPart
-from vlgpt.log import MetricsLog, read_metrics
+from vlgpt.log import MetricsLog, MetricsSink, read_metrics
 from vlgpt.models.losses import count_targets
 from vlgpt.settings import DataSettings
 from vlgpt.stages.base import Stage
-from vlgpt.train import checkpoint, commit, faults
-from vlgpt.train.average import MovingAverage
+from vlgpt.train import checkpoint, faults
 from vlgpt.train.ds_config import merge_config
 from vlgpt.train.engine import Engine
 from vlgpt.train.loop import Run, RunState, TrainingStopped, save, train, train_step
+from vlgpt.train.observers import MovingAverage
 
 ANSWERS = {"checkpoint": {"interval_steps": 3, "keep": 2, "on_disk_full": "stop"}, "log_interval_steps": 1}
 
@@ -82,7 +82,7 @@ def new_run(folder, rank, world_size, loader, *, steps=8, **settings):
     chosen = settings_of(folder, steps=steps, global_batch=world_size, micro_batch=1, **values)
     facts = {"frozen": new_stage("lora").frozen_hashes()}
     engine = engine_of(chosen, world_size, kind="lora")
-    log = MetricsLog(folder, use_tensorboard=False) if rank == 0 else None
+    log = MetricsLog(folder, use_tensorboard=False) if rank == 0 else MetricsSink()
     return Run(settings=chosen, engine=engine, loader=loader, log=log, facts=facts), RunState()
 
 
@@ -115,7 +115,7 @@ def switches(folder, rank, world_size, options):
 
         run, state = new_run(folder / name, rank, world_size, Stream(rank, world_size, press))
         code = stopped_with(run, state)
-        found[name] = {"code": code, "step": state.step, "tags": commit.tags(folder / name / "checkpoints")}
+        found[name] = {"code": code, "step": state.step, "tags": commits.tags(folder / name / "checkpoints")}
         found[name]["is_request_gone"] = not faults.is_stop_requested(folder / name)
     return found
 
@@ -183,7 +183,7 @@ def averaged(folder, rank, world_size, options):
         for step in range(1, 5):
             batch = pack(rows_of(step, world_size)[rank:][:1], TOKENIZER, length=LENGTH)
             train_step(engine, [batch], 1e-2)
-            average.update(step)
+            average.after_update(step)
             rate = min(0.4, (1 + step) / (10 + step))
             for name, value in engine.trainable_state().items():
                 by_hand[name] = rate * by_hand[name] + (1 - rate) * value
@@ -192,14 +192,13 @@ def averaged(folder, rank, world_size, options):
             settings=settings,
             engine=engine,
             loader=Stream(rank, world_size),
-            log=None,
             facts={},
-            average=average,
+            observers=average,
         )
         save(run, RunState(step=4))
         again = engine_of(settings, world_size, zero=zero, kind="lora")
         other = MovingAverage(again, decay=0.4)
-        checkpoint.resume(again, place / "checkpoints", facts={}, average=other)
+        checkpoint.resume(again, place / "checkpoints", facts={}, observers=other)
         found[zero] = {
             "error": max(float((before[name] - value).abs().max()) for name, value in by_hand.items()),
             "size": max(float(value.abs().max()) for value in by_hand.values()),
@@ -254,7 +253,8 @@ def uneven(folder, rank, world_size, options):
 def measured(folder, rank, world_size, options):
     """Validation: packed rows against one document a row, and a probe that generates, under ZeRO-2 and ZeRO-3."""
     from vlgpt.data.loader import Loader
-    from vlgpt.generate import DecodeSettings, Generator, Prompt
+    from vlgpt.decoding.api import DecodeSettings, Prompt
+    from vlgpt.decoding.generator import Generator
     from vlgpt.settings import ValidationSettings
     from vlgpt.train.validation import validation_losses, validator
 
@@ -280,6 +280,7 @@ def measured(folder, rank, world_size, options):
                 lambda data, workers: Loader(
                     data, kind="packed", micro_batch=1, rank=rank, world_size=world_size, tokenizer=TOKENIZER
                 ),
+                log=MetricsSink(),
                 probe=probe,
             )
             found[zero] = {"whole": measure(1, partial(beats.append, 1)), "beats": len(beats)}
@@ -299,7 +300,7 @@ def pictured(folder, rank, world_size, options):
     """Stage 1 seen: similarity over both ranks' pictures, and the same sheet for the same weights."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    from vlgpt.models.decoders import ConvDecoder
+    from demo.decoder import ConvDecoder
     from vlgpt.models.encoders import new_open_clip, save_open_clip
     from vlgpt.settings import EncoderSettings, PictureCheckSettings
     from vlgpt.train.pictures import ReconstructionCheck
@@ -321,7 +322,7 @@ def pictured(folder, rank, world_size, options):
         num_on_sheet=4,
     )
     check = ReconstructionCheck(chosen, engine=engine)
-    log = MetricsLog(folder) if rank == 0 else None
+    log = MetricsLog(folder) if rank == 0 else MetricsSink()
     batches = [
         replace(
             conditions([condition_sample(9, 2 * k + j + 6 * rank) for j in range(2)]),
@@ -404,7 +405,7 @@ def accumulating(folder, rank, world_size, options):
             world_size=world_size,
             count_targets=stage.count_targets,
         )
-        train(Run(settings=settings, engine=engine, loader=loader, log=None, facts={}), RunState())
+        train(Run(settings=settings, engine=engine, loader=loader, facts={}), RunState())
         loader.close()
         found[accumulation] = dict(stage.held)
     return found

@@ -17,8 +17,9 @@ import signal
 import sys
 from pathlib import Path
 
+from vlgpt import commits
 from vlgpt.errors import UserError
-from vlgpt.train import commit, together
+from vlgpt.train import together
 
 STEPS, INTERVAL, KEEP, WORLD = 10, 2, 3, 2
 PATIENCE_S = 20
@@ -233,23 +234,23 @@ def flip(path, where):
 
 def misdirect(folder, position):
     """The marker vouches for what is not there: more ranks, or another manifest."""
-    marker = json.loads((folder / commit.MARKER).read_text())
+    marker = json.loads((folder / commits.MARKER).read_text())
     if position % 2:
         marker["manifests"].append("0" * 64)
     else:
         marker["manifests"][position // 2 % WORLD] = f"{position:064d}"
-    (folder / commit.MARKER).write_text(json.dumps(marker))
+    (folder / commits.MARKER).write_text(json.dumps(marker))
 
 
 def files(folder):
-    return sorted(path for path in folder.iterdir() if path.name != commit.MARKER)
+    return sorted(path for path in folder.iterdir() if path.name != commits.MARKER)
 
 
 DAMAGES = {
     "missing": lambda folder, n: files(folder)[n % len(files(folder))].unlink(),
     "truncated": lambda folder, n: os.truncate(files(folder)[n % len(files(folder))], 7 * n),
     "bit flip": lambda folder, n: flip(files(folder)[n % len(files(folder))], n / 9),
-    "marker cut": lambda folder, n: os.truncate(folder / commit.MARKER, 20 * n),
+    "marker cut": lambda folder, n: os.truncate(folder / commits.MARKER, 20 * n),
     "marker points nowhere": misdirect,
 }
 
@@ -260,7 +261,7 @@ def damage(folder):
     template = folder / "template"
     template.mkdir(parents=True)
     run_pair(template)
-    tags = commit.tags(template / "checkpoints")
+    tags = commits.tags(template / "checkpoints")
     for kind, inflict in DAMAGES.items():
         for position in range(10):
             root = folder / f"{kind} {position}"

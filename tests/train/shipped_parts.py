@@ -107,7 +107,7 @@ def write_workspace(folder: Path) -> None:
             assert features.main([*folders, *wanted, "--library", "ip_adapter"]) == 0
         if not (folder / run.stage.encoder.path).exists():
             mini.write_clip(folder / run.stage.encoder.path)
-        if isinstance(run.stage, s.LanguageStage):
+        if isinstance(run.stage, s.LanguageStageSettings):
             if not (folder / run.stage.language_model).exists():
                 write_llama(folder / run.stage.language_model, width=lm_width(run.stage))
             lengths = ["--tokenizer", str(folder / run.stage.language_model)]
@@ -115,7 +115,7 @@ def write_workspace(folder: Path) -> None:
                 assert index.main([str(folder / source.path), *lengths]) == 0
 
 
-def lm_width(stage: s.LanguageStage) -> int:
+def lm_width(stage: s.LanguageStageSettings) -> int:
     """As published, LLaMA-7B is as wide as the visual embeddings and other sizes are not."""
     return VISUAL_WIDTH if stage.language_model.endswith("7b") else VISUAL_WIDTH + 16
 
@@ -135,7 +135,7 @@ def sizes(run: s.RunSettings) -> dict[str, object]:
         "data.image_size_px": mini.SIZE_PX,
         "data.num_workers": 1,
     }
-    if isinstance(run.stage, s.ImageTokenizerStage):
+    if isinstance(run.stage, s.TokenizerStageSettings):
         num_patches = (mini.SIZE_PX // mini.PATCH_PX) ** 2 + 1
         values |= {
             "stage.shapes.num_patches": num_patches,

@@ -11,9 +11,10 @@ from tiny_unified import NUM_PATCHES, PATCH_WIDTH, new_document_tokenizer, new_m
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from vlgpt import hf
+from vlgpt.decoding.api import DecodeSettings, Prompt
+from vlgpt.decoding.generator import Generator
 from vlgpt.document import Document, ImagePart, TextPart
-from vlgpt.export import export_run
-from vlgpt.generate import DecodeSettings, Generator, Prompt
+from vlgpt.stages.language import export_run
 from vlgpt.tokens import DocumentTokenizer
 
 sys.path.append(str(Path(__file__).parents[1] / "data"))

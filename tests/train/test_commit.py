@@ -9,26 +9,26 @@ from pathlib import Path
 
 import pytest
 
-from vlgpt import files
+from vlgpt import commits, files
 from vlgpt.errors import UserError
-from vlgpt.train import commit, together
+from vlgpt.train import together
 
 
 def write_checkpoint(root, step, *, world_size=2, content=b"weights"):
-    folder = root / commit.tag_of(step)
+    folder = root / commits.tag_of(step)
     folder.mkdir(parents=True)
     for rank in range(world_size):
         path = folder / f"rank_{rank}_data.bin"
         path.write_bytes(content + bytes([rank]) * 1000)
-        commit.write_manifest(folder, rank, [path])
-    commit.commit(folder, world_size=world_size, facts={"step": step})
+        commits.write_manifest(folder, rank, [path])
+    commits.commit(folder, world_size=world_size, facts={"step": step})
     return folder
 
 
 def test_the_newest_whole_checkpoint_is_found(tmp_path):
     for step in (10, 20, 30):
         write_checkpoint(tmp_path, step)
-    assert together.newest(tmp_path).tag == commit.tag_of(30)
+    assert together.newest(tmp_path).tag == commits.tag_of(30)
     assert together.newest(tmp_path / "nothing") is None
 
 
@@ -39,9 +39,9 @@ DAMAGES = {
         bytes([(folder / "rank_1_data.bin").read_bytes()[0] ^ 1])
         + (folder / "rank_1_data.bin").read_bytes()[1:]
     ),
-    "no marker": lambda folder: (folder / commit.MARKER).unlink(),
-    "empty marker": lambda folder: (folder / commit.MARKER).write_text(""),
-    "marker of another shape": lambda folder: (folder / commit.MARKER).write_text("[]"),
+    "no marker": lambda folder: (folder / commits.MARKER).unlink(),
+    "empty marker": lambda folder: (folder / commits.MARKER).write_text(""),
+    "marker of another shape": lambda folder: (folder / commits.MARKER).write_text("[]"),
     "manifest changed": lambda folder: (folder / "rank_0.json").write_text('{"rank": 0, "files": []}'),
     "manifest missing": lambda folder: (folder / "rank_1.json").unlink(),
 }
@@ -52,8 +52,8 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path, damage):
     write_checkpoint(tmp_path, 10)
     DAMAGES[damage](write_checkpoint(tmp_path, 20))
     found = together.newest(tmp_path)
-    assert found.tag == commit.tag_of(10)
-    assert [tag for tag, _ in found.skipped] == [commit.tag_of(20)]
+    assert found.tag == commits.tag_of(10)
+    assert [tag for tag, _ in found.skipped] == [commits.tag_of(20)]
 
 
 def test_starting_anew_over_damaged_checkpoints_is_refused(tmp_path):
@@ -65,30 +65,30 @@ def test_starting_anew_over_damaged_checkpoints_is_refused(tmp_path):
 def test_pruning_keeps_the_newest_good_ones_and_never_the_last(tmp_path):
     for step in (10, 20, 30, 40):
         write_checkpoint(tmp_path, step)
-    torn = tmp_path / commit.tag_of(50)
+    torn = tmp_path / commits.tag_of(50)
     torn.mkdir()
-    commit.prune(tmp_path, keep=2)
-    assert commit.tags(tmp_path) == [commit.tag_of(step) for step in (50, 40, 30)]
-    assert together.newest(tmp_path).tag == commit.tag_of(40)
+    commits.prune(tmp_path, keep=2)
+    assert commits.tags(tmp_path) == [commits.tag_of(step) for step in (50, 40, 30)]
+    assert together.newest(tmp_path).tag == commits.tag_of(40)
 
 
 def test_a_commit_without_all_manifests_is_refused(tmp_path):
-    folder = tmp_path / commit.tag_of(5)
+    folder = tmp_path / commits.tag_of(5)
     folder.mkdir()
-    commit.write_manifest(folder, 0, [])
+    commits.write_manifest(folder, 0, [])
     with pytest.raises(ValueError, match="manifest of rank 1 is missing"):
-        commit.commit(folder, world_size=2, facts={})
+        commits.commit(folder, world_size=2, facts={})
 
 
 def test_a_manifest_that_a_network_file_system_shows_late_is_waited_for(tmp_path):
-    folder = tmp_path / commit.tag_of(5)
+    folder = tmp_path / commits.tag_of(5)
     folder.mkdir()
-    commit.write_manifest(folder, 0, [])
-    late = threading.Timer(0.3, commit.write_manifest, (folder, 1, []))
+    commits.write_manifest(folder, 0, [])
+    late = threading.Timer(0.3, commits.write_manifest, (folder, 1, []))
     late.start()
-    commit.commit(folder, world_size=2, facts={"step": 5}, patience_s=30.0)
+    commits.commit(folder, world_size=2, facts={"step": 5}, patience_s=30.0)
     late.join()
-    assert commit.verify(folder)["step"] == 5
+    assert commits.verify(folder)["step"] == 5
 
 
 def test_a_small_file_is_either_old_or_new_whatever_fails_in_between(tmp_path, monkeypatch):

@@ -12,9 +12,13 @@ from vlgpt.train.ds_config import lint, merge_config, read_config
 
 ROOT = Path(__file__).parents[2]
 PAGE = re.sub(r"\s+", " ", (ROOT / "docs" / "troubleshooting.md").read_text())
-ERRORS = ("UserError", "TrainingStopped", "NotEnoughSpace", "FileNotFoundError", "ValueError", "OSError")
+ERRORS = ("UserError", "TrainingStopped", "CommitFailed", "FileNotFoundError", "ValueError", "OSError")
 LOGGED = ("error", "warning")
-FILES = [*sorted((ROOT / "vlgpt" / "train").glob("*.py")), ROOT / "evaluation" / "training_probe.py"]
+FILES = [
+    *sorted((ROOT / "vlgpt" / "train").glob("*.py")),
+    ROOT / "vlgpt" / "commits.py",
+    ROOT / "evaluation" / "training_probe.py",
+]
 
 
 def literal_parts(node):

@@ -15,23 +15,22 @@ import pytest
 import torch
 from torch import nn
 
+from vlgpt import commits
 from vlgpt.errors import UserError
 from vlgpt.shards import FeatureSpec
-from vlgpt.train import commit
 from vlgpt.train.agreement import disagreement, replica_digest
 from vlgpt.train.facts import check_features
 from vlgpt.train.faults import SpikeDetector
 from vlgpt.train.loop import Run, write_validation
+from vlgpt.train.observers import Uploader, Watchdog
 from vlgpt.train.supervise import supervise, with_fresh_port
-from vlgpt.train.upload import Uploader
-from vlgpt.train.watchdog import Watchdog
 
 ROOT = Path(__file__).parents[2]
 HANG = """
 import sys, time, pathlib
-from vlgpt.train.watchdog import Watchdog
+from vlgpt.train.observers import Watchdog
 dog = Watchdog(pathlib.Path(sys.argv[1]), rank=3, timeout_s=0.8)
-dog.beat(17)
+dog.heartbeat(17)
 def stuck_in_a_collective():
     time.sleep(60)
 stuck_in_a_collective()
@@ -69,8 +68,8 @@ def test_a_validation_feeds_the_watchdog_at_every_batch(tmp_path):
     seen = []
 
     class Noting(Watchdog):
-        def beat(self, step):
-            super().beat(step)
+        def heartbeat(self, step):
+            super().heartbeat(step)
             seen.append(step)
 
     def validate(step, on_batch):
@@ -79,8 +78,8 @@ def test_a_validation_feeds_the_watchdog_at_every_batch(tmp_path):
         return {"validation/text": 1.0}
 
     dog = Noting(tmp_path, rank=0, timeout_s=600.0)
-    engine = SimpleNamespace(evaluation=contextlib.nullcontext)
-    run = Run(settings=None, engine=engine, loader=None, log=None, facts={}, validate=validate, watchdog=dog)
+    engine = SimpleNamespace(evaluation=contextlib.nullcontext, rank=0)
+    run = Run(settings=None, engine=engine, loader=None, facts={}, validate=validate, observers=dog)
     write_validation(run, 7)
     dog.close()
     assert seen == [7, 7, 7]
@@ -140,31 +139,33 @@ def test_a_spike_is_seen_once_the_normal_is_known_and_does_not_shift_it():
 
 
 def test_a_commit_that_does_not_fit_is_refused_with_both_numbers(tmp_path):
-    with pytest.raises(commit.NotEnoughSpace, match=r"needs [\d,]+ bytes, [\d,]+ are free"):
-        commit.check_space(tmp_path, first_estimate=1 << 60)
-    commit.check_space(tmp_path, first_estimate=1)
+    with pytest.raises(commits.CommitFailed, match=r"needs [\d,]+ bytes, [\d,]+ are free"):
+        commits.check_space(tmp_path, first_estimate=1 << 60)
+    commits.check_space(tmp_path, first_estimate=1)
 
 
 def committed(root):
-    folder = root / commit.tag_of(7)
+    folder = root / commits.tag_of(7)
     (folder / "part").mkdir(parents=True)
     path = folder / "part" / "rank_0_data.bin"
     path.write_bytes(b"weights" * 100)
-    commit.write_manifest(folder, 0, [path])
-    commit.commit(folder, world_size=1, facts={"step": 7})
+    commits.write_manifest(folder, 0, [path])
+    commits.commit(folder, world_size=1, facts={"step": 7})
     return folder
 
 
-def test_an_uploaded_commit_verifies_and_a_failed_upload_is_counted(tmp_path):
+def test_an_uploaded_commit_verifies_and_a_failed_upload_is_logged(tmp_path, caplog):
     folder = committed(tmp_path / "here")
     uploader = Uploader(f"file://{tmp_path}/there")
-    uploader.start(folder)
-    uploader.wait()
-    assert commit.verify(tmp_path / "there" / folder.name)["step"] == 7
+    uploader.after_commit(folder)
+    uploader.close()
+    assert commits.verify(tmp_path / "there" / folder.name)["step"] == 7
     broken = Uploader("nosuchprotocol://bucket")
-    broken.start(folder)
-    broken.wait()
-    assert (uploader.num_failed, broken.num_failed) == (0, 1)
+    assert not caplog.records
+    with caplog.at_level("ERROR", "vlgpt"):
+        broken.after_commit(folder)
+        broken.close()
+    assert "step_00000007 was not uploaded to nosuchprotocol://bucket" in caplog.text
 
 
 FLAKY = """

@@ -18,8 +18,8 @@ sys.path.append(str(Path(__file__).parents[1] / "data"))
 from protocol_driver import DAMAGES
 from small_data import pair, write_dataset, write_feature
 
+from vlgpt import commits
 from vlgpt.log import read_metrics
-from vlgpt.train import commit
 from vlgpt.train.supervise import with_fresh_port
 
 ROOT = Path(__file__).parents[2]
@@ -146,12 +146,12 @@ def ranks_of(supervisor):
 
 def committed(folder):
     root = folder / "checkpoints"
-    return [tag for tag in commit.tags(root) if (root / tag / commit.MARKER).is_file()]
+    return commits.committed_tags(root)
 
 
 def torn(folder):
     root = folder / "checkpoints"
-    return [tag for tag in commit.tags(root) if not (root / tag / commit.MARKER).is_file()]
+    return [tag for tag in commits.tags(root) if not (root / tag / commits.MARKER).is_file()]
 
 
 def wait_until(condition, *, timeout_s, what, pause_s=0.0005):
@@ -224,7 +224,7 @@ def test_a_signal_to_the_supervisor_commits_ends_with_75_and_the_run_goes_on(
     asked_s = time.monotonic()
     finished(supervisor, folder, code=75, timeout_s=60)
     assert time.monotonic() - asked_s < 30
-    assert commit.step_of(committed(folder)[0]) < 600
+    assert commits.step_of(committed(folder)[0]) < 600
     finished(start(folder, [*launcher, *arguments(data, folder)]), folder)
     assert_equal(straight, folder)
 

@@ -68,7 +68,7 @@ def test_a_probe_gives_what_the_evaluation_of_the_export_gives(folder, tmp_path)
 
     names = ("coco_caption", "easy_vqa")
     settings = settings_of(folder, *(questions(folder, name, batch_size=3) for name in names))
-    stage, _ = build_stage(settings, num_sources=1)
+    stage = build_stage(settings, num_sources=1)
     parts = list(make_probe(settings)(stage.eval(), 10))
     assert parts.count({}) == 4, "a sign of life after each batch: 2 of up to 3 examples for every benchmark"
     found = {name: value for part in parts for name, value in part.items()}
@@ -89,7 +89,7 @@ def test_a_probe_works_on_a_stage_in_bf16_as_training_holds_it(folder):
     from vlgpt.stages.build import build_stage
 
     settings = settings_of(folder, questions(folder, "coco_caption"), questions(folder, "easy_vqa"))
-    stage, _ = build_stage(settings, num_sources=1)
+    stage = build_stage(settings, num_sources=1)
     parts = make_probe(settings)(stage.to(torch.bfloat16).eval(), 10)
     assert any("easy_vqa/accuracy" in part for part in parts)
 

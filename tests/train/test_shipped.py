@@ -19,11 +19,13 @@ from safetensors.torch import load_file
 from shipped_parts import CONFIGS, DECODER, ROOT, command_of, jpeg, sizes, write_workspace
 from transformers import AutoModel
 
-from vlgpt import hf  # noqa: F401 - registers our classes
+from vlgpt import (
+    commits,
+    hf,  # noqa: F401 - registers our classes
+)
 from vlgpt import settings as s
 from vlgpt.config import load_run
 from vlgpt.log import read_metrics
-from vlgpt.train import commit
 
 pytestmark = pytest.mark.timeout(600)
 HERE = Path(__file__).parent
@@ -128,7 +130,7 @@ def launched(workspace):
 
 def newest(run):
     root = run / "checkpoints"
-    return max(commit.step_of(tag) for tag in commit.tags(root) if (root / tag / commit.MARKER).is_file())
+    return max(commits.step_of(tag) for tag in commits.committed_tags(root))
 
 
 def live(name, zero, workspace, run_command, *changes):
@@ -140,11 +142,11 @@ def live(name, zero, workspace, run_command, *changes):
     run.parent.mkdir(parents=True, exist_ok=True)
     for act, num_ranks, done, dies_at in (("start", 2, 0, 3), ("resume", 2, 2, 4), ("finish", 1, 3, None)):
         log = run.with_name(f"{run.name}_{act}.log")
-        killer = [] if dies_at is None else [str(HERE / "killed_at.py"), commit.tag_of(dies_at)]
+        killer = [] if dies_at is None else [str(HERE / "killed_at.py"), commits.tag_of(dies_at)]
         code = run_command([*killer, *command], log=log, num_ranks=num_ranks)
         where = f"{name} under {zero}, {act}: {code}\n{tail(log)}"
         assert code == (0 if dies_at is None else -9), where
-        resumed = f"resumed from {output_dir}/checkpoints/{commit.tag_of(done)}"
+        resumed = f"resumed from {output_dir}/checkpoints/{commits.tag_of(done)}"
         assert (resumed in log.read_text()) == (done > 0) and "WEIGHTS ONLY" not in log.read_text(), where
         assert newest(run) == (4 if dies_at is None else dies_at - 1), where
         counts = re.findall(r" I   (\w+) +([\d,]+) +[\d,]+ +[\d,]+$", log.read_text(), re.MULTILINE)
@@ -207,7 +209,7 @@ def live_before(name, lived_once):
 
 
 def is_language(name):
-    return isinstance(load_run(CONFIG_OF[name]).stage, s.LanguageStage)
+    return isinstance(load_run(CONFIG_OF[name]).stage, s.LanguageStageSettings)
 
 
 @pytest.mark.parametrize("name, zero", LIVES)

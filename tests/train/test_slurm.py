@@ -13,7 +13,8 @@ from test_launchers import arguments, assert_equal, write_shards
 ROOT = Path(__file__).parents[2]
 TASK = """
 import os, sys, pathlib, signal, time, json, hashlib
-from vlgpt.train import commit, together
+from vlgpt import commits
+from vlgpt.train import together
 folder = pathlib.Path(sys.argv[1]); steps = int(sys.argv[2])
 asked = []
 signal.signal(signal.SIGUSR1, lambda *_: asked.append(1))
@@ -27,8 +28,8 @@ if rank == 0:
     step, value = (found.marker["step"], found.marker["value"]) if found else (0, "")
     (folder / "starts").open("a").write(f"{step}\\n")
     def save():
-        tag = root / commit.tag_of(step); tag.mkdir(parents=True, exist_ok=True)
-        commit.write_manifest(tag, 0, []); commit.commit(tag, world_size=1, facts={"step": step, "value": value})
+        tag = root / commits.tag_of(step); tag.mkdir(parents=True, exist_ok=True)
+        commits.write_manifest(tag, 0, []); commits.commit(tag, world_size=1, facts={"step": step, "value": value})
     while step < steps:
         time.sleep(0.25); step += 1
         value = hashlib.sha256(f"{value}{step}".encode()).hexdigest()

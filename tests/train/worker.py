@@ -21,14 +21,13 @@ from tiny_unified import (  # noqa: E402
     new_model,
 )
 
-from vlgpt import seeds  # noqa: E402
+from vlgpt import commits, seeds  # noqa: E402
 from vlgpt.batch import ConditionBatch  # noqa: E402
 from vlgpt.config import parse_yaml, validate  # noqa: E402
-from vlgpt.models.multimodal_lm import LoraSettings  # noqa: E402
-from vlgpt.settings import RunSettings  # noqa: E402
+from vlgpt.settings import LoraSettings, RunSettings  # noqa: E402
 from vlgpt.stages.language import LanguageStage  # noqa: E402
 from vlgpt.stages.tokenizer import ImageTokenizerStage  # noqa: E402
-from vlgpt.train import checkpoint, commit  # noqa: E402
+from vlgpt.train import checkpoint  # noqa: E402
 from vlgpt.train.ds_config import merge_config  # noqa: E402
 from vlgpt.train.engine import Engine, start_process_group, stop_process_group  # noqa: E402
 from vlgpt.train.loop import Run, RunState, TrainingStopped, after_skip, save, train_step  # noqa: E402
@@ -224,7 +223,7 @@ def train(folder, rank, world_size, options):
         loader.position = resumed.data["position"]
     else:
         seeds.seed_everything(0, "training", rank)
-    run = Run(settings=settings, engine=engine, loader=loader, log=None, facts=facts)
+    run = Run(settings=settings, engine=engine, loader=loader, facts=facts)
     engine.train()
     losses, documents = [], []
     for step in range(state.step + 1, options.get("stop_after", options["steps"]) + 1):
@@ -250,7 +249,7 @@ def train(folder, rank, world_size, options):
         "is_elastic": bool(resumed and resumed.is_elastic),
         "frozen_before": frozen,
         "frozen_after": frozen if zero == 3 else engine.stage.frozen_hashes(),
-        "num_bytes": commit.size_of(committed) if committed else 0,
+        "num_bytes": commits.size_of(committed) if committed else 0,
         "num_trainable": engine.num_trainable,
     }
 
@@ -309,7 +308,7 @@ def poisoned_for_good(folder, rank, world_size, options):
     settings = settings_of(folder, steps=9, global_batch=2, micro_batch=1)
     engine = engine_of(settings, world_size)
     poison_gradient(engine, rank, lambda: True)
-    run = Run(settings=settings, engine=engine, loader=Loader(), log=None, facts={})
+    run = Run(settings=settings, engine=engine, loader=Loader(), facts={})
     state = RunState()
     try:
         for step in range(1, 10):

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable
 
 from vlgpt.chat.reply import Failed, Request, answer
-from vlgpt.generate import Generator
+from vlgpt.decoding.generator import Generator
 from vlgpt.log import get_logger
 
 logger = get_logger("chat")
@@ -29,8 +29,8 @@ class ShuttingDown(Exception):
 class Batcher:
     """One thread that decodes, and the requests that wait for it.
 
-    The oldest request goes first and takes with it up to `max_batch` - 1 later ones of equal settings. Replies
-    depend on no other request of a batch (a law of `Generator`), so batching is invisible but for speed.
+    The oldest request goes first and takes with it up to `max_batch` - 1 later ones of equal settings. Replies depend
+    on no other request of a batch (a law of `Generator`), so batching is invisible but for speed.
     """
 
     def __init__(

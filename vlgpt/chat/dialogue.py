@@ -1,8 +1,7 @@
-"""A conversation with pictures on both sides, and the prompt that the model reads of it."""
+"""A conversation with images on both sides, and the prompt that the model reads of it."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -13,9 +12,9 @@ from torch import Tensor
 from vlgpt.decoding.api import ImageLike, Prompt, Reply
 from vlgpt.document import IMAGE_MARK, Document, ImagePart, Part, TextPart
 from vlgpt.errors import UserError
-from vlgpt.images import BadImage, decode_image
+from vlgpt.images import BadImage, decode_image, png_bytes
 
-MAX_PIXELS = 16_000_000  # of a picture that a user gives
+MAX_PIXELS = 16_000_000  # of an image that a user gives
 ADDRESS = "dialogue"  # all prompts draw the same random numbers: a reply follows from the turns and the seed
 
 Speaker = Literal["user", "assistant"]
@@ -23,16 +22,17 @@ Speaker = Literal["user", "assistant"]
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture file of a conversation. A drawn one keeps its visual embeddings (N, d): the model goes on from
-    what it predicted, not from what its drawing looks like to the image encoder.
-    """
+    """An image file of a conversation. A drawn one keeps its visual embeddings (N, d)."""
+
+    # The model goes on from the embeddings that it predicted, not from what its drawing looks like to the image
+    # encoder.
 
     data: bytes = field(repr=False)
     visual: Tensor | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def read(cls, data: bytes, *, name: str = "the picture", max_pixels: int = MAX_PIXELS) -> Picture:
-        """A picture that a user gives. Raises UserError when it cannot be decoded or is too large."""
+        """An image that a user gives. Raises UserError when it cannot be decoded or is too large."""
         try:
             decode_image(data, max_pixels=max_pixels)
         except BadImage as error:
@@ -41,7 +41,7 @@ class Picture:
 
     @classmethod
     def drawn(cls, image: Image.Image, visual: Tensor) -> Picture:
-        """A picture that the model drew from its embeddings (N, d)."""
+        """An image that the model drew from its embeddings (N, d)."""
         return cls(png_bytes(image), visual)
 
     @property
@@ -53,19 +53,12 @@ class Picture:
         return self.data if self.visual is None else ("visual", self.visual)
 
 
-def png_bytes(image: Image.Image) -> bytes:
-    """A picture as a PNG file."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 Content = str | Picture
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What one speaker says: text and pictures in reading order."""
+    """What one speaker says: text and images in reading order."""
 
     speaker: Speaker
     content: tuple[Content, ...]
@@ -111,7 +104,7 @@ class Dialogue:
         return replace(self, turns=self.turns[:num_turns])
 
     def edited(self, number: int, text: str, *, instead_of: str | None = None) -> Dialogue:
-        """Ends with user turn `number` (from 0) saying something else, its pictures kept.
+        """Ends with user turn `number` (from 0) saying something else, its images kept.
 
         `instead_of` names one piece of text of the turn; without it all its text is replaced. Raises UserError.
         """
@@ -156,7 +149,7 @@ def reply_turn(reply: Reply, pictures: Sequence[Picture]) -> Turn:
 
 
 def split_marks(text: str, num_images: int) -> list[str | int]:
-    """Text and image numbers in reading order: `<image>` marks say where images stand, else they come first.
+    """Text and image numbers in reading order: `<image>` marks the place of an image, without marks all come first.
 
     Raises UserError when there are marks, but not one for each image.
     """

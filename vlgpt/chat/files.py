@@ -1,4 +1,4 @@
-"""A conversation as files: dialogue.json, its pictures as PNG, and the embeddings of drawn ones."""
+"""A conversation as files: dialogue.json, its images as PNG, and the embeddings of drawn ones."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from vlgpt.chat.dialogue import Content, Dialogue, Picture, Turn, png_bytes
+from vlgpt.chat.dialogue import Content, Dialogue, Picture, Turn
 from vlgpt.errors import UserError
+from vlgpt.images import png_bytes
 
 RECORD, EMBEDDINGS = "dialogue.json", "visual.safetensors"
 MAX_FILES, MAX_FILE_BYTES, MAX_TOTAL_BYTES = 500, 64 << 20, 256 << 20  # of a dialogue that is read
@@ -33,7 +34,7 @@ class TextRecord(_Strict):
 
 
 class PictureRecord(_Strict):
-    """A picture; `is_drawn` says that its embeddings are stored under the file's name."""
+    """An image; `is_drawn` says that its embeddings are stored under the file's name."""
 
     type: Literal["picture"] = "picture"
     file: str = Field(pattern=r"^[a-z0-9-]+\.png$")
@@ -48,7 +49,7 @@ class TurnRecord(_Strict):
 
 
 class DialogueRecord(_Strict):
-    """dialogue.json. `info` is free: model name and settings of whoever saved it."""
+    """dialogue.json. `info` is free: model name and settings of the program that saved it."""
 
     format: Literal["vlgpt-dialogue-1"] = "vlgpt-dialogue-1"
     info: dict[str, Any] = {}

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from vlgpt.chat.dialogue import Dialogue, Picture, Turn, num_exchanges, reply_turn
 from vlgpt.decoding.api import DecodeSettings, Finish, Prompt
+from vlgpt.decoding.generator import Generator
 from vlgpt.decoding.prompts import prompt_length
 from vlgpt.errors import UserError
-from vlgpt.generate import Generator
 from vlgpt.log import get_logger
 
 logger = get_logger("chat")
@@ -22,9 +22,9 @@ logger = get_logger("chat")
 
 @dataclass(frozen=True)
 class ReplySettings:
-    """How a reply is decoded and its pictures are drawn. `decode.seed` addresses both kinds of noise.
+    """How a reply is decoded and its images are drawn. `decode.seed` addresses both kinds of noise.
 
-    `decoder_guidance` None is the picture decoder's own.
+    `decoder_guidance` None is the image decoder's own.
     """
 
     decode: DecodeSettings = field(default_factory=DecodeSettings)
@@ -45,7 +45,7 @@ class TextPiece:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A finished picture."""
+    """A finished image."""
 
     picture: Picture
 
@@ -155,7 +155,7 @@ def _fail(requests: Sequence[Request], failed: Failed) -> None:
 
 
 def _prepare(generator: Generator, request: Request) -> Prompt | None:
-    """The prompt, trimmed to the context, its pictures encoded; None when the request has failed."""
+    """The prompt, trimmed to the context, its images encoded; None when the request has failed."""
     if request.failure is not None:
         request.emit(request.failure)
         return None
@@ -181,7 +181,7 @@ def _prepare(generator: Generator, request: Request) -> Prompt | None:
 
 
 def _draw(generator: Generator, request: Request, visual: Tensor, number: int) -> Picture:
-    """One picture at a time: it depends on nothing but its embeddings and the seed."""
+    """One image at a time: it depends on nothing but its embeddings and the seed."""
     address = (request.settings.decode.seed, "draw", number)
     guidance = request.settings.decoder_guidance
     (image,) = generator.draw(torch.stack([visual]), seeds=[address], guidance=guidance)

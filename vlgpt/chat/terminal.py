@@ -20,9 +20,9 @@ from vlgpt.chat.reply import (
     TextPiece,
     answer,
 )
+from vlgpt.decoding.generator import Generator
 from vlgpt.document import IMAGE_MARK
 from vlgpt.errors import UserError
-from vlgpt.generate import Generator
 
 HELP = f"""\
 /image PATH    attach a picture to the next message (again for more); {IMAGE_MARK} in the text says where it stands
@@ -35,14 +35,14 @@ HELP = f"""\
 /temperature T 0 is greedy
 /guidance V [D]  guidance of the visual embeddings, and of the picture decoder; 1 is off
 /save FOLDER   the dialogue as JSON with its pictures;  /load FOLDER  goes on with one (a folder or a zip file)
-/new           begin anew
+/new           begin a new dialogue
 /quit          end (so does Ctrl-D)"""
 
 
 class Terminal:
-    """The state of one terminal conversation. `write` prints text as it stands, without a line break.
+    """The state of one terminal conversation. `write` prints text unchanged, without a line break.
 
-    Pictures of replies are written to `output` as they are drawn.
+    Images of replies are written to `output` as they are drawn.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Terminal:
             "guidance": self._guide,
             "save": self._save,
             "load": self._load,
-            "new": lambda _: self._begin_anew(),
+            "new": lambda _: self._begin(),
         }
 
     def write(self, text: str) -> None:
@@ -201,7 +201,7 @@ class Terminal:
             shown = [item if isinstance(item, str) else "[picture]" for item in turn.content]
             self.write(f"{turn.speaker}: {printable(' '.join(shown))}\n")
 
-    def _begin_anew(self) -> None:
+    def _begin(self) -> None:
         self.dialogue, self.attached = Dialogue(), []
         self.write("a new dialogue\n")
 

@@ -1,33 +1,32 @@
 """Documents -> token sequences, planned from indexed part lengths and rendered by the same plan.
 
-Planning sees only lengths, so it costs microseconds and needs no text; rendering follows the plan and must
-come out at exactly the planned length. What happens to a document, in this order:
+Planning sees only lengths, so it costs microseconds and needs no text; rendering follows the plan and must come out at
+exactly the planned length. What happens to a document, in this order:
 
 1. every image changes places with the text part after it, with probability `1 - image_first`;
-2. a plain document that is too long gives a window that begins at a part border; images are never cut, the
-   text that crosses the end of the window is cut there. A chat is cut after the last reply that fits;
-3. of the images of a window `max_images` are sampled, the others are left out and their text stays. An image
-   left out costs nothing, so the window reaches as far as its text and `max_images` images do, whichever they
-   are. PAPER: §4.1 samples up to five images with their captions; on a page, captions are sentences of its
-   text. (In a chat the turns from the first image too many on are left out.)
-4. a window with one image is kept with probability `keep_single_image`; a document with images whose window
-   has none is rejected (paper appendix; Flamingo's procedure for M3W).
+2. a plain document that is too long gives a window that begins at a part border; images are never cut, the text that
+   crosses the end of the window is cut there. A chat is cut after the last reply that fits;
+3. of the images of a window `max_images` are sampled, the others are left out and their text stays. An image that is
+   left out takes no positions, so the window reaches as far as its text and any `max_images` images do. PAPER: §4.1
+   samples up to five images with their captions; on a page, captions are sentences of its text. (In a chat the turns
+   from the first image too many on are left out.)
+4. a window with one image is kept with probability `keep_single_image`; a document with images whose window has none is
+   rejected (paper appendix; Flamingo's procedure for M3W).
 
-A sequence that does not reach the end of its document gets no end token: nothing ended there.
+A sequence that does not reach the end of its document gets no end token.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate
 
 import numpy as np
 
-from vlgpt.data import draws as purpose
-from vlgpt.data.draws import Draws
-from vlgpt.document import ROLES, Document, ImagePart, text_places
+from vlgpt.data.mixture import Draws, Purpose
+from vlgpt.document import ROLES, Document, ImagePart
 from vlgpt.errors import UserError
 from vlgpt.settings import SourceSettings
 from vlgpt.shards import ShardIndex
@@ -44,9 +43,7 @@ class PartLengths:
 
 
 class ShardLengths:
-    """Part lengths of one shard in positions of the model, with running sums to answer for many samples at
-    once.
-    """
+    """Part lengths of one shard in positions of the model, with running sums to answer for many samples at once."""
 
     def __init__(self, index: ShardIndex, *, image_length: int):
         self.part_start, self.is_image, self.roles = index.part_start, index.part_is_image, index.part_role
@@ -77,6 +74,7 @@ class Assembler:
 
     def __init__(self, source: SourceSettings, *, tokenizer: DocumentTokenizer, sequence_length: int):
         self.source, self.tokenizer, self.sequence_length = source, tokenizer, sequence_length
+        # Chats of the same roles share the lengths of their template, and counting those tokenises fixed text.
         self._fixed_lengths = lru_cache(maxsize=65_536)(self._count_fixed)
         self._plain_start = len(tokenizer.start_ids)
         self._plain_end = 1
@@ -84,8 +82,7 @@ class Assembler:
         if sequence_length < smallest:
             raise UserError(
                 f"data.sequence_length is {sequence_length}: one image needs {smallest} positions "
-                f"(num_visual is "
-                f"{tokenizer.num_visual})"
+                f"(num_visual is {tokenizer.num_visual})"
             )
 
     def _count_fixed(self, kinds: bytes) -> tuple[int, int]:
@@ -97,8 +94,7 @@ class Assembler:
         return sum(lengths[: len(lengths) - after]), sum(lengths[len(lengths) - after :])
 
     def whole_lengths(self, lengths: ShardLengths, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Sequence lengths of the plain documents that are taken whole, and which are: (n,) -> (n,), (n,)
-        bool.
+        """Sequence lengths of the plain documents that are taken whole, and which are: (n,) -> (n,), (n,) bool.
 
         Agrees with `plan`; the others (length 0 here) need it.
         """
@@ -127,7 +123,7 @@ class Assembler:
             return order
         for i in range(len(order) - 1):
             is_pair = parts.is_image[i] and not parts.is_image[i + 1] and parts.roles[i] == parts.roles[i + 1]
-            if is_pair and draws.uniform(purpose.SWAP + i) >= self.source.image_first:
+            if is_pair and draws.uniform(Purpose.SWAP + i) >= self.source.image_first:
                 order[i], order[i + 1] = i + 1, i
         return order
 
@@ -152,13 +148,13 @@ class Assembler:
                 images.append(part)
         left_out: list[int] = []
         if len(images) > self.source.max_images:
-            images.sort(key=lambda part: draws.uniform(purpose.LEFT_OUT + part))
+            images.sort(key=lambda part: draws.uniform(Purpose.LEFT_OUT + part))
             left_out = images[self.source.max_images :]
             chosen = [part for part in chosen if part not in left_out]
         num_images = len(images) - len(left_out)
         if num_images == 0 and any(parts.is_image):
             return SequencePlan(rejection="no_image_in_window")
-        if num_images == 1 and draws.uniform(purpose.KEEP_SINGLE) >= self.source.keep_single_image:
+        if num_images == 1 and draws.uniform(Purpose.KEEP_SINGLE) >= self.source.keep_single_image:
             return SequencePlan(rejection="single_image")
         if used == 0:
             return SequencePlan(rejection="empty")
@@ -166,14 +162,13 @@ class Assembler:
         return SequencePlan(tuple(chosen), length, last_tokens, has_end, len(left_out))
 
     def _window_start(self, parts: PartLengths, order: list[int], budget: int, draws: Draws) -> int:
-        """Where the window begins: any part from which the rest still fills the window, or the first after
-        those.
-        """
+        """Where the window begins: any part from which the rest still fills the window, or the first after those."""
         if self.source.start == "beginning" or sum(parts.lengths) <= budget:
             return 0
+        # Starts from which the rest fills the window, and one more: with any part as a start many rows would be short.
         rest = list(accumulate(parts.lengths[part] for part in reversed(order)))[::-1]
         num_full = sum(length >= budget for length in rest)
-        return draws.below(min(num_full + 1, len(order)), purpose.START)
+        return draws.below(min(num_full + 1, len(order)), Purpose.START)
 
     def _plan_chat(self, parts: PartLengths, order: list[int]) -> SequencePlan:
         assistant = ROLES.index("assistant")
@@ -201,9 +196,7 @@ class Assembler:
         return best
 
     def _plan_cut_reply(self, parts: PartLengths, order: list[int], length: int) -> SequencePlan:
-        """The first exchange alone, `length` without its end, is too long: its reply is cut, if it ends with text
-        and a token of it remains.
-        """
+        """The first exchange alone is too long: cut its reply, if it ends with text. `length`: without its end."""
         kept = parts.lengths[order[-1]] - (length - self.sequence_length)
         if parts.is_image[order[-1]] or kept < 1:
             return SequencePlan(rejection="too_long")
@@ -212,25 +205,17 @@ class Assembler:
         return SequencePlan(tuple(order), total, kept, has_end=False)
 
     def spans(self, plan: SequencePlan, document: Document) -> list[Span]:
-        """The spans of a plan: what stands where, and why."""
-        spans: list[Span] = []
+        """The spans of a plan: its tokens with their origin."""
         chosen = [document.parts[part] for part in plan.parts]
         roles = [part.role for part in chosen]
-        places = text_places(roles)
         pieces = self.tokenizer.pieces(roles, [isinstance(part, ImagePart) for part in chosen])
-        for piece in pieces if plan.has_end else pieces[: len(pieces) - _num_after(pieces)]:
-            if piece.part is None:
-                spans.append(Span(piece.role, piece.ids, (piece.is_target,) * len(piece.ids)))
-                continue
-            part = chosen[piece.part]
-            if isinstance(part, ImagePart):
-                span = self.tokenizer.image_span(part.index, role=piece.role, is_target=piece.is_target)
-                spans.append(span)
-                continue
-            ids = tuple(self.tokenizer.encode_text(part.text, places[piece.part]))
-            if plan.last_tokens is not None and piece.part == len(chosen) - 1:
-                ids = ids[: plan.last_tokens]
-            spans.append(Span(piece.role, ids, (piece.is_target,) * len(ids)))
+        # Without its end the last span is that of the last part, and only such a plan cuts it.
+        spans = self.tokenizer.fill(
+            pieces if plan.has_end else pieces[: len(pieces) - _num_after(pieces)], chosen
+        )
+        if plan.last_tokens is not None:
+            last, kept = spans[-1], slice(plan.last_tokens)
+            spans[-1] = replace(last, ids=last.ids[kept], is_target=last.is_target[kept])
         return spans
 
     def render(self, plan: SequencePlan, document: Document) -> TokenSequence:

@@ -25,16 +25,14 @@ MAX_BUFFERS = 256  # per worker: as many orders fit into a pipe unread
 
 
 def num_buffers(*, prefetch_batches: int, prefetch_bytes: int, num_workers: int, batch_bytes: int) -> int:
-    """How many batches a worker may have ready: its share of them, or what fits into its share of the bytes; at least
-    one.
-    """
+    """How many batches a worker may have ready, at least 1: its share of them, limited by its share of the bytes."""
     share = -(-prefetch_batches // num_workers)
     return max(1, min(share, prefetch_bytes // num_workers // max(batch_bytes, 1), MAX_BUFFERS))
 
 
 @dataclass(frozen=True)
 class _Stored:
-    """A tensor that lies in a buffer."""
+    """A tensor inside a buffer."""
 
     offset: int
     shape: tuple[int, ...]

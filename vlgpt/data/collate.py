@@ -10,16 +10,14 @@ import torch
 from torch import Tensor
 
 from vlgpt.batch import Batch, ConditionBatch, ImageInput, ImageKind
-from vlgpt.data.pixels import planar
 from vlgpt.data.samples import LoadedCondition, LoadedSequence
+from vlgpt.images import planar
 
 
 def collate_rows(
     rows: Sequence[Sequence[LoadedSequence]], *, sequence_length: int, kind: ImageKind | None, num_visual: int
 ) -> Batch:
-    """Sequences of every row, one after the other, then padding (segment 0). Raises ValueError
-    (`Batch.validate`).
-    """
+    """Sequences of every row, one after the other, then padding (segment 0). Raises ValueError (`Batch.validate`)."""
     batch = collate_texts(rows, sequence_length=sequence_length, num_visual=num_visual)
     images = [loaded.images for row in rows for loaded in row if loaded.images is not None]
     batch = replace(batch, images=_image_input(kind, images))
@@ -61,7 +59,7 @@ def _image_input(kind: ImageKind | None, images: Sequence[np.ndarray]) -> ImageI
     if kind is None or not images:
         return None
     values = np.concatenate(images)
-    return ImageInput(kind, planar(values) if kind == "pixels" else torch.from_numpy(values))
+    return ImageInput(kind, torch.from_numpy(planar(values) if kind == "pixels" else values))
 
 
 def collate_conditions(
@@ -92,5 +90,5 @@ def _stack(
     empty = np.zeros(shape, dtype)
     values = [empty if slot is None else slot.arrays.get(name, empty) for slot in slots]
     if name == "pixels":
-        return planar(values)
+        return torch.from_numpy(planar(values))
     return torch.from_numpy(np.stack(values).astype(dtype, copy=False))

@@ -1,7 +1,7 @@
 """The next batches of a run as the model will see them: every position with role, segment, target and loss weight.
 
 Tokens, targets and segments are read from the very `Batch` that training would get; the documents are only asked for
-what a batch does not hold, the roles and the pictures, and both must agree.
+what a batch does not hold, the roles and the images, and both must agree.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import torch
 from PIL import Image
 
 from vlgpt.batch import Batch, ConditionBatch, to_device
-from vlgpt.data.draws import Draws
 from vlgpt.data.loader import Loader
+from vlgpt.data.mixture import Draws
 from vlgpt.data.samples import Place, chosen_image
 from vlgpt.data.stream import Position, Report, RowMaker, advance, rows_of_rank
 from vlgpt.data.workers import WorkerGuard
-from vlgpt.images import BadImage, decode_image
+from vlgpt.images import BadImage, decode_image, thumbnail
 from vlgpt.shards import BadSample
 from vlgpt.tokens import DocumentTokenizer, Span
 
@@ -101,8 +101,8 @@ def inspect(
 ) -> Inspection:
     """The next batches of this loader from its position; the position stays.
 
-    Warns of batches without a target, of rows in which more than `masked_share` of the filled positions are no
-    targets, of images left out, of documents cut, and of bad samples. Raises UserError as the loader does.
+    Warns of batches without a target, of rows in which more than `masked_share` of the filled positions are no targets,
+    of images left out, of documents cut, and of bad samples. Raises UserError as the loader does.
     """
     found, position = Inspection(), loader.position
     guard = WorkerGuard()
@@ -153,7 +153,7 @@ Found = tuple[str, str, list[Span], tuple["Image.Image | None", ...], str]
 
 
 def _documents(loader: Loader, row: Position) -> Iterator[Found]:
-    """(source, key, spans, pictures, note) of every document of a row that can be read, as the batch has it."""
+    """(source, key, spans, images, note) of every document of a row that can be read, as the batch has it."""
     maker = loader.maker
     assert isinstance(maker, RowMaker)
     for place in maker.places(row):
@@ -252,11 +252,9 @@ def _describe(values: torch.Tensor) -> str:
 
 def _thumbnail(data: bytes) -> Image.Image | None:
     try:
-        image = decode_image(data, min_size_px=THUMBNAIL_PX)
+        return thumbnail(decode_image(data, min_size_px=THUMBNAIL_PX), THUMBNAIL_PX)
     except BadImage:
         return None
-    image.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
-    return image
 
 
 # --- warnings

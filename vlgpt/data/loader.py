@@ -1,4 +1,4 @@
-"""The data loader of the training loop: exact, elastic, packed, and honest about what it skips.
+"""The data loader of the training loop.
 
     loader = Loader(settings, kind="packed", micro_batch=4, rank=0, world_size=8, tokenizer=tokenizer)
     loader.load_state_dict(state)              # optional, before the first batch
@@ -6,38 +6,36 @@
         ...; loader.advance(1)                 # the trainer consumed it: this is what state_dict() remembers
 
 A trainer that accumulates asks `loader.targets(num_micro_batches)` first: the targets of a whole step, before any of
-its images is decoded. Then it takes one micro-batch after the other, and nobody holds the images of a step.
+its images is decoded. Then it takes one micro-batch after the other, so no step holds all of its images.
 
-The order of samples is a pure function of (seed, data, position), see `mixture.py`; the state is a small
-JSON and resumes at any number of ranks, workers and rows per batch, in a time that does not depend on the
-position. Every source gives its share of the accepted sequences exactly; samples that cannot be read leave holes.
+The order of samples is a pure function of (seed, data, position), see `mixture.py`. The state is a small JSON; it
+resumes at any number of ranks, workers and rows per batch, in a time that does not depend on the position. Every source
+gives exactly its share of the accepted sequences; samples that cannot be read leave holes.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
 from vlgpt.batch import Batch, ConditionBatch
-from vlgpt.data.assemble import Assembler
-from vlgpt.data.draws import Draws
-from vlgpt.data.mixture import SLOTS, Mixture, OnePass, SlotPlan, SourceOrder, base_weights, ramp_factors
-from vlgpt.data.packing import Packer
+from vlgpt.data.assemble import Assembler, ShardLengths
+from vlgpt.data.mixture import SLOTS, count_windows
+from vlgpt.data.packing import Packer, mean_length
 from vlgpt.data.samples import ConditionLoader, Place, SequenceLoader
-from vlgpt.data.sources import PrefetchingPlan, feature_specs, open_sources
-from vlgpt.data.state import UNDRAWN_SCHEMA, check_state, make_state, position_of
+from vlgpt.data.sources import feature_specs, make_orders, make_plan, open_sources
+from vlgpt.data.state import UNDRAWN_SCHEMA, LoaderState, check_state, make_state, position_of
 from vlgpt.data.stream import (
-    BadRecord,
     ConditionMaker,
     CountTargets,
     Maker,
     Position,
     Production,
     RowMaker,
+    SkippedSample,
     Targets,
     batches_of_worker,
 )
@@ -49,9 +47,6 @@ from vlgpt.settings import DataSettings
 from vlgpt.shards import FeatureSpec
 from vlgpt.tokens import DocumentTokenizer
 
-Kind = Literal["packed", "conditions"]
-MEASURED_DRAWS = 256  # samples per source from which the mean sequence length is estimated (ramps only)
-
 
 class Loader:
     """Batches of one rank.
@@ -59,8 +54,7 @@ class Loader:
     Args:
         kind: `packed` gives `Batch` (language stages), `conditions` gives `ConditionBatch` (image stages).
         micro_batch: rows, or samples, per batch of this rank.
-        run_positions: rows, or samples, that the whole run consumes over all ranks; needed when a source has
-        a ramp.
+        run_positions: rows, or samples, that the whole run consumes over all ranks; needed when a source has a ramp.
         quarantine: JSONL file to which every bad sample is written once.
         is_one_pass: every sample once, then stop: see `one_pass`.
         count_targets: a batch without images -> targets per term (`Stage.count_targets`); needed by `targets`.
@@ -72,7 +66,7 @@ class Loader:
         self,
         settings: DataSettings,
         *,
-        kind: Kind,
+        kind: Literal["packed", "conditions"],
         micro_batch: int,
         rank: int = 0,
         world_size: int = 1,
@@ -90,17 +84,22 @@ class Loader:
         self.sources = open_sources(settings)
         self.source_names = tuple(source.name for source in self.sources)
         self._is_one_pass, self._count_targets, self._pin_memory = is_one_pass, count_targets, pin_memory
-        self._assemblers = self._make_assemblers()
+        self._assemblers = [
+            Assembler(source.settings, tokenizer=tokenizer, sequence_length=settings.sequence_length)
+            for source in self.sources
+            if tokenizer is not None and kind == "packed"
+        ]
         self._total_windows = self._count_windows(run_positions)
         self.position = Position()
         self.maker = self._make_maker()
         self._tally = Tally(
             self.source_names, max_bad_fraction=settings.max_bad_fraction, quarantine=quarantine, rank=rank
         )
+        self._waits = Waits()
+        # The position after every batch that was delivered and not yet reported as consumed.
         self._delivered: deque[Position] = deque()
         self._running: Iterator[Batch | ConditionBatch] | None = None
         self._source: Production | WorkerPool | None = None
-        self._waits = Waits()
 
     @property
     def feature_specs(self) -> dict[str, FeatureSpec]:
@@ -109,91 +108,46 @@ class Loader:
 
     # --- building
 
-    def _make_assemblers(self) -> list[Assembler]:
-        if self.tokenizer is None or self.kind != "packed":
-            return []
-        length = self.settings.sequence_length
-        return [
-            Assembler(source.settings, tokenizer=self.tokenizer, sequence_length=length)
-            for source in self.sources
-        ]
+    def _lengths(self, source: int, shard: int) -> ShardLengths:
+        assert self.tokenizer is not None
+        return self.sources[source].lengths(shard, tokenizer=self.tokenizer)
 
-    def _orders(self) -> list[SourceOrder]:
-        return [
-            SourceOrder(
-                source.name,
-                seed=self.settings.seed,
-                counts=source.counts,
-                shuffle_shards=self.settings.shuffle_shards,
-            )
-            for source in self.sources
-        ]
+    def _count_windows(self, run_positions: int | None) -> int | None:
+        """Windows of the whole run, which ramps are measured in; None when there is no ramp."""
+        if self._is_one_pass or run_positions is None:
+            return None
+        orders = make_orders(self.settings, self.sources)
 
-    def _plan(self) -> SlotPlan:
-        plan = self._one_pass_plan() if self._is_one_pass else self._mixture()
-        is_remote = any("://" in source.settings.path for source in self.sources)
-        return PrefetchingPlan(plan, self.sources) if is_remote else plan
+        def length_of(s: int) -> float:
+            return mean_length(orders[s], self._assemblers[s], partial(self._lengths, s))
 
-    def _one_pass_plan(self) -> SlotPlan:
-        return OnePass([source.counts for source in self.sources], seed=self.settings.seed)
-
-    def _mixture(self) -> SlotPlan:
-        return Mixture(
-            self._orders(),
-            seed=self.settings.seed,
-            weights=base_weights(self.settings, [source.num_samples for source in self.sources]),
-            ramps=[source.settings.ramp for source in self.sources],
-            total_windows=self._total_windows,
+        is_packed = self.kind == "packed" and self.settings.packing == "best_fit"
+        return count_windows(
+            self.settings, orders, run_positions=run_positions, mean_length=length_of if is_packed else None
         )
 
     def _make_maker(self) -> Maker:
+        plan = make_plan(
+            self.settings, self.sources, total_windows=self._total_windows, is_one_pass=self._is_one_pass
+        )
         if self.kind == "conditions":
-            return ConditionMaker(self._plan(), ConditionLoader(self.sources, settings=self.settings))
-        assert self.tokenizer is not None
-        tokenizer = self.tokenizer
+            return ConditionMaker(plan, ConditionLoader(self.sources, settings=self.settings))
         packer = Packer(
-            self._plan(),
+            plan,
             seed=self.settings.seed,
             assemblers=self._assemblers,
-            lengths=lambda source, shard: self.sources[source].lengths(shard, tokenizer=tokenizer),
+            lengths=self._lengths,
             packing=self.settings.packing,
             sequence_length=self.settings.sequence_length,
         )
         loader = SequenceLoader(self.sources, settings=self.settings, assemblers=self._assemblers)
         return RowMaker(packer, loader, sequence_length=self.settings.sequence_length)
 
-    def _count_windows(self, run_positions: int | None) -> int | None:
-        """Windows of the whole run, which ramps are measured in; None when there is no ramp.
-
-        With packing it is estimated from the mean sequence length of every source, a pure function of the
-        data.
-        """
-        ramps = [source.settings.ramp for source in self.sources]
-        if self._is_one_pass or run_positions is None or not any(end > 0 for _, end in ramps):
-            return None
-        rows_per_slot = 1.0
-        if self.kind == "packed" and self.settings.packing == "best_fit":
-            weights = base_weights(self.settings, [source.num_samples for source in self.sources])
-            shares = weights * ramp_factors(ramps, np.linspace(0, 1, 101))
-            shares = (shares / np.maximum(shares.sum(axis=1, keepdims=True), 1e-12)).mean(axis=0)
-            lengths = [self._mean_length(s, order) for s, order in enumerate(self._orders())]
-            rows_per_slot = float(shares @ np.array(lengths)) / self.settings.sequence_length
-        return max(1, round(run_positions / (SLOTS * max(rows_per_slot, 1e-6))))
-
-    def _mean_length(self, s: int, order: SourceOrder) -> float:
-        assert self.tokenizer is not None
-        shards, samples = order.locate(np.arange(min(MEASURED_DRAWS, order.num_samples)))
-        total = num_accepted = 0
-        for key, (shard, sample) in enumerate(zip(shards.tolist(), samples.tolist())):
-            parts = self.sources[s].lengths(shard, tokenizer=self.tokenizer).parts(sample)
-            length = self._assemblers[s].plan(parts, Draws(key)).length
-            total, num_accepted = total + length, num_accepted + bool(length)
-        return total / max(num_accepted, 1)
-
     # --- iterating
 
     def __iter__(self) -> Iterator[Batch | ConditionBatch]:
         """Batches from the position that the trainer has consumed. A new iteration ends the one before."""
+        # Batches that workers prepared and the trainer did not consume are dropped: `position` counts consumed ones.
         self.close()
         self._waits.restart()
         self._running = self._iterate()
@@ -204,10 +158,15 @@ class Loader:
 
         The last batches are filled with empty rows or masked slots, so that all ranks get the same number.
         """
-        options = {
-            name: getattr(self, name) for name in ("kind", "micro_batch", "rank", "world_size", "tokenizer")
-        }
-        loader = Loader(self.settings, **options, is_one_pass=True)
+        loader = Loader(
+            self.settings,
+            kind=self.kind,
+            micro_batch=self.micro_batch,
+            rank=self.rank,
+            world_size=self.world_size,
+            tokenizer=self.tokenizer,
+            is_one_pass=True,
+        )
         try:
             yield from loader
         finally:
@@ -218,21 +177,23 @@ class Loader:
         return next(self._running if self._running is not None else iter(self))
 
     def targets(self, num_batches: int) -> list[Targets]:
-        """Targets per term in each of the next batches after those that were asked for before. Ask before the first
-        batch is taken. A sample whose image turns out bad later is counted. Raises ValueError.
+        """Targets per term of each of the next batches, after those asked for before; ask before the first batch comes.
+
+        A sample whose image turns out bad later is counted. Raises ValueError.
         """
         if self._count_targets is None:
             raise ValueError("this loader was made without `count_targets`")
         if self._running is None:
             iter(self)
+        # How many batches are counted ahead decides the buffers of the workers, so they start at the first request.
         if self._source is None:
-            self._source = self._start(self.position, num_ahead=num_batches)
+            self._source = self._start(num_ahead=num_batches)
         with self._waits.waiting():
             return self._source.targets(num_batches)
 
     def _iterate(self) -> Iterator[Batch | ConditionBatch]:
         if self._source is None:
-            self._source = self._start(self.position)
+            self._source = self._start()
         source = iter(self._source)
         while True:
             with self._waits.waiting():
@@ -244,41 +205,43 @@ class Loader:
             self._waits.warn_when_slow(self.settings.num_workers)
             yield delivery.batch
 
-    def _start(self, start: Position, *, num_ahead: int = 0) -> Production | WorkerPool:
-        num_workers = self.settings.num_workers
-        if num_workers == 0:
-            return self._produce(start, 0, WorkerGuard(), num_ahead=num_ahead)
+    def _start(self, *, num_ahead: int = 0) -> Production | WorkerPool:
+        """Begin to make batches at the position, here or in worker processes."""
+        settings = self.settings
+        # Without a request for targets nothing is counted: validation would pay for it and never ask.
+        count_targets = self._count_targets if num_ahead else None
+
+        def produce(start: Position, first: int, guard: WorkerGuard) -> Production:
+            batches = batches_of_worker(
+                self.maker,
+                start,
+                micro_batch=self.micro_batch,
+                rank=self.rank,
+                world_size=self.world_size,
+                worker=first,
+                num_workers=max(settings.num_workers, 1),
+            )
+            return Production(self.maker, batches, guard, count_targets=count_targets)
+
+        if settings.num_workers == 0:
+            return produce(self.position, 0, WorkerGuard())
         return WorkerPool(
-            lambda start, first, guard: self._produce(start, first, guard, num_ahead=num_ahead),
-            start=start,
-            num_workers=num_workers,
-            prefetch_batches=self.settings.prefetch_batches,
-            prefetch_bytes=self.settings.prefetch_bytes,
+            produce,
+            start=self.position,
+            num_workers=settings.num_workers,
+            prefetch_batches=settings.prefetch_batches,
+            prefetch_bytes=settings.prefetch_bytes,
             batch_bytes=self.maker.max_bytes(self.micro_batch),
-            watchdog_s=self.settings.watchdog_s,
+            watchdog_s=settings.watchdog_s,
             on_death=self._on_death,
             num_ahead=num_ahead,
             pin_memory=self._pin_memory,
         )
 
-    def _produce(self, start: Position, first: int, guard: WorkerGuard, *, num_ahead: int) -> Production:
-        batches = batches_of_worker(
-            self.maker,
-            start,
-            micro_batch=self.micro_batch,
-            rank=self.rank,
-            world_size=self.world_size,
-            worker=first,
-            num_workers=max(self.settings.num_workers, 1),
-        )
-        count_targets = self._count_targets if num_ahead else None
-        return Production(self.maker, batches, guard, count_targets=count_targets)
-
     def _on_death(self, worker: int, place: Place | None) -> None:
         if place is not None:
             bad = self.sources[place.source].bad("killed_worker", place.shard, place.sample)
-            record = BadRecord(place.source, bad.reason, bad.key, bad.shard)
-            self._tally.quarantine(record)
+            self._tally.quarantine(SkippedSample(place.source, bad.reason, bad.key, bad.shard))
             get_logger(__name__).error("data worker %d died while reading %s", worker, bad)
 
     def close(self) -> None:
@@ -291,9 +254,7 @@ class Loader:
     # --- the position
 
     def advance(self, num_micro_batches: int = 1) -> None:
-        """The trainer consumed this many of the delivered batches (all ranks did). Raises ValueError for
-        more.
-        """
+        """The trainer consumed so many of the delivered batches, on all ranks. Raises ValueError for more than came."""
         if num_micro_batches > len(self._delivered):
             raise ValueError(
                 f"advance({num_micro_batches}): only {len(self._delivered)} delivered batches are open"
@@ -301,27 +262,28 @@ class Loader:
         for _ in range(num_micro_batches):
             self.position = self._delivered.popleft()
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> LoaderState:
         """JSON of the position consumed by the trainer, equal on all ranks."""
-        plan = self.maker.plan
         return make_state(
             self.settings,
             self.sources,
             kind=self.kind,
             position=self.position,
-            epoch=plan.epoch(self.position.window, self.position.redrawn),
+            epoch=self.maker.plan.epoch(self.position.window, self.position.redrawn),
             tokenizer="" if self.tokenizer is None else self.tokenizer.fingerprint,
             total_windows=self._total_windows,
         )
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go to the position of a saved state; the next iteration starts there.
 
-        Raises UserError when the data, a setting or a law that decides the order changed, naming it, unless
+        Raises UserError that names what changed, when it decides the order (the data, a setting, a law), unless
         `data.allow_data_change`.
         """
         self.close()
         check_state(state, self.state_dict(), self.sources, is_change_allowed=self.settings.allow_data_change)
+        # A run that is made longer would otherwise stretch its ramps, and every window behind the position would
+        # change.
         if state["total_windows"] != self._total_windows:
             get_logger(__name__).warning("ramps keep the run length that they were started with")
             self._total_windows = state["total_windows"]
@@ -341,8 +303,6 @@ class Loader:
             )
 
     def statistics(self) -> dict[str, Any]:
-        """Counts of this rank since the loader was made: samples, mixture, tokens and padding share, bad and
-        rejected samples by source and reason, time waited for data, planning time per window.
-        """
+        """Counts of this rank since the loader was made, time waited for data, planning time per window."""
         skipped = {source.name: source.shards.skipped for source in self.sources if source.shards.skipped}
         return {**self._tally.statistics(), "skipped": skipped, **self._waits.statistics()}

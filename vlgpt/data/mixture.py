@@ -1,20 +1,19 @@
-"""Which sample stands at which position of the endless training stream: a pure function of seed, shard sizes
-and position.
+"""Which sample has which position in the endless training stream: a pure function of seed, shard sizes and position.
 
-The stream is cut into windows of 4,096 slots. Every window holds a fixed integer number of slots per source,
-so the weights are exact within 1/4096 at any moment. A slot whose draw is rejected gets the next draw of its
-source. How often that happened before a window is part of the position (`redrawn`), so the number of draws
-that a source has made before any window is a multiplication and an addition, not a replay. The k-th draw of
-a source is found from (epoch, permutation of the shards, permutation of the samples inside a block of
-shards); nothing as large as the data set is ever held.
+The stream is cut into windows of 4,096 slots. Every window holds a fixed integer number of slots per source, so the
+weights are exact within 1/4096 at any moment. A slot whose draw is rejected gets the next draw of its source. How often
+that happened before a window is part of the position (`redrawn`), so the number of draws that a source has made before
+any window is a multiplication and an addition, not a replay. The k-th draw of a source is found from (epoch,
+permutation of the shards, permutation of the samples inside a block of shards); nothing as large as the data set is
+ever held.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
+from typing import Final, Protocol
 
 import numpy as np
 
@@ -24,6 +23,7 @@ from vlgpt.settings import DataSettings
 
 SLOTS = 4096  # slots of a window; weights are exact within 1/SLOTS
 Redrawn = tuple[int, ...]  # per source, draws made in place of rejected ones before a window; () = none
+_MASK = (1 << 64) - 1
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,44 @@ class SlotPlan(Protocol):
     def epoch(self, window: int, redrawn: Redrawn = ()) -> int: ...
 
 
+class Purpose:
+    """What a random number of a slot decides. These addresses are part of the order of the data: never change one."""
+
+    START: Final = 0  # where the window of a too long document begins
+    KEEP_SINGLE: Final = 1  # whether a sequence with one image is kept
+    IMAGE: Final = 2  # which image of a document (image stages)
+    TEXT: Final = 3  # which text of a document (image stages)
+    VIEW: Final = 1 << 10  # + image number: which stored view of its features
+    SWAP: Final = 1 << 20  # + part number: whether an image changes places with the text after it
+    LEFT_OUT: Final = 1 << 30  # + part number: which images of a window with too many are left out
+
+
+class Draws:
+    """Uniform numbers of one slot of the stream, addressed by the slot's key and a purpose, never drawn in order."""
+
+    __slots__ = ("key",)
+
+    def __init__(self, key: int):
+        self.key = key
+
+    def uniform(self, purpose: int) -> float:
+        """A number in [0, 1)."""
+        # SplitMix64 (Steele et al. 2014): under 1 us per draw. A numpy generator costs 20 us to seed, and a window of
+        # 4,096 slots makes tens of thousands of draws.
+        z = (self.key + (purpose + 1) * 0x9E3779B97F4A7C15) & _MASK
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+        return ((z ^ (z >> 31)) >> 11) * 2.0**-53
+
+    def below(self, limit: int, purpose: int) -> int:
+        """A whole number in [0, limit)."""
+        return int(self.uniform(purpose) * limit)
+
+
 def slot_keys(seed: int, window: int, num_slots: int, *attempt: int) -> np.ndarray:
-    """Addresses of the random choices of slots of a window: -> (num_slots,) uint64. Every attempt has its
-    own: under one key a draw would be judged by the very number that its predecessor was rejected by.
-    """
+    """Addresses of the random choices of slots of a window: -> (num_slots,) uint64."""
+    # Every attempt has keys of its own: under the old key a draw would be judged by the very random number that its
+    # predecessor was rejected by.
     return generator(seed, "slots", window, *attempt).integers(0, 2**64, num_slots, dtype=np.uint64)
 
 
@@ -65,8 +99,8 @@ class SourceOrder:
 
     Args:
         counts: samples per shard `(S,)`; empty shards are allowed.
-        shuffle_shards: samples are permuted inside blocks of this many shards: it bounds how many shards are
-            read from at a time. 0 keeps the order of the data set.
+        shuffle_shards: samples are permuted inside blocks of so many shards, which bounds how many shards are read
+            from at a time. 0 keeps the order of the data set.
     """
 
     def __init__(self, name: str, *, seed: int, counts: np.ndarray, shuffle_shards: int):
@@ -83,15 +117,13 @@ class SourceOrder:
 
     def _permute_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Shards in the order of this epoch, and the number of samples before each: -> (S,), (S + 1,)."""
-        order = (
-            generator(self.seed, "shards", self.name, epoch).permutation(len(self.counts)).astype(np.int32)
-        )
+        rng = generator(self.seed, "shards", self.name, epoch)
+        order = rng.permutation(len(self.counts)).astype(np.int32)
         return order, np.concatenate([[0], np.cumsum(self.counts[order])])
 
     def _permute_samples(self, epoch: int, block: int, num_samples: int) -> np.ndarray:
-        return (
-            generator(self.seed, "samples", self.name, epoch, block).permutation(num_samples).astype(np.int32)
-        )
+        rng = generator(self.seed, "samples", self.name, epoch, block)
+        return rng.permutation(num_samples).astype(np.int32)
 
     def locate(self, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Shard and sample of these draws: (n,) -> (n,), (n,)."""
@@ -105,6 +137,8 @@ class SourceOrder:
     def _locate_in_epoch(self, epoch: int, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         order, starts = self._shards(epoch)
         block_starts = np.append(starts[:-1][:: self._block], starts[-1])
+        # A place in the epoch belongs to a block of shards. Inside it the samples of all its shards are permuted
+        # together; the permuted place then belongs to one shard. Both searches are logarithmic in the number of shards.
         blocks = np.searchsorted(block_starts, places, side="right") - 1
         for block in np.unique(blocks):
             start, size = block_starts[block], int(block_starts[block + 1] - block_starts[block])
@@ -121,15 +155,15 @@ def base_weights(settings: DataSettings, sizes: Sequence[int]) -> np.ndarray:
     if by_size and len(by_size) < len(given):
         raise UserError(
             f"data.sources: give all weights as numbers or all as 'size'; {', '.join(by_size)} are by size, "
-            f"the "
-            f"others are numbers"
+            "the others are numbers"
         )
     weights = np.asarray(sizes, dtype=np.float64) if by_size else np.asarray(given, dtype=np.float64)
     if settings.mixing == "temperature":
         weights = np.where(weights > 0, weights, 0.0) ** (1.0 / settings.temperature) * (weights > 0)
     if not weights.sum() > 0:
         raise UserError("data.sources: every weight is 0; give at least one source a positive weight")
-    return weights / weights.sum()
+    normalised: np.ndarray = weights / weights.sum()
+    return normalised
 
 
 def quotas(weights: np.ndarray) -> np.ndarray:
@@ -137,12 +171,15 @@ def quotas(weights: np.ndarray) -> np.ndarray:
 
     A source with any weight gets a slot before larger ones are rounded up.
     """
+    # Rounding alone would not sum to 4,096, and would never give a source of weight 0.0001 anything. A remainder above
+    # 1 puts such a source before all others.
     exact = weights / weights.sum(axis=1, keepdims=True) * SLOTS
     whole = np.floor(exact + 1e-9)
     remainder = exact - whole + ((whole == 0) & (weights > 0))
     rank = np.argsort(np.argsort(-remainder, axis=1, kind="stable"), axis=1, kind="stable")
     left = SLOTS - whole.sum(axis=1, keepdims=True)
-    return (whole + (rank < left)).astype(np.int64)
+    slots: np.ndarray = (whole + (rank < left)).astype(np.int64)
+    return slots
 
 
 def ramp_factors(ramps: Sequence[tuple[float, float]], shares: np.ndarray) -> np.ndarray:
@@ -154,6 +191,32 @@ def ramp_factors(ramps: Sequence[tuple[float, float]], shares: np.ndarray) -> np
     return factors
 
 
+def count_windows(
+    settings: DataSettings,
+    orders: Sequence[SourceOrder],
+    *,
+    run_positions: int,
+    mean_length: Callable[[int], float] | None,
+) -> int | None:
+    """Windows of a run of so many rows (samples without packing), in which ramps are measured; None without ramps.
+
+    `mean_length(s)`: positions of a sequence of source s; None when every sequence has a row of its own.
+    """
+    ramps = [source.ramp for source in settings.sources]
+    if not any(end > 0 for _, end in ramps):
+        return None
+    rows_per_slot = 1.0
+    if mean_length is not None:
+        # A window is a number of sequences, a run a number of rows. How many rows a sequence takes follows from the
+        # mean lengths and the mean mixture over the run: an estimate, but a pure function of the data.
+        weights = base_weights(settings, [order.num_samples for order in orders])
+        shares = weights * ramp_factors(ramps, np.linspace(0, 1, 101))
+        shares = (shares / np.maximum(shares.sum(axis=1, keepdims=True), 1e-12)).mean(axis=0)
+        lengths = np.array([mean_length(s) for s in range(len(orders))])
+        rows_per_slot = float(shares @ lengths) / settings.sequence_length
+    return max(1, round(run_positions / (SLOTS * max(rows_per_slot, 1e-6))))
+
+
 class Mixture:
     """The endless stream over all sources.
 
@@ -161,8 +224,7 @@ class Mixture:
         weights: (S,), positive sum.
         ramps: per source the shares of the run between which its weight grows from 0 to full.
         total_windows: windows of the whole run; needed when there is a ramp.
-    Raises UserError when a weight is too small for one slot, or ramps leave the start of the run without
-    data.
+    Raises UserError when a weight is too small for one slot, or ramps leave the start of the run without data.
     """
 
     num_windows: int | None = None
@@ -182,8 +244,7 @@ class Mixture:
             if weight > 0 and quota == 0:
                 raise UserError(
                     f"source {order.name!r} has weight {weight:.2g} of 1: less than one of {SLOTS} slots; "
-                    f"raise it "
-                    "or leave the source out"
+                    "raise it or leave the source out"
                 )
         ramp_end = max((end for _, end in ramps), default=0.0)
         if ramp_end > 0 and total_windows is None:
@@ -202,13 +263,17 @@ class Mixture:
 
     def quota(self, window: int) -> np.ndarray:
         """Slots of each source in a window: -> (S,)."""
-        return self._ramp[window] if window < len(self._ramp) else self._full
+        slots: np.ndarray = self._ramp[window] if window < len(self._ramp) else self._full
+        return slots
 
     def draws_before(self, window: int, redrawn: Redrawn = ()) -> np.ndarray:
         """How often each source was drawn before a window: -> (S,)."""
+        # Windows of the ramp differ, so their draws are summed beforehand; all later windows are alike. Draws made in
+        # place of rejected ones shift the whole stream of their source behind them.
         num_ramp = len(self._ramp)
         late = max(window - num_ramp, 0) * self._full
-        return self._before[min(window, num_ramp)] + late + np.array(redrawn or 0)
+        before: np.ndarray = self._before[min(window, num_ramp)] + late + np.array(redrawn or 0)
+        return before
 
     def num_slots(self, window: int) -> int:
         return SLOTS
@@ -246,9 +311,7 @@ class Mixture:
 
 
 class OnePass:
-    """Every sample of every source exactly once, in the order of the data sets: for validation. The slot of
-    a rejected sample stays empty.
-    """
+    """Every sample of every source once, in the order of the data sets: for validation. Rejected slots stay empty."""
 
     def __init__(self, counts: Sequence[np.ndarray], *, seed: int):
         """`counts`: samples per shard of each source."""

@@ -1,8 +1,8 @@
 """Sequences -> rows of fixed length, planned from indexed lengths only: no text and no image is read.
 
-A slot whose document gives no sequence is drawn anew from its source until one does. Then best fit with the
-longest first: every sequence goes into the fullest row that still has room. The plan of a window is a pure
-function of (seed, window, redrawn, indexed part lengths).
+A slot whose document gives no sequence gets further draws of its source until one does. Then best fit with the longest
+first: every sequence goes into the fullest row that still has room. The plan of a window is a pure function of (seed,
+window, redrawn, indexed part lengths).
 """
 
 from __future__ import annotations
@@ -18,14 +18,16 @@ from typing import Literal
 import numpy as np
 
 from vlgpt.data.assemble import Assembler, ShardLengths
-from vlgpt.data.draws import Draws
-from vlgpt.data.mixture import SLOTS, Redrawn, SlotPlan, Slots
+from vlgpt.data.mixture import SLOTS, Draws, Redrawn, SlotPlan, Slots, SourceOrder
 from vlgpt.errors import UserError
 from vlgpt.seeds import generator
 
-MAX_KEPT_WINDOWS = 32  # a global batch of thousands of rows spans several windows
-MAX_REJECTED = 100  # draws of a source per accepted one, beyond:
-FREE_REJECTED = 8 * SLOTS  # more than a shard holds, so that one bad shard ends no run
+# A global batch of thousands of rows spans several windows.
+MAX_KEPT_WINDOWS = 32
+# Rejected draws of a source per accepted one, from `FREE_REJECTED` on: more than a shard holds, so that one bad shard
+# ends no run.
+MAX_REJECTED = 100
+FREE_REJECTED = 8 * SLOTS
 
 
 def best_fit(lengths: np.ndarray, *, capacity: int) -> np.ndarray:
@@ -34,8 +36,11 @@ def best_fit(lengths: np.ndarray, *, capacity: int) -> np.ndarray:
         raise ValueError(f"a sequence of {int(lengths.max())} positions does not fit into rows of {capacity}")
     row_of = np.empty(len(lengths), np.int64)
     rows_with_room: list[list[int]] = [[] for _ in range(capacity + 1)]
-    has_room = 0  # bit f: there is a row with exactly f free positions
     num_rows = 0
+    # Bit f is set when a row has exactly f free positions. The fullest row with room for `length` is then the lowest
+    # bit of a shifted integer: one shift of capacity / 64 words per sequence, without a search tree. The optimum is
+    # NP-hard; longest first needs at most 11/9 of its rows (Johnson 1973).
+    has_room = 0
     for item in np.argsort(-lengths, kind="stable").tolist():
         length = int(lengths[item])
         if fitting := has_room >> length:
@@ -54,9 +59,7 @@ def best_fit(lengths: np.ndarray, *, capacity: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class WindowPlan:
-    """One window of the stream as rows. Row r holds the slots `members[starts[r]:starts[r + 1]]`, in
-    stream order.
-    """
+    """One window of the stream as rows. Row r holds the slots `members[starts[r]:starts[r + 1]]`, in stream order."""
 
     slots: Slots
     length: np.ndarray  # (n,) int64: positions of every slot's sequence; 0 = rejected, in a finite pass only
@@ -72,6 +75,18 @@ class WindowPlan:
     def row(self, row: int) -> list[int]:
         """Slots of a row."""
         return self.members[self.starts[row] : self.starts[row + 1]].tolist()
+
+
+def mean_length(
+    order: SourceOrder, assembler: Assembler, lengths: Callable[[int], ShardLengths], *, num_draws: int = 256
+) -> float:
+    """Positions of an accepted sequence of one source, from the plans of its first draws; `lengths(shard)`."""
+    shards, samples = order.locate(np.arange(min(num_draws, order.num_samples)))
+    planned = [
+        assembler.plan(lengths(shard).parts(sample), Draws(key)).length
+        for key, (shard, sample) in enumerate(zip(shards.tolist(), samples.tolist()))
+    ]
+    return sum(planned) / max(sum(map(bool, planned)), 1)
 
 
 class Packer:
@@ -109,12 +124,12 @@ class Packer:
             row_of = np.arange(len(kept))
         else:
             row_of = best_fit(length[kept], capacity=self._sequence_length)
-            num_rows = int(row_of.max(initial=-1)) + 1
-            row_of = (
-                generator(self.seed, "rows", window).permutation(num_rows)[row_of] if num_rows else row_of
-            )
-        order = np.argsort(row_of, kind="stable")
         num_rows = int(row_of.max(initial=-1)) + 1
+        if self._packing == "best_fit" and num_rows:
+            # Best fit fills the first rows with the longest sequences: without a permutation every window would begin
+            # with long documents and end with short ones.
+            row_of = generator(self.seed, "rows", window).permutation(num_rows)[row_of]
+        order = np.argsort(row_of, kind="stable")
         starts = np.concatenate([[0], np.cumsum(np.bincount(row_of, minlength=num_rows))]).astype(np.int64)
         self.planned_ms.append((time.perf_counter() - start_s) * 1000)
         return WindowPlan(slots, length, kept[order], starts, rejected, redrawn)
@@ -127,7 +142,7 @@ class Packer:
         rejected: Counter[tuple[int, str]],
         redrawn: Redrawn,
     ) -> Redrawn:
-        """Draw rejected slots anew, in place, until all are accepted: -> `redrawn` after this window."""
+        """Replace rejected slots by further draws, in place, until all are accepted: -> `redrawn` after this window."""
         for attempt in count(1):
             again = np.flatnonzero(length == 0)
             source = slots.source[again]
@@ -154,11 +169,11 @@ class Packer:
                 )
 
     def _sequence_lengths(self, slots: Slots) -> tuple[np.ndarray, Counter[tuple[int, str]]]:
-        """Positions of every slot's sequence, shard by shard: whole documents at once, the others one by
-        one.
-        """
+        """Positions of every slot's sequence (0 = rejected), and the rejections by (source, reason)."""
         length = np.zeros(len(slots), np.int64)
         rejected: Counter[tuple[int, str]] = Counter()
+        # Shard by shard, since the lengths of a shard are one index file. Documents that are taken whole, nearly all of
+        # them, are answered by numpy at once; only the others are planned one by one.
         order = np.lexsort((slots.shard, slots.source))
         source, shard = slots.source[order], slots.shard[order]
         borders = np.flatnonzero((source[1:] != source[:-1]) | (shard[1:] != shard[:-1])) + 1

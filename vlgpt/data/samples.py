@@ -1,6 +1,4 @@
-"""One slot of the stream -> one loaded sample, ready for the collator. Everything that can be bad is bad
-here.
-"""
+"""One slot of the stream -> one loaded sample, ready for the collator. Everything that can be bad is bad here."""
 
 from __future__ import annotations
 
@@ -12,14 +10,12 @@ from typing import Literal
 import numpy as np
 
 from vlgpt.batch import ImageKind
-from vlgpt.data import draws as purpose
 from vlgpt.data.assemble import Assembler, LengthMismatch
-from vlgpt.data.draws import Draws
-from vlgpt.data.pixels import read_square
+from vlgpt.data.mixture import Draws, Purpose
 from vlgpt.data.sources import OpenSource, feature_dtype
 from vlgpt.document import Document, TextPart
 from vlgpt.errors import UserError
-from vlgpt.images import BadImage
+from vlgpt.images import BadImage, read_square
 from vlgpt.settings import DataSettings
 from vlgpt.shards import Sample
 from vlgpt.tokens import TokenSequence
@@ -27,7 +23,7 @@ from vlgpt.tokens import TokenSequence
 
 @dataclass(frozen=True)
 class Place:
-    """Where a sample lies, and the key of the random choices made for it."""
+    """Where a sample is stored, and the key of the random choices made for it."""
 
     source: int
     shard: int
@@ -37,9 +33,7 @@ class Place:
 
 @dataclass(frozen=True)
 class LoadedSequence:
-    """A rendered document with its images `(m, ...)` in reading order (None without images, or before they are
-    read).
-    """
+    """A rendered document with its images `(m, ...)` in reading order; None without images, or before they are read."""
 
     document: str
     source: int
@@ -50,9 +44,7 @@ class LoadedSequence:
 
 @dataclass(frozen=True)
 class LoadedCondition:
-    """One image with its caption and what else the stage asked for; arrays without the batch dimension (none before
-    they are read).
-    """
+    """One image with its caption, and the arrays that the stage asked for, without batch dimension ({} at first)."""
 
     document: str
     source: int
@@ -74,8 +66,8 @@ def image_kind(settings: DataSettings) -> ImageKind | None:
 class SequenceLoader:
     """Loads the slots of packed rows.
 
-    Raises UserError when the data has images but the settings say neither which feature to read nor
-    `pixels`, or when stored visual embeddings do not have N per image.
+    Raises UserError when the data has images but the settings say neither which feature to read nor `pixels`, or when
+    stored visual embeddings do not have N per image.
     """
 
     def __init__(
@@ -87,15 +79,13 @@ class SequenceLoader:
         self._dtype = feature_dtype(sources, str(self.kind)) if is_feature else np.dtype(np.uint8)
         if self.kind is None and (named := [source.name for source in sources if source.has_images]):
             raise UserError(
-                f"source {named[0]!r} has images, but nothing says how to read them; add visual or patches "
-                f"to "
+                f"source {named[0]!r} has images, but nothing says how to read them; add visual or patches to "
                 "data.features, or set data.pixels to true"
             )
         for source in sources:
             if self.kind == "visual" and (spec := source.features["visual"].spec).shape[0] != self.num_visual:
                 raise UserError(
-                    f"source {source.name!r} stores {spec.shape[0]} visual embeddings per image, the model "
-                    f"has "
+                    f"source {source.name!r} stores {spec.shape[0]} visual embeddings per image, the model has "
                     f"{self.num_visual}; run python -m data_prep.features with this tokenizer"
                 )
 
@@ -147,22 +137,21 @@ class SequenceLoader:
         reader = source.features[self.kind]
         rows = []
         for number in numbers:
-            view = draws.below(reader.spec.views, purpose.VIEW + number)
+            view = draws.below(reader.spec.views, Purpose.VIEW + number)
             rows.append(reader.rows(place.shard, first + number, first + number + 1, view=view)[0])
         return np.stack(rows).astype(self._dtype, copy=False)
 
 
 def chosen_image(document: Document, draws: Draws) -> int:
     """Which of its images a document gives to the image stages."""
-    return draws.below(document.num_images, purpose.IMAGE)
+    return draws.below(document.num_images, Purpose.IMAGE)
 
 
 class ConditionLoader:
     """Loads samples of the image stages: an image, its caption, its features.
 
-    Inputs (`patches`) are a random one of the stored views; targets (`image_condition`) are always view 0,
-    the picture as it is. A document with several images gives one of them, without text: its text is about
-    all of them.
+    Inputs (`patches`) are a random one of the stored views; targets (`image_condition`) are always view 0, the image as
+    it is. A document with several images gives one of them, without text: its text is about all of them.
     """
 
     def __init__(self, sources: Sequence[OpenSource], *, settings: DataSettings):
@@ -180,7 +169,7 @@ class ConditionLoader:
             raise source.bad("no_image", place.shard, place.sample)
         image = chosen_image(document, draws)
         texts = [part.text for part in document.parts if isinstance(part, TextPart)]
-        text = draws.below(len(texts), purpose.TEXT) if texts and document.num_images == 1 else None
+        text = draws.below(len(texts), Purpose.TEXT) if texts and document.num_images == 1 else None
         caption = "" if text is None else texts[text]
         return LoadedCondition(document.id, place.source, caption, image, text)
 
@@ -193,7 +182,7 @@ class ConditionLoader:
             if reader.spec.per == "image":
                 row = source.image_row(place.shard, place.sample) + image
                 view = (
-                    draws.below(reader.spec.views, purpose.VIEW + image) if name != "image_condition" else 0
+                    draws.below(reader.spec.views, Purpose.VIEW + image) if name != "image_condition" else 0
                 )
                 arrays[name] = reader.rows(place.shard, row, row + 1, view=view)[0]
             elif loaded.caption and text is not None:

@@ -7,12 +7,12 @@ from base64 import b64encode
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
 from vlgpt.data.assemble import ShardLengths
-from vlgpt.data.mixture import Redrawn, SlotPlan, Slots
+from vlgpt.data.mixture import Mixture, OnePass, Redrawn, SlotPlan, Slots, SourceOrder, base_weights
 from vlgpt.document import ROLES
 from vlgpt.errors import UserError
 from vlgpt.settings import DataSettings, SourceSettings
@@ -21,6 +21,15 @@ from vlgpt.tokens import DocumentTokenizer
 
 MAX_CACHED_LENGTHS = 64
 DIGEST_BYTES = 3  # per shard in the loader's state: enough to name the shard that differs
+
+
+class SourceState(TypedDict):
+    """What identifies the data of a source: its fingerprint, and a short digest per shard to name one that differs."""
+
+    fingerprint: str
+    num_shards: int
+    num_samples: int
+    shard_digests: str
 
 
 class OpenSource:
@@ -48,8 +57,7 @@ class OpenSource:
         if not tokenizer.fits(index.tokenizer, has_chats=has_chats):
             found = f"of tokenizer {index.tokenizer}" if index.tokenizer else "none"
             raise UserError(
-                f"source {self.name!r}, shard {self.shards.shards[shard].name}: packing needs token lengths "
-                f"of the "
+                f"source {self.name!r}, shard {self.shards.shards[shard].name}: packing needs token lengths of the "
                 f"run's tokenizer ({tokenizer.fingerprint}), found {found}; write them with: "
                 f"python -m data_prep.index {self.settings.path} --tokenizer PATH --template "
                 f"{tokenizer.template_name}"
@@ -61,7 +69,7 @@ class OpenSource:
         return lengths
 
     def read(self, shard: int, sample: int, *, with_images: bool) -> Sample:
-        """One sample, its pictures only on demand. Raises BadSample."""
+        """One sample, its images only on demand. Raises BadSample."""
         return self.shards.read(shard, sample, with_images=with_images)
 
     def prefetch(self, shards: Sequence[int]) -> None:
@@ -83,10 +91,8 @@ class OpenSource:
         """The error that names this sample."""
         return BadSample(reason, str(self.shards.index(shard).keys[sample]), self.shards.shards[shard].name)
 
-    def state(self) -> dict[str, Any]:
-        """What identifies the data: the fingerprint, and a short digest per shard to name the one that
-        differs.
-        """
+    def state(self) -> SourceState:
+        """What identifies the data."""
         digests = b"".join(
             _digest(shard.name, shard.sha256, shard.num_samples) for shard in self.shards.shards
         )
@@ -97,17 +103,15 @@ class OpenSource:
             "shard_digests": b64encode(digests).decode(),
         }
 
-    def difference(self, state: dict[str, Any]) -> str:
+    def difference(self, state: SourceState) -> str:
         """What changed since `state` was saved, in words; "" when nothing did."""
         now = self.state()
         if now["fingerprint"] == state["fingerprint"]:
             return ""
         width = 4 * DIGEST_BYTES // 3
         for i, shard in enumerate(self.shards.shards):
-            if (
-                now["shard_digests"][i * width : (i + 1) * width]
-                != state["shard_digests"][i * width : (i + 1) * width]
-            ):
+            at = slice(i * width, (i + 1) * width)
+            if now["shard_digests"][at] != state["shard_digests"][at]:
                 what = "differs" if i < state["num_shards"] else "is new"
                 return f"shard {shard.name} of source {self.name!r} {what}"
         return f"source {self.name!r} had {state['num_shards']} shards and now has {now['num_shards']}"
@@ -126,9 +130,9 @@ class PrefetchingPlan:
         self.num_slots, self.epoch, self.redraw = plan.num_slots, plan.epoch, plan.redraw
 
     def slots(self, window: int, redrawn: Redrawn = ()) -> Slots:
-        """The slots of the window, whose shards begin to come. What stands in the next one depends on how many of these
-        are rejected; what would stand there if none is contains the draws that take their places.
-        """
+        """The slots of the window, whose shards begin to be fetched."""
+        # What the next window holds depends on how many of these slots are rejected. If none is, it holds the draws
+        # that would otherwise take the places of rejected ones here: so its shards are right in both cases.
         has_next = self.num_windows is None or window + 1 < self.num_windows
         windows = [self._plan.slots(w, redrawn) for w in (window, window + 1)[: 1 + has_next]]
         for s, source in enumerate(self._sources):
@@ -136,15 +140,40 @@ class PrefetchingPlan:
         return windows[0]
 
 
+def make_orders(settings: DataSettings, sources: Sequence[OpenSource]) -> list[SourceOrder]:
+    """The order of the draws of every source. Raises UserError for a source without samples."""
+    options = {"seed": settings.seed, "shuffle_shards": settings.shuffle_shards}
+    return [SourceOrder(source.name, counts=source.counts, **options) for source in sources]
+
+
+def make_plan(
+    settings: DataSettings, sources: Sequence[OpenSource], *, total_windows: int | None, is_one_pass: bool
+) -> SlotPlan:
+    """The stream of a mixture, or of one pass over its sources; shards of remote sources are fetched ahead."""
+    plan: SlotPlan
+    if is_one_pass:
+        plan = OnePass([source.counts for source in sources], seed=settings.seed)
+    else:
+        plan = Mixture(
+            make_orders(settings, sources),
+            seed=settings.seed,
+            weights=base_weights(settings, [source.num_samples for source in sources]),
+            ramps=[source.settings.ramp for source in sources],
+            total_windows=total_windows,
+        )
+    is_remote = any("://" in source.settings.path for source in sources)
+    return PrefetchingPlan(plan, sources) if is_remote else plan
+
+
 def open_sources(settings: DataSettings) -> list[OpenSource]:
     """Open every source with the features that the run reads.
 
-    Raises FileNotFoundError or UserError: a missing data set or feature, two sources of one name, or
-    features of two sources that were made differently.
+    Raises FileNotFoundError or UserError: a missing data set or feature, two sources of one name, or features of two
+    sources that were made differently.
     """
     names = [source.name for source in settings.sources]
     if twice := {name for name in names if names.count(name) > 1}:
-        raise UserError(f"data.sources: the name {sorted(twice)[0]!r} stands twice; names must differ")
+        raise UserError(f"data.sources: the name {sorted(twice)[0]!r} is given twice; names must differ")
     opened = []
     for source in settings.sources:
         cache = Path(settings.cache_dir) if settings.cache_dir else None
@@ -156,9 +185,7 @@ def open_sources(settings: DataSettings) -> list[OpenSource]:
 
 
 def feature_specs(sources: Sequence[OpenSource]) -> dict[str, FeatureSpec]:
-    """The specification of every feature. Raises UserError naming two sources whose features do not fit
-    together.
-    """
+    """The specification of every feature. Raises UserError naming two sources whose features do not fit together."""
     specs: dict[str, tuple[str, FeatureSpec]] = {}
     for source in sources:
         for name, reader in source.features.items():
@@ -167,8 +194,7 @@ def feature_specs(sources: Sequence[OpenSource]) -> dict[str, FeatureSpec]:
                 old, new = _meaning(spec), _meaning(reader.spec)
                 changed = next(key for key in old if old[key] != new[key])
                 raise UserError(
-                    f"feature {name!r} of source {source.name!r} has {changed} {new[changed]!r}, of source "
-                    f"{first!r} "
+                    f"feature {name!r} of source {source.name!r} has {changed} {new[changed]!r}, of source {first!r} "
                     f"{old[changed]!r}; compute both with the same encoder (python -m data_prep.features)"
                 )
     return {name: spec for name, (_, spec) in specs.items()}

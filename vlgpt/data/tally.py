@@ -1,4 +1,4 @@
-"""What the loader met: counts by source and reason, the quarantine file, when enough is enough, and time waited."""
+"""What the loader read: counts by source and reason, the quarantine file, the limit of bad samples, time waited."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlgpt.data.stream import BadRecord, Report
+from vlgpt.data.stream import Report, SkippedSample
 from vlgpt.log import get_logger
 
 BAD_WINDOW = 10_000  # samples over which `max_bad_fraction` is judged
@@ -59,7 +59,7 @@ class Tally:
             if self._recent_read[source] >= BAD_WINDOW:
                 self._recent_read[source] = self._recent_bad[source] = 0
 
-    def _add_bad(self, bad: BadRecord) -> None:
+    def _add_bad(self, bad: SkippedSample) -> None:
         source, name = bad.source, self._names[bad.source]
         self.bad[source, bad.reason] += 1
         self._recent_bad[source] += 1
@@ -69,10 +69,8 @@ class Tally:
         found = f"the last one: {last}; all: {self.by_source(self.bad)[name]}"
         if self._recent_bad[source] > self._max_bad_fraction * BAD_WINDOW:
             raise TooManyBadSamples(
-                f"source {name!r}: {self._recent_bad[source]} bad of the last {self._recent_read[source]} "
-                f"samples; "
-                f"data.max_bad_fraction {self._max_bad_fraction} allows "
-                f"{self._max_bad_fraction * BAD_WINDOW:.0f} of "
+                f"source {name!r}: {self._recent_bad[source]} bad of the last {self._recent_read[source]} samples; "
+                f"data.max_bad_fraction {self._max_bad_fraction} allows {self._max_bad_fraction * BAD_WINDOW:.0f} of "
                 f"{BAD_WINDOW}; {found}"
             )
         if self._consecutive_bad[source] > MAX_CONSECUTIVE_BAD:
@@ -80,7 +78,7 @@ class Tally:
                 f"source {name!r}: {self._consecutive_bad[source]} bad samples in a row; {found}"
             )
 
-    def quarantine(self, bad: BadRecord) -> None:
+    def quarantine(self, bad: SkippedSample) -> None:
         """Write a bad sample to the quarantine file, once, and the first few to the log."""
         if (bad.shard, bad.key) in self._quarantined or len(self._quarantined) >= MAX_QUARANTINE_LINES:
             return
@@ -144,7 +142,7 @@ class Waits:
         self._wait_s += time.monotonic() - before_s
 
     def warn_when_slow(self, num_workers: int) -> None:
-        """Now and then, when it was much."""
+        """A warning every few minutes in which the trainer waited more than 5 % of the time."""
         now_s = time.monotonic()
         if now_s - self._warned_s < WAIT_WARNING_PERIOD_S:
             return

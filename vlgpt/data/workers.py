@@ -183,9 +183,7 @@ class WorkerPool:
         return _DataWorker(number, work, buffers=buffers, num_ahead=self._num_ahead, num_known=num_known)
 
     def targets(self, num_batches: int) -> list[Targets]:
-        """Of the next batches after those that were asked for before. Raises ValueError for more than `num_ahead`
-        before the batches themselves.
-        """
+        """Targets of the next batches, after those asked for before. Raises ValueError for more than `num_ahead`."""
         if self._num_counted + num_batches > self._num_taken + self._max_asked_ahead:
             raise ValueError(
                 f"targets of {num_batches} batches are asked for, but no more than {self._max_asked_ahead} are counted "

@@ -1,1 +1,1 @@
-"""Interleaved decoding: what `vlgpt.generate.Generator` is made of."""
+"""Interleaved decoding: what `vlgpt.decoding.generator.Generator` is made of."""

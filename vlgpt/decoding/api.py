@@ -1,31 +1,36 @@
-"""What goes into decoding and what comes out: `Prompt`, `DecodeSettings`, `Reply`."""
+"""What goes into decoding and what comes out: `Prompt`, `DecodeSettings`, `Reply`.
+
+No torch here: evaluation scores saved predictions without it and uses the same prompts and settings.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
-
-from PIL import Image
-from torch import Tensor
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from vlgpt.document import Document, ImagePart, TextPart
 from vlgpt.errors import UserError
 
-TaggedTensor = tuple[Literal["patches", "visual", "pixels"], Tensor]
-ImageLike = Image.Image | bytes | Tensor | TaggedTensor
-"""A picture, a picture file's bytes, pixels (3, H, W) in [-1, 1], or a tensor with its kind: ("patches",
-(P, C)), ("visual", (N, d)), ("pixels", (3, H, W))."""
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import Tensor
+
+TaggedTensor: TypeAlias = 'tuple[Literal["patches", "visual", "pixels"], Tensor]'
+ImageLike: TypeAlias = "Image.Image | bytes | Path | Tensor | TaggedTensor"
+"""An image, the bytes or path of an image file, pixels (3, H, W) in [-1, 1], or a tensor with its kind:
+("patches", (P, C)), ("visual", (N, d)), ("pixels", (3, H, W))."""
 
 Finish = Literal["end", "length", "stop"]
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A document to be answered or continued; `images[i]` stands at its `ImagePart(i)`.
+    """A document to be answered or continued; `images[i]` belongs to its `ImagePart(i)`.
 
-    `id` addresses the random numbers of this prompt (the document's id when empty): the same prompt draws the
-    same numbers in any batch. Raises UserError when the number of images differs from the document's.
+    `id` addresses the random numbers of this prompt (the document's id when empty): the same prompt draws the same
+    numbers in any batch. Raises UserError when the number of images differs from the document's.
     """
 
     document: Document
@@ -48,11 +53,12 @@ class Prompt:
 class DecodeSettings:
     """How a reply is decoded.
 
-    A token is a text token or [IMG]; the N embeddings of an image and its forced [/IMG] are not counted.
-    `images`: `free` lets the model choose, `never` masks [IMG], `force` gives [IMG] (paper, Table 7) and ends
-    after `max_images` images. `length_penalty` as in transformers: score = log-likelihood / tokens **
-    length_penalty. `temperature` 0 is greedy. Raises UserError for values out of range and for sampling
-    beams.
+    A token is a text token or [IMG]; the N embeddings of an image and its forced [/IMG] are not counted. `images`:
+    `free` lets the model choose, `never` masks [IMG], `force` gives [IMG] (paper, Table 7) and ends after `max_images`
+    images. `length_penalty` as in transformers: score = log-likelihood / tokens ** length_penalty. `temperature` 0 is
+    greedy. The last three say how visual embeddings become images: classifier-free `guidance` of the image decoder
+    (1 = none), the weight `image_scale` of z_v beside z_t, and which of the two it reads (paper, Table 4); None is the
+    decoder's own. Raises UserError for values out of range and for sampled beams.
     """
 
     max_new_tokens: int = 64
@@ -67,6 +73,9 @@ class DecodeSettings:
     max_images: int = 1
     visual_guidance: float = 1.0
     seed: int = 0
+    guidance: float | None = None
+    image_scale: float | None = None
+    use: Literal["both", "image", "text"] = "both"
 
     def __post_init__(self) -> None:
         wanted = {
@@ -78,6 +87,7 @@ class DecodeSettings:
             "top_k": (self.top_k >= 0, "0 (all tokens) or more"),
             "stop": (not isinstance(self.stop, str) and all(self.stop), "a tuple of non-empty strings"),
             "images": (self.images in ("free", "never", "force"), "free, never or force"),
+            "use": (self.use in ("both", "image", "text"), "both, image or text"),
             "max_images": (self.max_images >= 1, "at least 1 (images='never' for none)"),
         }
         for name, (is_good, text) in wanted.items():
@@ -98,9 +108,9 @@ class DecodeSettings:
 class Reply:
     """Text and images in reading order. `parts` number the images of this reply 0, 1, ...: rows of `visual`.
 
-    `token_ids` is the whole rendering (placeholders at visual positions, the end token last when there is
-    one); `text` joins the text parts, cut before a stop string. `log_likelihood` sums the model's
-    log-probabilities of the chosen tokens, at temperature 1 and before any masking.
+    `token_ids` is the whole rendering (placeholders at visual positions, the end token last when there is one); `text`
+    joins the text parts, cut before a stop string. `log_likelihood` sums the model's log-probabilities of the chosen
+    tokens, at temperature 1 and before any masking.
     """
 
     parts: tuple[TextPart | ImagePart, ...]
@@ -113,11 +123,10 @@ class Reply:
 
 @dataclass(frozen=True)
 class Listener:
-    """Callbacks of a decoding under way; every one gets the number of the prompt first.
+    """Callbacks while decoding; every one gets the number of the prompt first.
 
-    `text(prompt, piece)`: new text that will not change any more. `image(prompt, visual (N, d))`: a finished
-    image. `is_cancelled(prompt)`: asked before every step; a cancelled reply ends with what it has
-    (`length`).
+    `text(prompt, piece)`: new text that will not change any more. `image(prompt, visual (N, d))`: a finished image.
+    `is_cancelled(prompt)`: asked before every step; a cancelled reply ends with what it has (`length`).
     """
 
     text: Callable[[int, str], None] | None = None

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from vlgpt.decoding.api import Listener
+from vlgpt.decoding.cache import RenderedPrompt, Stream
 from vlgpt.decoding.hypothesis import Hypothesis, ReplyRules
 from vlgpt.decoding.stepwise import Hooks, extend_images
-from vlgpt.decoding.stream import RenderedPrompt, Stream
 
 
 @dataclass
@@ -29,8 +29,8 @@ class BeamGroup:
 class BeamSearch:
     """`num_beams` replies per prompt: grown by log-likelihood, ranked by log-likelihood / length ** penalty.
 
-    Every beam gains one token per step. A beam that chooses [IMG] draws the whole image within that step
-    while the others wait, so beams of equal step have equally many choices behind them. Source: transformers
+    Every beam gains one token per step. A beam that chooses [IMG] draws the whole image within that step while the
+    others wait, so beams of equal step have equally many choices behind them. Source: transformers
     `GenerationMixin._beam_search` with its default `early_stopping=False`.
     """
 
@@ -78,6 +78,7 @@ class BeamSearch:
         rows = slice(first_row, first_row + len(group.running))
         past = torch.tensor([beam.log_likelihood for beam in group.running], device=masked.device)
         totals = (masked[rows] + past[:, None]).flatten()
+        # So many that `num_beams` beams can go on even when every beam's best tokens are all end tokens.
         num_candidates = min(max(2, 1 + self.rules.num_end_tokens) * self.num_beams, len(totals))
         best_totals, best = (values.tolist() for values in totals.topk(num_candidates))
         parents: list[int] = []
@@ -91,6 +92,7 @@ class BeamSearch:
             if beam.finish is None and len(running) < self.num_beams:
                 running.append(beam)
                 parents.append(first_row + parent)
+            # As in transformers, an end counts only among the best `num_beams` candidates.
             elif beam.finish is not None and rank < self.num_beams:
                 group.finished.append((self._score(beam), beam))
         group.finished = sorted(group.finished, key=lambda entry: -entry[0])[: self.num_beams]
@@ -110,6 +112,7 @@ class BeamSearch:
         """Whether no running beam is taken to become better than the worst of `num_beams` finished ones."""
         if not group.running:
             return True
+        # The score of the best running beam now stands for all that it could become: `early_stopping=False`.
         is_full = len(group.finished) == self.num_beams
         return is_full and self._score(group.running[0]) <= group.finished[-1][0]
 

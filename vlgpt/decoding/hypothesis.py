@@ -1,4 +1,4 @@
-"""One reply under way, and the rules by which it may grow and ends."""
+"""A reply that is being generated, and the rules by which it may grow and ends."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ from vlgpt.tokens import PLACEHOLDER_ID, DocumentTokenizer
 class Hypothesis:
     """What was chosen so far. An image is open from [IMG] until it has N embeddings; then [/IMG] is forced.
 
-    `unread` holds tokens and embeddings that the model has not read yet: it predicts more when there are
-    none.
+    `unread` holds tokens and embeddings that the model has not read yet: it predicts more when there are none.
     """
 
     prompt: int
@@ -26,7 +25,7 @@ class Hypothesis:
     token_ids: list[int] = field(default_factory=list)
     visual: list[Tensor] = field(default_factory=list)  # finished images, (N, d) each
     unread: list[int | Tensor] = field(default_factory=list)
-    open_image: list[Tensor] | None = None  # embeddings (d,) of the image under way
+    open_image: list[Tensor] | None = None  # embeddings (d,) of the unfinished image
     num_chosen: int = 0  # text tokens and [IMG]
     log_likelihood: float = 0.0
     finish: Finish | None = None
@@ -142,7 +141,7 @@ class ReplyRules:
         hypothesis.open_image = []
 
     def _stop_string(self, hypothesis: Hypothesis) -> str:
-        """The stop string that stands earliest in the text since the last image, "" when there is none."""
+        """The stop string that comes first in the text since the last image, "" when there is none."""
         if not self.settings.stop:
             return ""
         text = self.decode(self._open_text(hypothesis.token_ids))

@@ -1,4 +1,4 @@
-"""Loading what stands beside the weights of an export: the image encoder and the picture decoder."""
+"""Loading the parts beside the weights of an export: the image encoder and the image decoder."""
 
 from __future__ import annotations
 
@@ -11,18 +11,32 @@ import torch
 from torch import nn
 
 from vlgpt.errors import UserError
-from vlgpt.models.component import CONFIG_FILE
-from vlgpt.models.decoder_parts import FOR_TARGETS
-from vlgpt.models.decoders import ConvDecoder, PictureDecoder
+from vlgpt.models.component import CONFIG_FILE, Component
+from vlgpt.models.conditions import FOR_TARGETS
+from vlgpt.models.decoders import ImageDecoder
 from vlgpt.models.encoders import ClipEncoder, load_clip
+from vlgpt.models.unified import UnifiedConfig
+from vlgpt.registry import is_dotted, load_class
+from vlgpt.tokens import DocumentTokenizer
 
 DIFFUSION_PATHS = ("pipeline", "adapter", "unconditional", "vae")
 
 
 def located(folder: Path, reference: str) -> str:
-    """A path inside the export when there is such a file, else the reference as it stands (a path or hub name)."""
+    """A path inside the export when there is such a file, else the reference unchanged (a path or hub name)."""
     inside = folder / reference
     return str(inside) if inside.exists() else reference
+
+
+def load_tokenizer(folder: Path, config: UnifiedConfig) -> DocumentTokenizer:
+    """The tokenizer of an export, with the chat template and the rendering that it was trained with."""
+    return DocumentTokenizer.load(
+        folder,
+        num_visual=config.image_tokenizer["num_visual"],
+        template=config.template,
+        is_boundary_target=config.is_boundary_target,
+        rendering=config.rendering,
+    )
 
 
 def load_encoder(folder: Path, record: Mapping[str, Any] | None) -> ClipEncoder | None:
@@ -35,8 +49,8 @@ def load_encoder(folder: Path, record: Mapping[str, Any] | None) -> ClipEncoder 
 
 def load_decoder(
     folder: Path, record: Mapping[str, Any] | None, *, dtype: torch.dtype
-) -> PictureDecoder | None:
-    """The picture decoder of an export, None when it names none.
+) -> ImageDecoder | None:
+    """The image decoder of an export, None when it names none.
 
     Raises UserError for an unknown kind or when it cannot be loaded.
     """
@@ -54,14 +68,20 @@ def load_decoder(
     raise UserError(f"picture decoder kind {record['kind']!r} is unknown; valid: component, diffusion")
 
 
-def load_component_decoder(folder: Path) -> PictureDecoder:
-    """A saved ConvDecoder or TinyDiffusionDecoder. Raises UserError when the folder holds neither."""
+def load_component_decoder(folder: Path) -> ImageDecoder:
+    """A saved component whose class, named in its config.json, is an image decoder. Raises UserError."""
     path = folder / CONFIG_FILE
-    if path.is_file() and json.loads(path.read_text()).get("class") == "TinyDiffusionDecoder":
-        from demo.diffusion import TinyDiffusionDecoder
-
-        return TinyDiffusionDecoder.from_folder(folder).eval()
-    return ConvDecoder.from_folder(folder).eval()
+    if not path.is_file():
+        raise UserError(f"{folder} holds no {CONFIG_FILE}: expected a saved image decoder")
+    name = json.loads(path.read_text()).get("class", "")
+    if not is_dotted(name):
+        raise UserError(
+            f"{path}: class {name!r} is no package.module:Class, such as demo.decoder:ConvDecoder"
+        )
+    found = load_class(name, ImageDecoder, key=f"{path}: class", known={})
+    if not issubclass(found, Component):
+        raise UserError(f"{path}: class {name!r} is no Component: it cannot be loaded from a folder")
+    return found.from_folder(folder).eval()
 
 
 def cast_parameters(module: nn.Module, dtype: torch.dtype) -> None:

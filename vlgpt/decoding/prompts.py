@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import io
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from vlgpt.batch import to_pixels
 from vlgpt.decoding.api import ImageLike, Prompt
-from vlgpt.decoding.stream import RenderedPrompt
+from vlgpt.decoding.cache import RenderedPrompt
 from vlgpt.document import Document, ImagePart, Part, Role, TextPart, join
 from vlgpt.errors import UserError
+from vlgpt.images import png_bytes, read_square
 from vlgpt.log import get_logger
 from vlgpt.models.encoders import ClipEncoder
 from vlgpt.models.image_tokenizer import ImageTokenizer
@@ -25,15 +27,9 @@ CHUNK = 16  # images that are encoded together
 
 def square_pixels(image: Image.Image | bytes, size_px: int) -> Tensor:
     """Shorter side to `size_px` (bicubic), centre crop, as in training: -> (3, H, W) in [-1, 1]. Raises BadImage."""
-    from vlgpt.data.pixels import (
-        read_square,
-        to_pixels,
-    )  # imported here: only pictures need the loader's package
-
+    # Through a file, so that odd modes (alpha, palette, 16 bit) end as they would when read from disk.
     if isinstance(image, Image.Image):
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG", compress_level=0)
-        image = buffer.getvalue()
+        image = png_bytes(image, compress_level=0)
     return to_pixels(read_square(image, size_px=size_px, decoder="pillow")[None].copy())[0]
 
 
@@ -43,10 +39,11 @@ class ImageReader:
     def __init__(self, *, image_tokenizer: ImageTokenizer, encoder: ClipEncoder | None):
         self.image_tokenizer, self.encoder = image_tokenizer, encoder
 
-    def pixels_of(self, image: Image.Image | bytes) -> Tensor:
+    def pixels_of(self, image: Image.Image | bytes | Path) -> Tensor:
         """-> (3, H, W) in [-1, 1], of the encoder's size. Raises BadImage."""
         if self.encoder is None:
             raise UserError("pictures need the image encoder, and this model was loaded without one")
+        image = image.read_bytes() if isinstance(image, Path) else image
         return square_pixels(image, self.encoder.image_size_px)
 
     def _tagged(self, image: ImageLike) -> tuple[str, Tensor]:
@@ -137,8 +134,8 @@ def prompt_length(document: Document, *, tokenizer: DocumentTokenizer) -> int:
 def trim_to_length(prompt: Prompt, *, tokenizer: DocumentTokenizer, max_length: int) -> Prompt:
     """Drop the oldest exchanges of a chat until it fits `max_length` positions; warns when any are dropped.
 
-    An exchange is what the user says and the replies to it. Raises UserError when the last one alone is too
-    long, or a document that is no chat.
+    An exchange is what the user says and the replies to it. Raises UserError when the last one alone is too long, or a
+    document that is no chat.
     """
     exchanges = _exchanges(prompt.document.parts)
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlgpt.decoding.stream import RenderedPrompt, Rows
+from vlgpt.decoding.cache import RenderedPrompt, Rows
 from vlgpt.models.language_models import leave_flash
 from vlgpt.models.multimodal_lm import MultimodalLM
 
@@ -18,7 +18,7 @@ MAX_PACKED = 1024  # candidate tokens per forward pass: bounds logits and mask
 
 @contextmanager
 def mask_attention(backbone: Any) -> Iterator[None]:
-    """Attention that takes a mask per pair of positions: flash-attn does not, SDPA stands in for it."""
+    """Attention that takes a mask per pair of positions: flash-attn takes none, so SDPA replaces it here."""
     before = backbone.config._attn_implementation
     if before.startswith("flash_attention"):
         leave_flash(backbone)
@@ -32,9 +32,10 @@ def mask_attention(backbone: Any) -> Iterator[None]:
 def log_likelihoods(lm: MultimodalLM, prompt: RenderedPrompt, candidates: Sequence[Sequence[int]]) -> Tensor:
     """Summed log-probabilities of C token sequences after a prompt: -> (C,) fp32 on CPU.
 
-    The prompt is read once. Candidates are laid end to end in one row and each sees the prompt and itself
-    only, so the prompt's cache is neither copied nor padded.
+    The prompt is read once.
     """
+    # Candidates are laid end to end in one row, and each sees the prompt and itself only. So the prompt's cache is
+    # neither copied for each candidate nor padded to the longest.
     rows = Rows(lm, [prompt.embed(lm)])
     first = lm.logits(rows.hidden).float().log_softmax(-1)[0]
     result = torch.stack([first[ids[0]] for ids in candidates]).double()

@@ -17,14 +17,28 @@ from pathlib import Path
 
 import torch
 
+from vlgpt import seeds
 from vlgpt.doctor.lint import Finding
 from vlgpt.doctor.sample import Setting, new_batch, new_stage, plan_of
 from vlgpt.files import free_port
 from vlgpt.models.layers import flash_fault
-from vlgpt.planning.flops import count
-from vlgpt.planning.memory import Precision, activation_bytes
+from vlgpt.planning.flops import peak_flops
+from vlgpt.planning.memory import logits_bytes
 
 TIMEOUT_S = 240.0
+UNET = {
+    "sample_size": 12,
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": [48, 64],
+    "layers_per_block": 1,
+    "down_block_types": ["CrossAttnDownBlock2D"] * 2,
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "up_block_types": ["CrossAttnUpBlock2D"] * 2,
+    "cross_attention_dim": 32,
+    "attention_head_dim": 4,
+    "norm_num_groups": 8,
+}
 
 
 def check_gpu(setting: Setting | None = None) -> list[Finding]:
@@ -102,17 +116,17 @@ def check_training(setting: Setting, *, num_processes: int | None = None) -> Fin
 
 
 def _probe(folder: Path, mode: str, setting: Setting, num_processes: int) -> list[float]:
-    """Run `vlgpt.doctor.probe` in every process; the losses of rank 0. Raises RuntimeError with its last line."""
-    port = free_port()
+    """Run `vlgpt.doctor.sample` in every process; the losses of rank 0. Raises RuntimeError with its last line."""
+    port = str(free_port())
     shape = {"device": setting.device, "width": 64, "depth": 2, "mlp": 128, "num_heads": 4, "vocabulary": 320}
     shape |= {"attention": setting.attention, "rows": 2, "length": 96, "num_visual": 4}
     if setting.device == "cuda":  # head width 32 and more, as flash-attn wants it
         shape |= {"width": 256, "mlp": 512}
-    command = [sys.executable, "-m", "vlgpt.doctor.probe", str(folder), mode, json.dumps(shape)]
+    command = [sys.executable, "-m", "vlgpt.doctor.sample", str(folder), mode, json.dumps(shape)]
     processes = []
     for rank in range(num_processes):
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_processes)}
-        place |= {"LOCAL_SIZE": str(num_processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        place |= {"LOCAL_SIZE": str(num_processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         log = (folder / f"{mode}-{rank}.log").open("w")
         processes.append(subprocess.Popen(command, env={**os.environ, **place}, stdout=log, stderr=log))
     try:
@@ -160,10 +174,10 @@ def check_memory(
 ) -> Finding:
     """Peak of one forward and backward pass against the plan."""
     stage, batch = new_stage(setting).train(), new_batch(setting)
-    parts, work = plan_of(setting)
-    precision = Precision(number=torch.finfo(setting.dtype).bits // 8, mask=1)
-    kept = activation_bytes(parts, work, precision=precision, has_checkpointing=False)
-    planned = kept["activations"] + kept["logits"]
+    costs, work = plan_of(setting)
+    number_bytes = setting.dtype.itemsize
+    logits = logits_bytes(work.num_text_targets, vocabulary=setting.vocabulary, number_bytes=number_bytes)
+    planned = costs.of(work).saved + logits
 
     def step() -> None:
         terms = stage(batch)
@@ -179,11 +193,10 @@ def check_memory(
 
 def check_speed(setting: Setting, *, num_steps: int = 5, peak_tflops: float | None = None) -> Finding:
     """Model FLOPs utilisation of stage-2 forward and backward passes, without the optimizer."""
-    from vlgpt.train.flops import peak_flops
-
     stage, batch = new_stage(setting).train(), new_batch(setting)
     peak = peak_flops(peak_tflops)
-    flops = count(*plan_of(setting), has_checkpointing=False).model
+    costs, work = plan_of(setting)
+    flops = costs.of(work).model
     start = 0.0
     for step in range(num_steps + 1):
         if step == 1:  # the first step warms up
@@ -212,21 +225,28 @@ def _synchronise(setting: Setting) -> None:
 
 
 def check_decoder(setting: Setting, *, tolerance: float = 1e-3) -> Finding:
-    """A batch of four pictures equals four single ones."""
-    from demo.diffusion import TinyDiffusionDecoder
-    from vlgpt import seeds
-    from vlgpt.models.decoders import ConvDecoder
+    """Four images of one batch equal four single ones: denoising by a random U-Net with image attention."""
+    from vlgpt.models.denoise import Conditions, denoise
+    from vlgpt.models.diffusion import new_unet, zero_snr_ddim
 
     seeds.seed_everything(0, "doctor")
-    shapes = {"image_tokens": 4, "image_width": 32, "text_tokens": 4, "text_width": 32}
-    decoder = TinyDiffusionDecoder.on(ConvDecoder(**shapes)).to(setting.device).eval()  # type: ignore[arg-type]
+    unet = new_unet(config=UNET, num_image_tokens=4).to(setting.device).eval()
     generator = seeds.torch_generator(0, "doctor", "conditions")
     image, text = (torch.randn(4, 4, 32, generator=generator).to(setting.device) for _ in range(2))
 
     def draw(which: list[int]) -> torch.Tensor:
-        noise = [seeds.torch_generator(0, "doctor", n) for n in which]
+        positive = Conditions(text[which], image[which])
         with torch.no_grad():
-            return decoder.decode(image[which], text[which], generators=noise, guidance=2.0)
+            return denoise(
+                unet,
+                zero_snr_ddim(),
+                positive=positive,
+                negative=Conditions(torch.zeros_like(positive.text), torch.zeros_like(positive.image)),
+                guidance=2.0,
+                image_scale=1.0,
+                num_steps=4,
+                generators=[seeds.torch_generator(0, "doctor", n) for n in which],
+            )
 
     together = draw([0, 1, 2, 3])
     alone = torch.cat([draw([n]) for n in range(4)])

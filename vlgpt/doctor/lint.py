@@ -12,9 +12,7 @@ from typing import Literal
 from vlgpt import settings as s
 from vlgpt.config import load_run
 from vlgpt.errors import UserError
-from vlgpt.planning.architecture import image_values
-from vlgpt.planning.shapes import read_export
-from vlgpt.planning.towers import image_tower
+from vlgpt.planning.meta import image_arguments, image_tower, read_export
 from vlgpt.turns import OWN, TEMPLATES
 
 
@@ -156,7 +154,7 @@ def _inputs(run: s.RunSettings, _: int) -> Iterator[Finding]:
     features, stage = run.data.features, run.stage
     if "patches" in features and run.data.pixels:
         yield _warning("data.pixels decodes images whose patches are read from disk", "set data.pixels=false")
-    if not isinstance(stage, (s.LanguageStage, s.ImageTokenizerStage)):
+    if not isinstance(stage, (s.LanguageStageSettings, s.TokenizerStageSettings)):
         return
     if stage.encoder is not None and stage.encoder.library == "ip_adapter":
         yield _error(
@@ -178,7 +176,7 @@ def _inputs(run: s.RunSettings, _: int) -> Iterator[Finding]:
 
 def _language(run: s.RunSettings, _: int) -> Iterator[Finding]:
     stage = run.stage
-    if not isinstance(stage, s.LanguageStage):
+    if not isinstance(stage, s.LanguageStageSettings):
         return
     if stage.template not in (*TEMPLATES, OWN):
         yield _error(
@@ -212,7 +210,10 @@ def _language(run: s.RunSettings, _: int) -> Iterator[Finding]:
         yield _error(
             "stage.text_weight and stage.visual_weight are both 0: nothing is trained", "set one to 1.0"
         )
-    num_visual = image_values(stage)[0]["num_visual"]
+    found = image_arguments(stage)
+    num_visual = (
+        found[0]["num_visual"] if found else s.TokenizerStageSettings(kind="image_tokenizer").num_visual
+    )
     if run.data.sequence_length < num_visual + 4:
         yield _error(
             f"data.sequence_length {run.data.sequence_length} cannot hold one image ({num_visual} embeddings)",
@@ -222,7 +223,7 @@ def _language(run: s.RunSettings, _: int) -> Iterator[Finding]:
 
 def _image_stage(run: s.RunSettings, _: int) -> Iterator[Finding]:
     stage = run.stage
-    if not isinstance(stage, s.ImageTokenizerStage):
+    if not isinstance(stage, s.TokenizerStageSettings):
         return
     for name, part in (("tokenizer", stage.tokenizer), ("detokenizer", stage.detokenizer)):
         if part.width % part.num_heads:
@@ -252,7 +253,7 @@ def _image_stage(run: s.RunSettings, _: int) -> Iterator[Finding]:
         )
 
 
-def _conditioner(run: s.RunSettings, stage: s.ImageTokenizerStage) -> Iterator[Finding]:
+def _conditioner(run: s.RunSettings, stage: s.TokenizerStageSettings) -> Iterator[Finding]:
     parts = {"tokenizer": stage.tokenizer_from, "detokenizer": stage.detokenizer_from}
     for name, folder in parts.items():
         if folder and not (Path(folder) / f"image_{name}" / "model.safetensors").is_file():

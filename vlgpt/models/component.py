@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, Self, TypeVar, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,28 +16,42 @@ from torch import Tensor, nn
 
 from vlgpt.errors import UserError
 from vlgpt.models.weights import WEIGHTS_FILE, weight_files
+from vlgpt.registry import dotted_name
 
 C = TypeVar("C", bound="Component")
 CONFIG_FILE = "config.json"
 
 
 class Component(nn.Module):
-    """Base of our own modules. `arguments` are the constructor's keyword arguments, JSON only.
+    """Base of modules that are saved by themselves. Constructors take keyword arguments only, all of them JSON.
 
+    `arguments` are those of this object, defaults included, without the names in `runtime_arguments`: these change
+    how it computes (attention backend, checkpointing), not what is saved.
     `is_mapped`: built on the meta device and its weights mapped from the file. Only for classes whose constructor makes
     parameters and stored buffers and computes nothing with tensors.
     """
 
     is_mapped = False
+    runtime_arguments: tuple[str, ...] = ()
+    arguments: dict[str, Any]
 
-    def __init__(self, **arguments: Any):
-        super().__init__()
-        self.arguments = arguments
+    def __new__(cls, **given: Any) -> Self:
+        # `__new__` sees what the constructor gets, so that no subclass has to repeat its parameters for `save`.
+        self = super().__new__(cls)
+        named = {
+            parameter.name: parameter.default
+            for parameter in inspect.signature(cls.__init__).parameters.values()
+            if parameter.kind is parameter.KEYWORD_ONLY and parameter.name not in cls.runtime_arguments
+        }
+        arguments = {name: given.get(name, default) for name, default in named.items()}
+        others = {name: value for name, value in given.items() if name not in cls.runtime_arguments}
+        self.arguments = {**arguments, **others}
+        return self
 
     def save(self, folder: Path) -> None:
         """Write config.json and model.safetensors; the weights are written last, by rename."""
         folder.mkdir(parents=True, exist_ok=True)
-        config = {"class": type(self).__name__, "arguments": self.arguments}
+        config = {"class": class_name(type(self)), "arguments": self.arguments}
         (folder / CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n")
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         partial = folder / f".{WEIGHTS_FILE}.partial"
@@ -47,11 +62,16 @@ class Component(nn.Module):
     def from_folder(cls: type[C], folder: str | Path) -> C:
         """Load what `save` wrote. Raises UserError naming a missing file, another class, or differing tensors."""
         folder = Path(folder)
-        arguments = read_arguments(folder, cls.__name__)
+        arguments = read_arguments(folder, class_name(cls))
         with torch.device("meta" if cls.is_mapped else "cpu"):
             module = cls(**arguments)
         load_weights(module, folder / WEIGHTS_FILE)
         return module
+
+
+def class_name(component: type[Component]) -> str:
+    """How config.json names a class: its bare name for our own, `package.module:Class` for others."""
+    return component.__name__ if component.__module__.startswith("vlgpt.") else dotted_name(component)
 
 
 @contextmanager
@@ -74,14 +94,14 @@ def empty_parameters() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def read_arguments(folder: Path, class_name: str) -> dict[str, Any]:
-    """Arguments of the saved component. Raises UserError when the folder does not hold a `class_name`."""
+def read_arguments(folder: Path, wanted: str) -> dict[str, Any]:
+    """Arguments of the saved component. Raises UserError when the folder does not hold a `wanted` (`class_name`)."""
     path = folder / CONFIG_FILE
     if not path.is_file():
-        raise UserError(f"{folder} holds no {CONFIG_FILE}: expected a saved {class_name}")
+        raise UserError(f"{folder} holds no {CONFIG_FILE}: expected a saved {wanted}")
     config = json.loads(path.read_text())
-    if config.get("class") != class_name:
-        raise UserError(f"{folder} holds a {config.get('class')!r}, wanted a {class_name}")
+    if config.get("class") != wanted:
+        raise UserError(f"{folder} holds a {config.get('class')!r}, wanted a {wanted}")
     return config["arguments"]
 
 

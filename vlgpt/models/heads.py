@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -9,29 +10,57 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlgpt.models.losses import squared_errors
+from vlgpt.registry import load_class
 
-HeadKind = Literal["linear", "mlp"]
 Objective = Literal["mse", "mse_cosine", "smooth_l1"]
+
+HEADS: Mapping[str, str] = {
+    "linear": "vlgpt.models.heads:LinearHead",
+    "mlp": "vlgpt.models.heads:MlpHead",
+}
 
 
 class RegressionHead(nn.Module):
-    """One linear layer, as in the paper (`linear`), or an MLP with one hidden layer (`mlp`)."""
+    """Base of heads: (T, D) -> (T, d). A head of another package is named `package.module:Class` in `stage.head`.
 
-    def __init__(self, *, hidden_width: int, visual_width: int, kind: HeadKind = "linear"):
+    `is_deterministic`: equal hidden states give equal embeddings.
+    """
+
+    is_deterministic = True
+    layers: nn.Module
+
+    def __init__(self, *, hidden_width: int, visual_width: int):
         super().__init__()
-        self.layers: nn.Module
-        if kind == "linear":
-            self.layers = nn.Linear(hidden_width, visual_width)
-        else:
-            self.layers = nn.Sequential(
-                nn.Linear(hidden_width, 2 * hidden_width),
-                nn.GELU(),
-                nn.Linear(2 * hidden_width, visual_width),
-            )
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(T, D) -> (T, d)."""
         return self.layers(hidden)
+
+
+class LinearHead(RegressionHead):
+    """One linear layer, as in the paper."""
+
+    def __init__(self, *, hidden_width: int, visual_width: int):
+        super().__init__(hidden_width=hidden_width, visual_width=visual_width)
+        self.layers = nn.Linear(hidden_width, visual_width)
+
+
+class MlpHead(RegressionHead):
+    """An MLP with one hidden layer of twice the width."""
+
+    def __init__(self, *, hidden_width: int, visual_width: int):
+        super().__init__(hidden_width=hidden_width, visual_width=visual_width)
+        self.layers = nn.Sequential(
+            nn.Linear(hidden_width, 2 * hidden_width),
+            nn.GELU(),
+            nn.Linear(2 * hidden_width, visual_width),
+        )
+
+
+def new_head(name: str, *, hidden_width: int, visual_width: int) -> RegressionHead:
+    """A head by short or dotted name. Raises UserError for an unknown one."""
+    head = load_class(name, RegressionHead, key="head", known=HEADS)
+    return head(hidden_width=hidden_width, visual_width=visual_width)
 
 
 def regression_errors(predicted: Tensor, target: Tensor, objective: Objective) -> Tensor:

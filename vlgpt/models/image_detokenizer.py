@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from vlgpt.models.component import Component
 from vlgpt.models.layers import Backend, QueryTransformer
 from vlgpt.models.standardise import ConditionStandardiser
+from vlgpt.settings import TransformerSettings
 
 
 class ImageDetokenizer(Component):
@@ -16,10 +17,12 @@ class ImageDetokenizer(Component):
         image_tokens, image_width: Kv x Dv of e_v (IP-Adapter Plus: 16 x 768).
         text_tokens, text_width: Kt x Dt of e_t (SD 1.5: 77 x 768).
         has_mean_token: e_v is regressed as mean token + residuals, see `ConditionStandardiser`.
+        transformer: width, depth, num_heads, mlp_ratio and init_std, as in `TransformerSettings`.
     The forward pass speaks the standardised scale, `decode` the decoder's own.
     """
 
     is_mapped = True
+    runtime_arguments = ("backend", "has_checkpointing")
 
     def __init__(
         self,
@@ -31,44 +34,24 @@ class ImageDetokenizer(Component):
         text_tokens: int = 77,
         text_width: int = 768,
         has_mean_token: bool = False,
-        width: int = 1024,
-        depth: int = 12,
-        num_heads: int = 16,
-        mlp_ratio: float = 4.0,
-        init_std: float = 0.02,
         backend: Backend = "auto",
         has_checkpointing: bool = False,
+        **transformer: float,
     ):
-        super().__init__(
-            num_visual=num_visual,
-            visual_width=visual_width,
-            image_tokens=image_tokens,
-            image_width=image_width,
-            text_tokens=text_tokens,
-            text_width=text_width,
-            has_mean_token=has_mean_token,
-            width=width,
-            depth=depth,
-            num_heads=num_heads,
-            mlp_ratio=mlp_ratio,
-            init_std=init_std,
-        )
+        super().__init__()
+        shape = TransformerSettings.model_validate(transformer)
         self.image_targets = ConditionStandardiser(image_tokens, image_width, has_mean_token=has_mean_token)
         self.text_targets = ConditionStandardiser(text_tokens, text_width, has_mean_token=False)
         self.transformer = QueryTransformer(
+            shape,
             num_queries=self.image_targets.num_targets + text_tokens,
             num_context=num_visual,
             context_width=visual_width,
-            width=width,
-            depth=depth,
-            num_heads=num_heads,
-            mlp_ratio=mlp_ratio,
-            init_std=init_std,
             backend=backend,
             has_checkpointing=has_checkpointing,
         )
-        self.image_output = nn.Linear(width, image_width)
-        self.text_output = nn.Linear(width, text_width)
+        self.image_output = nn.Linear(shape.width, image_width)
+        self.text_output = nn.Linear(shape.width, text_width)
 
     def forward(self, visual: Tensor) -> tuple[Tensor, Tensor]:
         """Standardised conditions: (M, N, d) -> (M, targets of e_v, Dv), (M, Kt, Dt)."""

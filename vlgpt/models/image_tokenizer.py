@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from vlgpt.models.component import Component
 from vlgpt.models.layers import Backend, QueryTransformer
 from vlgpt.models.standardise import Standardiser
+from vlgpt.settings import TransformerSettings
 
 
 class ImageTokenizer(Component):
@@ -15,10 +16,11 @@ class ImageTokenizer(Component):
     Args:
         num_patches: P, tokens of the frozen encoder, CLS included when it is kept.
         patch_width: C. num_visual: N (paper: 32). visual_width: d (paper: 4096, the width of LLaMA-7B).
-        width, depth, num_heads: paper says 12 blocks; width and heads are not given (1024, 16 by default).
+        transformer: width, depth, num_heads, mlp_ratio and init_std, as in `TransformerSettings`.
     """
 
     is_mapped = True
+    runtime_arguments = ("backend", "has_checkpointing")
 
     def __init__(
         self,
@@ -27,39 +29,22 @@ class ImageTokenizer(Component):
         patch_width: int,
         num_visual: int = 32,
         visual_width: int = 4096,
-        width: int = 1024,
-        depth: int = 12,
-        num_heads: int = 16,
-        mlp_ratio: float = 4.0,
-        init_std: float = 0.02,
         backend: Backend = "auto",
         has_checkpointing: bool = False,
+        **transformer: float,
     ):
-        super().__init__(
-            num_patches=num_patches,
-            patch_width=patch_width,
-            num_visual=num_visual,
-            visual_width=visual_width,
-            width=width,
-            depth=depth,
-            num_heads=num_heads,
-            mlp_ratio=mlp_ratio,
-            init_std=init_std,
-        )
+        super().__init__()
         self.num_visual, self.visual_width = num_visual, visual_width
+        shape = TransformerSettings.model_validate(transformer)
         self.transformer = QueryTransformer(
+            shape,
             num_queries=num_visual,
             num_context=num_patches,
             context_width=patch_width,
-            width=width,
-            depth=depth,
-            num_heads=num_heads,
-            mlp_ratio=mlp_ratio,
-            init_std=init_std,
             backend=backend,
             has_checkpointing=has_checkpointing,
         )
-        self.output = nn.Linear(width, visual_width)
+        self.output = nn.Linear(shape.width, visual_width)
         self.standardiser = Standardiser(num_visual, visual_width)
 
     def forward(self, patches: Tensor) -> Tensor:

@@ -79,7 +79,7 @@ def accumulate(values: Tensor) -> Tensor:
 class ConditionStandardiser(nn.Module):
     """Brings a condition embedding (K tokens) to the scale in which the detokenizer regresses it, and back.
 
-    Every slot has one scale over its dimensions: dimensions of small variance carry little of the picture, and giving
+    Every slot has one scale over its dimensions: dimensions of small variance carry little of the image, and giving
     all the same weight slowed training down (tiny CLIP, 600 steps: pixel error 0.21 against 0.16).
     With `has_mean_token` the target is K + 1 tokens: the mean over tokens, then the residuals, each standardised. In
     features whose variance is mostly the mean token, a plain MSE learns the global colour and stops there.

@@ -1,1 +1,1 @@
-"""The HTTP API: OpenAI-style chat completions with pictures (`vlgpt serve`)."""
+"""The HTTP API: OpenAI-style chat completions with images (`vlgpt serve`)."""

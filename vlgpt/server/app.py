@@ -1,6 +1,6 @@
 """FastAPI application: a request is read with limits, waits in the queue, and is answered whole or as events.
 
-Whoever hangs up is no longer decoded for. Every error is JSON in OpenAI's form with a fitting status.
+Decoding for a client that hangs up ends. Every error is JSON in OpenAI's form with a fitting status.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from vlgpt.chat.batching import Batcher, QueueFull, ShuttingDown
 from vlgpt.chat.dialogue import MAX_PIXELS
 from vlgpt.chat.reply import Drawn, Event, Failed, Finished, Notice, TextPiece
 from vlgpt.chat.reply import Request as ReplyRequest
+from vlgpt.decoding.generator import Generator
 from vlgpt.errors import UserError
-from vlgpt.generate import Generator
 from vlgpt.server import protocol
 from vlgpt.server.metrics import Metrics
 
@@ -99,7 +99,7 @@ class ChatServer:
         self._num_reading += 1
         try:
             body = await _read_body(request, self.limits)
-            # pictures are decoded in a thread: others are served meanwhile
+            # images are decoded in a thread: others are served meanwhile
             asked, dialogue, settings = await asyncio.to_thread(self._read, body)
         finally:
             self._num_reading -= 1

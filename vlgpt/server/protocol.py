@@ -1,7 +1,7 @@
 """What travels over HTTP: OpenAI's chat messages, read into a `Dialogue`, and replies written as them.
 
-Pictures travel as data: URLs in `image_url` parts, both ways; no address is ever fetched. A reply holds its text in
-`content` as clients expect, its pictures in `images`, and both in reading order in `parts`.
+Images travel as data: URLs in `image_url` parts, both ways; no address is ever fetched. A reply holds its text in
+`content` as clients expect, its images in `images`, and both in reading order in `parts`.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ class _Strict(BaseModel):
 
 
 class ImageURL(_Strict):
-    """`detail` is accepted and has no effect: every picture becomes N embeddings."""
+    """`detail` is accepted and has no effect: every image becomes N embeddings."""
 
     url: str
     detail: Literal["auto", "low", "high"] = "auto"
 
 
 class ImageContent(_Strict):
-    """A picture as a data: URL."""
+    """An image as a data: URL."""
 
     type: Literal["image_url"]
     image_url: ImageURL
@@ -196,13 +196,13 @@ def _read_picture(url: str, where: str, max_pixels: int) -> Picture:
 
 
 def picture_part(picture: Picture, **more: Any) -> dict[str, Any]:
-    """A picture of a reply as a content part."""
+    """An image of a reply as a content part."""
     url = "data:image/png;base64," + base64.b64encode(picture.data).decode()
     return {"type": "image_url", **more, "image_url": {"url": url}}
 
 
 def usage(finished: Finished) -> dict[str, int]:
-    """Positions in the model's context, those of pictures included."""
+    """Positions in the model's context, those of images included."""
     prompt, reply = finished.num_prompt_positions, finished.num_reply_positions
     return {"prompt_tokens": prompt, "completion_tokens": reply, "total_tokens": prompt + reply}
 

@@ -5,25 +5,38 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 from vlgpt.batch import LossTerm
-from vlgpt.models.encoders import hash_weights
+from vlgpt.commits import TrainedWeights
+from vlgpt.errors import UserError
+from vlgpt.models.encoders import ClipEncoder, hash_weights, load_clip
+from vlgpt.settings import EncoderSettings, RunSettings, StageSettings
+from vlgpt.tokens import DocumentTokenizer
 
 AllSum = Callable[[Tensor], Tensor]
 
 
 class Stage(nn.Module, ABC):
-    """Base of all stages.
+    """Base of all stages. One of another package is named `package.module:Class` in `stage.kind`.
 
-    `batch_kind` says which batches the loader must give; `terms` names the losses in their fixed order. `frozen`
-    modules never train; their hashes travel with every checkpoint, their weights do not.
+    `settings_class` is what a run's YAML holds under `stage`. `batch_kind` says which batches the loader must give;
+    `terms` names the losses in their fixed order. Packed batches need the `document_tokenizer`. Frozen modules never
+    train; their hashes travel with every checkpoint, their weights do not.
     """
 
+    settings_class: ClassVar[type[StageSettings]]
     batch_kind: Literal["packed", "conditions"]
     terms: tuple[str, ...]
+    document_tokenizer: DocumentTokenizer | None = None
+
+    @classmethod
+    @abstractmethod
+    def from_settings(cls, run: RunSettings, *, num_sources: int) -> Stage:
+        """The stage of a run with its weights loaded. Raises UserError when a part is missing or does not fit."""
 
     @abstractmethod
     def count_targets(self, batch: Any) -> dict[str, float]:
@@ -43,6 +56,12 @@ class Stage(nn.Module, ABC):
     def finish(self, batches: Iterable[Any], all_sum: AllSum) -> None:
         """Take statistics after the last step, for the next stage."""
 
+    def settle(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Choose what can run on this device in this precision; called once the stage is there, before step 1."""
+
+    def check(self) -> None:
+        """Raise UserError when the model does not do what training relies on; called before step 1."""
+
     def frozen_modules(self) -> dict[str, nn.Module]:
         """Modules that must not change, by name."""
         return {}
@@ -61,6 +80,19 @@ class Stage(nn.Module, ABC):
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
                 yield name, parameter
+
+
+def load_encoder(settings: EncoderSettings | None) -> ClipEncoder | None:
+    """The frozen CLIP that settings name; None when they name none. Raises UserError when it cannot be loaded."""
+    if settings is None:
+        return None
+    return load_clip(
+        settings.path,
+        library=settings.library,
+        pretrained=settings.pretrained,
+        layer=settings.layer,
+        has_cls=settings.has_cls,
+    )
 
 
 def is_trained(module: nn.Module) -> bool:
@@ -87,3 +119,33 @@ def parameter_groups(stage: nn.Module, weight_decay: float) -> list[dict[str, An
     if not groups:
         raise ValueError("the stage has no trainable parameter")
     return groups
+
+
+def load_trainable(stage: Stage, trained: TrainedWeights) -> None:
+    """Copy trained parameters and buffers into a stage built from the same settings.
+
+    Raises UserError when a frozen part has other weights, or names and shapes differ.
+    """
+    found = stage.frozen_hashes() if trained.frozen else {}
+    for name, wanted in trained.frozen.items():
+        if found.get(name) != wanted:
+            raise UserError(
+                f"frozen part {name!r} has hash {found.get(name)}, {trained.tag} was trained with {wanted}"
+            )
+    own: dict[str, Tensor] = dict(stage.named_parameters(remove_duplicate=False))
+    own |= dict(stage.named_buffers(remove_duplicate=False))
+    missing = [
+        name
+        for name, parameter in stage.named_parameters()
+        if parameter.requires_grad and name not in trained.tensors
+    ]
+    unknown = [name for name in trained.tensors if name not in own]
+    misfits = [n for n, tensor in trained.tensors.items() if n in own and own[n].shape != tensor.shape]
+    if missing or unknown or misfits:
+        raise UserError(
+            f"{trained.tag} does not fit this configuration: {len(missing)} tensors missing, {len(unknown)} unknown, "
+            f"{len(misfits)} of another shape: {', '.join([*missing, *unknown, *misfits][:4])}"
+        )
+    with torch.no_grad():
+        for name, tensor in trained.tensors.items():
+            own[name].copy_(tensor)

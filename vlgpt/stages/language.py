@@ -5,19 +5,36 @@ Stage 3 is stage 2 on chats, whose targets are the replies only: the difference 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from vlgpt.batch import Batch, ImageInput, LossTerm
+from vlgpt.commits import newest_trainable, tag_of
+from vlgpt.config import load_run
+from vlgpt.decoding.load import cast_parameters
+from vlgpt.errors import UserError
+from vlgpt.export import export_model
+from vlgpt.log import get_logger
+from vlgpt.models.component import load_weights, read_arguments
 from vlgpt.models.encoders import ClipEncoder
 from vlgpt.models.heads import Objective, regression_errors
+from vlgpt.models.image_detokenizer import ImageDetokenizer
+from vlgpt.models.image_tokenizer import ImageTokenizer
+from vlgpt.models.language_models import check_parts, load_language_model, resize_vocabulary
+from vlgpt.models.layers import set_backend
 from vlgpt.models.losses import count_targets, cross_entropies, sums_by_source, targets_of
-from vlgpt.models.unified import UnifiedModel
-from vlgpt.models.weights import fingerprint
-from vlgpt.stages.base import Stage
+from vlgpt.models.multimodal_lm import MultimodalLM
+from vlgpt.models.unified import UnifiedConfig, UnifiedModel, is_export
+from vlgpt.models.weights import WEIGHTS_FILE, fingerprint
+from vlgpt.settings import LanguageStageSettings, RunSettings, SourceSettings
+from vlgpt.shards.manifest import MANIFEST, read_manifest
+from vlgpt.stages.base import Stage, load_encoder, load_trainable
+from vlgpt.stages.tokenizer import load_image_parts
+from vlgpt.tokens import DocumentTokenizer, Rendering
 
 
 class LanguageStage(Stage):
@@ -27,6 +44,7 @@ class LanguageStage(Stage):
     `visual_input_drop` and `visual_input_noise` corrupt visual inputs in training (never targets).
     """
 
+    settings_class = LanguageStageSettings
     batch_kind = "packed"
     terms = ("text", "visual")
 
@@ -49,13 +67,26 @@ class LanguageStage(Stage):
         self.text_weight, self.visual_weight = text_weight, visual_weight
         self.visual_input_drop, self.visual_input_noise = visual_input_drop, visual_input_noise
         self.num_sources = num_sources
-        self.exporter: Callable[[UnifiedModel, Path], None] | None = None  # set by who may import export
+        self.run: RunSettings | None = None
         num_visual = model.image_tokenizer.num_visual
         weights = torch.ones(num_visual)
         weights[0] = first_visual_weight
         self.register_buffer("slot_weights", weights / weights.mean(), persistent=False)
         model.image_tokenizer.requires_grad_(False)
         model.image_detokenizer.requires_grad_(False)
+
+    @classmethod
+    def from_settings(cls, run: RunSettings, *, num_sources: int) -> LanguageStage:
+        assert isinstance(run.stage, LanguageStageSettings)
+        stage = build_language_stage(run.stage, num_sources=num_sources, dtype=dtype_of(run))
+        stage.run = run
+        return stage
+
+    def settle(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.model.lm.settle_attention(device, dtype)
+
+    def check(self) -> None:
+        self.model.lm.check_isolation()
 
     def frozen_modules(self) -> dict[str, nn.Module]:
         parts: dict[str, nn.Module | None] = {
@@ -121,6 +152,206 @@ class LanguageStage(Stage):
         }
 
     def save(self, folder: Path) -> None:
-        if self.exporter is None:
-            raise ValueError("no exporter is set: assign stage.exporter before saving")
-        self.exporter(self.model, folder)
+        """Write an export with merged weights; its image parts are as they were read, not in training's precision."""
+        if self.run is None or self.document_tokenizer is None:
+            raise ValueError(
+                "a stage that no run's settings built cannot be exported: use LanguageStage.from_settings"
+            )
+        settings = self.run.stage
+        assert isinstance(settings, LanguageStageSettings)
+        image_tokenizer, image_detokenizer = stored_image_parts(settings)
+        model = UnifiedModel(
+            lm=self.model.lm, image_tokenizer=image_tokenizer, image_detokenizer=image_detokenizer
+        )
+        export_with_settings(
+            model, folder, run=self.run, tokenizer=self.document_tokenizer, tag=tag_of(self.run.steps)
+        )
+
+
+def dtype_of(run: RunSettings) -> torch.dtype:
+    """The type that the language model of a run is held in."""
+    return torch.bfloat16 if run.precision == "bf16" else torch.float32
+
+
+def build_language_stage(
+    stage: LanguageStageSettings, *, num_sources: int, dtype: torch.dtype = torch.float32
+) -> LanguageStage:
+    """Stages 2 and 3 with their weights loaded.
+
+    The language model is loaded in `dtype`: weights stored in it stay mapped, shared by all processes.
+    """
+    model, tokenizer = load_unified(stage, dtype=dtype)
+    image_tokens = [tokenizer.begin_image_id, tokenizer.end_image_id]
+    built = assemble(model, stage, image_tokens=image_tokens, num_sources=num_sources)
+    built.document_tokenizer = tokenizer
+    if stage.init_from is not None:
+        load_trainable(built, newest_trainable(Path(stage.init_from)))
+    return built
+
+
+def assemble(
+    model: UnifiedModel, stage: LanguageStageSettings, *, image_tokens: list[int], num_sources: int
+) -> LanguageStage:
+    """The stage of a model, frozen or wrapped in LoRA as the settings say; `image_tokens` are [IMG] and [/IMG]."""
+    for part in (model.image_tokenizer, model.image_detokenizer):
+        set_backend(part, stage.attention)
+    if stage.trained == "lora":
+        model.lm.add_lora(stage.lora, image_tokens)
+    model.lm.freeze_parts(stage.frozen)
+    if stage.has_checkpointing:
+        model.lm.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+    return LanguageStage(
+        model=model,
+        encoder=load_encoder(stage.encoder),
+        objective=stage.objective,
+        text_weight=stage.text_weight,
+        visual_weight=stage.visual_weight,
+        first_visual_weight=stage.first_visual_weight,
+        visual_input_drop=stage.visual_input_drop,
+        visual_input_noise=stage.visual_input_noise,
+        num_sources=num_sources,
+    )
+
+
+def load_tokenizer(stage: LanguageStageSettings) -> DocumentTokenizer:
+    """The text tokenizer of a run with its N and template; reads no weights. Raises UserError."""
+    path = Path(stage.language_model)
+    rendering: Rendering = "template"
+    if is_export(path):
+        config = UnifiedConfig.from_folder(path)
+        num_visual = config.image_tokenizer["num_visual"]
+        if config.rendering == "parts" and config.template == stage.template:
+            rendering = "parts"  # goes on as it was trained
+    elif stage.image_tokenizer is None:
+        raise UserError(
+            f"{path} is a plain language model: set stage.image_tokenizer to the result of stage 1"
+        )
+    else:
+        folder = Path(stage.image_tokenizer) / "image_tokenizer"
+        num_visual = read_arguments(folder, ImageTokenizer.__name__)["num_visual"]
+    tokenizer = DocumentTokenizer.load(
+        stage.text_tokenizer or stage.language_model,
+        num_visual=num_visual,
+        template=stage.template,
+        is_boundary_target=stage.is_boundary_target,
+        rendering=rendering,
+    )
+    _ = tokenizer.turns  # a template that does not fit is refused before anything is loaded
+    return tokenizer
+
+
+def load_unified(
+    stage: LanguageStageSettings, *, dtype: torch.dtype = torch.float32
+) -> tuple[UnifiedModel, DocumentTokenizer]:
+    """The whole model from an export of vlgpt, or from a plain causal LM and a stage-1 result; the LM in `dtype`."""
+    path = Path(stage.language_model)
+    tokenizer = load_tokenizer(stage)
+    if is_export(path):
+        model = UnifiedModel.from_folder(path, attention=stage.attention, dtype=dtype)
+        check_parts(model.lm.language_model, name=str(path), trained=stage.trained)
+        if stage.image_tokenizer is not None:
+            get_logger().warning("image_tokenizer %s replaces the one inside %s", stage.image_tokenizer, path)
+            model.image_tokenizer, model.image_detokenizer = load_image_parts(Path(stage.image_tokenizer))
+        return model, tokenizer
+    assert stage.image_tokenizer is not None  # load_tokenizer asked for it
+    image_tokenizer, image_detokenizer = load_image_parts(Path(stage.image_tokenizer))
+    language_model = load_language_model(path, attention=stage.attention, dtype=dtype, trained=stage.trained)
+    resize_vocabulary(language_model, tokenizer)
+    lm = MultimodalLM(
+        language_model,
+        num_tokens=tokenizer.num_tokens,
+        num_visual=image_tokenizer.num_visual,
+        visual_width=image_tokenizer.visual_width,
+        head=stage.head,
+    )
+    return UnifiedModel(
+        lm=lm, image_tokenizer=image_tokenizer, image_detokenizer=image_detokenizer
+    ), tokenizer
+
+
+def stored_image_parts(stage: LanguageStageSettings) -> tuple[ImageTokenizer, ImageDetokenizer]:
+    """The frozen image parts of a run as its files hold them; training holds them in its own precision."""
+    if stage.image_tokenizer is not None:
+        return load_image_parts(Path(stage.image_tokenizer))
+    folder = Path(stage.language_model)
+    config = UnifiedConfig.from_folder(folder)
+    parts = ImageTokenizer(**config.image_tokenizer), ImageDetokenizer(**config.image_detokenizer)
+    for name, part in zip(("image_tokenizer", "image_detokenizer"), parts):
+        load_weights(part, folder / WEIGHTS_FILE, prefix=f"{name}.")
+    return parts
+
+
+def licences_of(sources: Sequence[SourceSettings]) -> list[str]:
+    """Licence and attribution of every data set whose manifest is here, each once."""
+    manifests = [Path(source.path) / MANIFEST for source in sources]
+    lines = [read_manifest(m.read_bytes(), where=str(m)).licence for m in manifests if m.is_file()]
+    return list(dict.fromkeys(filter(None, lines)))
+
+
+def export_with_settings(
+    model: UnifiedModel,
+    folder: Path,
+    *,
+    run: RunSettings,
+    tokenizer: DocumentTokenizer,
+    tag: str,
+    merge_lora: bool = True,
+    picture_decoder: str | Path | None = None,
+) -> None:
+    """An export with the encoder, image decoder and model card of a run; `tag` names the commit of its weights."""
+    settings = run.stage
+    assert isinstance(settings, LanguageStageSettings)
+    card = {
+        "name": run.name,
+        "checkpoint": tag,
+        "sources": [f"{source.name} ({source.path})" for source in run.data.sources],
+        "attribution": licences_of(run.data.sources),
+        "steps": run.steps,
+        "global_batch": run.global_batch,
+    }
+    export_model(
+        model,
+        folder,
+        tokenizer=tokenizer,
+        encoder=None if settings.encoder is None else settings.encoder.model_dump(),
+        picture_decoder=picture_decoder or settings.picture_decoder,
+        merge_lora=merge_lora,
+        card=card,
+    )
+
+
+def export_run(
+    run: str | Path, folder: str | Path, *, merge_lora: bool = True, picture_decoder: str | Path | None = None
+) -> None:
+    """Export the newest commit of a language run from its one file of trained weights: no GPU, no deepspeed.
+
+    The export appears complete or not at all. `picture_decoder` replaces the one of the run's settings. Raises
+    UserError when the run has no commit, is no language run, or its base weights are not those it was trained on.
+    """
+    run, folder = Path(run), Path(folder)
+    settings = load_run(run / "config.yaml")
+    if not isinstance(settings.stage, LanguageStageSettings):
+        raise UserError(
+            f"{run} trained a {settings.stage.kind}: its result folder is what later stages read, nothing to export"
+        )
+    if folder.exists() and not is_export(folder) and any(folder.iterdir()):
+        raise UserError(f"{folder} exists and is no export: choose another folder")
+    stage = LanguageStage.from_settings(settings, num_sources=len(settings.data.sources))
+    trained = newest_trainable(run)
+    load_trainable(stage, trained)
+    cast_parameters(stage.model.lm, dtype_of(settings))  # as at the end of training
+    assert stage.document_tokenizer is not None
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    export_with_settings(
+        stage.model,
+        partial,
+        run=settings,
+        tokenizer=stage.document_tokenizer,
+        tag=trained.tag,
+        merge_lora=merge_lora,
+        picture_decoder=picture_decoder,
+    )
+    if folder.exists():
+        shutil.rmtree(folder)
+    partial.replace(folder)

@@ -10,12 +10,17 @@ import torch
 from torch import Tensor
 
 from vlgpt.batch import ConditionBatch, LossTerm
-from vlgpt.models.encoders import ClipEncoder
+from vlgpt.models.component import Component, load_weights
+from vlgpt.models.conditions import load_conditioner
+from vlgpt.models.encoders import ClipEncoder, Conditioner
 from vlgpt.models.image_detokenizer import ImageDetokenizer
 from vlgpt.models.image_tokenizer import ImageTokenizer
+from vlgpt.models.layers import set_backend
 from vlgpt.models.losses import squared_errors, sums_by_source
 from vlgpt.models.standardise import accumulate
-from vlgpt.stages.base import AllSum, Stage, is_trained
+from vlgpt.models.weights import WEIGHTS_FILE
+from vlgpt.settings import RunSettings, TokenizerStageSettings
+from vlgpt.stages.base import AllSum, Stage, is_trained, load_encoder
 
 
 class ImageTokenizerStage(Stage):
@@ -24,6 +29,7 @@ class ImageTokenizerStage(Stage):
     Targets are compared in standardised space; images without text train the image term only.
     """
 
+    settings_class = TokenizerStageSettings
     batch_kind = "conditions"
     terms = ("image", "text")
 
@@ -35,7 +41,7 @@ class ImageTokenizerStage(Stage):
         image_weight: float = 1.0,
         text_weight: float = 1.0,
         encoder: ClipEncoder | None = None,
-        conditioner: Any = None,
+        conditioner: Conditioner | None = None,
         statistics_samples: int = 8192,
         num_sources: int = 1,
     ):
@@ -44,6 +50,11 @@ class ImageTokenizerStage(Stage):
         self.image_weight, self.text_weight = image_weight, text_weight
         self.encoder, self.conditioner = encoder, conditioner
         self.statistics_samples, self.num_sources = statistics_samples, num_sources
+
+    @classmethod
+    def from_settings(cls, run: RunSettings, *, num_sources: int) -> ImageTokenizerStage:
+        assert isinstance(run.stage, TokenizerStageSettings)
+        return build_image_tokenizer_stage(run.stage, num_sources=num_sources)
 
     def frozen_modules(self) -> dict[str, torch.nn.Module]:
         parts = {"encoder": self.encoder, "conditioner": self.conditioner}
@@ -63,10 +74,10 @@ class ImageTokenizerStage(Stage):
         with torch.no_grad():
             image = batch.image_condition
             if image is None:
-                image = self.conditioner.patches(batch.require("pixels"))
+                image = self.conditioner.image_condition(batch.require("pixels"))
             text = batch.text_condition
             if text is None:
-                text = self.conditioner.text_states(batch.captions)
+                text = self.conditioner.text_condition(batch.captions)
         return image, text
 
     def count_targets(self, batch: ConditionBatch) -> dict[str, float]:
@@ -132,3 +143,50 @@ class ImageTokenizerStage(Stage):
     def save(self, folder: Path) -> None:
         self.tokenizer.save(folder / "image_tokenizer")
         self.detokenizer.save(folder / "image_detokenizer")
+
+
+def build_image_tokenizer_stage(stage: TokenizerStageSettings, *, num_sources: int) -> ImageTokenizerStage:
+    """Stage 1 with random image tokenizer and detokenizer (paper: random init)."""
+    shapes = stage.shapes
+    tokenizer = ImageTokenizer(
+        num_patches=shapes.num_patches,
+        patch_width=shapes.patch_width,
+        num_visual=stage.num_visual,
+        visual_width=stage.visual_width,
+        has_checkpointing=stage.has_checkpointing,
+        **stage.tokenizer.model_dump(),
+    )
+    detokenizer = ImageDetokenizer(
+        num_visual=stage.num_visual,
+        visual_width=stage.visual_width,
+        **shapes.model_dump(exclude={"num_patches", "patch_width"}),
+        has_mean_token=stage.has_mean_token,
+        has_checkpointing=stage.has_checkpointing,
+        **stage.detokenizer.model_dump(),
+    )
+    parts: dict[str, tuple[Component, str | None]] = {
+        "tokenizer": (tokenizer, stage.tokenizer_from),
+        "detokenizer": (detokenizer, stage.detokenizer_from),
+    }
+    for name, (part, source) in parts.items():
+        set_backend(part, stage.attention)
+        if source is not None:
+            load_weights(part, Path(source) / f"image_{name}" / WEIGHTS_FILE)
+        if name in stage.frozen:
+            part.requires_grad_(False)
+    return ImageTokenizerStage(
+        tokenizer=tokenizer,
+        detokenizer=detokenizer,
+        image_weight=stage.image_weight,
+        text_weight=stage.text_weight,
+        encoder=load_encoder(stage.encoder),
+        conditioner=None if stage.conditioner is None else load_conditioner(**stage.conditioner.model_dump()),
+        statistics_samples=stage.statistics_samples,
+        num_sources=num_sources,
+    )
+
+
+def load_image_parts(folder: Path) -> tuple[ImageTokenizer, ImageDetokenizer]:
+    """What stage 1 wrote: folder/image_tokenizer and folder/image_detokenizer."""
+    tokenizer = ImageTokenizer.from_folder(folder / "image_tokenizer")
+    return tokenizer, ImageDetokenizer.from_folder(folder / "image_detokenizer")

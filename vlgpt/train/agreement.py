@@ -6,24 +6,25 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from vlgpt.errors import UserError
 
 POLL_S = 0.1
 
 
-def join_ranks(facts: Mapping[str, Any], *, timeout_s: float) -> tuple[dist.Store, int, int]:
-    """Meet the other processes at MASTER_ADDR:MASTER_PORT and compare what everyone knows; returns store, rank, world.
+def join_ranks(facts: Mapping[str, Any], *, timeout_s: float) -> tuple[Store, int, int]:
+    """Meet the other processes at MASTER_ADDR:MASTER_PORT and compare `facts`: -> store, rank, world size.
 
-    Whoever finds a contradiction tells the others at once; only processes that are late are waited for, `timeout_s`.
-    Raises UserError for a rank outside the world, a rank taken twice, or facts that differ, naming them.
+    A rank that finds a contradiction tells the others at once; only late processes are waited for, `timeout_s`. Raises
+    UserError for a rank outside the world, a rank taken twice, or facts that differ, naming them.
     """
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if not 0 <= rank < world_size:
@@ -40,17 +41,19 @@ def join_ranks(facts: Mapping[str, Any], *, timeout_s: float) -> tuple[dist.Stor
         refusal = _compare(store, rank, mine, timeout_s)
     if refusal:
         store.set("refused", refusal)
-        _wait_for_readers(store, rank)
+        # Rank 0 hosts the store: it stays a moment, so that the others can read the reason.
+        if rank == 0:
+            time.sleep(10 * POLL_S)
         raise UserError(refusal)
     return store, rank, world_size
 
 
-def _open_store(rank: int, world_size: int, timeout_s: float) -> dist.Store:
+def _open_store(rank: int, world_size: int, timeout_s: float) -> Store:
     """The rendezvous store; under torchrun its agent already hosts one at this address."""
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     is_agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     try:
-        store = dist.TCPStore(
+        store = dist.TCPStore(  # type: ignore[attr-defined]
             os.environ["MASTER_ADDR"],
             int(os.environ["MASTER_PORT"]),
             world_size=None,
@@ -65,20 +68,20 @@ def _open_store(rank: int, world_size: int, timeout_s: float) -> dist.Store:
             "second rank 0, or is the host of rank 0 not reachable?"
         ) from error
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return dist.PrefixStore(f"vlgpt/{attempt}", store)
+    return PrefixStore(f"vlgpt/{attempt}", store)
 
 
-def _digest(value: Any) -> str:
+def _digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def _compare(store: dist.Store, rank: int, mine: dict[str, Any], timeout_s: float) -> str:
-    """Wait until every rank of this world is there; returns a contradiction, or nothing."""
+def _compare(store: Store, rank: int, mine: dict[str, Any], timeout_s: float) -> str:
+    """Wait until every rank of this world is there; -> a contradiction, or ""."""
     started_s = time.monotonic()
     missing = set(range(mine["world_size"]))
     while missing:
         if store.check(["refused"]):
-            return store.get("refused").decode()
+            return str(store.get("refused").decode())
         for other in sorted(missing):
             if not store.check([f"facts/{other}"]):
                 continue
@@ -96,18 +99,10 @@ def _compare(store: dist.Store, rank: int, mine: dict[str, Any], timeout_s: floa
     return ""
 
 
-def _wait_for_readers(store: dist.Store, rank: int) -> None:
-    """Rank 0 hosts the store: it stays a moment, so that the others can read why."""
-    if rank == 0:
-        time.sleep(10 * POLL_S)
-
-
 def replica_digest(module: nn.Module) -> str:
-    """A digest of all parameters and buffers as they lie in memory; replicas of one model have the same.
-
-    Sums of 32-bit words per tensor: one pass on the device, and a flipped bit changes its sum.
-    """
+    """A digest of all parameters and buffers as they are in memory; replicas of one model have the same."""
     sums = []
+    # Sums of integers, not of floats: one pass on the device, and any flipped bit changes its sum.
     for _, tensor in [*module.named_parameters(), *module.named_buffers()]:
         data = tensor.detach().contiguous().view(-1)
         size = data.element_size()
@@ -119,8 +114,8 @@ def replica_digest(module: nn.Module) -> str:
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 
 
-def disagreement(values: list[Any]) -> str:
-    """Which ranks hold another value than most; an empty string when all agree."""
+def disagreement(values: Sequence[object]) -> str:
+    """Which ranks hold another value than most; "" when all agree. Values are JSON-like."""
     keys = [json.dumps(value, sort_keys=True) for value in values]
     usual = max(set(keys), key=keys.count)
     odd = [rank for rank, key in enumerate(keys) if key != usual]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,17 +15,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vlgpt import seeds
+from vlgpt.commits import TRAINABLE_FILE
 from vlgpt.errors import UserError
 from vlgpt.log import get_logger
-from vlgpt.stages.weights import AVERAGE_FILE, TRAINABLE_FILE
 from vlgpt.train import together
-from vlgpt.train.average import MovingAverage
 from vlgpt.train.engine import Engine, convert_to_universal
+from vlgpt.train.observers import NO_OBSERVER, Observer
 
-_OWNER = re.compile(
-    r"(?:^|zero_pp_)rank_(\d+)_"
-)  # DeepSpeed's optimizer partitions and our own per-rank files
-OPTIMIZER_BYTES = 16  # per trained parameter: fp32 master, two moments, and the fp32 weights file
+# DeepSpeed's optimizer partitions and our own files of one rank
+_OWNER = re.compile(r"(?:^|zero_pp_)rank_(\d+)_")
+# per trained parameter: fp32 master, two moments, and the fp32 weights file
+OPTIMIZER_BYTES = 16
 
 
 @dataclass(frozen=True)
@@ -46,30 +47,27 @@ def save(
     root: Path,
     *,
     step: int,
-    data: dict[str, Any],
-    facts: dict[str, Any],
+    data: Mapping[str, Any],
+    facts: Mapping[str, Any],
     keep: int,
-    average: MovingAverage | None = None,
+    observers: Observer = NO_OBSERVER,
 ) -> Path:
     """Commit a checkpoint (collective) and prune old ones. Returns its folder.
 
-    Raises commit.NotEnoughSpace, on all ranks alike; nothing of the folder is left then.
+    Raises commit.CommitFailed, on all ranks alike; nothing of the folder is left then.
     """
     is_first = engine.rank == 0
-    trainable = engine.trainable_state(is_kept=is_first)  # collective, so before anything that can fail
-    averaged = average.state(is_kept=is_first) if average is not None else {}
-    if is_first:
-        buffers = own_buffers(engine)
-        trainable |= buffers
-        averaged = {**averaged, **buffers} if averaged else {}
+    # Collective, so before anything that can fail on one rank and leave the others waiting.
+    weights = {TRAINABLE_FILE: engine.trainable_state(is_kept=is_first)}
+    weights |= observers.tensors(is_kept=is_first)
+    buffers = own_buffers(engine) if is_first else {}
 
     def write(folder: Path) -> None:
         engine.save(root, folder.name)
         _save_tensors(seeds.rng_state(), folder / f"rank_{engine.rank}_rng.safetensors")
         if is_first:
-            _save_tensors(trainable, folder / TRAINABLE_FILE, metadata={"step": str(step)})
-            if averaged:
-                _save_tensors(averaged, folder / AVERAGE_FILE, metadata={"step": str(step)})
+            for name, tensors in weights.items():
+                _save_tensors({**tensors, **buffers}, folder / name, step=step)
             state = {"step": step, "data": data, "zero_stage": engine.zero_stage, **facts}
             (folder / "state.json").write_text(json.dumps(state, indent=1))
 
@@ -84,31 +82,25 @@ def save(
     )
 
 
-def _save_tensors(tensors: dict[str, Tensor], path: Path, **options: Any) -> None:
+def _save_tensors(tensors: dict[str, Tensor], path: Path, *, step: int | None = None) -> None:
     """safetensors, whose error on a full disk becomes an OSError."""
     try:
-        save_file(tensors, path, **options)
+        save_file(tensors, path, metadata=None if step is None else {"step": str(step)})
     except SafetensorError as error:
         raise OSError(f"{path.name}: {error}") from error
 
 
 def own_buffers(engine: Engine) -> dict[str, Tensor]:
-    """Persistent buffers outside frozen modules: statistics and scales that belong to the result.
-
-    Told from parameters by what they are: a tied table stands under two names, of which `named_parameters` gives one.
-    """
-    frozen = tuple(f"{name}." for name in _frozen_names(engine))
+    """Persistent buffers outside frozen modules: statistics and scales that belong to the result."""
+    frozen_ids = {id(module) for module in engine.stage.frozen_modules().values()}
+    frozen = tuple(f"{name}." for name, module in engine.stage.named_modules() if id(module) in frozen_ids)
+    # Told from parameters by their type: a tied table has two names, of which `named_parameters` gives only one.
     state = engine.stage.state_dict(keep_vars=True)
     return {
         name: tensor.detach().cpu().clone()
         for name, tensor in state.items()
         if not isinstance(tensor, nn.Parameter) and not name.startswith(frozen)
     }
-
-
-def _frozen_names(engine: Engine) -> list[str]:
-    frozen = {id(module) for module in engine.stage.frozen_modules().values()}
-    return [name for name, module in engine.stage.named_modules() if id(module) in frozen]
 
 
 def files_of(folder: Path, rank: int) -> list[Path]:
@@ -125,12 +117,12 @@ def files_of(folder: Path, rank: int) -> list[Path]:
 
 
 def resume(
-    engine: Engine, root: Path, *, facts: dict[str, Any], average: MovingAverage | None = None
+    engine: Engine, root: Path, *, facts: Mapping[str, Any], observers: Observer = NO_OBSERVER
 ) -> Resumed | None:
     """Load the newest good checkpoint on all ranks alike (collective); None when there is none.
 
     A checkpoint of another world size or ZeRO stage is converted on the way. Raises UserError when the frozen weights
-    differ from those the checkpoint was trained with, or when no checkpoint is whole.
+    differ from those that the checkpoint was trained with, or when no checkpoint is whole.
     """
     found = together.newest(root, engine)
     if found is None:
@@ -151,9 +143,8 @@ def resume(
     else:
         engine.load(root, found.tag)
     load_buffers(engine, trained)
-    if average is not None:
-        load_average(average, folder / AVERAGE_FILE, trained)
-    if is_elastic:  # the streams of other ranks mean nothing here: new ones, named by the step
+    observers.resume(folder, trained)
+    if is_elastic:  # the random streams belong to other ranks: new ones, addressed by the step
         seeds.seed_everything(engine.settings.seed, "training", state["step"], engine.rank)
     else:
         seeds.set_rng_state(load_file(folder / f"rank_{engine.rank}_rng.safetensors"))
@@ -161,25 +152,14 @@ def resume(
     return Resumed(state["step"], state["data"], state, found.tag, is_elastic)
 
 
-def load_average(average: MovingAverage, path: Path, trained: dict[str, Tensor]) -> None:
-    """The moving average of a commit; one written without starts anew from its weights."""
-    if not path.is_file():
-        get_logger().warning("%s has no moving average: it starts from the weights", path.parent.name)
-    average.load_state(load_file(path) if path.is_file() else trained)
-
-
 def load_elastic(engine: Engine, folder: Path, trained: dict[str, Tensor], world_size: int) -> None:
     """Load partitions of another world size through DeepSpeed's universal format, kept only for the load.
 
     Frozen weights are not in it: they were loaded and checked by hash before. When the conversion fails, training goes
-    on from the fp32 weights with fresh optimizer moments, and says so.
+    on from the fp32 weights with fresh optimizer moments, and a warning says so.
     """
-    get_logger().warning(
-        "checkpoint %s was written by %d processes, this run has %d: converting it",
-        folder.name,
-        world_size,
-        engine.world_size,
-    )
+    message = "checkpoint %s was written by %d processes, this run has %d: converting it"
+    get_logger().warning(message, folder.name, world_size, engine.world_size)
     target = folder.with_name(f".{folder.name}_universal")
     failure = together.on_rank_0(engine, lambda: _convert(folder, target))
     if failure:
@@ -202,8 +182,8 @@ def _convert(folder: Path, target: Path) -> str:
 
 
 def load_weights_only(engine: Engine, trained: dict[str, Tensor], why: str) -> None:
-    """The loud fallback: fp32 weights as they were, fresh optimizer moments."""
-    get_logger().warning("WEIGHTS ONLY, optimizer moments start anew: %s", why)
+    """The fallback, with a warning: fp32 weights as they were, fresh optimizer moments."""
+    get_logger().warning("WEIGHTS ONLY, optimizer moments start from zero: %s", why)
     engine.load_weights(trained)
 
 

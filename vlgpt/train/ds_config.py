@@ -11,37 +11,20 @@ from typing import Any
 from vlgpt.errors import UserError
 from vlgpt.settings import RunSettings
 
-# What a JSON may hold beside what the run's YAML decides. DeepSpeed itself ignores misspelt keys in silence.
+# What a JSON may hold beside what the run's YAML decides. DeepSpeed itself silently ignores misspelt keys.
 KEYS = frozenset(
     (
-        "zero_optimization",
-        "zero_force_ds_cpu_optimizer",
-        "zero_allow_untested_optimizer",
-        "communication_data_type",
-        "prescale_gradients",
-        "gradient_predivide_factor",
-        "sparse_gradients",
-        "disable_allgather",
-        "comms_logger",
-        "flops_profiler",
-        "wall_clock_breakdown",
-        "memory_breakdown",
-        "dump_state",
-        "aio",
-        "train_batch_size",
-        "train_micro_batch_size_per_gpu",
-        "gradient_accumulation_steps",
-        "gradient_clipping",
-        "bf16",
-        "data_types",
-        "steps_per_print",
+        *("zero_optimization", "zero_force_ds_cpu_optimizer", "zero_allow_untested_optimizer"),
+        *("communication_data_type", "prescale_gradients", "gradient_predivide_factor", "sparse_gradients"),
+        *("disable_allgather", "comms_logger", "flops_profiler", "wall_clock_breakdown", "memory_breakdown"),
+        *("dump_state", "aio", "train_batch_size", "train_micro_batch_size_per_gpu"),
+        *("gradient_accumulation_steps", "gradient_clipping", "bf16", "data_types", "steps_per_print"),
     )
 )
 ELSEWHERE = {
-    "optimizer": "optimisation and precision live in the run's YAML",
-    "scheduler": "optimisation and precision live in the run's YAML",
-    "fp16": "optimisation and precision live in the run's YAML",
-    "amp": "optimisation and precision live in the run's YAML",
+    **dict.fromkeys(
+        ("optimizer", "scheduler", "fp16", "amp"), "optimisation and precision live in the run's YAML"
+    ),
     "activation_checkpointing": "stage.has_checkpointing in the run's YAML decides it",
     "checkpoint": "commits and elastic resume are the trainer's own",
     "elasticity": "any number of GPUs resumes by itself",
@@ -93,13 +76,14 @@ def read_config(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"DeepSpeed configuration {path} does not exist (see ds_configs/)")
     try:
-        return json.loads(path.read_text())
+        config: dict[str, Any] = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error
+    return config
 
 
 def lint(merged: Mapping[str, Any], *, source: str) -> list[str]:
-    """What a merged configuration asks for in vain or at a price. Raises UserError for what cannot work."""
+    """Warnings: what in a merged configuration has no effect, or a price. Raises UserError for what cannot work."""
     _refuse_unknown(merged, KEYS, source)
     zero = merged.get("zero_optimization", {})
     stage = zero.get("stage", 0)
@@ -114,8 +98,8 @@ def lint(merged: Mapping[str, Any], *, source: str) -> list[str]:
         )
     warnings = []
     if stage < 3:
-        vain = [key for key in zero if key.startswith("stage3_") or key == "offload_param"]
-        warnings += [f"{source}: {key} has no effect with ZeRO stage {stage}" for key in vain]
+        unused = [key for key in zero if key.startswith("stage3_") or key == "offload_param"]
+        warnings += [f"{source}: {key} has no effect with ZeRO stage {stage}" for key in unused]
     for key in ("zero_quantized_weights", "zero_quantized_gradients"):
         if zero.get(key):
             warnings.append(

@@ -7,10 +7,11 @@ import io
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,9 +23,11 @@ from vlgpt.files import free_port
 from vlgpt.log import get_logger
 from vlgpt.settings import RunSettings
 from vlgpt.stages.base import Stage, parameter_groups
-from vlgpt.stages.build import dtype_of
+from vlgpt.stages.language import dtype_of
 from vlgpt.train.agreement import join_ranks
 from vlgpt.train.ds_config import lint_zero
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class StepResult:
 def start_process_group(*, timeout_s: float, facts: Mapping[str, Any] | None = None) -> None:
     """Join the processes of the launcher (environment variables), or start a group of one.
 
-    `facts` must be equal on all ranks. Raises UserError at once when they differ, or when ranks are wrong or doubled.
+    `facts` must be equal on all ranks. Raises UserError at once when they differ, or a rank is wrong or taken twice.
     """
     if dist.is_initialized():
         return
@@ -47,13 +50,12 @@ def start_process_group(*, timeout_s: float, facts: Mapping[str, Any] | None = N
     os.environ.setdefault("LOCAL_RANK", "0")
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", str(free_port()))
-    if not os.environ.get(
-        "LOCAL_SIZE", ""
-    ).isdigit():  # an empty LOCAL_SIZE breaks deepspeed's CPU accelerator
+    # An empty LOCAL_SIZE breaks deepspeed's CPU accelerator.
+    if not os.environ.get("LOCAL_SIZE", "").isdigit():
         os.environ["LOCAL_SIZE"] = os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])
     store, rank, world_size = join_ranks(facts or {}, timeout_s=timeout_s)  # refuses before the slow import
-    # deepspeed decorates an optimizer with torch.compile, which alone starts a pool of compilers in every rank (0.4 GB,
-    # up to torch 2.6 at least). Nothing here is compiled.
+    # deepspeed decorates an optimizer with torch.compile, which alone starts a pool of compiler processes in every rank
+    # (0.4 GB, up to torch 2.6 at least). Nothing here is compiled.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     import deepspeed
 
@@ -92,6 +94,7 @@ class Engine:
         optimizer = torch.optim.AdamW(
             groups, lr=settings.optimizer.lr, betas=settings.optimizer.betas, eps=settings.optimizer.eps
         )
+        # torch's AdamW on our own parameter groups, not DeepSpeed's optimizers: one set of numbers on CPU and GPU.
         with frozen_parts_out(stage):
             self._engine, self._optimizer, _, _ = deepspeed.initialize(
                 model=stage, optimizer=optimizer, config=dict(ds_config), dist_init_required=False
@@ -115,20 +118,20 @@ class Engine:
     def dtype(self) -> torch.dtype:
         return dtype_of(self.settings)
 
-    def place(self, batch: Any) -> Any:
+    def place(self, batch: T) -> T:
         """Move a batch to this rank's device and the training precision."""
         return to_device(batch, self.device, self.dtype)
 
-    def feed(self, batches: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
-        """(batch, the same batch placed). On CUDA the next one is already on its way, on a stream of its own, while one
-        is trained on: its pinned tensors are copied, and its pixels normalised, beside the kernels of the step.
-        """
+    def feed(self, batches: Iterable[T]) -> Iterator[tuple[T, T]]:
+        """(batch, the same batch placed), one after the other."""
         if self.device.type != "cuda":
             for batch in batches:
                 yield batch, self.place(batch)
             return
+        # While one batch is trained on, the next is copied and its pixels are normalised on a stream of its own, beside
+        # the kernels of the step. Only copies from pinned memory overlap, so the loader pins.
         stream = torch.cuda.Stream(self.device)
-        coming: deque[tuple[Any, Any, torch.cuda.Event]] = deque()
+        coming: deque[tuple[T, T, torch.cuda.Event]] = deque()
         for batch in batches:
             with torch.cuda.stream(stream):
                 coming.append((batch, self.place(batch), stream.record_event()))
@@ -176,11 +179,9 @@ class Engine:
 
     @contextlib.contextmanager
     def evaluation(self) -> Iterator[None]:
-        """Eval mode without gradients, in which the stage may be called directly, also under ZeRO-3.
-
-        There a parameter that a module reads from elsewhere (peft's token rows) is gathered only during deepspeed's own
-        forward, or while its marks say so.
-        """
+        """Eval mode without gradients, in which the stage may be called directly, also under ZeRO-3."""
+        # There a parameter that a module reads from elsewhere (peft's token rows) is gathered only during deepspeed's
+        # own forward, or while its marks say so.
         tables = [module._parameters for module in self.stage.modules()]
         marked: list[Any] = [table for table in tables if hasattr(table, "_in_forward")]
         self.train(False)
@@ -215,9 +216,8 @@ class Engine:
 
     def load_universal(self, folder: Path) -> None:
         """Load a folder that `convert_to_universal` wrote, whatever the world size it came from."""
-        config = (
-            self._engine._config
-        )  # read at load time by deepspeed; set here, since it holds for this load only
+        # Read by deepspeed at load time, and set for this load only.
+        config = self._engine._config
         config.load_universal_checkpoint = True
         try:
             self.load(folder.parent, folder.name)
@@ -255,7 +255,7 @@ class Engine:
     def zero_stage(self) -> int:
         return int(self._engine.zero_optimization_stage())
 
-    def gathered_weights(self) -> Any:
+    def gathered_weights(self) -> AbstractContextManager[object]:
         """Context in which every parameter is whole on every rank (ZeRO-3 keeps them in pieces)."""
         if self.zero_stage < 3:
             return contextlib.nullcontext()
@@ -263,7 +263,7 @@ class Engine:
 
         return deepspeed.zero.GatheredParameters(list(self.stage.parameters()), modifier_rank=None)
 
-    def whole(self, parameter: Tensor) -> Any:
+    def whole(self, parameter: Tensor) -> AbstractContextManager[object]:
         """Context in which one parameter is whole and may be changed on rank 0 (ZeRO-3 keeps it in pieces)."""
         if self.zero_stage < 3:
             return contextlib.nullcontext()
@@ -276,6 +276,8 @@ class Engine:
         from deepspeed.utils import safe_get_full_fp32_param
 
         state = {}
+        # Under ZeRO the fp32 masters are partitioned, and gathering one is collective: every rank takes part, and those
+        # that keep nothing free each tensor at once.
         for name, parameter in self.stage.trainable():
             full = safe_get_full_fp32_param(parameter)
             value = parameter if full is None else full
@@ -286,15 +288,15 @@ class Engine:
     def barrier(self) -> None:
         dist.barrier()
 
-    def gather_objects(self, value: Any) -> list[Any]:
+    def gather_objects(self, value: T) -> list[T]:
         """One JSON-like value per rank, on every rank (control messages, never data from files)."""
-        gathered: list[Any] = [None] * self.world_size
+        gathered: list[T] = [value] * self.world_size
         dist.all_gather_object(gathered, value)
         return gathered
 
 
-def _arrived(batch: Any, placed: Any, event: torch.cuda.Event) -> tuple[Any, Any]:
-    """Let the stream at work wait for a copy, and tell the allocator that it uses memory of the copy's stream."""
+def _arrived(batch: T, placed: T, event: torch.cuda.Event) -> tuple[T, T]:
+    """Let the current stream wait for a copy, and tell the allocator that it uses memory of the copy's stream."""
     current = torch.cuda.current_stream()
     current.wait_event(event)
     for tensor in tensors_of(placed):
@@ -309,10 +311,9 @@ def _shape_of(parameter: Tensor) -> torch.Size:
 
 @contextlib.contextmanager
 def failures_kept(engine: Any) -> Iterator[list[str]]:
-    """Collect what fails when deepspeed writes: raised inside, a full disk on one rank would leave the others waiting.
-
-    Its recovery script is not copied: `trainable.safetensors` is what it would make.
-    """
+    """Collect what fails when deepspeed writes, instead of raising. Its recovery script is not copied."""
+    # Raised inside deepspeed, a full disk on one rank would leave the others waiting at a barrier. The script would
+    # make what `trainable.safetensors` already is.
     failures: list[str] = []
     writer, write = engine.checkpoint_engine, engine.checkpoint_engine.save
 
@@ -332,12 +333,10 @@ def failures_kept(engine: Any) -> Iterator[list[str]]:
 
 @contextlib.contextmanager
 def frozen_parts_out(stage: Stage) -> Iterator[None]:
-    """Hide frozen towers from deepspeed while it walks over parameters: they stay whole on every rank.
-
-    It has nothing to do with them, and cannot broadcast what real ones hold (CLIP's `logit_scale` has no dimension).
-    Under ZeRO-3 a partitioned tower is gathered by all ranks together when it runs, but a rank whose batch holds no
-    image does not run it: the others would wait forever.
-    """
+    """Hide frozen towers from deepspeed while it walks over parameters: they stay whole on every rank."""
+    # DeepSpeed has nothing to do with them, and cannot broadcast what real ones hold (CLIP's `logit_scale` has no
+    # dimension). Under ZeRO-3 a partitioned tower is gathered by all ranks together when it runs. A rank whose batch
+    # holds no image does not run it, so the others would wait forever.
     frozen = {id(module) for module in stage.frozen_modules().values()}
     places = [
         (parent, name, child)

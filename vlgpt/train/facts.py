@@ -25,6 +25,10 @@ from vlgpt.stages.base import Stage
 
 RESULT = "result"
 LIBRARIES = ("torch", "deepspeed", "transformers", "peft", "numpy", "safetensors")
+STAGE_PATHS = (
+    *("language_model", "image_tokenizer", "text_tokenizer", "picture_decoder"),
+    *("init_from", "coarse", "tokenizer_from", "detokenizer_from"),
+)
 
 
 def is_finished(settings: RunSettings) -> bool:
@@ -32,18 +36,18 @@ def is_finished(settings: RunSettings) -> bool:
     done = settings.run_dir / RESULT / "done.json"
     if not done.is_file():
         return False
-    try:  # validated anew, so that a setting added since then counts with its default
-        return (
-            RunSettings.model_validate_json(json.dumps(json.loads(done.read_text())["settings"])) == settings
-        )
+    # Validated and not compared as text, so that a setting that was added since then counts with its default.
+    try:
+        trained = json.dumps(json.loads(done.read_text())["settings"])
+        return RunSettings.model_validate_json(trained) == settings
     except (ValidationError, KeyError, json.JSONDecodeError):
         return False
 
 
 def missing_inputs(settings: RunSettings) -> list[tuple[str, str]]:
-    """Keys of local folders that a run reads and that are not there, before anything slow starts.
+    """(key, path) of what a run reads and what is not there, before anything slow starts.
 
-    A model's name without a slash or in a hub's `owner/name` form may live elsewhere and is not judged here.
+    A model's name without a slash, or in a hub's `owner/name` form, may be elsewhere and is not judged here.
     """
     validation = settings.validation
     paths = [(f"data.sources.{n}.path", source.path) for n, source in enumerate(settings.data.sources)]
@@ -52,17 +56,7 @@ def missing_inputs(settings: RunSettings) -> list[tuple[str, str]]:
     if validation.pictures is not None:
         paths.append(("validation.pictures.picture_decoder", validation.pictures.picture_decoder))
     stage = settings.stage.model_dump()
-    for key in (
-        "language_model",
-        "image_tokenizer",
-        "text_tokenizer",
-        "picture_decoder",
-        "init_from",
-        "coarse",
-        "tokenizer_from",
-        "detokenizer_from",
-    ):
-        paths.append((f"stage.{key}", stage.get(key) or ""))
+    paths += [(f"stage.{key}", stage.get(key) or "") for key in STAGE_PATHS]
     for key in ("encoder", "conditioner"):
         paths.append((f"stage.{key}.path", (stage.get(key) or {}).get("path", "")))
     return [(key, path) for key, path in paths if _must_be_here(key, path) and not Path(path).exists()]
@@ -75,10 +69,8 @@ def _must_be_here(key: str, path: str) -> bool:
 
 
 def data_facts(settings: RunSettings) -> dict[str, str]:
-    """A cheap fingerprint of every local source: its manifest, or the names of its shards.
-
-    The loader compares more once it is open; this refuses other data on a node before any model is loaded.
-    """
+    """A cheap fingerprint of every local source: its manifest, or the names of its shards."""
+    # The loader compares more once it is open. This refuses other data on a node before any model is loaded.
     found = {}
     for source in (*settings.data.sources, *settings.validation.sources):
         folder = Path(source.path)
@@ -88,9 +80,8 @@ def data_facts(settings: RunSettings) -> dict[str, str]:
         if manifest.is_file():
             content = manifest.read_bytes()
         else:
-            content = "\n".join(
-                sorted(e.name for e in os.scandir(folder) if e.name.endswith(".tar"))
-            ).encode()
+            names = sorted(entry.name for entry in os.scandir(folder) if entry.name.endswith(".tar"))
+            content = "\n".join(names).encode()
         found[source.path] = hashlib.sha256(content).hexdigest()[:16]
     return found
 
@@ -124,7 +115,7 @@ def describe(stage: torch.nn.Module) -> None:
     rows: dict[str, list[int]] = {}
     for name, parameter in stage.named_parameters():
         row = rows.setdefault(part_of(name), [0, 0])
-        count = getattr(parameter, "ds_numel", parameter.numel())  # ZeRO-3 has taken it apart
+        count = getattr(parameter, "ds_numel", parameter.numel())  # ZeRO-3 has partitioned it
         row[0] += count
         row[1] += count if parameter.requires_grad else 0
     rows["together"] = [sum(column) for column in zip(*rows.values())]

@@ -19,12 +19,12 @@ EXIT_CODE = "exit_code"
 
 
 def is_kill_switch_on(run_dir: Path) -> bool:
-    """Whether somebody made the file RUN/KILL_SWITCH: commit after this step and stop, whatever restarts the run."""
+    """Whether the file RUN/KILL_SWITCH exists: commit after this step and stop, whatever restarts the run."""
     return (run_dir / KILL_SWITCH).exists()
 
 
 def is_stop_requested(run_dir: Path) -> bool:
-    """Whether the supervisor asks for a commit after this step: signals sent to a launcher kill it at once."""
+    """Whether RUN/STOP_REQUEST exists, by which the supervisor asks for a commit: a signal would kill the launcher."""
     return (run_dir / STOP_REQUEST).exists()
 
 
@@ -56,8 +56,7 @@ def recorded_exit_code(run_dir: Path) -> int | None:
 class SpikeDetector:
     """Moving mean and variance of the loss; a value more than `sigma` deviations above the mean is a spike.
 
-    Spikes do not enter the statistics, so that a second one is measured against the same normal. The first `warmup`
-    values only feed them. Not part of a commit: after a resume it warms up again.
+    The first `warmup` values are never spikes. Not part of a commit: after a resume it warms up again.
     """
 
     sigma: float
@@ -72,6 +71,7 @@ class SpikeDetector:
         if self.sigma == 0 or not math.isfinite(loss):
             return False
         deviation = math.sqrt(self.variance) + 1e-6 * abs(self.mean)
+        # A spike does not enter the statistics, so that a second one is measured against the same normal loss.
         if self.num_seen >= self.warmup and loss - self.mean > self.sigma * deviation:
             return True
         self.num_seen += 1

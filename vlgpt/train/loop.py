@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,19 +17,17 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from vlgpt.log import MetricsLog, get_logger
+from vlgpt import commits
+from vlgpt.log import MetricsSink, get_logger
+from vlgpt.planning.flops import FlopMeter, counting
 from vlgpt.settings import RunSettings
 from vlgpt.stages.base import Stage
-from vlgpt.train import checkpoint, commit, faults
+from vlgpt.train import checkpoint, faults
 from vlgpt.train.agreement import disagreement, replica_digest
-from vlgpt.train.average import MovingAverage
 from vlgpt.train.engine import Engine, StepResult
-from vlgpt.train.flops import FlopMeter, counting
-from vlgpt.train.profile import ProfileWindow
+from vlgpt.train.observers import Observer
+from vlgpt.train.progress import Content, Progress
 from vlgpt.train.schedule import learning_rate
-from vlgpt.train.throughput import Content, Progress
-from vlgpt.train.upload import Uploader
-from vlgpt.train.watchdog import Watchdog
 
 
 class TrainingLoader(Protocol):
@@ -40,9 +38,13 @@ class TrainingLoader(Protocol):
     def __iter__(self) -> Iterator[Any]: ...
     def targets(self, num_batches: int) -> list[Mapping[str, float]]: ...
     def advance(self, num_micro_batches: int) -> None: ...
-    def state_dict(self) -> dict[str, Any]: ...
+    def state_dict(self) -> Mapping[str, Any]: ...
     def statistics(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+    def close(self) -> None: ...
+
+
+Validate = Callable[[int, Callable[[], None]], dict[str, float]]
 
 
 class TrainingStopped(RuntimeError):
@@ -55,16 +57,15 @@ class TrainingStopped(RuntimeError):
 
 @dataclass
 class RunState:
-    """What changes while a run goes on."""
+    """What changes during a run."""
 
     step: int = 0
     num_skipped: int = 0
     num_skipped_in_row: int = 0
     num_rollbacks: int = 0
     spikes: faults.SpikeDetector | None = None
-    sums: dict[str, Tensor] = field(
-        default_factory=dict
-    )  # per term (2, num_sources), since the last log line
+    # per term (2, num_sources): sums of losses and counts since the last log line
+    sums: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -74,23 +75,17 @@ class Run:
     settings: RunSettings
     engine: Engine
     loader: TrainingLoader
-    log: MetricsLog | None  # rank 0 only
     facts: dict[str, Any]
-    validate: Any = None  # callable(step, on_batch) -> dict of numbers, collective
-    should_stop: Any = None  # callable() -> bool: preemption was asked for on this rank
-    watchdog: Watchdog | None = None
-    profile: ProfileWindow | None = None
-    uploader: Uploader | None = None  # rank 0 only
-    average: MovingAverage | None = None
-
-    def is_alive(self, step: int) -> None:
-        """A sign of life for the watchdog."""
-        if self.watchdog is not None:
-            self.watchdog.beat(step)
+    log: MetricsSink = field(default_factory=MetricsSink)
+    observers: Observer = field(default_factory=Observer)
+    # validate(step, on_batch) -> numbers, collective; None when nothing is to be measured
+    validate: Validate | None = None
+    # whether this rank was asked to stop (preemption)
+    should_stop: Callable[[], bool] = lambda: False
 
 
 class Intake:
-    """The micro-batches of one step as they come from `Engine.feed`; keeps what they held, but not them."""
+    """The micro-batches of one step as they come from `Engine.feed`. Keeps their `Content`, not the batches."""
 
     def __init__(self, feed: Iterator[tuple[Any, Any]], num_batches: int):
         self._feed, self._num_batches = feed, num_batches
@@ -114,28 +109,27 @@ def train(run: Run, state: RunState) -> None:
     state.spikes = faults.SpikeDetector(settings.faults.spike_sigma)
     feed = engine.feed(iter(run.loader))
     engine.train()
-    run.is_alive(state.step)  # a resume or statistics may have taken long
+    run.observers.heartbeat(state.step)  # a resume or statistics may have taken long
     while state.step < settings.steps:
         step = state.step + 1
-        if run.profile is not None:
-            run.profile.before_step(step)
+        run.observers.before_step(step)
         started = time.monotonic()
         targets = run.loader.targets(accumulation)
         counting_s = time.monotonic() - started
         intake = Intake(feed, accumulation)
         rate = learning_rate(step, steps=settings.steps, settings=settings.optimizer)
         result, losses = train_step(engine, intake, rate, targets=targets, meter=progress.meter)
+        # Only now: a checkpoint's data position is what was trained on, not what workers have prepared.
         run.loader.advance(accumulation)
         state.step = step
-        if run.average is not None and not result.is_skipped:
-            run.average.update(step)
+        if not result.is_skipped:
+            run.observers.after_update(step)
         note_losses(state, losses)
         progress.add(intake.contents, time.monotonic() - started, counting_s + intake.wait_s)
-        run.is_alive(step)
-        if run.profile is not None:
-            run.profile.after_step(step)
+        run.observers.after_step(step)
         after_skip(run, state, result, intake.contents)
         if roll_back_after_spike(run, state, losses, intake.contents):
+            # A new iteration: the old one still holds batches of the data that are left out.
             feed = engine.feed(iter(run.loader))
             continue
         if step % settings.log_interval_steps == 0 or step == settings.steps:
@@ -144,10 +138,10 @@ def train(run: Run, state: RunState) -> None:
             step % settings.validation.interval_steps == 0 or step == settings.steps
         ):
             write_validation(run, step)
-            run.is_alive(step)
+            run.observers.heartbeat(step)
         check_replicas(run, step)
         after_step(run, state)
-        run.is_alive(step)
+        run.observers.heartbeat(step)
     progress.close()
 
 
@@ -161,15 +155,16 @@ def train_step(
 ) -> tuple[StepResult, dict[str, Tensor]]:
     """One optimizer step: sums of losses divided by the global number of targets.
 
-    `micro_batches` come as pairs from `Engine.feed`, their `targets` known before; or as batches that are all there.
-    The count runs over ranks and micro-batches, so the result depends on neither. `world_size * accumulation` undoes
-    DeepSpeed's two means. Returns the outcome and, per term, (2, num_sources) sums and counts of this rank.
+    `micro_batches` are pairs from `Engine.feed` when their `targets` are given, else batches. Returns the outcome and,
+    per term, (2, num_sources) sums and counts of this rank.
     """
     stage: Stage = engine.stage
     if targets is None:
         micro_batches = list(micro_batches)
         targets = [stage.count_targets(batch) for batch in micro_batches]
         micro_batches = engine.feed(micro_batches)
+    # A mean per micro-batch would weigh a target by how few others its micro-batch holds. Sums divided by the count
+    # over ranks and micro-batches depend on neither. The factor undoes DeepSpeed's means over both.
     counts = global_counts(engine, targets)
     undo_means = engine.world_size * len(targets)
     engine.set_learning_rate(rate)
@@ -211,8 +206,7 @@ def after_skip(run: Run, state: RunState, result: StepResult, contents: Iterable
     get_logger().warning(
         "step %d skipped: gradient is not finite (%d in a row)", state.step, state.num_skipped_in_row
     )
-    if run.log is not None:
-        run.log.write(state.step, {"event": "skipped_step", "documents": documents})
+    run.log.write(state.step, {"event": "skipped_step", "documents": documents})
     if state.num_skipped_in_row >= run.settings.max_skipped_steps:
         raise TrainingStopped(
             f"{state.num_skipped_in_row} steps in a row had a non-finite gradient; the documents are in metrics.jsonl "
@@ -224,14 +218,12 @@ def after_skip(run: Run, state: RunState, result: StepResult, contents: Iterable
 def roll_back_after_spike(
     run: Run, state: RunState, losses: dict[str, Tensor], contents: Iterable[Any]
 ) -> bool:
-    """Note a loss far above its moving mean; if asked for, load the newest commit and leave out the data since then.
-
-    The data plan is a pure function of its position, so the run simply goes on behind the offending window.
-    """
+    """Log a loss far above its moving mean; if asked for, load the newest commit and skip the data since then."""
     assert state.spikes is not None
     settings = run.settings.faults
     if settings.spike_sigma == 0 or not losses:
         return False
+    # Global means of the terms, so that all ranks see the same number and decide alike.
     sums = torch.stack([value.sum(1).double().cpu() for _, value in sorted(losses.items())])
     totals, counts = run.engine.all_sum(sums).cpu().unbind(1)
     loss = float((totals / counts.clamp(min=1)).sum())
@@ -240,22 +232,22 @@ def roll_back_after_spike(
     step = state.step
     documents = run.engine.gather_objects([list(_documents(content)) for content in contents])
     event = {"event": "loss_spike", "loss": loss, "usual": state.spikes.mean, "documents": documents}
-    if run.log is not None:
-        run.log.write(step, event)
+    run.log.write(step, event)
     get_logger().warning("step %d: loss %.4f is a spike, usual is %.4f", step, loss, state.spikes.mean)
     if not settings.spike_rollback or state.num_rollbacks >= settings.max_rollbacks:
         return False
     position = run.loader.state_dict()
     root = run.settings.run_dir / "checkpoints"
-    resumed = checkpoint.resume(run.engine, root, facts=run.facts, average=run.average)
+    resumed = checkpoint.resume(run.engine, root, facts=run.facts, observers=run.observers)
     if resumed is None:
         return False
+    # Weights go back, the data position does not: the data are a pure function of it, so the run goes on behind the
+    # batches that made the spike.
     run.loader.load_state_dict(position)
     state.num_rollbacks += 1
     state.step = resumed.step
     state.sums.clear()
-    if run.log is not None:
-        run.log.write(step, {"event": "rollback", "to_step": resumed.step})
+    run.log.write(step, {"event": "rollback", "to_step": resumed.step})
     get_logger().warning("rolled back to step %d; the data read since then are left out", resumed.step)
     return True
 
@@ -296,8 +288,7 @@ def write_log(run: Run, state: RunState, progress: Progress, result: StepResult,
     statistics = run.loader.statistics()
     values.update({k: v for k, v in statistics.items() if isinstance(v, (int, float))})
     values["data"] = {k: v for k, v in statistics.items() if isinstance(v, dict)}
-    if run.log is not None:
-        run.log.write(state.step, {key: value for key, value in values.items() if value is not None})
+    run.log.write(state.step, {key: value for key, value in values.items() if value is not None})
     progress.line(state.step, values)
 
 
@@ -306,11 +297,12 @@ def _ratio(total: float, count: float) -> float | None:
 
 
 def write_validation(run: Run, step: int) -> None:
-    """Held-out losses; the loop knows nothing of what is measured."""
+    """Held-out losses and whatever else `run.validate` measures."""
+    assert run.validate is not None
     with run.engine.evaluation():
-        values = run.validate(step, partial(run.is_alive, step))
-    if run.log is not None:
-        run.log.write(step, values)
+        values = run.validate(step, partial(run.observers.heartbeat, step))
+    run.log.write(step, values)
+    if run.engine.rank == 0:
         shown = "  ".join(f"{key} {value:.4f}" for key, value in values.items() if isinstance(value, float))
         get_logger().info("step %d validation: %s", step, shown)
 
@@ -321,8 +313,8 @@ def after_step(run: Run, state: RunState) -> None:
     is_last = state.step == settings.steps
     is_first = run.engine.rank == 0
     is_off = is_first and faults.is_kill_switch_on(settings.run_dir)
-    is_asked = run.should_stop is not None and run.should_stop()
-    is_asked = is_asked or (is_first and faults.is_stop_requested(settings.run_dir))
+    is_asked = run.should_stop() or (is_first and faults.is_stop_requested(settings.run_dir))
+    # One collective for both questions, after every step: all ranks must stop after the same one.
     asked = torch.tensor([float(is_asked), float(is_off)])
     wants_stop, is_killed = (value > 0 for value in run.engine.all_max(asked).tolist())
     if is_last or wants_stop or is_killed or state.step % settings.checkpoint.interval_steps == 0:
@@ -355,18 +347,16 @@ def save(run: Run, state: RunState) -> Path | None:
             data=run.loader.state_dict(),
             facts={**run.facts, "num_skipped": state.num_skipped},
             keep=run.settings.checkpoint.keep,
-            average=run.average,
+            observers=run.observers,
         )
-    except commit.NotEnoughSpace as error:
-        if run.log is not None:
-            run.log.write(state.step, {"event": "disk_full", "message": str(error)})
+    except commits.CommitFailed as error:
+        run.log.write(state.step, {"event": "disk_full", "message": str(error)})
         if run.settings.checkpoint.on_disk_full == "stop":
             raise TrainingStopped(str(error), faults.EXIT_DISK_FULL) from error
         get_logger().error("step %d is NOT saved: %s", state.step, error)
         return None
-    if run.log is not None:
+    if run.engine.rank == 0:
         seconds = time.monotonic() - started_s
-        run.log.write(state.step, {"commit_s": round(seconds, 3), "commit_bytes": commit.size_of(folder)})
-    if run.uploader is not None:
-        run.uploader.start(folder)
+        run.log.write(state.step, {"commit_s": round(seconds, 3), "commit_bytes": commits.size_of(folder)})
+        run.observers.after_commit(folder)
     return folder

@@ -1,4 +1,4 @@
-"""Stage 1 seen, not only measured: held-out pictures through tokenizer, detokenizer and picture decoder."""
+"""Stage 1 in images: held-out images through tokenizer, detokenizer and image decoder."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from vlgpt import seeds
 from vlgpt.batch import ConditionBatch, to_device
 from vlgpt.decoding.load import load_decoder
 from vlgpt.errors import UserError
-from vlgpt.log import MetricsLog, get_logger
-from vlgpt.models.decoder_parts import read_parts
-from vlgpt.models.decoders import PictureDecoder
+from vlgpt.log import MetricsSink, get_logger
+from vlgpt.models.conditions import read_parts
+from vlgpt.models.decoders import ImageDecoder
 from vlgpt.models.encoders import load_clip
 from vlgpt.settings import PictureCheckSettings
 from vlgpt.stages.tokenizer import ImageTokenizerStage
@@ -26,7 +26,7 @@ DIFFUSION_FILE = "diffusion.json"
 
 
 class ReconstructionCheck:
-    """CLIP similarity of reconstructions (paper, table 1), and a contact sheet of the same pictures every time.
+    """CLIP similarity of reconstructions (paper, table 1), and a contact sheet of the same images every time.
 
     Raises UserError for a stage without image tokenizer, or when decoder or judge cannot be loaded.
     """
@@ -45,8 +45,8 @@ class ReconstructionCheck:
             self.judge.to(engine.device)
 
     @torch.no_grad()
-    def __call__(self, batches: Iterator[Any], *, step: int, log: MetricsLog | None) -> dict[str, float]:
-        """Collective; every rank draws its share. Writes the sheet of rank 0's first pictures to `log`."""
+    def __call__(self, batches: Iterator[Any], *, step: int, log: MetricsSink) -> dict[str, float]:
+        """Collective; every rank draws its share. Writes the sheet of rank 0's first images to `log`."""
         sums = torch.zeros(2, dtype=torch.float64)
         originals: list[Tensor] = []
         drawn: list[Tensor] = []
@@ -67,7 +67,7 @@ class ReconstructionCheck:
                 originals.append(original)
                 drawn.append(pictures)
         total, count = self.engine.all_sum(sums).tolist()
-        if log is not None and originals:
+        if self.engine.rank == 0 and originals:
             log.image(step, "reconstructions", self._sheet(torch.cat(originals), torch.cat(drawn)))
         return {"validation/clip_similarity": total / count} if count else {}
 
@@ -80,7 +80,7 @@ class ReconstructionCheck:
         return self.decoder.decode(image.float(), text.float(), generators=generators)
 
     def _similarity(self, original: Tensor, drawn: Tensor) -> float:
-        """Sum over pictures of 100 x cosine."""
+        """Sum over images of 100 x cosine: 2 x (B, 3, H, W) in [-1, 1] -> scalar."""
         assert self.judge is not None
         first, second = (
             F.normalize(self.judge.embed_images(pictures.to(self.engine.device)).double(), dim=-1)
@@ -96,8 +96,8 @@ class ReconstructionCheck:
         return torch.cat(rows, dim=1).clamp(-1, 1) * 0.5 + 0.5
 
 
-def open_decoder(path: str, engine: Engine) -> PictureDecoder:
-    """A picture decoder as `vlgpt export` takes it: a saved component, a diffusion.json or a folder with one."""
+def open_decoder(path: str, engine: Engine) -> ImageDecoder:
+    """An image decoder as `vlgpt export` takes it: a saved component, a diffusion.json or a folder with one."""
     place = Path(path)
     description = place if place.is_file() else place / DIFFUSION_FILE
     if description.is_file():

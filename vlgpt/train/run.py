@@ -2,37 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 
-from vlgpt import log, seeds
+from vlgpt import commits, log, seeds
 from vlgpt.data.loader import Loader
 from vlgpt.errors import UserError
+from vlgpt.files import write_atomic
 from vlgpt.settings import DataSettings, RunSettings
-from vlgpt.stages import language
-from vlgpt.stages.base import Stage
 from vlgpt.stages.build import build_stage
-from vlgpt.stages.weights import newest_trainable
-from vlgpt.tokens import DocumentTokenizer
 from vlgpt.train import checkpoint, faults
 from vlgpt.train.agreement import disagreement
-from vlgpt.train.average import MovingAverage
 from vlgpt.train.ds_config import lint, merge_config
 from vlgpt.train.engine import Engine, start_process_group, stop_process_group
-from vlgpt.train.facts import check_features, data_facts, describe, record_run, versions
+from vlgpt.train.facts import RESULT, check_features, data_facts, describe, record_run, versions
 from vlgpt.train.loop import Run, RunState, TrainingStopped, train
-from vlgpt.train.profile import ProfileWindow
-from vlgpt.train.result import exporter, finish, placed
-from vlgpt.train.upload import Uploader
+from vlgpt.train.observers import MovingAverage, Observer, Observers, ProfileWindow, Uploader, Watchdog
 from vlgpt.train.validation import Probe, validator, watched
-from vlgpt.train.wandb_mirror import WandbMirror
-from vlgpt.train.watchdog import Watchdog
 
 
 def run_training(
@@ -41,7 +35,7 @@ def run_training(
     """Train one stage; returns the process's exit code. Collective over the launcher's processes.
 
     `probe(stage, step)` is asked on rank 0 after every validation, with whole weights in eval mode; its numbers are
-    logged under `probe/`. Raises UserError for anything the user has to mend.
+    logged under `probe/`. Raises UserError for anything the user has to correct.
     """
     try:
         return _run_together(settings, ds_config, ds_source=ds_source, probe=probe)
@@ -53,14 +47,14 @@ def run_training(
 def _run_together(
     settings: RunSettings, ds_config: Mapping[str, Any], *, ds_source: str, probe: Probe | None
 ) -> int:
-    """`run_training` after the promise that a user's mistake is recorded."""
     torch.set_num_threads(settings.threads)
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     log.configure(rank=rank)
     merged = merge_config(settings, ds_config, world_size=world_size, source=ds_source)
     for warning in lint(merged, source=ds_source):
         log.get_logger().warning("%s", warning)
-    refuse_kill_switch(settings)
+    if faults.is_kill_switch_on(settings.run_dir):
+        raise UserError(f"{settings.run_dir / faults.KILL_SWITCH} is there: remove it to train")
     agreed = {
         "settings": settings.model_dump(mode="json"),
         "deepspeed": merged,
@@ -79,25 +73,19 @@ def _run_together(
     close(run)
     if run.engine.rank == 0:
         faults.record_exit_code(settings.run_dir, exit_code)
-    stop_process_group()  # not after an unexpected error: the other ranks would not come to its barrier
+    # Not in a `finally`: after an unexpected error the other ranks would not come to its barrier.
+    stop_process_group()
     return exit_code
-
-
-def refuse_kill_switch(settings: RunSettings) -> None:
-    """Raises UserError while the file that stopped a run is still there."""
-    if faults.is_kill_switch_on(settings.run_dir):
-        raise UserError(f"{settings.run_dir / faults.KILL_SWITCH} is there: remove it to train")
 
 
 def close(run: Run) -> None:
     """End threads and workers."""
-    if run.uploader is not None:
-        run.uploader.wait()
-    if run.watchdog is not None:
-        run.watchdog.close()
-    run.loader.close()  # type: ignore[attr-defined]
-    if run.log is not None:
-        run.log.close()
+    run.observers.close()
+    run.loader.close()
+    run.log.close()
+
+
+# ------------------------------------------------------------------------------------------------------------ building
 
 
 def build_run(
@@ -105,66 +93,72 @@ def build_run(
 ) -> tuple[Run, RunState]:
     """Everything before step 1: loader, stage, engine, resume or statistics, and the record of what runs."""
     num_sources = max(len(settings.data.sources), len(settings.validation.sources))
-    stage, tokenizer = build_stage(settings, num_sources=num_sources)
-    if isinstance(stage, language.LanguageStage) and tokenizer is not None:
-        stage.exporter = exporter(settings, tokenizer)
+    stage = build_stage(settings, num_sources=num_sources)
     facts = {"frozen": stage.frozen_hashes(), "versions": versions()}  # before ZeRO-3 takes parameters apart
     engine = Engine(stage, settings, merged)
     if odd := disagreement(engine.gather_objects(facts["frozen"])):
         raise UserError(f"processes hold different frozen weights: {odd}; do all nodes see the same files?")
-    if isinstance(stage, language.LanguageStage):
-        stage.model.lm.settle_attention(engine.device, engine.dtype)
-        with engine.evaluation():
-            stage.model.lm.check_isolation()
-    metrics = None
-    is_first = engine.rank == 0
-    if is_first:
+    stage.settle(engine.device, engine.dtype)
+    with engine.evaluation():
+        stage.check()
+    metrics = log.MetricsSink()
+    if engine.rank == 0:
         record_run(settings, merged, facts)
         describe(stage)
-        mirrors = [WandbMirror(settings)] if settings.wandb_project else []
-        metrics = log.MetricsLog(settings.run_dir, mirrors=mirrors)
-    open_loader = loader_opener(settings, engine, stage, tokenizer)
+        metrics = log.MetricsLog(settings.run_dir, mirrors=mirrors_of(settings))
+    open_loader = loader_opener(settings, engine)
     loader = open_loader(settings.data)
     check_features(loader.feature_specs, stage, facts["frozen"])
     if odd := disagreement(engine.gather_objects(loader.state_dict())):
         raise UserError(
             f"processes read different data: {odd}; do all nodes see the same shards and indexes?"
         )
-    decay = settings.optimizer.ema_decay
-    average = MovingAverage(engine, decay=decay) if decay else None
     run = Run(
         settings=settings,
         engine=engine,
         loader=loader,
-        log=metrics,
         facts=facts,
+        log=metrics,
+        observers=Observers(_observers(settings, engine)),
         validate=validator(settings, engine, open_loader, log=metrics, probe=probe),
         should_stop=listen_for_stop(),
-        watchdog=Watchdog(settings.run_dir / "watch", rank=engine.rank, timeout_s=settings.step_timeout_s),
-        profile=ProfileWindow(settings.profile, settings.run_dir / "profile", rank=engine.rank),
-        uploader=Uploader(settings.checkpoint.upload) if settings.checkpoint.upload and is_first else None,
-        average=average,
     )
     return run, begin(run, open_loader)
 
 
-def loader_opener(
-    settings: RunSettings, engine: Engine, stage: Stage, tokenizer: DocumentTokenizer | None
-) -> Callable[..., Loader]:
+def mirrors_of(settings: RunSettings) -> list[log.MetricsSink]:
+    if settings.wandb_project is None:
+        return []
+    config = settings.model_dump(mode="json")
+    return [
+        log.WandbMirror(settings.run_dir, project=settings.wandb_project, name=settings.name, config=config)
+    ]
+
+
+def _observers(settings: RunSettings, engine: Engine) -> Iterator[Observer]:
+    if settings.checkpoint.upload and engine.rank == 0:
+        yield Uploader(settings.checkpoint.upload)
+    yield Watchdog(settings.run_dir / "watch", rank=engine.rank, timeout_s=settings.step_timeout_s)
+    yield ProfileWindow(settings.profile, settings.run_dir / "profile", rank=engine.rank)
+    if settings.optimizer.ema_decay:
+        yield MovingAverage(engine, decay=settings.optimizer.ema_decay)
+
+
+def loader_opener(settings: RunSettings, engine: Engine) -> Callable[..., Loader]:
     """`open_loader(data, workers=None)`: this run's loader over other sources, or with other workers."""
 
     def open_loader(data: DataSettings, *, workers: int | None = None) -> Loader:
         chosen = data if workers is None else data.model_copy(update={"num_workers": workers})
         return Loader(
             chosen,
-            kind=stage.batch_kind,
+            kind=engine.stage.batch_kind,
             micro_batch=settings.micro_batch,
             rank=engine.rank,
             world_size=engine.world_size,
-            tokenizer=tokenizer,
+            tokenizer=engine.stage.document_tokenizer,
             run_positions=settings.steps * settings.global_batch,
             quarantine=settings.run_dir / f"quarantine_rank_{engine.rank}.jsonl",
-            count_targets=stage.count_targets,
+            count_targets=engine.stage.count_targets,
             pin_memory=engine.device.type == "cuda",
         )
 
@@ -177,22 +171,27 @@ def begin(run: Run, open_loader: Callable[..., Loader]) -> RunState:
     resumed = None
     if settings.checkpoint.resume == "auto":
         root = settings.run_dir / "checkpoints"
-        resumed = checkpoint.resume(engine, root, facts=run.facts, average=run.average)
+        resumed = checkpoint.resume(engine, root, facts=run.facts, observers=run.observers)
     if resumed is not None:
         state.step = resumed.step
         state.num_skipped = resumed.facts.get("num_skipped", 0)
         run.loader.load_state_dict(resumed.data)
-    else:
-        fresh = open_loader(settings.data, workers=0)
-        batches = watched(fresh, lambda: run.is_alive(0))
-        engine.stage.prepare(placed(engine, batches), engine.all_sum)
-        fresh.close()
-        if source := getattr(
-            settings.stage, "init_from", None
-        ):  # in fp32: the stage's copy was cast to its precision
-            engine.load_weights(newest_trainable(Path(source)).tensors)
-        seeds.seed_everything(settings.seed, "training", engine.rank)
+        return state
+    fresh = open_loader(settings.data, workers=0)
+    batches = watched(fresh, lambda: run.observers.heartbeat(0))
+    engine.stage.prepare(placed(engine, batches), engine.all_sum)
+    fresh.close()
+    if source := getattr(settings.stage, "init_from", None):
+        # Loaded here and not by the stage, whose copy was cast to its precision: the masters want fp32.
+        engine.load_weights(commits.newest_trainable(Path(source)).tensors)
+    seeds.seed_everything(settings.seed, "training", engine.rank)
     return state
+
+
+def placed(engine: Engine, batches: Iterable[Any]) -> Iterator[Any]:
+    """A loader's batches on the engine's device."""
+    for batch in batches:
+        yield engine.place(batch)
 
 
 def listen_for_stop() -> Callable[[], bool]:
@@ -205,3 +204,50 @@ def listen_for_stop() -> Callable[[], bool]:
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, note)
     return lambda: bool(asked)
+
+
+# ----------------------------------------------------------------------------------------------------------- finishing
+
+
+def finish(run: Run) -> None:
+    """After the last step: the moving average takes over, then statistics for the next stage, then the result."""
+    settings, engine = run.settings, run.engine
+    run.observers.before_result()
+    loader = Loader(
+        settings.data.model_copy(update={"num_workers": 0}),
+        kind=engine.stage.batch_kind,
+        micro_batch=settings.micro_batch,
+        rank=engine.rank,
+        world_size=engine.world_size,
+        tokenizer=getattr(run.loader, "tokenizer", None),
+        run_positions=settings.steps * settings.global_batch,
+    )
+    with engine.evaluation():
+        engine.stage.finish(placed(engine, loader), engine.all_sum)
+    engine.train(False)
+    loader.close()
+    with engine.gathered_weights():
+        if engine.rank == 0:
+            write_result(settings, engine)
+    engine.barrier()
+
+
+def write_result(settings: RunSettings, engine: Engine) -> None:
+    """The result folder, written beside its place and moved there when it is whole."""
+    partial, result = settings.run_dir / f".{RESULT}.partial", settings.run_dir / RESULT
+    shutil.rmtree(partial, ignore_errors=True)
+    engine.stage.save(partial)
+    done = {"settings": settings.model_dump(mode="json")}
+    write_atomic(partial / "done.json", json.dumps(done, indent=1).encode())
+    replace_folder(partial, result)
+    log.get_logger().info("result written to %s", result)
+
+
+def replace_folder(new: Path, target: Path) -> None:
+    """Put a finished folder in the place of an older one. After a kill in between, the next call goes on."""
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.replace(old)
+    new.replace(target)
+    shutil.rmtree(old, ignore_errors=True)

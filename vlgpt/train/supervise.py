@@ -9,9 +9,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from vlgpt import commits
 from vlgpt.files import free_port
 from vlgpt.log import get_logger
-from vlgpt.train import commit, faults
+from vlgpt.train import faults
 
 # Codes after which starting again changes nothing, or must not happen. 75 is for the scheduler, which requeues.
 FINAL_CODES = frozenset(
@@ -29,9 +30,9 @@ FINAL_CODES = frozenset(
 def supervise(command: Sequence[str], *, run_dir: Path, max_restarts: int = 3, pause_s: float = 10.0) -> int:
     """Run `command` until it ends for good; returns its exit code (128 + n after signal n).
 
-    Restarts are counted while the newest commit stays the same: progress sets the count back. SIGTERM and SIGUSR1
-    ask the run to commit and end with 75, through the file RUN/STOP_REQUEST: a launcher that got the signal itself
-    would kill its processes. SIGINT ends the command at once; nothing starts again after it.
+    Restarts are counted while the newest commit stays the same; a new commit resets the count. SIGTERM and SIGUSR1 ask
+    the run to commit and end with 75, through the file RUN/STOP_REQUEST: a launcher that got the signal itself would
+    kill its processes. SIGINT ends the command at once; nothing starts again after it.
     """
     logger = get_logger()
     faults.request_stop(run_dir, False)
@@ -49,14 +50,8 @@ def supervise(command: Sequence[str], *, run_dir: Path, max_restarts: int = 3, p
         if num_restarts > max_restarts:
             logger.error("exit code %d; %d restarts brought no new commit: giving up", code, max_restarts)
             return code
-        logger.warning(
-            "exit code %d; restart %d of %d from step %d in %g s",
-            code,
-            num_restarts,
-            max_restarts,
-            step,
-            pause_s,
-        )
+        what = (code, num_restarts, max_restarts, step, pause_s)
+        logger.warning("exit code %d; restart %d of %d from step %d in %g s", *what)
         time.sleep(pause_s)
 
 
@@ -86,7 +81,8 @@ def _run_once(command: Sequence[str], run_dir: Path) -> tuple[int, bool]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        try:  # what a crashed launcher left behind would hold the devices
+        # Processes that a crashed launcher left behind would hold the devices.
+        try:
             os.killpg(process.pid, signal.SIGKILL)
         except ProcessLookupError:
             get_logger().debug("all processes of the command have ended")
@@ -96,6 +92,4 @@ def _run_once(command: Sequence[str], run_dir: Path) -> tuple[int, bool]:
 
 
 def _newest_step(run_dir: Path) -> int:
-    root = run_dir / "checkpoints"
-    steps = [commit.step_of(tag) for tag in commit.tags(root) if (root / tag / commit.MARKER).is_file()]
-    return max(steps, default=0)
+    return max(map(commits.step_of, commits.committed_tags(run_dir / "checkpoints")), default=0)

@@ -1,20 +1,22 @@
-"""What is measured on held-out data while a run goes on: losses, reconstructions, and the launcher's probe."""
+"""What is measured on held-out data during a run: losses, reconstructions, and the launcher's probe."""
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from vlgpt.data.loader import Loader
-from vlgpt.log import MetricsLog
+from vlgpt.log import MetricsSink
 from vlgpt.settings import RunSettings
 from vlgpt.train.engine import Engine
 from vlgpt.train.pictures import ReconstructionCheck
 
+T = TypeVar("T")
 Probe = Callable[[nn.Module, int], Iterator[Mapping[str, float]]]
 """Asks the stage its questions at a step. Yields after every batch of them, numbers or an empty mapping."""
 
@@ -24,13 +26,13 @@ def validator(
     engine: Engine,
     open_loader: Callable[..., Loader],
     *,
-    log: MetricsLog | None = None,
+    log: MetricsSink,
     probe: Probe | None = None,
 ) -> Callable[[int, Callable[[], None]], dict[str, float]] | None:
     """`validate(step, on_batch) -> numbers`, collective; None when the settings name nothing to measure.
 
-    `on_batch` is called on every rank at every batch: the sign of life of a validation longer than `step_timeout_s`.
-    Everything is opened once here: what is missing is told before step 1. Raises UserError or FileNotFoundError.
+    `on_batch` is called on every rank at every batch: a validation may take longer than `step_timeout_s`. Everything is
+    opened once here, so that a missing file is reported before step 1. Raises UserError or FileNotFoundError.
     """
     validation = settings.validation
     if not validation.sources and probe is None:
@@ -47,20 +49,13 @@ def validator(
     def validate(step: int, on_batch: Callable[[], None]) -> dict[str, float]:
         values: dict[str, float] = {}
         if validation.sources:
-            loader = open_loader(data, workers=0)
-            try:
+            with contextlib.closing(open_loader(data, workers=0)) as loader:
                 batches = watched(loader.one_pass(), on_batch)
-                values = validation_losses(
-                    engine, batches, validation.max_batches, source_names=loader.source_names
-                )
-            finally:
-                loader.close()
+                names = loader.source_names
+                values = validation_losses(engine, batches, validation.max_batches, source_names=names)
         if check is not None:
-            pictures = open_loader(with_pixels, workers=0)
-            try:
-                values.update(check(watched(pictures.one_pass(), on_batch), step=step, log=log))
-            finally:
-                pictures.close()
+            with contextlib.closing(open_loader(with_pixels, workers=0)) as loader:
+                values.update(check(watched(loader.one_pass(), on_batch), step=step, log=log))
         if probe is not None:
             values.update(probed(engine, probe, step, on_batch))
         return values
@@ -68,18 +63,17 @@ def validator(
     return validate
 
 
-def watched(batches: Iterable[Any], on_batch: Callable[[], None]) -> Iterator[Any]:
-    """The same batches, with a sign of life at each."""
+def watched(batches: Iterable[T], on_batch: Callable[[], None]) -> Iterator[T]:
+    """The same batches; `on_batch` is called before each."""
     for batch in batches:
         on_batch()
         yield batch
 
 
 def probed(engine: Engine, probe: Probe, step: int, on_batch: Callable[[], None]) -> dict[str, float]:
-    """The launcher's probe on rank 0; under ZeRO-3 on all ranks alike, since every forward pass is collective there.
-
-    All ranks meet after every batch: one that waited for the whole probe would run into the time limit of its wait.
-    """
+    """The numbers of the launcher's probe (collective)."""
+    # Rank 0 asks it alone; under ZeRO-3 all ranks do, since every forward pass is collective there. All meet after
+    # every batch: a rank that waited for the whole probe would run into the time limit of its collective.
     is_asked = engine.rank == 0 or engine.zero_stage == 3
     parts = probe(engine.stage, step) if is_asked else iter(())
     found: dict[str, float] = {}
@@ -98,7 +92,7 @@ def validation_losses(
 ) -> dict[str, float]:
     """Mean loss per term, and per term and source, over at most `max_batches` held-out batches of each rank.
 
-    Collective. Sources are told apart by the stage, whose number of sources must cover `source_names`.
+    Collective. The stage sums by source, so its number of sources must cover `source_names`.
     """
     terms = engine.stage.terms
     totals: dict[str, float] = defaultdict(float)

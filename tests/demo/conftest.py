@@ -1,0 +1,46 @@
+"""Small stand-ins for the emoji shards, a tiny CLIP as the judge, and a whole evaluation answered by the oracle."""
+
+import sys
+from pathlib import Path
+
+import emoji_shards
+import pytest
+
+sys.path += [str(Path(__file__).parents[1] / name) for name in ("evaluation", "models")]
+import official_files
+from test_model import export  # noqa: F401 - a fixture
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("clip")
+    official_files.write_clip(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def emoji_data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("emoji")
+    emoji_shards.write_data(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def evaluate(emoji_data, clip_folder):
+    """evaluation.run_all with the demo's job list: (export or fake, output folder, more flags) -> exit code."""
+    from evaluation.run_all import main
+
+    def run_all(model, output: Path, *flags: str) -> int:
+        arguments = [str(model), str(emoji_data), str(output), "--jobs", str(emoji_shards.JOBS)]
+        arguments += ["--option", f"judge={clip_folder}", "--metrics", str(output / "metrics.json")]
+        return main([*arguments, *flags])
+
+    return run_all
+
+
+@pytest.fixture(scope="session")
+def emoji_oracle(tmp_path_factory, evaluate) -> Path:
+    """A run folder whose `evaluation` was answered by the oracle."""
+    folder = tmp_path_factory.mktemp("emoji-oracle")
+    assert evaluate("oracle", folder / "evaluation") == 0
+    return folder
