@@ -194,14 +194,15 @@ class OpenClipEncoder(ClipEncoder):
             output_fmt="NLC",
             output_extra_tokens=True,
         )
-        tokens = found["image_intermediates"][0]
+        tokens: Tensor = found["image_intermediates"][0]
         # SigLIP has no class token
         prefix = found.get("image_intermediates_prefix", [tokens[:, :0]])[0]
         return torch.cat([prefix, tokens], dim=1) if self.has_cls else tokens
 
     def embed_images(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, E)."""
-        return self.model.encode_image(self.preprocess(pixels))
+        embedding: Tensor = self.model.encode_image(self.preprocess(pixels))
+        return embedding
 
     def _text_ids(self, captions: Sequence[str]) -> Tensor:
         """B strings -> (B, context length) int64."""
@@ -215,11 +216,13 @@ class OpenClipEncoder(ClipEncoder):
             normalize_intermediates=True,
             intermediates_only=True,
         )
-        return found["text_intermediates"][-1]
+        states: Tensor = found["text_intermediates"][-1]
+        return states
 
     def embed_texts(self, captions: Sequence[str]) -> Tensor:
         """B strings -> (B, E)."""
-        return self.model.encode_text(self._text_ids(captions))
+        embedding: Tensor = self.model.encode_text(self._text_ids(captions))
+        return embedding
 
 
 def _without_weights(open_clip: ModuleType, name: str) -> nn.Module:
@@ -279,14 +282,15 @@ class TransformersClipEncoder(ClipEncoder):
         tower = getattr(self.model, "vision_model", self.model)
         states = tower(pixel_values=self.preprocess(pixels), output_hidden_states=True).hidden_states
         # the first hidden states are the embeddings
-        hidden = states[self.block + 1]
+        hidden: Tensor = states[self.block + 1]
         has_class_token = hasattr(tower.embeddings, "class_embedding")
         return hidden if self.has_cls or not has_class_token else hidden[:, 1:]
 
     def embed_images(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, E)."""
         self._require_text_tower()
-        return self.model.get_image_features(pixel_values=self.preprocess(pixels)).pooler_output
+        embedding: Tensor = self.model.get_image_features(pixel_values=self.preprocess(pixels)).pooler_output
+        return embedding
 
     def _require_text_tower(self) -> PreTrainedTokenizerBase:
         if self.text_tokenizer is None:
@@ -300,15 +304,18 @@ class TransformersClipEncoder(ClipEncoder):
         encoded = tokenizer(
             list(captions), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
         )
-        return encoded["input_ids"].to(self.mean.device)
+        ids: Tensor = encoded["input_ids"]
+        return ids.to(self.mean.device)
 
     def text_states(self, captions: Sequence[str]) -> Tensor:
         """B strings -> (B, Kt, Dt)."""
-        return self.model.text_model(input_ids=self._text_ids(captions)).last_hidden_state
+        states: Tensor = self.model.text_model(input_ids=self._text_ids(captions)).last_hidden_state
+        return states
 
     def embed_texts(self, captions: Sequence[str]) -> Tensor:
         """B strings -> (B, E)."""
-        return self.model.get_text_features(input_ids=self._text_ids(captions)).pooler_output
+        embedding: Tensor = self.model.get_text_features(input_ids=self._text_ids(captions)).pooler_output
+        return embedding
 
 
 def block_of(layer: int, depth: int, *, name: str) -> int:

@@ -63,7 +63,8 @@ class PerceiverAttention(nn.Module):
         query = rearrange(self.to_q(latents), "b k (h d) -> b h k d", h=self.num_heads)
         key, value = rearrange(self.to_kv(context), "b s (two h d) -> two b h s d", two=2, h=self.num_heads)
         mixed = F.scaled_dot_product_attention(query, key, value)
-        return self.to_out(rearrange(mixed, "b h k d -> b k (h d)"))
+        output: Tensor = self.to_out(rearrange(mixed, "b h k d -> b k (h d)"))
+        return output
 
 
 class Resampler(nn.Module):
@@ -112,7 +113,8 @@ class Resampler(nn.Module):
             attention, mlp = cast(nn.ModuleList, layer)
             latents = attention(features, latents) + latents
             latents = mlp(latents) + latents
-        return self.norm_out(self.proj_out(latents))
+        tokens: Tensor = self.norm_out(self.proj_out(latents))
+        return tokens
 
 
 def read_ip_adapter(path: str | Path) -> IpAdapterWeights:

@@ -78,7 +78,8 @@ def _merger(module: nn.Module, name: str, tensor: Tensor) -> Callable[[], Tensor
             # In fp32, so that 16-bit weights are rounded once.
             deltas = [layer.get_delta_weight(adapter).float() for adapter in layer.active_adapters]
             return sum(deltas, tensor.detach().float()).to(tensor.dtype)
-        return layer.get_merged_weights(layer.active_adapters).detach()
+        weights: Tensor = layer.get_merged_weights(layer.active_adapters)
+        return weights.detach()
 
     return merged
 
