@@ -1,1 +1,1 @@
-"""The models: image tokenizer and detokenizer, the multimodal language model, frozen encoders, picture decoders."""
+"""The models: image tokenizer and detokenizer, the multimodal language model, frozen encoders, image decoders."""

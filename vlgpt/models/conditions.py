@@ -110,8 +110,11 @@ class IpAdapterImageConditioner(PixelEncoder):
     def _tokens(self, normalised: Tensor) -> Tensor:
         """(B, 3, H, W), normalised -> (B, Kv, Dv)."""
         normalised = normalised.to(next(self.vision.parameters()).dtype)
-        features = self.vision(pixel_values=normalised, output_hidden_states=True).hidden_states[-2]
-        return features if self.resampler is None else self.resampler(features)
+        output = self.vision(pixel_values=normalised, output_hidden_states=True)
+        features: Tensor = output.hidden_states[-2]
+        if self.resampler is not None:
+            features = self.resampler(features)
+        return features
 
     @torch.no_grad()
     def condition(self, pixels: Tensor) -> Tensor:
@@ -151,7 +154,8 @@ class TextConditioner(nn.Module):
     def condition(self, captions: Sequence[str]) -> Tensor:
         """B captions -> (B, Kt, Dt)."""
         ids = token_ids(self.tokenizer, captions, length=self.length)
-        return self.text_encoder(ids.to(self.text_encoder.device)).last_hidden_state
+        states: Tensor = self.text_encoder(ids.to(self.text_encoder.device)).last_hidden_state
+        return states
 
     def unconditional(self) -> Tensor:
         """The condition of the empty caption: -> (Kt, Dt)."""
@@ -254,7 +258,8 @@ def token_ids(tokenizer: CLIPTokenizer, captions: Sequence[str], *, length: int)
     encoded = tokenizer(
         list(captions), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
     )
-    return encoded["input_ids"]
+    ids: Tensor = encoded["input_ids"]
+    return ids
 
 
 def _pretrained(kind: Any, path: str | Path, *, subfolder: str) -> Any:

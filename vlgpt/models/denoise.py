@@ -68,7 +68,7 @@ def denoise(
         scheduler.set_begin_index(0)
     size, channels = unet.config.sample_size, unet.config.out_channels
     noise = torch.cat([torch.randn((1, channels, size, size), generator=g) for g in generators])
-    latents = noise.to(weight.device) * noise_scale * scheduler.init_noise_sigma
+    latents: Tensor = noise.to(weight.device) * noise_scale * scheduler.init_noise_sigma
     set_image_scale(unet, image_scale)
     is_guided = guidance > 1
     conditions = positive.with_negative(negative) if is_guided else positive
@@ -97,7 +97,8 @@ def predict(
         latents = torch.cat([latents, conditions.guide], dim=1)
     # The image attention takes this tuple apart.
     context = (conditions.text, [conditions.image[:, None]])
-    return unet(latents, timestep, encoder_hidden_states=context, added_cond_kwargs=added).sample
+    sample: Tensor = unet(latents, timestep, encoder_hidden_states=context, added_cond_kwargs=added).sample
+    return sample
 
 
 def set_image_scale(unet: Any, scale: float) -> None:

@@ -140,7 +140,8 @@ class VaeCodec(nn.Module):
                 for values in (config.latents_mean, config.latents_std)
             )
             latents = latents * std + mean
-        return self.vae.decode(latents.to(self.vae.dtype)).sample.float()
+        pixels: Tensor = self.vae.decode(latents.to(self.vae.dtype)).sample
+        return pixels.float()
 
 
 # --- the decoder

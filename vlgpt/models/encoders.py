@@ -194,14 +194,15 @@ class OpenClipEncoder(ClipEncoder):
             output_fmt="NLC",
             output_extra_tokens=True,
         )
-        tokens = found["image_intermediates"][0]
+        tokens: Tensor = found["image_intermediates"][0]
         # SigLIP has no class token
         prefix = found.get("image_intermediates_prefix", [tokens[:, :0]])[0]
         return torch.cat([prefix, tokens], dim=1) if self.has_cls else tokens
 
     def embed_images(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, E)."""
-        return self.model.encode_image(self.preprocess(pixels))
+        embedding: Tensor = self.model.encode_image(self.preprocess(pixels))
+        return embedding
 
     def _text_ids(self, captions: Sequence[str]) -> Tensor:
         """B strings -> (B, context length) int64."""
@@ -215,11 +216,13 @@ class OpenClipEncoder(ClipEncoder):
             normalize_intermediates=True,
             intermediates_only=True,
         )
-        return found["text_intermediates"][-1]
+        states: Tensor = found["text_intermediates"][-1]
+        return states
 
     def embed_texts(self, captions: Sequence[str]) -> Tensor:
         """B strings -> (B, E)."""
-        return self.model.encode_text(self._text_ids(captions))
+        embedding: Tensor = self.model.encode_text(self._text_ids(captions))
+        return embedding
 
 
 def _without_weights(open_clip: ModuleType, name: str) -> nn.Module:
@@ -279,14 +282,15 @@ class TransformersClipEncoder(ClipEncoder):
         tower = getattr(self.model, "vision_model", self.model)
         states = tower(pixel_values=self.preprocess(pixels), output_hidden_states=True).hidden_states
         # the first hidden states are the embeddings
-        hidden = states[self.block + 1]
+        hidden: Tensor = states[self.block + 1]
         has_class_token = hasattr(tower.embeddings, "class_embedding")
         return hidden if self.has_cls or not has_class_token else hidden[:, 1:]
 
     def embed_images(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, E)."""
         self._require_text_tower()
-        return self.model.get_image_features(pixel_values=self.preprocess(pixels)).pooler_output
+        embedding: Tensor = self.model.get_image_features(pixel_values=self.preprocess(pixels)).pooler_output
+        return embedding
 
     def _require_text_tower(self) -> PreTrainedTokenizerBase:
         if self.text_tokenizer is None:
@@ -300,15 +304,18 @@ class TransformersClipEncoder(ClipEncoder):
         encoded = tokenizer(
             list(captions), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
         )
-        return encoded["input_ids"].to(self.mean.device)
+        ids: Tensor = encoded["input_ids"]
+        return ids.to(self.mean.device)
 
     def text_states(self, captions: Sequence[str]) -> Tensor:
         """B strings -> (B, Kt, Dt)."""
-        return self.model.text_model(input_ids=self._text_ids(captions)).last_hidden_state
+        states: Tensor = self.model.text_model(input_ids=self._text_ids(captions)).last_hidden_state
+        return states
 
     def embed_texts(self, captions: Sequence[str]) -> Tensor:
         """B strings -> (B, E)."""
-        return self.model.get_text_features(input_ids=self._text_ids(captions)).pooler_output
+        embedding: Tensor = self.model.get_text_features(input_ids=self._text_ids(captions)).pooler_output
+        return embedding
 
 
 def block_of(layer: int, depth: int, *, name: str) -> int:
@@ -357,28 +364,3 @@ def load_clip(
     if library == "open_clip":
         return OpenClipEncoder(path, pretrained=pretrained, layer=layer, has_cls=has_cls)
     return TransformersClipEncoder(path, layer=layer, has_cls=has_cls)
-
-
-def new_open_clip(*, config: dict[str, Any]) -> nn.Module:
-    """An untrained CLIP of open_clip's classes from its own config format (`embed_dim`, `vision_cfg`, `text_cfg`)."""
-    from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
-
-    return CLIP(
-        embed_dim=config["embed_dim"],
-        vision_cfg=CLIPVisionCfg(**config["vision_cfg"]),
-        text_cfg=CLIPTextCfg(**config["text_cfg"]),
-        nonscalar_logit_scale=config.get("nonscalar_logit_scale", False),
-    )
-
-
-def save_open_clip(model: nn.Module, *, config: dict[str, Any], folder: Path) -> None:
-    """Write the folder format of open_clip (`local-dir:`): open_clip_config.json and open_clip_model.safetensors."""
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True, exist_ok=True)
-    half = [0.5, 0.5, 0.5]
-    preprocessing = {"mean": half, "std": half, "interpolation": "bicubic", "resize_mode": "shortest"}
-    record = {"model_cfg": config, "preprocess_cfg": preprocessing}
-    (folder / "open_clip_config.json").write_text(json.dumps(record, indent=1) + "\n")
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(state, folder / "open_clip_model.safetensors")

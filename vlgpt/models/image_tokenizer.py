@@ -49,8 +49,10 @@ class ImageTokenizer(Component):
 
     def forward(self, patches: Tensor) -> Tensor:
         """Visual embeddings as the detokenizer reads them: (M, P, C) -> (M, N, d)."""
-        return self.output(self.transformer(patches))
+        visual: Tensor = self.output(self.transformer(patches))
+        return visual
 
     def encode(self, patches: Tensor) -> Tensor:
         """Standardised visual embeddings as the language model reads and predicts them: (M, P, C) -> (M, N, d)."""
-        return self.standardiser(self(patches))
+        standardised: Tensor = self.standardiser(self(patches))
+        return standardised

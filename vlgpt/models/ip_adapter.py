@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vlgpt.errors import UserError
+from vlgpt.models.weights import shape_problems
 
 HEAD_WIDTH = 64
 GROUPS = ("image_proj", "ip_adapter")
@@ -62,7 +63,8 @@ class PerceiverAttention(nn.Module):
         query = rearrange(self.to_q(latents), "b k (h d) -> b h k d", h=self.num_heads)
         key, value = rearrange(self.to_kv(context), "b s (two h d) -> two b h s d", two=2, h=self.num_heads)
         mixed = F.scaled_dot_product_attention(query, key, value)
-        return self.to_out(rearrange(mixed, "b h k d -> b k (h d)"))
+        output: Tensor = self.to_out(rearrange(mixed, "b h k d -> b k (h d)"))
+        return output
 
 
 class Resampler(nn.Module):
@@ -111,7 +113,8 @@ class Resampler(nn.Module):
             attention, mlp = cast(nn.ModuleList, layer)
             latents = attention(features, latents) + latents
             latents = mlp(latents) + latents
-        return self.norm_out(self.proj_out(latents))
+        tokens: Tensor = self.norm_out(self.proj_out(latents))
+        return tokens
 
 
 def read_ip_adapter(path: str | Path) -> IpAdapterWeights:
@@ -233,13 +236,8 @@ def check_shapes(
     found: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]], *, group: str, source: str
 ) -> None:
     """Raises UserError that lists missing, unexpected and differently shaped tensors."""
-    problems = [f"missing {group}.{name}" for name in wanted if name not in found]
-    problems += [f"unexpected {group}.{name}" for name in found if name not in wanted]
-    problems += [
-        f"{group}.{name} has shape {tuple(found[name].shape)}, wanted {shape}"
-        for name, shape in wanted.items()
-        if name in found and tuple(found[name].shape) != shape
-    ]
+    shapes = {f"{group}.{name}": tuple(tensor.shape) for name, tensor in found.items()}
+    problems = shape_problems(shapes, {f"{group}.{name}": shape for name, shape in wanted.items()})
     if problems:
         more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
         shown = "; ".join(problems[:4]) + more

@@ -63,7 +63,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool, backen
 
         # flash-attn has heads inside of positions: views, no copies
         swapped = (rearrange(x, "b h s d -> b s h d") for x in (query, key, value))
-        return rearrange(flash_attn_func(*swapped, causal=is_causal), "b s h d -> b h s d")
+        mixed: Tensor = flash_attn_func(*swapped, causal=is_causal)
+        return rearrange(mixed, "b s h d -> b h s d")
     return F.scaled_dot_product_attention(query, key, value, is_causal=is_causal)
 
 
@@ -89,7 +90,8 @@ class Attention(nn.Module):
             self.key_value(context), "b s (two h d) -> two b h s d", two=2, h=self.num_heads
         )
         mixed = attend(query, key, value, is_causal=self.is_causal, backend=self.backend)
-        return self.output(rearrange(mixed, "b h q d -> b q (h d)"))
+        output: Tensor = self.output(rearrange(mixed, "b h q d -> b q (h d)"))
+        return output
 
 
 class DecoderBlock(nn.Module):
@@ -115,7 +117,8 @@ class DecoderBlock(nn.Module):
         normed = self.self_norm(x)
         x = x + self.self_attention(normed, normed)
         x = x + self.cross_attention(self.cross_norm(x), context)
-        return x + self.mlp(self.mlp_norm(x))
+        mlp: Tensor = self.mlp(self.mlp_norm(x))
+        return x + mlp
 
 
 def require_backend(wanted: str) -> None:
@@ -179,4 +182,5 @@ class QueryTransformer(nn.Module):
                 x = checkpoint(block, x, context, use_reentrant=False)
             else:
                 x = block(x, context)
-        return self.norm(x)
+        normed: Tensor = self.norm(x)
+        return normed

@@ -108,14 +108,15 @@ class MultimodalLM(KeepsBuffers):
 
     def embed(self, token_ids: Tensor, is_visual: Tensor, visual: Tensor | None) -> Tensor:
         """Input embeddings: (B, L), (B, L), (M, N, d) | None -> (B, L, D)."""
-        embeddings = self.backbone.get_input_embeddings()(token_ids)
+        embeddings: Tensor = self.backbone.get_input_embeddings()(token_ids)
         if visual is None or visual.shape[0] == 0:
             return embeddings + 0.0 * self._touch_projection(embeddings)
         return embeddings.masked_scatter(is_visual[..., None], self.embed_visual(visual).to(embeddings.dtype))
 
     def embed_visual(self, visual: Tensor) -> Tensor:
         """Standardised visual embeddings at the scale of words: (..., d) -> (..., D)."""
-        return self.projection(visual.to(self.dtype)) * self.visual_scale
+        projected: Tensor = self.projection(visual.to(self.dtype))
+        return projected * self.visual_scale
 
     def _touch_projection(self, like: Tensor) -> Tensor:
         """Zero that depends on the projection: (B, L, D) -> ().
@@ -125,7 +126,8 @@ class MultimodalLM(KeepsBuffers):
         if isinstance(self.projection, nn.Identity):
             return torch.zeros((), device=self.visual_scale.device)
         # The layer is called as for an image: ZeRO-3 gathers a weight at each access, which all ranks must do alike.
-        return self.projection(like.new_zeros(1, self.visual_width)).sum()
+        projected: Tensor = self.projection(like.new_zeros(1, self.visual_width))
+        return projected.sum()
 
     def hidden_states(self, batch: Batch, visual: Tensor | None) -> Tensor:
         """Last hidden states of packed rows: (B, L), (M, N, d) -> (B, L, D).
@@ -143,7 +145,8 @@ class MultimodalLM(KeepsBuffers):
         elif attention == "sdpa" and embeddings.device.type == "cpu":
             arguments = {"packed_lengths": packed_lengths(batch.segment_ids)}
         output = self.backbone(inputs_embeds=embeddings, position_ids=positions, use_cache=False, **arguments)
-        return output.last_hidden_state.reshape(shape[:-1] + output.last_hidden_state.shape[-1:])
+        hidden: Tensor = output.last_hidden_state
+        return hidden.reshape(*shape[:-1], hidden.shape[-1])
 
     def logits(self, hidden: Tensor) -> Tensor:
         """LM head with the padding rows of the vocabulary masked: (..., D) -> (..., vocabulary)."""
@@ -262,18 +265,22 @@ def forward_with_rows(
     For LLaMA-7B the two copies and the gradient are 0.8 GB in bf16, and the gradient of the LM head is a matrix product
     as large as its forward pass, all for two rows.
     """
+    output: Tensor
     if layer.disable_adapters or layer.merged or len(active_adapters) != 1:
-        return type(layer).forward_adapters(layer, x, active_adapters, *rest, **more)
+        output = type(layer).forward_adapters(layer, x, active_adapters, *rest, **more)
+        return output
     rows, tokens = layer.trainable_tokens_delta[active_adapters[0]], layer.token_indices[active_adapters[0]]
     base, output = layer.base_layer, layer.base_layer(x)
     if isinstance(base, nn.Linear):
         index = torch.tensor(tokens, device=x.device)
         bias = None if base.bias is None else base.bias[index]
         columns = nn.functional.linear(x, rows.to(x.dtype), bias)
-        if hasattr(base.weight, "ds_id"):  # ZeRO-3 wraps outputs in a function that forbids writing
+        # ZeRO-3 wraps outputs in a function that forbids writing in place.
+        if hasattr(base.weight, "ds_id"):
             return output.index_copy(-1, index, columns)
         return output.index_copy_(-1, index, columns)
-    scale = getattr(base, "embed_scale", 1.0)  # Gemma's embedding layer scales what it looks up
+    # Gemma's embedding layer scales what it looks up.
+    scale = getattr(base, "embed_scale", 1.0)
     for row, token in zip(rows.to(output.dtype) * scale, tokens):
         output = torch.where((x == token)[..., None], row.to(output.dtype), output)
     return output

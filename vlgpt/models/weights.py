@@ -78,7 +78,8 @@ def _merger(module: nn.Module, name: str, tensor: Tensor) -> Callable[[], Tensor
             # In fp32, so that 16-bit weights are rounded once.
             deltas = [layer.get_delta_weight(adapter).float() for adapter in layer.active_adapters]
             return sum(deltas, tensor.detach().float()).to(tensor.dtype)
-        return layer.get_merged_weights(layer.active_adapters).detach()
+        weights: Tensor = layer.get_merged_weights(layer.active_adapters)
+        return weights.detach()
 
     return merged
 
@@ -129,6 +130,18 @@ def weight_files(path: Path) -> list[Path]:
             f"{path.parent} lacks the shards {', '.join(missing)} that {index.name} lists"
         )
     return files
+
+
+def shape_problems(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Missing, unexpected and differently shaped tensors, in words."""
+    problems = [f"missing {name}" for name in wanted if name not in found]
+    problems += [f"unexpected {name}" for name in found if name not in wanted]
+    problems += [
+        f"{name} has shape {found[name]}, wanted {shape}"
+        for name, shape in wanted.items()
+        if found.get(name, shape) != shape
+    ]
+    return problems
 
 
 def load_whole(kind: Any, path: str, **options: Any) -> Any:
