@@ -55,7 +55,7 @@ class StoredImage:
 
 
 class ImagePreparer:
-    """Prepares pictures; small ones that come again and again (emoji) are prepared once, in CACHE_BYTES at most."""
+    """Prepares pictures; small ones that come again and again are prepared once, in CACHE_BYTES at most."""
 
     def __init__(self, settings: ImageSettings, *, cache_bytes: int = CACHE_BYTES):
         self._settings = settings
