@@ -35,7 +35,8 @@ from vlgpt.batch import Batch
 from vlgpt.config import validate
 from vlgpt.doctor.sample import Setting, new_batch, new_stage, plan_of
 from vlgpt.models.language_models import build_language_model
-from vlgpt.planning.flops import Work, count
+from vlgpt.planning.costs import Work
+from vlgpt.planning.flops import squared_lengths
 from vlgpt.settings import RunSettings
 from vlgpt.stages.language import LanguageStage
 from vlgpt.train.ds_config import merge_config
@@ -73,19 +74,12 @@ def gemm_peak(dtype: torch.dtype, *, tokens: int, width: int, repeats: int = 6) 
     return best
 
 
-def needed_flops(
-    setting: Setting, work: Work, segments: torch.Tensor, *, trained: str, has_token_rows: bool = True
-) -> float:
-    """What a step needs; `count` has attention over whole rows, here it is inside documents and causal."""
-    parts, _ = plan_of(setting)
-    frozen = () if has_token_rows or trained == "all" else ("token_rows",)
-    parts = replace(parts, lora_rank=RANK if trained == "lora" else None, frozen=frozen)
-    assert parts.lm is not None
-    width = parts.lm.num_heads * parts.lm.head_width
-    whole = 3 * parts.lm.depth * 4 * work.rows * work.length**2 * width
-    squares = sum(int((torch.bincount(row.long()) ** 2).sum()) for row in segments)
-    own = 3 * parts.lm.depth * 2 * squares * width
-    return count(parts, work, has_checkpointing=False).model - whole + own
+def needed_flops(setting: Setting, work: Work, segments: torch.Tensor, *, trained: str) -> float:
+    """What a step needs: the operations of the plan, with attention inside the documents of this batch."""
+    costs, _ = plan_of(setting, trained=trained)
+    whole = work.rows * setting.length**2
+    per_square = 3 * 2 * setting.depth * setting.width
+    return costs.of(work).model + per_square * (squared_lengths(segments) - whole)
 
 
 def adamw(module: torch.nn.Module) -> torch.optim.Optimizer:
@@ -113,8 +107,8 @@ def hand_written(setting: Setting, dtype: torch.dtype, trained: str, accumulatio
         optimizer.zero_grad()
         return float(loss.detach())
 
-    work = Work(setting.rows, setting.length, 0, setting.rows * (setting.length - 1), 0, has_tokenizing=False)
-    flops = needed_flops(setting, work, torch.ones_like(ids), trained=trained, has_token_rows=False)
+    work = Work(setting.rows, 0, setting.rows * (setting.length - 1), 0, has_tokenizing=False)
+    flops = needed_flops(setting, work, torch.ones_like(ids), trained=trained)
     name = "hand-written LlamaForCausalLM loop"
     return Loop(name, flops * accumulation, ids.numel() * accumulation, step)
 

@@ -19,7 +19,7 @@ from vlgpt.document import TextPart
 from vlgpt.errors import UserError
 from vlgpt.images import BadImage, read_square
 from vlgpt.models.augment import random_views
-from vlgpt.models.encoders import ClipEncoder, hash_weights
+from vlgpt.models.encoders import Conditioner, hash_weights
 from vlgpt.models.image_tokenizer import ImageTokenizer
 from vlgpt.shards import BadSample, FeatureSpec, FeatureWriter, ShardSet
 from vlgpt.shards.features import has_feature_rows
@@ -34,7 +34,7 @@ class FeatureJob:
     """How to compute one feature, and the spec that names it."""
 
     spec: FeatureSpec
-    encoder: ClipEncoder
+    encoder: Conditioner
     tokenizer: ImageTokenizer | None
     seed: int = 0
     precision: str = "float32"
@@ -66,7 +66,7 @@ class FeatureJob:
         """All views of a batch; view 0 is clean: (B, 3, H, W) -> (B, views, *shape)."""
         views = [pixels] + [random_views(pixels, generator) for _ in range(self.spec.views - 1)]
         with self._autocast():
-            encoded = [self.encoder.patches(view) for view in views]
+            encoded = [self.encoder.image_condition(view) for view in views]
             if self.tokenizer is not None:
                 encoded = [self.tokenizer.encode(patches) for patches in encoded]
         return torch.stack(encoded, dim=1)
@@ -75,7 +75,7 @@ class FeatureJob:
     def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
         """B strings -> (B, 1, Kt, Dt)."""
         with self._autocast():
-            return self.encoder.text_states(texts)[:, None]
+            return self.encoder.text_condition(texts)[:, None]
 
     def _autocast(self) -> AbstractContextManager[object]:
         if self.precision == "float32":
@@ -97,7 +97,7 @@ def _reference_attention() -> Iterator[None]:
 
 def make_job(
     name: str,
-    encoder: ClipEncoder,
+    encoder: Conditioner,
     *,
     encoder_name: str,
     tokenizer: ImageTokenizer | None = None,
@@ -106,9 +106,7 @@ def make_job(
     seed: int = 0,
     precision: str = "float32",
 ) -> FeatureJob:
-    """Probe the encoder for its shape and describe the feature. Raises UserError when `visual` lacks its
-    tokenizer.
-    """
+    """Probe the encoder for its shape and describe the feature. Raises UserError when `visual` lacks its tokenizer."""
     if name == "visual" and tokenizer is None:
         raise UserError(
             "feature 'visual' needs --image-tokenizer: the image_tokenizer folder that stage 1 wrote"
@@ -116,10 +114,10 @@ def make_job(
     used = tokenizer if name == "visual" else None
     with torch.no_grad():
         if PER[name] == "text":
-            shape = tuple(encoder.text_states(["a"]).shape[1:])
+            shape = tuple(encoder.text_condition(["a"]).shape[1:])
         else:
             size = encoder.image_size_px
-            patches = encoder.patches(torch.zeros(1, 3, size, size, device=encoder.mean.device))
+            patches = encoder.image_condition(torch.zeros(1, 3, size, size, device=encoder.mean.device))
             shape = tuple((used.encode(patches) if used is not None else patches).shape[1:])
     spec = FeatureSpec(
         name=name,  # type: ignore[arg-type]

@@ -24,7 +24,7 @@ from data_prep.feature_jobs import PER, FeatureJob, compute_shard, make_job
 from data_prep.options import Folders
 from vlgpt import log
 from vlgpt.errors import UserError, run_command
-from vlgpt.models.encoders import load_clip
+from vlgpt.models.conditions import load_conditioner
 from vlgpt.models.image_tokenizer import ImageTokenizer
 from vlgpt.options import ArrayOptions, parse
 from vlgpt.processes import Stopped, run_workers
@@ -127,7 +127,7 @@ def compute_share(options: FeatureOptions, worker: int) -> Iterator[FeatureCost]
 
 
 def _make_jobs(options: FeatureOptions, device: str) -> list[FeatureJob]:
-    encoder = load_clip(
+    encoder = load_conditioner(
         options.encoder,
         library=options.library,
         pretrained=options.pretrained,

@@ -101,7 +101,7 @@ def test_merging_equals_peft_and_leaves_the_trained_model_as_it_was(tied, tmp_pa
     merged = outputs(UnifiedModel.from_folder(tmp_path))
     for found, wanted in zip(merged, apart):
         torch.testing.assert_close(found, wanted, atol=2e-4, rtol=1e-4)
-    model.lm.merge_lora()
+    model.lm.language_model = model.lm.language_model.merge_and_unload()
     assert_equal(merged, outputs(model.eval()))
     assert not any(
         "lora" in name or "base_layer" in name for name in load_file(tmp_path / "model.safetensors")
@@ -411,7 +411,7 @@ def test_the_export_of_a_run_is_its_newest_commit(trained_parts, parts, tmp_path
     export_run(tmp_path / "run", kept, merge_lora=False)
     assert_equal(outputs(UnifiedModel.from_folder(kept)), outputs(stage.model))
     export_run(tmp_path / "run", tmp_path / "merged")
-    stage.model.lm.merge_lora()
+    stage.model.lm.language_model = stage.model.lm.language_model.merge_and_unload()
     assert_equal(outputs(UnifiedModel.from_folder(tmp_path / "merged")), outputs(stage.model.eval()))
     card = (tmp_path / "merged" / "README.md").read_text()
     assert "tiny run" in card and "step_00000020" in card and "Apache" in card

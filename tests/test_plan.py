@@ -1,6 +1,7 @@
 """The plan against what really happens: real classes for parameters, autograd for bytes, torch's counter for FLOPs."""
 
 import contextlib
+import copy
 import json
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from batches import pack, random_document
 from tiny_unified import NUM_PATCHES, PATCH_WIDTH, new_document_tokenizer
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModel, LlamaConfig
 
@@ -24,15 +26,14 @@ from vlgpt.models.language_models import from_configuration
 from vlgpt.models.losses import count_targets
 from vlgpt.models.multimodal_lm import MultimodalLM
 from vlgpt.models.unified import UnifiedModel
-from vlgpt.planning.architecture import Architecture, image_shapes, language_shape
-from vlgpt.planning.flops import Work, count
-from vlgpt.planning.memory import Precision, activation_bytes
-from vlgpt.planning.shapes import LANGUAGE_MODELS, configuration
+from vlgpt.planning.costs import Work, costs_of
+from vlgpt.planning.flops import FlopMeter, counting
+from vlgpt.planning.memory import ZEROS, state_bytes
+from vlgpt.planning.meta import configuration, meta_language_model, parameters_of, planned_stage, published
 from vlgpt.settings import LoraSettings
 from vlgpt.stages.language import LanguageStage
 from vlgpt.stages.tokenizer import ImageTokenizerStage
 
-CPU = {torch.float32: Precision(4, 4), torch.bfloat16: Precision(2, 2)}
 LENGTH = 128
 # Three sizes: (LM width, MLP, depth, heads, key-value heads, image parts' width, depth)
 SIZES = {
@@ -69,58 +70,78 @@ def image_parts(values, **options):
 
 
 class Case:
-    """A language stage of real classes and its plan, side by side."""
+    """A language stage of real weights, and the same one on the meta device, side by side."""
 
-    def __init__(
-        self,
-        size,
-        trained,
-        *,
-        dropout=0.0,
-        attention="sdpa",
-        visual_width=None,
-        head="linear",
-        frozen=(),
-        config=None,
-    ):
-        width, mlp, depth, heads, kv, image_width, image_depth = SIZES[size]
+    def __init__(self, size, trained, *, attention="sdpa", config=None, dtype=torch.float32, **options):
+        width, mlp, depth, heads, kv, *_ = SIZES[size]
         self.tokenizer = new_document_tokenizer()
-        config = config or LlamaConfig(
+        self.config = config or LlamaConfig(
             hidden_size=width, intermediate_size=mlp, num_hidden_layers=depth, num_attention_heads=heads,
             num_key_value_heads=kv, tie_word_embeddings=False, max_position_embeddings=LENGTH,
         )  # fmt: skip
-        config.vocab_size = self.tokenizer.vocabulary_size
+        self.config.vocab_size = self.tokenizer.vocabulary_size
         torch.manual_seed(0)
-        values = image_arguments(image_width, image_depth, visual_width or width)
-        lm = MultimodalLM(
-            from_configuration(config, attention),
-            num_tokens=self.tokenizer.num_tokens,
-            num_visual=4,
-            visual_width=values["visual_width"],
-            head=head,
-        )
-        if trained == "lora":
-            tokens = [self.tokenizer.begin_image_id, self.tokenizer.end_image_id]
-            lm.add_lora(LoraSettings(rank=8, alpha=8.0, dropout=dropout), tokens)
-        lm.freeze_parts(frozen)
-        if trained == "head":
-            lm.language_model.requires_grad_(False)
-        image_tokenizer, detokenizer = image_parts(values)
-        model = UnifiedModel(lm=lm, image_tokenizer=image_tokenizer, image_detokenizer=detokenizer)
-        self.stage = LanguageStage(model=model, num_sources=2)
-        self.parts = Architecture(
-            *image_shapes(values), 4, values["visual_width"],
-            lm=language_shape(config, has_image_tokens=True),
-            lora_rank=8 if trained == "lora" else None, lora_dropout=dropout, head=head, frozen=frozen,
-        )  # fmt: skip
+        arguments = (size, trained, self.tokenizer)
+        self.stage = new_stage(from_configuration(self.config, attention), *arguments, **options).to(dtype)
+        with torch.device("meta"):
+            model = meta_language_model(copy.deepcopy(self.config))
+            self.planned = new_stage(model, *arguments, **options).to(dtype)
         rows = [[random_document(10 * r + k, num_images=2) for k in range(3)] for r in range(4)]
-        self.batch = pack(rows, self.tokenizer, length=LENGTH)
+        self.batch = to_dtype(pack(rows, self.tokenizer, length=LENGTH), dtype)
         targets = count_targets(self.batch)
-        self.work = Work(4, LENGTH, len(self.batch.images), targets["text"], targets["visual"])
+        self.work = Work(4, len(self.batch.images), targets["text"], targets["visual"])
+
+    @property
+    def cost(self):
+        return costs_of(self.planned, length=LENGTH).of(self.work)
 
     def loss(self):
         terms = self.stage.train()(self.batch)
         return terms["text"].total + terms["visual"].total
+
+    def scores_of_the_future(self, num_passes=3):
+        """What eager attention computes of later words, and the plan does not count: half of whole rows."""
+        config = self.config
+        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        width = head * config.num_attention_heads
+        return num_passes * 2 * self.work.rows * LENGTH**2 * width * config.num_hidden_layers
+
+
+def new_stage(
+    language_model, size, trained, tokenizer, *, dropout=0.0, visual_width=None, head="linear", frozen=()
+):
+    width, *_, image_width, image_depth = SIZES[size]
+    values = image_arguments(image_width, image_depth, visual_width or width)
+    lm = MultimodalLM(
+        language_model,
+        num_tokens=tokenizer.num_tokens,
+        num_visual=4,
+        visual_width=values["visual_width"],
+        head=head,
+    )
+    if trained == "lora":
+        tokens = [tokenizer.begin_image_id, tokenizer.end_image_id]
+        lm.add_lora(LoraSettings(rank=8, alpha=8.0, dropout=dropout), tokens)
+    lm.freeze_parts(frozen)
+    if trained == "head":
+        lm.language_model.requires_grad_(False)
+    image_tokenizer, detokenizer = image_parts(values)
+    model = UnifiedModel(lm=lm, image_tokenizer=image_tokenizer, image_detokenizer=detokenizer)
+    return LanguageStage(model=model, num_sources=2)
+
+
+def stage_one_pair(size, frozen=(), dtype=torch.float32):
+    """A stage 1 of real weights, and the same on the meta device."""
+    *_, width, depth = SIZES[size]
+    stages = []
+    for device in ("cpu", "meta"):
+        with torch.device(device):
+            tokenizer, detokenizer = image_parts(image_arguments(width, depth, 64))
+            for name, part in (("tokenizer", tokenizer), ("detokenizer", detokenizer)):
+                part.requires_grad_(name not in frozen)
+            stage = ImageTokenizerStage(tokenizer=tokenizer, detokenizer=detokenizer)
+        stages.append(stage.to(dtype).train())
+    return stages
 
 
 def condition_batch(rows):
@@ -135,6 +156,15 @@ def condition_batch(rows):
     )
 
 
+class DropoutOfGpus(TorchFunctionMode):
+    """Dropout with a mask of booleans, as CUDA saves it; the CPU's is one of numbers."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.nn.functional.dropout:
+            return torch.native_dropout(args[0], kwargs["p"], kwargs["training"])[0]
+        return func(*args, **(kwargs or {}))
+
+
 def saved_bytes(stage, make_loss):
     """Bytes of every distinct storage that autograd keeps, without the parameters'."""
     own = {p.untyped_storage().data_ptr() for p in [*stage.parameters(), *stage.buffers()]}
@@ -145,32 +175,22 @@ def saved_bytes(stage, make_loss):
             found[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with DropoutOfGpus(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = make_loss()
     total = sum(tensor.untyped_storage().nbytes() for tensor in found.values())
     del loss
     return total
 
 
-def planned_saved(parts, work, precision, *, has_checkpointing=False):
-    """What the plan says stays until backward: its peak of the logits counts two more copies, freed before."""
-    planned = activation_bytes(parts, work, precision=precision, has_checkpointing=has_checkpointing)
-    if parts.lm is None:
-        return planned["activations"]
-    log_probabilities = 4 * work.num_text_targets * parts.lm.vocabulary
-    return planned["activations"] + log_probabilities
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("trained, dropout", [("all", 0.0), ("lora", 0.0), ("lora", 0.1)])
 def test_planned_activations_are_within_15_percent_of_what_autograd_keeps(size, trained, dropout, dtype):
-    case = Case(size, trained, dropout=dropout)
-    case.stage.to(dtype)
-    case.batch = to_dtype(case.batch, dtype)
+    case = Case(size, trained, dropout=dropout, dtype=dtype)
     measured = saved_bytes(case.stage, case.loss)
-    planned = planned_saved(case.parts, case.work, CPU[dtype])
-    assert planned == pytest.approx(measured, rel=0.15)
+    # the plan's peak of the logits counts two more copies, which are freed before the backward pass
+    log_probabilities = 4 * case.work.num_text_targets * case.config.vocab_size
+    assert case.cost.saved + log_probabilities == pytest.approx(measured, rel=0.15)
 
 
 def to_dtype(batch, dtype):
@@ -182,14 +202,10 @@ def to_dtype(batch, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("size", SIZES)
 def test_planned_activations_of_stage_one_are_within_5_percent(size, dtype):
-    *_, width, depth = SIZES[size]
-    values = image_arguments(width, depth, 64)
-    tokenizer, detokenizer = image_parts(values)
-    stage = ImageTokenizerStage(tokenizer=tokenizer, detokenizer=detokenizer).to(dtype).train()
+    stage, planned = stage_one_pair(size, dtype=dtype)
     batch = to_dtype(condition_batch(16), dtype)
     measured = saved_bytes(stage, lambda: sum(t.total for t in stage(batch).values()))
-    parts = Architecture(*image_shapes(values), 4, 64)
-    assert planned_saved(parts, Work(16), CPU[dtype]) == pytest.approx(measured, rel=0.05)
+    assert costs_of(planned).of(Work(16)).saved == pytest.approx(measured, rel=0.05)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -210,30 +226,44 @@ def test_planned_flops_are_within_one_percent_of_torchs_counter(size, trained, o
     case = Case(size, trained, attention="eager", **options)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         case.loss().backward()
-    planned = count(case.parts, case.work, has_checkpointing=False, is_frozen=trained == "head")
-    # without token rows nothing is trained before q, k, v of the first layer: a product that the plan counts
-    few = 0.05 if "token_rows" in options.get("frozen", ()) else 0.01
-    assert planned.model == pytest.approx(counter.get_total_flops(), rel=few)
-    if trained != "head":
-        counts = case.parts.parameters().values()
-        assert sum(n for n, _ in counts) == sum(p.numel() for p in case.stage.parameters())
-        assert sum(n for _, n in counts) == sum(p.numel() for p in case.stage.parameters() if p.requires_grad)
+    planned = case.cost.model + case.scores_of_the_future(1 if trained == "head" else 3)
+    assert planned == pytest.approx(counter.get_total_flops(), rel=0.01)
+    assert_counts_equal(case)
+
+
+def assert_counts_equal(case):
+    counts = parameters_of(case.planned).values()
+    assert sum(n for n, _ in counts) == sum(p.numel() for p in case.stage.parameters())
+    assert sum(n for _, n in counts) == sum(p.numel() for p in case.stage.parameters() if p.requires_grad)
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("frozen", [(), ("tokenizer",), ("detokenizer",)])
 def test_planned_flops_of_stage_one_are_within_one_percent(size, frozen):
-    *_, width, depth = SIZES[size]
-    values = image_arguments(width, depth, 64)
-    tokenizer, detokenizer = image_parts(values)
-    for name, part in (("tokenizer", tokenizer), ("detokenizer", detokenizer)):
-        part.requires_grad_(name not in frozen)
-    stage = ImageTokenizerStage(tokenizer=tokenizer, detokenizer=detokenizer).train()
+    stage, planned = stage_one_pair(size, frozen)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         sum(t.total for t in stage(condition_batch(8)).values()).backward()
-    parts = Architecture(*image_shapes(values), 4, 64, frozen=frozen)
-    planned = count(parts, Work(8), has_checkpointing=False)
-    assert planned.model == pytest.approx(counter.get_total_flops(), rel=0.01)
+    assert costs_of(planned).of(Work(8)).model == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+@pytest.mark.parametrize("trained", ["lora", "all"])
+def test_the_plan_and_mfu_count_a_step_alike(trained):
+    """The hooks of training and the measurement on the meta device; rows of one document."""
+    case = Case("grouped", trained)
+    meter = FlopMeter(case.stage)
+    with counting(meter, None):
+        case.loss()
+    scores_of_whole_rows = case.scores_of_the_future()
+    assert meter.take() + scores_of_whole_rows == pytest.approx(case.cost.model, rel=0.01)
+
+
+@pytest.mark.parametrize("frozen", [(), ("tokenizer",)])
+def test_the_plan_and_mfu_count_a_step_of_stage_one_alike(frozen):
+    stage, planned = stage_one_pair("small", frozen)
+    meter = FlopMeter(stage)
+    with counting(meter, None):
+        stage(condition_batch(8))
+    assert meter.take() == pytest.approx(costs_of(planned).of(Work(8)).model, rel=0.01)
 
 
 # ---------------------------------------------------------------------------------------------------- the paper's run
@@ -273,19 +303,18 @@ def test_any_model_with_a_config_json_is_planned_as_its_class_trains(kind, tmp_p
     AutoConfig.for_model(kind, **sizes, **special).save_pretrained(tmp_path)
     for trained in ("lora", "all"):
         case = Case("tiny", trained, config=configuration(str(tmp_path)), attention="eager")
-        counts = case.parts.parameters().values()
-        assert sum(n for n, _ in counts) == sum(p.numel() for p in case.stage.parameters())
-        assert sum(n for _, n in counts) == sum(p.numel() for p in case.stage.parameters() if p.requires_grad)
+        assert_counts_equal(case)
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             case.loss().backward()
-        planned = count(case.parts, case.work, has_checkpointing=False)
-        assert planned.model == pytest.approx(counter.get_total_flops(), rel=0.03)
+        planned = case.cost.model + case.scores_of_the_future()
+        assert planned == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
 def test_a_model_that_cannot_be_trained_so_is_refused_when_it_is_planned(tmp_path):
     from vlgpt.planning.plan import make_plan
 
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_experts": 4}
+    sizes["num_experts_per_tok"] = 2
     AutoConfig.for_model("qwen3_moe", **sizes).save_pretrained(tmp_path)
     run = paper_run("pretrain", f"stage.language_model={tmp_path}")
     with pytest.raises(UserError, match="LoRA adapts linear layers"):
@@ -295,22 +324,9 @@ def test_a_model_that_cannot_be_trained_so_is_refused_when_it_is_planned(tmp_pat
 
 
 @pytest.mark.parametrize("name", ["llama-7b", "qwen2.5-0.5b", "mistral-7b-v0.1"])
-def test_models_known_by_name_are_counted_without_a_folder_or_a_network(name):
-    with torch.device("meta"):
-        model = from_configuration(AutoConfig.for_model(**LANGUAGE_MODELS[name]), "eager")
-    shape = language_shape(configuration(f"somebody/{name}"), has_image_tokens=True)
-    assert shape.num_parameters == sum(p.numel() for p in model.parameters())
-
-
-def test_counted_parameters_of_the_image_parts_equal_those_of_the_real_classes():
-    from vlgpt import settings as s
-
-    stage = s.TokenizerStageSettings(kind="image_tokenizer")
-    shapes = image_shapes(stage.model_dump() | stage.shapes.model_dump())
-    with torch.device("meta"):
-        modules = ImageTokenizer(num_patches=257, patch_width=1024), ImageDetokenizer()
-    for module, shape in zip(modules, shapes, strict=True):
-        assert sum(p.numel() for p in module.parameters()) == shape.num_parameters
+def test_models_known_by_name_need_no_folder_and_no_network(name):
+    config = configuration(f"somebody/{name}")
+    assert {key: config.to_dict()[key] for key in published()[name]} == published()[name]
 
 
 @contextlib.contextmanager
@@ -327,35 +343,36 @@ def counted_plainly():
 
 def test_an_online_conditioner_is_counted_with_its_weights_and_its_forward_passes(tmp_path):
     """Miniatures of the decoders' classes: the plan equals what is loaded, and what that computes."""
-    from vlgpt.models.encoders import load_clip
-    from vlgpt.planning.architecture import architecture_of
-    from vlgpt.planning.plan import step_flops
+    from vlgpt.models.conditions import load_conditioner
+    from vlgpt.planning.plan import work_of
 
     for is_sdxl in (False, True):
         description = mini.write_diffusion(tmp_path / str(is_sdxl), is_sdxl=is_sdxl)
-        loaded = load_clip(description, library="ip_adapter")
+        loaded = load_conditioner(description, library="ip_adapter")
         conditioner = f"stage.conditioner={{path: {description}, library: ip_adapter}}"
         online, stored = (
             paper_run("tokenizer", conditioner, "stage.encoder=null", f"data.features=[{features}]")
             for features in ("patches", "patches, image_condition, text_condition")
         )
-        towers = architecture_of(online).parameters()
+        online_stage, stored_stage = planned_stage(online), planned_stage(stored)
+        towers = online_stage.parameters
         held = towers["image_conditioner"][0] + towers["text_conditioner"][0]
         assert held == sum(p.numel() for p in loaded.parameters())
         size = loaded.image_size_px
         with counted_plainly() as counter:
-            loaded.patches(torch.zeros(1, 3, size, size))
-            loaded.text_states(["a"])
-        difference = [step_flops(run, architecture_of(run)).forward for run in (online, stored)]
+            loaded.image_condition(torch.zeros(1, 3, size, size))
+            loaded.text_condition(["a"])
+        work = work_of(online, online_stage, online.global_batch)
+        difference = [stage.costs.of(work).forward for stage in (online_stage, stored_stage)]
         assert difference[0] - difference[1] == counter.get_total_flops() * online.global_batch
-        assert architecture_of(stored).parameters() == architecture_of(online).parameters()
+        assert stored_stage.parameters == online_stage.parameters
 
 
 @pytest.mark.parametrize("name", ["clip", "siglip", "open_clip", "open_clip siglip"])
 def test_an_encoder_is_counted_as_it_is_loaded(name, tmp_path):
     from vlgpt import settings as s
     from vlgpt.models.encoders import load_clip
-    from vlgpt.planning.towers import conditioner_towers, image_tower
+    from vlgpt.planning.meta import conditioner_towers, image_tower
 
     library = "open_clip" if name.startswith("open_clip") else "transformers"
     if library == "open_clip":
@@ -377,7 +394,7 @@ def test_an_encoder_is_counted_as_it_is_loaded(name, tmp_path):
 def test_published_encoders_are_known_by_name():
     """Parameters as published: ViT-L/14 and ViT-H/14 towers, the text towers of SD 1.5 and SDXL."""
     from vlgpt import settings as s
-    from vlgpt.planning.towers import image_tower
+    from vlgpt.planning.meta import image_tower
 
     clip = s.EncoderSettings(path="openai/clip-vit-large-patch14", library="transformers")
     assert (image_tower(clip).num_parameters, image_tower(clip).flops) == (303_179_776, 162_023_964_672)
@@ -472,22 +489,15 @@ def test_bad_input_is_one_line(capsys, tmp_path):
 
 
 def test_sharding_divides_states_and_checkpointing_shrinks_activations():
-    from vlgpt.planning.architecture import architecture_of
-    from vlgpt.planning.memory import ZEROS, state_bytes
-
-    parts = architecture_of(paper_run())
-    one, many = (state_bytes(parts, ZEROS[1], num_gpus=n, precision=Precision()) for n in (1, 32))
+    planned = planned_stage(paper_run())
+    one, many = (state_bytes(planned.parameters, ZEROS[1], num_gpus=n, number_bytes=2) for n in (1, 32))
     assert (
         many["optimizer"] == -(-one["optimizer"] // 32)
         or abs(many["optimizer"] * 32 - one["optimizer"]) < 12 * 32
     )
     assert many["frozen"] == one["frozen"]
-    work = Work(8, 512, 56, 2304, 1792)
-    plain, less = (
-        activation_bytes(parts, work, precision=Precision(), has_checkpointing=c)["activations"]
-        for c in (False, True)
-    )
-    assert less < plain / 10
+    cost = planned.costs.of(Work(8, 56, 2304, 1792))
+    assert cost.checkpointed < cost.saved / 10
 
 
 @pytest.mark.parametrize(
@@ -504,8 +514,6 @@ def test_planned_states_are_within_two_percent_of_what_deepspeed_keeps(size, tra
     import sys
     from pathlib import Path
 
-    from vlgpt.planning.memory import ZEROS, state_bytes
-
     folder = Path(__file__).parent
     environment = {**os.environ, "PYTHONPATH": f"{folder}:{folder.parent}", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(folder / "plan_worker.py"), size, trained, precision]
@@ -513,8 +521,7 @@ def test_planned_states_are_within_two_percent_of_what_deepspeed_keeps(size, tra
     assert done.returncode == 0, done.stderr[-2000:]
     measured = json.loads(done.stdout.split("RESULT ")[-1])
     number = 2 if precision == "bf16" else 4
-    planned = state_bytes(
-        Case(size, trained).parts, ZEROS[1], num_gpus=1, precision=Precision(number, number)
-    )
+    parameters = parameters_of(Case(size, trained).planned)
+    planned = state_bytes(parameters, ZEROS[1], num_gpus=1, number_bytes=number)
     for kind, found in measured.items():
         assert planned[kind] == pytest.approx(found, rel=0.02), (kind, planned[kind], found)

@@ -15,7 +15,7 @@ from vlgpt.decoding.load import DIFFUSION_PATHS, located
 from vlgpt.errors import UserError
 from vlgpt.log import get_logger
 from vlgpt.model_card import write_card
-from vlgpt.models.decoder_parts import FOR_TARGETS, read_parts
+from vlgpt.models.conditions import FOR_TARGETS, read_parts
 from vlgpt.models.unified import UnifiedConfig, UnifiedModel
 from vlgpt.models.weights import tensors_of, write_weights
 from vlgpt.tokens import DocumentTokenizer

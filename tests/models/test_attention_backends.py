@@ -121,13 +121,13 @@ def test_the_varlen_function_gets_exact_bounds_and_gives_what_sdpa_gives(varlen,
 @pytest.mark.parametrize("window", [None, 16])
 def test_documents_one_by_one_give_what_a_mask_of_whole_rows_gives(window, monkeypatch):
     """Grouped heads; a sliding window shorter than the row keeps the mask."""
-    from vlgpt.models import packed_attention
+    from vlgpt.models import multimodal_lm
     from vlgpt.models.multimodal_lm import MultimodalLM
 
     calls = []
-    right = packed_attention.attend_by_document
+    right = multimodal_lm.attend_by_document
     monkeypatch.setattr(
-        packed_attention, "attend_by_document", lambda *a, **o: (calls.append(a[3]), right(*a, **o))[1]
+        multimodal_lm, "attend_by_document", lambda *a, **o: (calls.append(a[3]), right(*a, **o))[1]
     )
     tokenizer = new_document_tokenizer()
     config = {

@@ -7,7 +7,7 @@ import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
 from vlgpt.errors import UserError
-from vlgpt.models.conditioners import Unconditional, with_pooled
+from vlgpt.models.conditions import Unconditional, with_pooled
 from vlgpt.models.diffusion import DiffusionDecoder, load_scheduler
 
 SCHEDULERS = {

@@ -26,9 +26,8 @@ from vlgpt.decoding.api import DecodeSettings
 from vlgpt.decoding.generator import Generator
 from vlgpt.errors import UserError
 from vlgpt.export import export_model
-from vlgpt.models.decoder_parts import read_parts
+from vlgpt.models.conditions import load_conditioner, read_parts
 from vlgpt.models.diffusion import DiffusionDecoder
-from vlgpt.models.encoders import load_clip
 from vlgpt.models.image_detokenizer import ImageDetokenizer
 from vlgpt.server.protocol import ChatRequest
 from vlgpt.train.pictures import open_decoder
@@ -43,10 +42,10 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("drawing")
     save_parts(folder)
     description = mini.write_diffusion(folder / "sd", **DRAWING)
-    targets = load_clip(description, library="ip_adapter")  # writes the constants
+    targets = load_conditioner(description, library="ip_adapter")  # writes the constants
     tokenizer = new_document_tokenizer()
     model = new_chat_model(tokenizer)
-    text_tokens, text_width = targets.text_states(["a"]).shape[1:]
+    text_tokens, text_width = targets.text_condition(["a"]).shape[1:]
     model.image_detokenizer = ImageDetokenizer(
         num_visual=NUM_VISUAL, visual_width=VISUAL_WIDTH, image_tokens=tiny.IMAGE_TOKENS,
         image_width=tiny.WIDTH, text_tokens=text_tokens, text_width=text_width, width=32, depth=2, num_heads=4,
@@ -75,7 +74,7 @@ def test_a_generator_draws_as_diffusion_json_says_unless_asked_otherwise(generat
 def test_without_the_keys_a_diffusion_decoder_is_guided(tmp_path):
     description = mini.write_diffusion(tmp_path)
     assert {key: read_parts(description)[key] for key in DRAWING} == {"guidance": 7.5, "image_scale": 1.0}
-    load_clip(description, library="ip_adapter")
+    load_conditioner(description, library="ip_adapter")
     parts = {"adapter": tmp_path / "adapter.bin", "unconditional": tmp_path / "unconditional.safetensors"}
     decoder = DiffusionDecoder.load(tmp_path / "pipeline", **parts, num_steps=2)
     assert (decoder.guidance, decoder.image_scale) == (7.5, 1.0)

@@ -170,5 +170,5 @@ def test_token_rows_count_as_after_a_merge(kind):
     batch = pack([[random_document(3, num_images=2)]], TOKENIZER)
     visual = torch.randn(2, 4, 48)
     before = lm.logits(lm.hidden_states(batch, visual))
-    lm.merge_lora()
+    lm.language_model = lm.language_model.merge_and_unload()
     torch.testing.assert_close(lm.logits(lm.hidden_states(batch, visual)), before, atol=1e-4, rtol=1e-4)

@@ -21,6 +21,7 @@ from vlgpt.decoding.generator import Generator
 from vlgpt.document import Document, ImagePart, TextPart
 from vlgpt.errors import UserError
 from vlgpt.export import export_model
+from vlgpt.models.conditions import load_conditioner
 from vlgpt.models.diffusion import DiffusionDecoder
 from vlgpt.models.encoders import OpenClipEncoder, TransformersClipEncoder, load_clip
 from vlgpt.models.language_models import load_language_model
@@ -98,12 +99,13 @@ def train_image_parts(shelf, encoder_name, decoder_name, folder, **options):
         path=str(shelf("decoder", decoder_name) / "diffusion.json"), library="ip_adapter"
     )
     encoder = encoder_settings(shelf, encoder_name)
-    loaded, targets = (load_clip(e.path, library=e.library) for e in (encoder, conditioner))
+    loaded = load_clip(encoder.path, library=encoder.library)
+    targets = load_conditioner(conditioner.path, library=conditioner.library)
     with torch.no_grad():
         num_patches, patch_width = loaded.patches(pixels(1)).shape[1:]
         (image_tokens, image_width), (text_tokens, text_width) = (
-            targets.patches(pixels(1)).shape[1:],
-            targets.text_states(["a"]).shape[1:],
+            targets.image_condition(pixels(1)).shape[1:],
+            targets.text_condition(["a"]).shape[1:],
         )
     shapes = s.ConditionShapes(
         num_patches=num_patches, patch_width=patch_width, image_tokens=image_tokens,
@@ -169,7 +171,7 @@ def test_a_miniature_lives_from_loading_to_drawing(shelf, tmp_path, encoder, dec
     generator = Generator.load(tmp_path / "export")
     with torch.no_grad():
         wanted = stage.model.lm.logits(stage.model.lm.hidden_states(batch, stage.visual_of(batch.images)))
-        visual = generator.model.tokenize_patches(generator.encoder.patches(batch.images.values))
+        visual = generator.model.image_tokenizer.encode(generator.encoder.patches(batch.images.values))
         found = generator.model.lm.logits(generator.model.lm.hidden_states(batch, visual))
     assert torch.equal(found, wanted), "logits after export and reload"
     (reply,) = generator.generate([prompt], DecodeSettings(max_new_tokens=4, images="force"))
@@ -212,15 +214,15 @@ def test_layers_count_alike_in_both_libraries(shelf):
 
 def test_constants_are_made_once_and_read_by_the_decoder(shelf):
     folder = shelf("decoder", "sd15 bin")
-    conditioner = load_clip(folder / "diffusion.json", library="ip_adapter")
+    conditioner = load_conditioner(folder / "diffusion.json", library="ip_adapter")
     file = folder / "unconditional.safetensors"
     decoder = DiffusionDecoder.load(
         folder / "pipeline", adapter=folder / "adapter.bin", unconditional=file, num_steps=2
     )
     assert torch.allclose(decoder.absent_image, conditioner.image.unconditional(), atol=1e-6)
-    assert torch.allclose(decoder.absent_text, conditioner.text_states([""])[0], atol=1e-6)
+    assert torch.allclose(decoder.absent_text, conditioner.text_condition([""])[0], atol=1e-6)
     written = file.stat().st_mtime_ns
-    load_clip(folder / "diffusion.json", library="ip_adapter")
+    load_conditioner(folder / "diffusion.json", library="ip_adapter")
     assert file.stat().st_mtime_ns == written
 
 
@@ -299,7 +301,7 @@ def test_a_decoder_that_lacks_a_tensor_is_refused(tmp_path, part, how):
     mini.write_diffusion(tmp_path)
     file = tmp_path / "pipeline" / part / "diffusion_pytorch_model.safetensors"
     changed = mini.change_tensor(file, **{how: "conv1.weight"})
-    load_clip(tmp_path / "diffusion.json", library="ip_adapter")
+    load_conditioner(tmp_path / "diffusion.json", library="ip_adapter")
     parts = {"adapter": tmp_path / "adapter.bin", "unconditional": tmp_path / "unconditional.safetensors"}
     assert_one_line(
         lambda: DiffusionDecoder.load(tmp_path / "pipeline", **parts), f"pipeline/{part}", changed
@@ -310,7 +312,9 @@ def test_a_decoder_that_lacks_a_tensor_is_refused(tmp_path, part, how):
 def test_a_conditioner_that_lacks_a_tensor_is_refused(tmp_path, part):
     mini.write_diffusion(tmp_path)
     changed = mini.change_tensor(tmp_path / part / "model.safetensors", drop="mlp")
-    assert_one_line(lambda: load_clip(tmp_path / "diffusion.json", library="ip_adapter"), part, changed)
+    assert_one_line(
+        lambda: load_conditioner(tmp_path / "diffusion.json", library="ip_adapter"), part, changed
+    )
 
 
 def test_a_bad_description_of_a_decoder_is_refused(tmp_path):
@@ -319,14 +323,14 @@ def test_a_bad_description_of_a_decoder_is_refused(tmp_path):
 
     def load(**changes):
         description.write_text(json.dumps({k: v for k, v in {**parts, **changes}.items() if v is not None}))
-        load_clip(description, library="ip_adapter")
+        load_conditioner(description, library="ip_adapter")
 
     assert_one_line(lambda: load(adapter=None), "lacks 'adapter'")
     assert_one_line(lambda: load(image_encoder=None), "lacks 'image_encoder'")
     assert_one_line(lambda: load(vea="x"), "unknown key 'vea'")
     assert_one_line(lambda: load(adapter="nowhere.bin"), "nowhere.bin")
     description.write_text("{")
-    assert_one_line(lambda: load_clip(description, library="ip_adapter"), "not valid JSON")
+    assert_one_line(lambda: load_conditioner(description, library="ip_adapter"), "not valid JSON")
 
 
 def test_a_start_of_another_size_is_refused_and_a_frozen_start_stays(shelf, tmp_path):

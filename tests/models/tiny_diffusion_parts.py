@@ -6,7 +6,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import save_file
 
-from vlgpt.models.conditioners import Unconditional
+from vlgpt.models.conditions import Unconditional
 from vlgpt.models.ip_adapter import IpAdapterWeights, Resampler
 
 TEXT_TOKENS, IMAGE_TOKENS, WIDTH, FEATURES, FEATURE_WIDTH = 7, 4, 32, 17, 48

@@ -10,9 +10,9 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from vlgpt.planning.flops import FlopMeter, counting
 from vlgpt.settings import LoraSettings
 from vlgpt.stages.language import LanguageStage
-from vlgpt.train.flops import FlopMeter, counting
 
 TOKENIZER = new_document_tokenizer()
 

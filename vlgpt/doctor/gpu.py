@@ -22,8 +22,8 @@ from vlgpt.doctor.lint import Finding
 from vlgpt.doctor.sample import Setting, new_batch, new_stage, plan_of
 from vlgpt.files import free_port
 from vlgpt.models.layers import flash_fault
-from vlgpt.planning.flops import count
-from vlgpt.planning.memory import Precision, activation_bytes
+from vlgpt.planning.flops import peak_flops
+from vlgpt.planning.memory import logits_bytes
 
 TIMEOUT_S = 240.0
 UNET = {
@@ -116,13 +116,13 @@ def check_training(setting: Setting, *, num_processes: int | None = None) -> Fin
 
 
 def _probe(folder: Path, mode: str, setting: Setting, num_processes: int) -> list[float]:
-    """Run `vlgpt.doctor.probe` in every process; the losses of rank 0. Raises RuntimeError with its last line."""
+    """Run `vlgpt.doctor.sample` in every process; the losses of rank 0. Raises RuntimeError with its last line."""
     port = str(free_port())
     shape = {"device": setting.device, "width": 64, "depth": 2, "mlp": 128, "num_heads": 4, "vocabulary": 320}
     shape |= {"attention": setting.attention, "rows": 2, "length": 96, "num_visual": 4}
     if setting.device == "cuda":  # head width 32 and more, as flash-attn wants it
         shape |= {"width": 256, "mlp": 512}
-    command = [sys.executable, "-m", "vlgpt.doctor.probe", str(folder), mode, json.dumps(shape)]
+    command = [sys.executable, "-m", "vlgpt.doctor.sample", str(folder), mode, json.dumps(shape)]
     processes = []
     for rank in range(num_processes):
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_processes)}
@@ -174,10 +174,10 @@ def check_memory(
 ) -> Finding:
     """Peak of one forward and backward pass against the plan."""
     stage, batch = new_stage(setting).train(), new_batch(setting)
-    parts, work = plan_of(setting)
-    precision = Precision(number=torch.finfo(setting.dtype).bits // 8, mask=1)
-    kept = activation_bytes(parts, work, precision=precision, has_checkpointing=False)
-    planned = kept["activations"] + kept["logits"]
+    costs, work = plan_of(setting)
+    number_bytes = setting.dtype.itemsize
+    logits = logits_bytes(work.num_text_targets, vocabulary=setting.vocabulary, number_bytes=number_bytes)
+    planned = costs.of(work).saved + logits
 
     def step() -> None:
         terms = stage(batch)
@@ -193,11 +193,10 @@ def check_memory(
 
 def check_speed(setting: Setting, *, num_steps: int = 5, peak_tflops: float | None = None) -> Finding:
     """Model FLOPs utilisation of stage-2 forward and backward passes, without the optimizer."""
-    from vlgpt.train.flops import peak_flops
-
     stage, batch = new_stage(setting).train(), new_batch(setting)
     peak = peak_flops(peak_tflops)
-    flops = count(*plan_of(setting), has_checkpointing=False).model
+    costs, work = plan_of(setting)
+    flops = costs.of(work).model
     start = 0.0
     for step in range(num_steps + 1):
         if step == 1:  # the first step warms up

@@ -12,9 +12,7 @@ from typing import Literal
 from vlgpt import settings as s
 from vlgpt.config import load_run
 from vlgpt.errors import UserError
-from vlgpt.planning.architecture import image_values
-from vlgpt.planning.shapes import read_export
-from vlgpt.planning.towers import image_tower
+from vlgpt.planning.meta import image_arguments, image_tower, read_export
 from vlgpt.turns import OWN, TEMPLATES
 
 
@@ -212,7 +210,10 @@ def _language(run: s.RunSettings, _: int) -> Iterator[Finding]:
         yield _error(
             "stage.text_weight and stage.visual_weight are both 0: nothing is trained", "set one to 1.0"
         )
-    num_visual = image_values(stage)[0]["num_visual"]
+    found = image_arguments(stage)
+    num_visual = (
+        found[0]["num_visual"] if found else s.TokenizerStageSettings(kind="image_tokenizer").num_visual
+    )
     if run.data.sequence_length < num_visual + 4:
         yield _error(
             f"data.sequence_length {run.data.sequence_length} cannot hold one image ({num_visual} embeddings)",

@@ -1,7 +1,7 @@
 """The one sampling loop: Stable Diffusion 1.5, SDXL and the demo's tiny U-Net all draw through `denoise`.
 
 It calls the U-Net directly instead of diffusers' pipelines, whose batched `ip_adapter_image_embeds` mixes the
-tokens of neighbouring pictures (huggingface/diffusers issue 9813, still there in 0.42). U-Nets and schedulers
+tokens of neighbouring images (huggingface/diffusers issue 9813, still there in 0.42). U-Nets and schedulers
 are diffusers' objects, used here by duck typing.
 """
 
@@ -55,7 +55,7 @@ def denoise(
     noise_scale: float = 1.0,
     size_px: int = 0,
 ) -> Tensor:
-    """From noise to latents: Conditions of B pictures -> (B, C, h, w) float32, on the U-Net's device.
+    """From noise to latents: Conditions of B images -> (B, C, h, w) float32, on the U-Net's device.
 
     The scheduler is copied, so calls are independent. Latents stay float32 whatever the U-Net's type.
     Guidance 1 leaves the negative half out. Not thread-safe: `image_scale` is set on the U-Net. `size_px` is
@@ -89,12 +89,14 @@ def predict(
 ) -> Tensor:
     """One U-Net call: (B, C, h, w), () or (B,) timesteps -> (B, C, h, w)."""
     added: dict[str, Tensor] | None = None
-    if conditions.pooled is not None:  # SDXL: original size, crop corner, target size
+    if conditions.pooled is not None:
+        # SDXL: original size, crop corner, target size
         time_ids = torch.tensor([[size_px, size_px, 0, 0, size_px, size_px]]).to(latents)
         added = {"text_embeds": conditions.pooled, "time_ids": time_ids.expand(latents.shape[0], -1)}
     if conditions.guide is not None:
         latents = torch.cat([latents, conditions.guide], dim=1)
-    context = (conditions.text, [conditions.image[:, None]])  # the image attention takes this tuple apart
+    # The image attention takes this tuple apart.
+    context = (conditions.text, [conditions.image[:, None]])
     return unet(latents, timestep, encoder_hidden_states=context, added_cond_kwargs=added).sample
 
 
@@ -106,7 +108,7 @@ def set_image_scale(unet: Any, scale: float) -> None:
 
 
 def _step_arguments(scheduler: Any, generators: Sequence[torch.Generator]) -> dict[str, Any]:
-    """Stochastic schedulers draw from the pictures' own generators, one by one."""
+    """Stochastic schedulers draw from the images' own generators, one by one."""
     accepts = inspect.signature(scheduler.step).parameters
     return {"generator": list(generators)} if "generator" in accepts else {}
 
@@ -123,7 +125,7 @@ def count_pictures(image: Tensor | None, text: Tensor | None) -> int:
 def check_generators(
     generators: Sequence[torch.Generator] | None, *, num_pictures: int
 ) -> list[torch.Generator]:
-    """One CPU generator per picture; None gives every picture the same noise. Raises ValueError otherwise."""
+    """One CPU generator per image; None gives every image the same noise. Raises ValueError otherwise."""
     if generators is None:
         return [torch_generator("decoder") for _ in range(num_pictures)]
     if len(generators) != num_pictures or any(g.device.type != "cpu" for g in generators):
@@ -136,7 +138,7 @@ def check_generators(
 
 
 def or_absent(condition: Tensor | None, absent: Tensor, *, num_pictures: int, name: str) -> Tensor:
-    """The condition, or the constant for every picture: (B, K, D) | None, (K, D) -> (B, K, D)."""
+    """The condition, or the constant for every image: (B, K, D) | None, (K, D) -> (B, K, D)."""
     if condition is None:
         return absent.expand(num_pictures, -1, -1)
     if condition.shape[1:] != absent.shape:

@@ -1,7 +1,7 @@
-"""Diffusion decoders: z_v and z_t condition a U-Net that draws the picture (paper §3.1).
+"""Diffusion decoders: z_v and z_t condition a U-Net that draws the image (paper §3.1).
 
-The only file that imports diffusers: loading, image attention, schedulers and VAE. Sampling is in
-`denoise.py`, the layout of IP-Adapter files in `ip_adapter.py`.
+The only file that imports diffusers: loading, image attention, schedulers and VAE. Sampling is in `denoise.py`, the
+layout of IP-Adapter files in `ip_adapter.py`.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ import diffusers
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from vlgpt.errors import UserError
 from vlgpt.log import get_logger
 from vlgpt.models.component import freeze
-from vlgpt.models.conditioners import Unconditional
-from vlgpt.models.decoder_parts import GUIDANCE, IMAGE_SCALE
+from vlgpt.models.conditions import GUIDANCE, IMAGE_SCALE, Unconditional
 from vlgpt.models.denoise import Conditions, check_generators, count_pictures, denoise, or_absent
 from vlgpt.models.ip_adapter import IpAdapterWeights, check_attention, load_resampler, read_ip_adapter
-from vlgpt.models.weights import load_whole
+from vlgpt.models.weights import load_part
 
 Reading = Literal["tokens", "features"]
-UNet = Any  # UNet2DConditionModel and AutoencoderKL: diffusers' lazy modules hide their types from mypy
+# UNet2DConditionModel, AutoencoderKL and the schedulers: diffusers' lazy modules hide their types from mypy.
+UNet = Any
 Vae = Any
+Scheduler = Any
 
 
 # --- IP-Adapter attention in a U-Net
@@ -39,13 +39,12 @@ Vae = Any
 def install_image_attention(unet: UNet, weights: IpAdapterWeights | None, *, num_tokens: int) -> None:
     """Give every cross-attention its key and value projections for image tokens.
 
-    Without weights they start as copies of the text projections, as in IP-Adapter's training. Raises
-    UserError when the weights do not fit this U-Net.
+    Without weights they start as copies of the text projections, as in IP-Adapter's training. Raises UserError when the
+    weights do not fit this U-Net.
     """
     modules = dict(unet.named_modules())
-    processors: dict[str, Any] = dict(
-        unet.attn_processors
-    )  # down blocks, up blocks, middle: the file's order
+    # In the order of the adapter's file: down blocks, up blocks, middle.
+    processors: dict[str, Any] = dict(unet.attn_processors)
     attentions = {
         index: (name, modules[name.removesuffix(".processor")])
         for index, name in enumerate(processors)
@@ -73,13 +72,13 @@ def install_image_attention(unet: UNet, weights: IpAdapterWeights | None, *, num
 
 def load_scheduler(
     pipeline: str | Path, *, class_name: str | None = None, steps_offset: int | None = 1
-) -> Any:
+) -> Scheduler:
     """The pipeline's scheduler, or another class with the same configuration.
 
-    UPSTREAM: latents are not confined to [-1, 1], so `clip_sample` is always off, and SD 1.5 wants
-    `steps_offset` 1. diffusers' pipelines patch both when they load, and `from_config` silently undoes the
-    patch for classes with other defaults; None keeps the stored `steps_offset` (SDXL's pipeline patches
-    nothing). Raises UserError when there is no configuration or no such class.
+    UPSTREAM: latents are not confined to [-1, 1], so `clip_sample` is always off, and SD 1.5 wants `steps_offset` 1.
+    diffusers' pipelines patch both when they load, and `from_config` silently undoes the patch for classes with other
+    defaults. None keeps the stored `steps_offset`: SDXL's pipeline patches nothing. Raises UserError when there is no
+    configuration or no such class.
     """
     try:
         config = dict(DDIMScheduler.load_config(str(pipeline), subfolder="scheduler"))
@@ -96,7 +95,7 @@ def load_scheduler(
     return kind.from_config(config)
 
 
-def zero_snr_ddim() -> Any:
+def zero_snr_ddim() -> Scheduler:
     """DDIM whose first step sees pure noise and whose network predicts the clean latents."""
     return DDIMScheduler(
         num_train_timesteps=1000,
@@ -117,7 +116,7 @@ def vae_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def cast_to(model: Any, dtype: torch.dtype) -> Any:
-    """The model in this type; a model that has it already is left alone (diffusers warns at every cast)."""
+    """The model in this type. One that has it already is returned as it is: diffusers warns at every cast."""
     return model if model.dtype == dtype else model.to(dtype=dtype)
 
 
@@ -127,7 +126,8 @@ class VaeCodec(nn.Module):
     def __init__(self, vae: Vae, *, dtype: torch.dtype):
         super().__init__()
         self.vae = cast_to(vae, vae_dtype(dtype))
-        self.vae.enable_slicing()  # one picture at a time: peak memory does not grow with the batch
+        # One image at a time: peak memory does not grow with the batch.
+        self.vae.enable_slicing()
         self.scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -163,7 +163,7 @@ class DiffusionDecoder(nn.Module):
         *,
         unet: UNet,
         vae: Vae,
-        scheduler: Any,
+        scheduler: Scheduler,
         adapter: IpAdapterWeights,
         unconditional: Unconditional,
         reading: Reading = "tokens",
@@ -185,7 +185,8 @@ class DiffusionDecoder(nn.Module):
         self.guidance, self.image_scale = guidance, image_scale
         self.codec = VaeCodec(vae, dtype=dtype)
         self.pooled_width = 0
-        if is_sdxl(unet):  # its added embedding reads the pooled text and six sizes
+        if is_sdxl(unet):
+            # Its added embedding reads the pooled text and six sizes.
             sizes_width = 6 * unet.config.addition_time_embed_dim
             self.pooled_width = unet.config.projection_class_embeddings_input_dim - sizes_width
         self.size_px = int(unet.config.sample_size) * self.codec.scale_factor
@@ -218,9 +219,9 @@ class DiffusionDecoder(nn.Module):
         scheduler's class name. Raises UserError when a part is missing or the parts do not fit each other.
         """
         weights, constants = read_ip_adapter(adapter), Unconditional.from_file(unconditional)
-        unet = _pretrained(UNet2DConditionModel, pipeline, subfolder="unet", dtype=dtype)
-        vae_place = (pipeline, "vae") if vae is None else (vae, None)
-        autoencoder = _pretrained(AutoencoderKL, vae_place[0], subfolder=vae_place[1], dtype=vae_dtype(dtype))
+        unet = load_part(UNet2DConditionModel, pipeline, subfolder="unet", torch_dtype=dtype)
+        place = {"path": pipeline, "subfolder": "vae"} if vae is None else {"path": vae}
+        autoencoder = load_part(AutoencoderKL, **place, torch_dtype=vae_dtype(dtype))
         sampler = load_scheduler(pipeline, class_name=scheduler, steps_offset=None if is_sdxl(unet) else 1)
         get_logger("decoder").info("decoder %s, adapter %s, %s", pipeline, adapter, type(sampler).__name__)
         return cls(
@@ -246,9 +247,9 @@ class DiffusionDecoder(nn.Module):
         guidance: float | None = None,
         image_scale: float | None = None,
     ) -> Tensor:
-        """See `ImageDecoder.decode`. Without generators every picture starts from the same noise.
+        """(B, Kv, Dv) | None, (B, Kt, Dt) | None -> (B, 3, H, W) in [-1, 1]: see `ImageDecoder.decode`.
 
-        An absent image condition means scale 0.
+        Without generators every image starts from the same noise. An absent image condition means scale 0.
         """
         image_scale = self.image_scale if image_scale is None else image_scale
         num_pictures = count_pictures(image_condition, text_condition)
@@ -266,7 +267,10 @@ class DiffusionDecoder(nn.Module):
         return self.codec.decode(latents).clamp(-1, 1)
 
     def conditions(self, image: Tensor | None, text: Tensor | None, *, num_pictures: int) -> Conditions:
-        """What the U-Net attends to, with the stored constants for what is absent."""
+        """What the U-Net attends to: (B, Kv, Dv) | None, (B, Kt, Dt) | None -> conditions of B images.
+
+        The stored constants replace what is absent.
+        """
         weight = next(self.unet.parameters())
         image = or_absent(image, self.absent_image, num_pictures=num_pictures, name="image").to(weight)
         text = or_absent(text, self.absent_text, num_pictures=num_pictures, name="text").to(weight)
@@ -278,7 +282,7 @@ class DiffusionDecoder(nn.Module):
 
 
 def is_sdxl(unet: UNet) -> bool:
-    """Whether the U-Net also wants pooled text and picture sizes."""
+    """Whether the U-Net also wants pooled text and image sizes."""
     return unet.config.addition_embed_type == "text_time"
 
 
@@ -288,15 +292,6 @@ def _check_width(name: str, constant: Tensor, width: int) -> None:
             f"the unconditional {name} constant has width {constant.shape[-1]}, this decoder takes {width}: "
             "it was made with another encoder or another reading of e_v"
         )
-
-
-def _pretrained(kind: Any, path: str | Path, *, subfolder: str | None, dtype: torch.dtype) -> Any:
-    where = f"{path}/{subfolder}" if subfolder else str(path)
-    try:
-        return load_whole(kind, str(path), subfolder=subfolder, torch_dtype=dtype)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"no {kind.__name__} could be loaded from {where}: {reason}") from error
 
 
 def new_unet(*, config: Mapping[str, Any], num_image_tokens: int) -> UNet:

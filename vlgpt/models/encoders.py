@@ -6,9 +6,10 @@ import hashlib
 import json
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,9 @@ from torch import Tensor, nn
 from vlgpt.errors import UserError
 from vlgpt.models.component import freeze
 from vlgpt.models.weights import load_whole
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 Library = Literal["open_clip", "transformers", "ip_adapter"]
 
@@ -32,7 +36,7 @@ def hash_weights(module: nn.Module) -> str:
 
 
 class PixelEncoder(nn.Module):
-    """What all frozen image encoders share: pixels come in [-1, 1]; each applies its own size and statistics."""
+    """Base of frozen image encoders. Pixels come in [-1, 1]; each encoder applies its own size and statistics."""
 
     image_size_px: int
     mean: Tensor
@@ -64,16 +68,31 @@ class PixelEncoder(nn.Module):
         )
 
 
-class ClipEncoder(PixelEncoder, ABC):
-    """An image tower and a text tower."""
+class Conditioner(PixelEncoder, ABC):
+    """What makes the targets of stage 1: a CLIP, or the encoders of a diffusion decoder.
 
-    layer: int
-    has_cls: bool
+    `layer_name` says which hidden states e_v are, in the specifications of stored features.
+    """
 
-    @property
-    def layer_name(self) -> str:
-        """Which hidden states `patches` gives, as specifications of cached features name them."""
-        return f"{self.layer}{'' if self.has_cls else ' without CLS'}"
+    layer_name: str
+
+    @abstractmethod
+    def image_condition(self, pixels: Tensor) -> Tensor:
+        """e_v of pixels in [-1, 1]: (B, 3, H, W) -> (B, Kv, Dv)."""
+
+    @abstractmethod
+    def text_condition(self, captions: Sequence[str]) -> Tensor:
+        """e_t: B strings -> (B, Kt, Dt)."""
+
+
+class ClipEncoder(Conditioner):
+    """An image tower and a text tower, frozen. Patch features and text states can also be the targets of stage 1."""
+
+    def _settle(self, *, layer: int, has_cls: bool, depth: int, name: str) -> None:
+        """Choose the hidden states that `patches` gives, see `block_of`, and freeze."""
+        self.block, self.has_cls = block_of(layer, depth, name=name), has_cls
+        self.layer_name = f"{layer}{'' if has_cls else ' without CLS'}"
+        freeze(self)
 
     @abstractmethod
     def patches(self, pixels: Tensor) -> Tensor:
@@ -90,6 +109,14 @@ class ClipEncoder(PixelEncoder, ABC):
     @abstractmethod
     def embed_texts(self, captions: Sequence[str]) -> Tensor:
         """Projected text embedding, not normalised: B strings -> (B, E)."""
+
+    def image_condition(self, pixels: Tensor) -> Tensor:
+        """e_v: (B, 3, H, W) -> (B, P, C)."""
+        return self.patches(pixels)
+
+    def text_condition(self, captions: Sequence[str]) -> Tensor:
+        """e_t: B strings -> (B, Kt, Dt)."""
+        return self.text_states(captions)
 
 
 class OpenClipEncoder(ClipEncoder):
@@ -112,6 +139,7 @@ class OpenClipEncoder(ClipEncoder):
         super().__init__()
         import open_clip
 
+        self.model: Any
         is_folder = (Path(path) / "open_clip_config.json").is_file()
         name = f"local-dir:{Path(path).resolve()}" if is_folder else str(path)
         has_schema = is_folder or name.startswith("hf-hub:")
@@ -129,36 +157,37 @@ class OpenClipEncoder(ClipEncoder):
         except (RuntimeError, OSError, ValueError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"open_clip could not load {str(path)!r}: {reason}") from error
-        self.block = block_of(layer, _num_blocks(self.model.visual, name=str(path)), name=str(path))
+        visual, size = self.model.visual, self.model.visual.image_size
+        self._set_preprocessing(
+            size_px=size if isinstance(size, int) else size[0],
+            mean=getattr(visual, "image_mean", None) or open_clip.OPENAI_DATASET_MEAN,
+            std=getattr(visual, "image_std", None) or open_clip.OPENAI_DATASET_STD,
+        )
+        self._settle(layer=layer, has_cls=has_cls, depth=_num_blocks(visual, name=str(path)), name=str(path))
         if has_weights:
             self.tokenizer = self._load_tokenizer(open_clip, Path(path) if is_folder else None, str(path))
         else:
-            length = cast(int, self.model.context_length)
-            self.tokenizer = lambda texts: torch.zeros(len(texts), length, dtype=torch.long)
-        config = cast(Any, self.model.visual)
-        size = config.image_size
-        self._set_preprocessing(
-            size_px=size if isinstance(size, int) else size[0],
-            mean=getattr(config, "image_mean", None) or open_clip.OPENAI_DATASET_MEAN,
-            std=getattr(config, "image_std", None) or open_clip.OPENAI_DATASET_STD,
-        )
-        self.layer, self.has_cls = layer, has_cls
-        freeze(self)
+            self.tokenizer = lambda texts: torch.zeros(
+                len(texts), self.model.context_length, dtype=torch.long
+            )
 
-    def _load_tokenizer(self, open_clip: Any, folder: Path | None, name: str) -> Any:
+    def _load_tokenizer(
+        self, open_clip: ModuleType, folder: Path | None, name: str
+    ) -> Callable[[list[str]], Tensor]:
+        """B strings -> (B, context length) int64."""
         if folder is not None and (folder / "tokenizer.json").is_file():
             from transformers import AutoTokenizer
 
             tokenizer = AutoTokenizer.from_pretrained(str(folder))
-            length = cast(int, self.model.context_length)
+            length = self.model.context_length
             return lambda texts: torch.tensor(
                 [pad_ids([*tokenizer.encode(t)[: length - 1], tokenizer.eos_token_id], length) for t in texts]
             )
         return open_clip.get_tokenizer(name if folder is None else f"local-dir:{folder.resolve()}")
 
     def patches(self, pixels: Tensor) -> Tensor:
-        visual = cast(Any, self.model.visual)
-        found = visual.forward_intermediates(
+        """(B, 3, H, W) -> (B, P, C)."""
+        found = self.model.visual.forward_intermediates(
             self.preprocess(pixels),
             indices=[self.block],
             intermediates_only=True,
@@ -166,16 +195,20 @@ class OpenClipEncoder(ClipEncoder):
             output_extra_tokens=True,
         )
         tokens = found["image_intermediates"][0]
-        prefix = found.get("image_intermediates_prefix", [tokens[:, :0]])[0]  # SigLIP has no class token
+        # SigLIP has no class token
+        prefix = found.get("image_intermediates_prefix", [tokens[:, :0]])[0]
         return torch.cat([prefix, tokens], dim=1) if self.has_cls else tokens
 
     def embed_images(self, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, E)."""
         return self.model.encode_image(self.preprocess(pixels))
 
     def _text_ids(self, captions: Sequence[str]) -> Tensor:
+        """B strings -> (B, context length) int64."""
         return self.tokenizer(list(captions)).to(self.mean.device)
 
     def text_states(self, captions: Sequence[str]) -> Tensor:
+        """B strings -> (B, Kt, Dt)."""
         found = self.model.forward_intermediates(
             text=self._text_ids(captions),
             text_indices=1,
@@ -185,11 +218,12 @@ class OpenClipEncoder(ClipEncoder):
         return found["text_intermediates"][-1]
 
     def embed_texts(self, captions: Sequence[str]) -> Tensor:
+        """B strings -> (B, E)."""
         return self.model.encode_text(self._text_ids(captions))
 
 
-def _without_weights(open_clip: Any, name: str) -> Any:
-    """The classes of a model on the meta device, without the warning that its weights are random."""
+def _without_weights(open_clip: ModuleType, name: str) -> nn.Module:
+    """The classes of a model on the meta device, without open_clip's warning that its weights are random."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -206,16 +240,24 @@ class TransformersClipEncoder(ClipEncoder):
     device: they read no file.
     """
 
-    def __init__(self, path: str | Path, *, layer: int = -2, has_cls: bool = True, config: Any = None):
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        layer: int = -2,
+        has_cls: bool = True,
+        config: PreTrainedConfig | None = None,
+    ):
         super().__init__()
         from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
         self.name = str(path)
         mean, std = ((0.5, 0.5, 0.5),) * 2
+        self.model: Any
         self.text_tokenizer = None
         try:
             if config is not None:
-                self.model: Any = AutoModel.from_config(config)
+                self.model = AutoModel.from_config(config)
             else:
                 self.model = load_whole(AutoModel, self.name, ignore_mismatched_sizes=True)
                 processor = AutoImageProcessor.from_pretrained(self.name)
@@ -229,44 +271,44 @@ class TransformersClipEncoder(ClipEncoder):
         if not hasattr(self.model.config, "vision_config" if is_whole else "patch_size"):
             raise UserError(f"{self.name} holds a {type(self.model).__name__}, wanted a CLIP or SigLIP")
         vision = self.model.config.vision_config if is_whole else self.model.config
-        self.block = block_of(layer, vision.num_hidden_layers, name=self.name)
         self._set_preprocessing(size_px=vision.image_size, mean=mean, std=std)
-        self.layer, self.has_cls = layer, has_cls
-        freeze(self)
-
-    @property
-    def _vision(self) -> Any:
-        return getattr(self.model, "vision_model", self.model)
+        self._settle(layer=layer, has_cls=has_cls, depth=vision.num_hidden_layers, name=self.name)
 
     def patches(self, pixels: Tensor) -> Tensor:
-        states = self._vision(pixel_values=self.preprocess(pixels), output_hidden_states=True).hidden_states
-        hidden = states[self.block + 1]  # the first are the embeddings
-        has_class_token = hasattr(self._vision.embeddings, "class_embedding")
+        """(B, 3, H, W) -> (B, P, C)."""
+        tower = getattr(self.model, "vision_model", self.model)
+        states = tower(pixel_values=self.preprocess(pixels), output_hidden_states=True).hidden_states
+        # the first hidden states are the embeddings
+        hidden = states[self.block + 1]
+        has_class_token = hasattr(tower.embeddings, "class_embedding")
         return hidden if self.has_cls or not has_class_token else hidden[:, 1:]
 
     def embed_images(self, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, E)."""
         self._require_text_tower()
-        return tensor_of(self.model.get_image_features(pixel_values=self.preprocess(pixels)))
+        return self.model.get_image_features(pixel_values=self.preprocess(pixels)).pooler_output
 
-    def _require_text_tower(self) -> None:
+    def _require_text_tower(self) -> PreTrainedTokenizerBase:
         if self.text_tokenizer is None:
             raise UserError(f"{self.name} is an image tower alone: it embeds no texts, give a whole CLIP")
+        return self.text_tokenizer
 
-    def _tokenise(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        assert self.text_tokenizer is not None
+    def _text_ids(self, captions: Sequence[str]) -> Tensor:
+        """B strings -> (B, context length) int64. Raises UserError when there is no text tower."""
+        tokenizer = self._require_text_tower()
         length = self.model.config.text_config.max_position_embeddings
-        encoded = self.text_tokenizer(
+        encoded = tokenizer(
             list(captions), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
         )
-        return {"input_ids": encoded["input_ids"].to(self.mean.device)}
+        return encoded["input_ids"].to(self.mean.device)
 
     def text_states(self, captions: Sequence[str]) -> Tensor:
-        self._require_text_tower()
-        return self.model.text_model(**self._tokenise(captions)).last_hidden_state
+        """B strings -> (B, Kt, Dt)."""
+        return self.model.text_model(input_ids=self._text_ids(captions)).last_hidden_state
 
     def embed_texts(self, captions: Sequence[str]) -> Tensor:
-        self._require_text_tower()
-        return tensor_of(self.model.get_text_features(**self._tokenise(captions)))
+        """B strings -> (B, E)."""
+        return self.model.get_text_features(input_ids=self._text_ids(captions)).pooler_output
 
 
 def block_of(layer: int, depth: int, *, name: str) -> int:
@@ -280,7 +322,7 @@ def block_of(layer: int, depth: int, *, name: str) -> int:
     return layer - 1 if layer > 0 else layer + depth
 
 
-def _num_blocks(visual: Any, *, name: str) -> int:
+def _num_blocks(visual: nn.Module, *, name: str) -> int:
     """Depth of a ViT of open_clip or, through timm, of SigLIP. Raises UserError for ResNets and the like."""
     blocks = getattr(getattr(visual, "transformer", None), "resblocks", None)
     blocks = getattr(getattr(visual, "trunk", None), "blocks", blocks)
@@ -289,11 +331,6 @@ def _num_blocks(visual: Any, *, name: str) -> int:
             f"the image tower of {name!r} is a {type(visual).__name__} without patch tokens: choose a ViT"
         )
     return len(blocks)
-
-
-def tensor_of(output: Any) -> Tensor:
-    """The projected embedding: transformers 5 wraps it in an output object, transformers 4 returned it bare."""
-    return output if isinstance(output, Tensor) else output.pooler_output
 
 
 def pad_ids(ids: Sequence[int], length: int) -> list[int]:
@@ -309,11 +346,14 @@ def load_clip(
     layer: int = -2,
     has_cls: bool = True,
 ) -> ClipEncoder:
-    """A frozen CLIP by library and path or name; `ip_adapter`: what makes e_v and e_t, see `DecoderConditioner`."""
-    if library == "ip_adapter":
-        from vlgpt.models.decoder_parts import DecoderConditioner
+    """A frozen CLIP by library and path or name.
 
-        return DecoderConditioner.load(path)
+    Raises UserError when it cannot be loaded, and for `ip_adapter`, which is no CLIP: see `load_conditioner`.
+    """
+    if library == "ip_adapter":
+        raise UserError(
+            f"library ip_adapter ({path}) makes targets and no patch features: set library to transformers or open_clip"
+        )
     if library == "open_clip":
         return OpenClipEncoder(path, pretrained=pretrained, layer=layer, has_cls=has_cls)
     return TransformersClipEncoder(path, layer=layer, has_cls=has_cls)
@@ -336,12 +376,8 @@ def save_open_clip(model: nn.Module, *, config: dict[str, Any], folder: Path) ->
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    preprocessing = {
-        "mean": [0.5, 0.5, 0.5],
-        "std": [0.5, 0.5, 0.5],
-        "interpolation": "bicubic",
-        "resize_mode": "shortest",
-    }
+    half = [0.5, 0.5, 0.5]
+    preprocessing = {"mean": half, "std": half, "interpolation": "bicubic", "resize_mode": "shortest"}
     record = {"model_cfg": config, "preprocess_cfg": preprocessing}
     (folder / "open_clip_config.json").write_text(json.dumps(record, indent=1) + "\n")
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}

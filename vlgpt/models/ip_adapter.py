@@ -1,9 +1,8 @@
 """IP-Adapter Plus without diffusers: its checkpoint files, their checks, and the Resampler.
 
-A checkpoint holds two groups. `image_proj` is the Resampler, from ViT-H patch features (257 x 1280) to the
-16 tokens that the U-Net attends to; `ip_adapter` holds one key and one value projection for every
-cross-attention of that U-Net. Layout and architecture follow tencent-ailab/IP-Adapter (resampler.py and
-attention_processor.py).
+A checkpoint holds two groups. `image_proj` is the Resampler, from ViT-H patch features (257 x 1280) to the 16 tokens
+that the U-Net attends to; `ip_adapter` holds one key and one value projection for every cross-attention of that U-Net.
+Layout and architecture follow tencent-ailab/IP-Adapter (resampler.py and attention_processor.py).
 """
 
 from __future__ import annotations
@@ -25,7 +24,8 @@ from vlgpt.errors import UserError
 
 HEAD_WIDTH = 64
 GROUPS = ("image_proj", "ip_adapter")
-OTHER_ADAPTERS = {  # a tensor of image_proj that only this kind of adapter has
+# A tensor of image_proj that only this kind of adapter has.
+OTHER_ADAPTERS = {
     "proj.weight": "a base IP-Adapter (one pooled embedding)",
     "proj.3.weight": "a full-face IP-Adapter",
     "perceiver_resampler.proj_in.weight": "an IP-Adapter FaceID Plus",
@@ -35,7 +35,7 @@ OTHER_ADAPTERS = {  # a tensor of image_proj that only this kind of adapter has
 
 @dataclass(frozen=True)
 class IpAdapterWeights:
-    """The tensors of a checkpoint by group, and where they came from (for messages)."""
+    """The tensors of a checkpoint by group; `source` is its path, for messages."""
 
     image_proj: Mapping[str, Tensor]
     ip_adapter: Mapping[str, Tensor]
@@ -43,7 +43,7 @@ class IpAdapterWeights:
 
 
 class PerceiverAttention(nn.Module):
-    """Latents attend to the features and to themselves. Names of parameters are those of the checkpoint."""
+    """Latents attend to the features and to themselves. Parameters are named as in the checkpoint."""
 
     def __init__(self, width: int, num_heads: int):
         super().__init__()
@@ -117,8 +117,7 @@ class Resampler(nn.Module):
 def read_ip_adapter(path: str | Path) -> IpAdapterWeights:
     """Read a `.safetensors` (flat keys `image_proj.*`, `ip_adapter.*`) or a `.bin` file (two nested dicts).
 
-    `path` is a local file, or `owner/repository/path/in/it` on the hub. A `.bin` is a pickle: it is read with
-    `weights_only=True`, which refuses anything but tensors. Raises UserError when there is no such file, it
+    `path` is a local file, or `owner/repository/path/in/it` on the hub. Raises UserError when there is no such file, it
     cannot be read, or it does not hold the two groups.
     """
     local = _local_file(str(path))
@@ -126,6 +125,7 @@ def read_ip_adapter(path: str | Path) -> IpAdapterWeights:
         if local.suffix == ".safetensors":
             stored = load_file(local)
         else:
+            # A .bin file is a pickle, which could execute anything; `weights_only` refuses all but tensors.
             stored = torch.load(local, map_location="cpu", weights_only=True)
     except (SafetensorError, UnpicklingError, OSError, EOFError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

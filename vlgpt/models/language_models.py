@@ -1,7 +1,7 @@
 """Any causal language model of transformers: what can be trained is loaded, what cannot is refused with the reason.
 
 Parts are found by transformers' own accessors (`get_input_embeddings`, `get_output_embeddings`, `base_model`), never by
-attribute names. What a class does between its head and its logits is known here and checked against its own forward.
+attribute names. What a class does between its head and its logits is a `LogitRule`, checked against its own forward.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -21,6 +21,9 @@ from vlgpt.log import get_logger
 from vlgpt.models.layers import has_flash, require_backend
 from vlgpt.models.weights import load_whole
 from vlgpt.tokens import NUM_IMAGE_TOKENS, DocumentTokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 Attention = Literal["auto", "flash_attention_2", "sdpa", "eager", "sdpa_or_eager"]
 Trained = Literal["lora", "all"]
@@ -39,7 +42,7 @@ class LogitRule:
     cap: float | None = None
 
     @classmethod
-    def of(cls, config: Any) -> LogitRule:
+    def of(cls, config: PreTrainedConfig) -> LogitRule:
         """The rule of a transformers configuration."""
         scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
         return cls(scale, getattr(config, "final_logit_softcapping", None))
@@ -51,7 +54,7 @@ class LogitRule:
         return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
 
 
-def build_language_model(text_config: Mapping[str, Any], attention: Attention = "auto") -> Any:
+def build_language_model(text_config: Mapping[str, Any], attention: Attention = "auto") -> PreTrainedModel:
     """A causal LM without its weights, from its configuration as a dictionary with `model_type`."""
     from transformers import AutoConfig
 
@@ -59,12 +62,13 @@ def build_language_model(text_config: Mapping[str, Any], attention: Attention = 
     return from_configuration(AutoConfig.for_model(values.pop("model_type"), **values), attention)
 
 
-def from_configuration(config: Any, attention: Attention) -> Any:
+def from_configuration(config: PreTrainedConfig, attention: str) -> PreTrainedModel:
     """A causal LM without its weights, on the default device.
 
     Args:
         config: a transformers configuration.
-        attention: see `implementations`; the first that the class supports is taken.
+        attention: see `implementations`; the first that the class supports is taken. Or any other implementation that
+            transformers knows by name.
     Raises UserError when transformers has no causal LM of this kind, or when it lacks the attention that was asked for.
     """
     from transformers import AutoModelForCausalLM
@@ -83,7 +87,7 @@ def from_configuration(config: Any, attention: Attention) -> Any:
     raise UserError(f"no causal language model of type {config.model_type!r}: {'; '.join(reasons)}")
 
 
-def implementations(attention: Attention) -> list[str]:
+def implementations(attention: str) -> list[str]:
     """What transformers calls the attention that was asked for, the fastest first. Raises UserError.
 
     `auto` is flash-attn where it can run, else SDPA, else eager; `sdpa_or_eager` is the same without flash-attn.
@@ -94,7 +98,7 @@ def implementations(attention: Attention) -> list[str]:
     return [*(["flash_attention_2"] if attention == "auto" and has_flash() else []), "sdpa", "eager"]
 
 
-def leave_flash(backbone: Any) -> str:
+def leave_flash(backbone: PreTrainedModel) -> str:
     """Switch from flash-attn to SDPA, or to eager where the class has no SDPA; returns which."""
     for implementation in ("sdpa", "eager"):
         try:
@@ -111,12 +115,11 @@ def load_language_model(
     attention: Attention = "auto",
     dtype: torch.dtype = torch.float32,
     trained: Trained | None = None,
-) -> Any:
+) -> PreTrainedModel:
     """Any transformers causal LM from a folder or hub name, shard by shard.
 
-    What cannot be trained is refused before any weight is read. Where `dtype` is that of the file, its weights stay
-    mapped: processes of one machine share them. Raises UserError when the model cannot be loaded, lacks weights, or
-    cannot be trained as `trained` says.
+    Where `dtype` is that of the file, its weights stay mapped: processes of one machine share them. Raises UserError
+    when the model cannot be loaded, lacks weights, or cannot be trained as `trained` says.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -124,6 +127,7 @@ def load_language_model(
         config = AutoConfig.from_pretrained(str(path))
     except LOADING_ERRORS as error:
         raise UserError(_not_loaded(path, error)) from error
+    # Built without weights first: what cannot be trained is refused before tens of gigabytes are read.
     with torch.device("meta"):
         skeleton = from_configuration(config, attention)
     check_parts(skeleton, name=str(path), trained=trained)
@@ -146,8 +150,8 @@ def _not_loaded(path: str | Path, error: Exception) -> str:
     return f"no language model could be loaded from {str(path)!r}: {str(error).splitlines()[0]}"
 
 
-def check_parts(model: Any, *, name: str, trained: Trained | None = None) -> None:
-    """What the rest of the project relies on, from a model without weights. Raises UserError with the reason."""
+def check_parts(model: PreTrainedModel, *, name: str, trained: Trained | None = None) -> None:
+    """Check what the rest of the project relies on; needs no weights. Raises UserError with the reason."""
     kind = type(model).__name__
     if model.config.get_text_config() is not model.config:
         raise UserError(f"{name} is a {kind} of several models: give the folder of its language model alone")
@@ -167,13 +171,13 @@ def check_parts(model: Any, *, name: str, trained: Trained | None = None) -> Non
 
 
 class _FixedStates(nn.Module):
-    """Stands in for a transformer, and for its decoder: gives the same hidden states whatever it is asked."""
+    """Replaces a transformer, or its decoder: returns given hidden states (B, L, D) for any input."""
 
     def __init__(self, hidden: Tensor):
         super().__init__()
         self.hidden = hidden
 
-    def forward(self, *args: Any, **options: Any) -> Any:
+    def forward(self, *args: object, **options: object) -> _States:
         return _States(self.hidden)
 
     def __getattr__(self, name: str) -> Any:
@@ -181,7 +185,7 @@ class _FixedStates(nn.Module):
 
 
 class _States(SimpleNamespace):
-    """What a transformer gives: hidden states, and None under every other name (caches, attentions, router logits)."""
+    """The output of a transformer: hidden states, and None for every other field (caches, attentions, routers)."""
 
     def __init__(self, hidden: Tensor):
         super().__init__(last_hidden_state=hidden)
@@ -194,10 +198,11 @@ class _States(SimpleNamespace):
 
 
 @torch.no_grad()
-def check_logits(model: Any, *, name: str) -> None:
+def check_logits(model: PreTrainedModel, *, name: str) -> None:
     """Compare head and `LogitRule` with the model's own forward. Raises UserError when they differ.
 
-    Only the head runs: the transformer is replaced for the call.
+    A class may do more to its logits than the rule knows; then training would optimise another distribution than the
+    one that generation by transformers draws from. Only the head runs: the transformer is replaced for the call.
     """
     head, (place, body) = model.get_output_embeddings(), _child(model, model.base_model)
     generator = torch.Generator().manual_seed(0)
@@ -224,25 +229,25 @@ def _child(model: nn.Module, part: nn.Module) -> tuple[str, nn.Module]:
     return next((name, child) for name, child in model.named_children() if child is part)
 
 
-def embedding_scale(language_model: Any) -> Tensor:
-    """RMS of the embeddings that words enter with: -> () fp32; 1 for a model without weights.
-
-    Gemma scales inside its embedding layer, so a few rows are looked up and compared with the table.
-    """
+def embedding_scale(language_model: PreTrainedModel) -> Tensor:
+    """RMS of the embeddings that words enter with: -> () fp32; 1 for a model without weights."""
     table = language_model.get_input_embeddings()
     if table.weight.is_meta:
         return torch.ones(())
     with torch.no_grad():
         scale = table.weight.detach().float().square().mean().sqrt()
+        # Gemma scales inside its embedding layer: a few rows are looked up and compared with the table.
         rows = torch.arange(min(16, table.num_embeddings), device=table.weight.device)
         raw, entered = table.weight[rows].float(), table(rows).float()
         return scale * (entered.square().mean() / raw.square().mean().clamp_min(1e-20)).sqrt()
 
 
-def resize_vocabulary(language_model: Any, tokenizer: DocumentTokenizer) -> None:
-    """Grow the embeddings to the padded vocabulary; rows of new tokens start at the mean of the old ones, as is usual.
+def resize_vocabulary(language_model: PreTrainedModel, tokenizer: DocumentTokenizer) -> None:
+    """Grow the embeddings to the padded vocabulary.
 
-    Raises UserError when the model has fewer rows than its tokenizer has base tokens.
+    Rows of new tokens start at the mean of the old ones (Hewitt 2021, "Initializing new word embeddings"): random rows
+    of another scale would dominate the softmax at first. Raises UserError when the model has fewer rows than its
+    tokenizer has base tokens.
     """
     num_rows = language_model.get_input_embeddings().weight.shape[0]
     num_old = tokenizer.num_tokens - NUM_IMAGE_TOKENS

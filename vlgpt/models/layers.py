@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from importlib.util import find_spec
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,10 +21,7 @@ Backend = Literal["auto", "flash_attention_2", "sdpa"]
 
 @cache
 def flash_fault() -> str:
-    """Why flash-attn cannot run here, "" where it can: the one rule for all attention of the project.
-
-    The package is imported: one that was built for another torch is there, but raises (undefined symbols).
-    """
+    """Why flash-attn cannot run here, "" where it can: the one rule for all attention of the project."""
     if not torch.cuda.is_available():
         return "flash-attn needs a CUDA GPU"
     major, minor = torch.cuda.get_device_capability()
@@ -34,9 +31,10 @@ def flash_fault() -> str:
         )
     if find_spec("flash_attn") is None:
         return "flash-attn is not installed: pip install 'vlgpt[gpu]'"
+    # It is imported, not only looked for: a package that was built for another torch fails with undefined symbols.
     try:
         from flash_attn import flash_attn_func  # noqa: F401
-    except Exception as error:  # whatever a package of another build raises
+    except Exception as error:
         reason = " ".join(str(error).split())[:200]
         return (
             f"flash-attn is installed but broken, build it for this torch ({type(error).__name__}: {reason})"
@@ -46,7 +44,7 @@ def flash_fault() -> str:
 
 @cache
 def has_flash() -> bool:
-    """Whether `auto` is flash-attn; the first call says which, and why, in one log line."""
+    """Whether `auto` is flash-attn; the first call logs which, and why."""
     fault = flash_fault()
     get_logger().info("attention: %s", f"sdpa ({fault})" if fault else "flash_attention_2")
     return not fault
@@ -63,13 +61,17 @@ def attend(query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool, backen
     if backend == "flash_attention_2":
         from flash_attn import flash_attn_func
 
+        # flash-attn has heads inside of positions: views, no copies
         swapped = (rearrange(x, "b h s d -> b s h d") for x in (query, key, value))
         return rearrange(flash_attn_func(*swapped, causal=is_causal), "b s h d -> b h s d")
     return F.scaled_dot_product_attention(query, key, value, is_causal=is_causal)
 
 
 class Attention(nn.Module):
-    """Multi-head attention from `x` to `context` (to itself when they are the same tensor)."""
+    """Multi-head attention from `x` to `context`, which is `x` itself in self-attention.
+
+    Raises ValueError when the width cannot be divided into heads.
+    """
 
     def __init__(self, *, width: int, context_width: int, num_heads: int, is_causal: bool, backend: Backend):
         super().__init__()
@@ -128,17 +130,19 @@ def set_backend(module: nn.Module, backend: str) -> None:
     Raises UserError for flash-attn where it cannot run.
     """
     require_backend(backend)
+    chosen = cast(Backend, "sdpa" if backend == "eager" else backend)
     for part in module.modules():
         if isinstance(part, Attention):
-            part.backend = "sdpa" if backend == "eager" else backend  # type: ignore[assignment]
+            part.backend = chosen
 
 
 class QueryTransformer(nn.Module):
     """Learned queries, decoded in causal order while attending to a context of fixed length.
 
-    PAPER: widths, norms and initialisation are not given (§3.1 says "standard transformer decoder", 12 blocks);
-    pre-norm, GELU, learned positions of the context. `init_std` is that of queries and positions: tiny models need
-    1.0 (with 0.02 their cross-attention stays uniform for thousands of steps).
+    `init_std` is that of queries and positions. `has_checkpointing` computes blocks again in the backward pass.
+
+    PAPER: widths, norms and initialisation are not given (§3.1 says "standard transformer decoder", 12 blocks); ours
+    are pre-norm, GELU and learned positions of the context.
     """
 
     def __init__(
@@ -153,6 +157,7 @@ class QueryTransformer(nn.Module):
     ):
         super().__init__()
         self.has_checkpointing = has_checkpointing
+        # Tiny models need a std of 1.0: with 0.02 their cross-attention stays uniform for thousands of steps.
         self.queries = nn.Parameter(torch.randn(num_queries, shape.width) * shape.init_std)
         self.context_norm = nn.LayerNorm(context_width)
         self.context_positions = nn.Parameter(torch.randn(num_context, context_width) * shape.init_std)

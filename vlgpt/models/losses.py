@@ -1,4 +1,8 @@
-"""All losses, as sums over targets. The one shift by one of the whole project is in `targets_of`."""
+"""All losses, as sums over targets. The one shift by one of the whole project is in `targets_of`.
+
+Sums, not means: a mean over micro-batches of different target counts would weigh their targets differently. The loop
+divides by the global count of all ranks and micro-batches.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +17,19 @@ from vlgpt.batch import Batch
 
 @dataclass(frozen=True)
 class TargetPositions:
-    """Where predictions are made: flat indices into (B * L) of the position BEFORE each target, and the targets."""
+    """Where predictions are made, and what is to be predicted: T text tokens and V visual embeddings, all int64.
 
-    text_from: Tensor  # (T,) int64
-    text_ids: Tensor  # (T,) int64
-    text_sources: Tensor  # (T,) int64
-    visual_from: Tensor  # (V,) int64
-    visual_rows: Tensor  # (V,) int64; row of the target in the batch's flattened visual embeddings (M * N)
-    visual_sources: Tensor  # (V,) int64
+    `text_from` (T,) and `visual_from` (V,) are flat indices into (B * L) of the position BEFORE each target. `text_ids`
+    (T,) are the tokens, `visual_rows` (V,) rows of the batch's flattened visual embeddings (M * N). `text_sources` (T,)
+    and `visual_sources` (V,) are the data sources.
+    """
+
+    text_from: Tensor
+    text_ids: Tensor
+    text_sources: Tensor
+    visual_from: Tensor
+    visual_rows: Tensor
+    visual_sources: Tensor
 
 
 def targets_of(batch: Batch) -> TargetPositions:
@@ -28,6 +37,7 @@ def targets_of(batch: Batch) -> TargetPositions:
     is_target, is_visual = batch.is_target.flatten(), batch.is_visual.flatten()
     text = (is_target & ~is_visual).nonzero().squeeze(1)
     visual = (is_target & is_visual).nonzero().squeeze(1)
+    # Images come in reading order, so the k-th visual position belongs to row k of the visual embeddings.
     visual_number = is_visual.cumsum(0) - 1
     sources = batch.source_ids.flatten().long()
     return TargetPositions(
@@ -49,7 +59,10 @@ def count_targets(batch: Batch) -> dict[str, int]:
 
 
 def cross_entropies(logits: Tensor, targets: Tensor) -> Tensor:
-    """Negative log-likelihood per token, in fp32: (T, V), (T,) -> (T,)."""
+    """Negative log-likelihood per token: (T, V), (T,) -> (T,).
+
+    In fp32: bf16 has 8 bits of precision, and a log-sum over 32,000 logits needs more.
+    """
     return F.cross_entropy(logits.float(), targets, reduction="none")
 
 

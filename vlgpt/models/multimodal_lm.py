@@ -1,25 +1,38 @@
-"""The multimodal language model: a causal LM that reads and predicts visual embeddings too (paper §3.2)."""
+"""The multimodal language model: a causal LM that reads and predicts visual embeddings too (paper §3.2).
+
+Rows are packed: the documents of a row must not see each other. Position ids restart in every document, and no mask is
+given. flash-attn gets the bounds of the documents (`varlen_arguments`), SDPA on a CPU goes document by document
+(`attend_by_document`), and all else is what transformers infers from the positions.
+"""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
+from itertools import pairwise
 from types import MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlgpt.batch import Batch
 from vlgpt.errors import UserError
 from vlgpt.log import get_logger
-from vlgpt.models import packed_attention
 from vlgpt.models.heads import new_head
 from vlgpt.models.language_models import LogitRule, embedding_scale, leave_flash
 from vlgpt.models.losses import TargetPositions
-from vlgpt.models.packed_attention import packed_lengths
 from vlgpt.models.standardise import KeepsBuffers
 from vlgpt.settings import LoraSettings
 from vlgpt.tokens import NUM_IMAGE_TOKENS
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+# Lengths of the documents of every row, padding as one more; they add up to the row's length.
+Lengths = list[list[int]]
 
 
 class MultimodalLM(KeepsBuffers):
@@ -38,10 +51,11 @@ class MultimodalLM(KeepsBuffers):
     """
 
     visual_scale: Tensor
+    language_model: PreTrainedModel | PeftModel
 
     def __init__(
         self,
-        language_model: Any,
+        language_model: PreTrainedModel,
         *,
         num_tokens: int,
         num_visual: int,
@@ -49,7 +63,7 @@ class MultimodalLM(KeepsBuffers):
         head: str = "linear",
     ):
         super().__init__()
-        packed_attention.register()
+        register_packed_attention()
         self.language_model = language_model
         self.num_tokens, self.num_visual, self.visual_width = num_tokens, num_visual, visual_width
         entered = language_model.get_input_embeddings().embedding_dim
@@ -60,33 +74,36 @@ class MultimodalLM(KeepsBuffers):
             nn.init.zeros_(self.projection.bias)
         self.head_name = head
         self.regression_head = new_head(head, hidden_width=hidden, visual_width=visual_width)
+        # One type for all that is trained together: DeepSpeed casts the whole stage, generation nothing.
         for part in (self.projection, self.regression_head):
-            part.to(
-                language_model.get_input_embeddings().weight.dtype
-            )  # one type for all that is trained together
+            part.to(language_model.get_input_embeddings().weight.dtype)
         self.finish_logits = LogitRule.of(language_model.config)
         self.register_buffer("visual_scale", embedding_scale(language_model))
 
     @property
-    def backbone(self) -> Any:
+    def backbone(self) -> PreTrainedModel:
         """The transformer without the LM head."""
         return self._causal_lm.base_model
 
     @property
     def lm_head(self) -> nn.Module:
+        """Hidden states to logits: (..., D) -> (..., vocabulary), before `finish_logits`."""
         return self._causal_lm.get_output_embeddings()
 
     @property
-    def _causal_lm(self) -> Any:
-        return self.language_model.get_base_model() if self.has_lora else self.language_model
+    def _causal_lm(self) -> PreTrainedModel:
+        model: Any = self.language_model
+        return model.get_base_model() if self.has_lora else model
 
     @property
     def dtype(self) -> torch.dtype:
+        """Of everything that is trained."""
         return next(self.regression_head.parameters()).dtype
 
     @property
     def has_lora(self) -> bool:
-        # not `peft_config`: peft < 0.19 leaves that behind when it merges
+        """Whether peft wraps the language model."""
+        # Not `peft_config`: peft < 0.19 leaves that behind when it merges.
         return hasattr(self.language_model, "get_base_model")
 
     def embed(self, token_ids: Tensor, is_visual: Tensor, visual: Tensor | None) -> Tensor:
@@ -101,36 +118,32 @@ class MultimodalLM(KeepsBuffers):
         return self.projection(visual.to(self.dtype)) * self.visual_scale
 
     def _touch_projection(self, like: Tensor) -> Tensor:
-        """Zero that depends on the projection: every rank touches the same parameters whatever its batch holds."""
+        """Zero that depends on the projection: (B, L, D) -> ().
+
+        DeepSpeed reduces gradients in one order on all ranks, and waits for a rank whose batch has no image.
+        """
         if isinstance(self.projection, nn.Identity):
             return torch.zeros((), device=self.visual_scale.device)
-        # called, and its weight not even looked at: ZeRO-3 gathers parameters at each access, on all ranks alike
+        # The layer is called as for an image: ZeRO-3 gathers a weight at each access, which all ranks must do alike.
         return self.projection(like.new_zeros(1, self.visual_width)).sum()
 
     def hidden_states(self, batch: Batch, visual: Tensor | None) -> Tensor:
         """Last hidden states of packed rows: (B, L), (M, N, d) -> (B, L, D).
 
-        Packing is expressed by restarting positions with no mask at all and `use_cache=False`: a 2D mask, or a cache,
-        lets packed documents see each other in transformers. flash-attn gets the segment bounds explicitly.
+        No mask is given, and no cache kept: with a 2D mask or a cache, transformers no longer looks at the positions,
+        and packed documents see each other.
         """
-        embeddings = self.embed(batch.token_ids, batch.is_visual, visual)
+        embeddings, positions = self.embed(batch.token_ids, batch.is_visual, visual), batch.position_ids
+        shape, attention = embeddings.shape, self.backbone.config._attn_implementation
         arguments: dict[str, Any] = {}
-        if self.backbone.config._attn_implementation.startswith("flash_attention"):
+        if attention.startswith("flash_attention"):
+            # varlen attention takes one long row
             arguments = varlen_arguments(batch.segment_ids)
-            rows, length, width = embeddings.shape
-            output = self.backbone(
-                inputs_embeds=embeddings.reshape(1, rows * length, width),
-                position_ids=batch.position_ids.reshape(1, -1),
-                use_cache=False,
-                **arguments,
-            )
-            return output.last_hidden_state.reshape(rows, length, width)
-        if self.backbone.config._attn_implementation == "sdpa" and embeddings.device.type == "cpu":
+            embeddings, positions = embeddings.reshape(1, -1, shape[-1]), positions.reshape(1, -1)
+        elif attention == "sdpa" and embeddings.device.type == "cpu":
             arguments = {"packed_lengths": packed_lengths(batch.segment_ids)}
-        output = self.backbone(
-            inputs_embeds=embeddings, position_ids=batch.position_ids, use_cache=False, **arguments
-        )
-        return output.last_hidden_state
+        output = self.backbone(inputs_embeds=embeddings, position_ids=positions, use_cache=False, **arguments)
+        return output.last_hidden_state.reshape(shape[:-1] + output.last_hidden_state.shape[-1:])
 
     def logits(self, hidden: Tensor) -> Tensor:
         """LM head with the padding rows of the vocabulary masked: (..., D) -> (..., vocabulary)."""
@@ -143,7 +156,8 @@ class MultimodalLM(KeepsBuffers):
     def predict(self, hidden: Tensor, targets: TargetPositions) -> tuple[Tensor, Tensor]:
         """Predictions at the target positions only: (B, L, D) -> logits (T, num_tokens), embeddings (V, d)."""
         flat = hidden.flatten(0, 1)
-        logits = self.lm_head(flat[targets.text_from])[..., : self.num_tokens]  # a view: nothing to be masked
+        # A view without the padding of the vocabulary saves the mask of `logits`, as large as the logits.
+        logits = self.lm_head(flat[targets.text_from])[..., : self.num_tokens]
         return self.finish_logits(logits), self.regression_head(flat[targets.visual_from])
 
     def add_lora(self, settings: LoraSettings, trainable_tokens: list[int]) -> None:
@@ -161,13 +175,16 @@ class MultimodalLM(KeepsBuffers):
             rows[places[id(head)]] = trainable_tokens
         config = LoraConfig(
             r=settings.rank,
-            lora_alpha=settings.alpha,  # type: ignore[arg-type]  # any number works
+            lora_alpha=settings.alpha,  # type: ignore[arg-type] # any number works
             lora_dropout=settings.dropout,
             target_modules="all-linear",
             trainable_token_indices=rows,
             task_type="CAUSAL_LM",
         )
-        self.language_model = get_peft_model(self.language_model, config)
+        with warnings.catch_warnings():
+            # peft asks transformers for a name that it renamed
+            warnings.simplefilter("ignore", FutureWarning)
+            self.language_model = get_peft_model(self.language_model, config)
         for layer in self.language_model.modules():
             if hasattr(layer, "trainable_tokens_delta"):
                 layer.forward_adapters = MethodType(forward_with_rows, layer)
@@ -235,17 +252,13 @@ class MultimodalLM(KeepsBuffers):
         frozen = {name: p for name, p in self.named_parameters() if not p.requires_grad}
         return {name: p[:num_rows] if id(p) in tables else p for name, p in frozen.items()}
 
-    def merge_lora(self) -> None:
-        """Fold the adapter into the weights of the language model."""
-        if self.has_lora:
-            self.language_model = self.language_model.merge_and_unload()
-
 
 def forward_with_rows(
     layer: Any, x: Tensor, active_adapters: Sequence[str], *rest: Any, **more: Any
 ) -> Tensor:
-    """What peft's TrainableTokensLayer computes, without its copy of the whole table and that copy's gradient.
+    """`TrainableTokensLayer.forward_adapters` of peft, without its copy of the table and that copy's gradient.
 
+    (B, L) ids -> (B, L, D) for a table, (..., D) -> (..., vocabulary) for the LM head.
     For LLaMA-7B the two copies and the gradient are 0.8 GB in bf16, and the gradient of the LM head is a matrix product
     as large as its forward pass, all for two rows.
     """
@@ -266,25 +279,87 @@ def forward_with_rows(
     return output
 
 
-def varlen_arguments(segment_ids: Tensor) -> dict[str, Any]:
-    """Segment bounds for flash-attn's varlen path over the flattened batch: (B, L) -> cu_seq_lens, max_length.
+# ----------------------------------------------------------------------------------------------------- packed attention
 
-    Padding is a segment of its own; rows never share a segment.
+
+def _starts(segment_ids: Tensor) -> Tensor:
+    """Where a document or the padding begins: (B, L) -> (B, L) bool. Rows never share a document."""
+    is_start = torch.ones_like(segment_ids, dtype=torch.bool)
+    is_start[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
+    return is_start
+
+
+def varlen_arguments(segment_ids: Tensor) -> dict[str, Any]:
+    """Bounds of documents for flash-attn's varlen path over the flattened batch: (B, L) -> cu_seq_lens, max_length.
+
+    Padding is a document of its own.
     """
-    flat = segment_ids.flatten()
-    is_start = torch.ones_like(flat, dtype=torch.bool)
-    is_start[1:] = flat[1:] != flat[:-1]
-    is_start[:: segment_ids.shape[1]] = True
-    bounds = torch.cat([is_start.nonzero().squeeze(1), torch.tensor([flat.numel()], device=flat.device)])
-    lengths = bounds[1:] - bounds[:-1]
-    cumulative = bounds.to(torch.int32)
-    longest = int(lengths.max())
+    starts = _starts(segment_ids).flatten().nonzero().squeeze(1)
+    bounds = torch.cat([starts, torch.tensor([segment_ids.numel()], device=starts.device)])
+    cumulative, longest = bounds.to(torch.int32), int((bounds[1:] - bounds[:-1]).max())
     return {
         "cu_seq_lens_q": cumulative,
         "cu_seq_lens_k": cumulative,
         "max_length_q": longest,
         "max_length_k": longest,
     }
+
+
+def packed_lengths(segment_ids: Tensor) -> Lengths:
+    """Lengths of the runs of equal ids: (B, L) -> B lists."""
+    rows = []
+    for is_start in _starts(segment_ids):
+        bounds = [*is_start.nonzero().squeeze(1).tolist(), len(is_start)]
+        rows.append([stop - start for start, stop in pairwise(bounds)])
+    return rows
+
+
+def register_packed_attention() -> None:
+    """Teach transformers' `sdpa` the argument `packed_lengths`; without it nothing changes.
+
+    transformers gives SDPA a mask of whole rows, and a CPU computes its hidden part all the same. Document by document
+    and causally it costs the sum of l^2 / 2 instead of L^2: for three documents a row, a sixth. On a GPU this would be
+    many small kernels; there flash-attn's varlen path does it in one.
+    """
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+
+    def attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        packed_lengths: Lengths | None = None,
+        **options: Any,
+    ) -> tuple[Tensor, None]:
+        window = options.get("sliding_window") or query.shape[2]
+        if packed_lengths is None or query.device.type != "cpu" or window < query.shape[2]:
+            return sdpa_attention_forward(
+                module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
+            )
+        groups = getattr(module, "num_key_value_groups", 1)
+        key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+        return attend_by_document(query, key, value, packed_lengths, dropout=dropout, scale=scaling), None
+
+    AttentionInterface.register("sdpa", attention)
+
+
+def attend_by_document(
+    query: Tensor, key: Tensor, value: Tensor, lengths: Lengths, *, dropout: float, scale: float | None
+) -> Tensor:
+    """Causal attention inside every document: three of (B, H, L, D) -> (B, L, H, D)."""
+    rows = []
+    for number, row in enumerate(lengths):
+        documents = zip(*(x[number : number + 1].split(row, dim=2) for x in (query, key, value)))
+        pieces = [
+            F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scale)
+            for q, k, v in documents
+        ]
+        rows.append(torch.cat([piece.transpose(1, 2) for piece in pieces], dim=1))
+    return torch.cat(rows)
 
 
 def _distance(first: Tensor, second: Tensor) -> float:

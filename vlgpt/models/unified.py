@@ -1,7 +1,7 @@
 """The whole model as one folder: language model, regression head, image tokenizer and detokenizer.
 
 An export holds `config.json` (model_type vlgpt), safetensors weights, the text tokenizer, and, for drawing and
-reading pictures, `image_encoder/` and `picture_decoder/` or references to them. No pickle, no deepspeed.
+reading images, `image_encoder/` and `picture_decoder/` or references to them. No pickle, no deepspeed.
 """
 
 from __future__ import annotations
@@ -28,24 +28,27 @@ from vlgpt.tokens import MODEL_TYPE, Rendering
 class UnifiedConfig:
     """Everything needed to build a `UnifiedModel` without weights; JSON only."""
 
-    text_config: dict[str, Any]  # the transformers configuration of the language model, with its model_type
-    image_tokenizer: dict[str, Any]  # arguments of ImageTokenizer
-    image_detokenizer: dict[str, Any]  # arguments of ImageDetokenizer
+    # The transformers configuration of the language model, with its model_type.
+    text_config: dict[str, Any]
+    # Arguments of ImageTokenizer and ImageDetokenizer.
+    image_tokenizer: dict[str, Any]
+    image_detokenizer: dict[str, Any]
     num_tokens: int
     template: str
-    rendering: Rendering = (
-        "parts"  # of text by DocumentTokenizer; exports that do not say are older than `saved`
-    )
+    # Of text, see DocumentTokenizer. Exports without it are older than the rendering `saved`.
+    rendering: Rendering = "parts"
     head: str = "linear"
     is_boundary_target: bool = True
-    lora: dict[str, Any] | None = (
-        None  # arguments of LoraSettings and `tokens`, when the adapter is kept apart
-    )
-    image_encoder: dict[str, Any] | None = None  # EncoderSettings; path relative to the export, or a name
-    picture_decoder: dict[str, Any] | None = None  # {"kind": ..., "path": ...}
+    # Arguments of LoraSettings, and `tokens`, when the adapter is kept apart.
+    lora: dict[str, Any] | None = None
+    # EncoderSettings; its path is relative to the export, or a name.
+    image_encoder: dict[str, Any] | None = None
+    # {"kind": ..., "path": ...}
+    picture_decoder: dict[str, Any] | None = None
     base_hashes: dict[str, str] = field(default_factory=dict)
 
     def to_record(self) -> dict[str, Any]:
+        """What config.json holds; fields that are None are left out."""
         record = {k: v for k, v in vars(self).items() if v is not None}
         kind = {"model_type": MODEL_TYPE, "architectures": ["VLGPTForConditionalGeneration"]}
         return {**kind, "dtype": self.text_config.get("dtype", "float32"), **record}
@@ -115,15 +118,11 @@ class UnifiedModel(nn.Module):
         with empty_parameters():
             model = cls.from_config(config, attention=attention)
         load_weights(model, folder / "model.safetensors")
-        for parameter in model.lm.parameters():  # peft makes adapters in fp32, whatever they lie on
+        # peft makes adapters in fp32, whatever type the model has.
+        for parameter in model.lm.parameters():
             parameter.data = parameter.data.to(model.lm.dtype)
         restore_original_rows(model)
         return model.eval()
-
-    @torch.no_grad()
-    def tokenize_patches(self, patches: Tensor) -> Tensor:
-        """Standardised visual embeddings: (M, P, C) -> (M, N, d)."""
-        return self.image_tokenizer.encode(patches)
 
     @torch.no_grad()
     def conditions_of(self, visual: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,7 +131,7 @@ class UnifiedModel(nn.Module):
 
 
 def restore_original_rows(model: nn.Module) -> None:
-    """Fill the copies of token rows by which peft undoes a merge: they were made before the weights were there."""
+    """Fill the copies of token rows by which peft undoes a merge: they were made before the weights were loaded."""
     for module in model.modules():
         originals: Any = getattr(module, "trainable_tokens_original", None)
         if originals is not None:

@@ -1,4 +1,4 @@
-"""Reading and writing weights: in shards, adapters folded in on the fly, without a second copy of the model."""
+"""Reading and writing weights: in shards, adapters merged one tensor at a time, no second copy of the model."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from vlgpt.errors import UserError
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -22,7 +25,7 @@ _ADAPTER_PARTS = ("lora_", "trainable_tokens_", "original_module.")
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor to be written: `like` has its shape and type, `make` gives its values when their turn comes."""
+    """A tensor to be written: `like` has its shape and type, `make` computes its values when it is written."""
 
     like: Tensor
     make: Callable[[], Tensor]
@@ -35,10 +38,10 @@ class StoredTensor:
 def tensors_of(module: nn.Module, *, merge_lora: bool) -> dict[str, StoredTensor]:
     """The state of a module by name; shared tensors once. With `merge_lora` as if peft had merged and unloaded.
 
-    The module is not changed: merged weights are made one at a time. Kept adapters wrap tied embeddings one by one, so
-    then both are written.
+    The module is not changed: merged weights are made one at a time.
     """
     tensors: dict[str, StoredTensor] = {}
+    # peft wraps tied embeddings one by one: a model with kept adapters is loaded from both.
     is_wrapped = not merge_lora and any("lora_" in name for name, _ in module.named_parameters())
     seen: set[tuple[int, int]] = set()
     for name, tensor in module.state_dict(keep_vars=True).items():
@@ -72,8 +75,9 @@ def _merger(module: nn.Module, name: str, tensor: Tensor) -> Callable[[], Tensor
     @torch.no_grad()
     def merged() -> Tensor:
         if hasattr(layer, "get_delta_weight") and not hasattr(layer, "token_indices"):
+            # In fp32, so that 16-bit weights are rounded once.
             deltas = [layer.get_delta_weight(adapter).float() for adapter in layer.active_adapters]
-            return sum(deltas, tensor.detach().float()).to(tensor.dtype)  # 16-bit weights are rounded once
+            return sum(deltas, tensor.detach().float()).to(tensor.dtype)
         return layer.get_merged_weights(layer.active_adapters).detach()
 
     return merged
@@ -130,7 +134,7 @@ def weight_files(path: Path) -> list[Path]:
 def load_whole(kind: Any, path: str, **options: Any) -> Any:
     """`from_pretrained` that leaves no weight random. Raises ValueError naming the first tensors that are missing.
 
-    transformers names tensors of another shape only with `ignore_mismatched_sizes=True`; diffusers does without.
+    transformers lists tensors of another shape only with `ignore_mismatched_sizes=True`, diffusers always.
     """
     options = {**stored_form(Path(path) / (options.get("subfolder") or "")), **options}
     try:
@@ -142,6 +146,18 @@ def load_whole(kind: Any, path: str, **options: Any) -> Any:
     if wrong:
         raise ValueError(f"{len(wrong)} tensors do not fit {type(model).__name__}: {'; '.join(wrong[:4])}")
     return model
+
+
+def load_part(kind: Any, path: str | Path, *, subfolder: str = "", **options: Any) -> Any:
+    """A part of a pipeline, local or on the hub, by `load_whole`. Raises UserError when it cannot be loaded."""
+    if subfolder:
+        options["subfolder"] = subfolder
+    try:
+        return load_whole(kind, str(path), **options)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        where = f"{path}/{subfolder}" if subfolder else str(path)
+        reason = str(error).splitlines()[0]
+        raise UserError(f"no {kind.__name__} could be loaded from {where}: {reason}") from error
 
 
 def stored_form(folder: Path) -> dict[str, Any]:

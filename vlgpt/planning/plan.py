@@ -7,17 +7,10 @@ from typing import Any
 
 from vlgpt import settings as s
 from vlgpt.errors import UserError
-from vlgpt.planning.architecture import Architecture, architecture_of
-from vlgpt.planning.flops import Flops, Work, count
-from vlgpt.planning.memory import (
-    FRAGMENTATION,
-    RESERVE_BYTES,
-    ZEROS,
-    Precision,
-    Zero,
-    activation_bytes,
-    state_bytes,
-)
+from vlgpt.planning.costs import Work, blocks_of
+from vlgpt.planning.memory import FRAGMENTATION, RESERVE_BYTES, ZEROS, Zero, logits_bytes, state_bytes
+from vlgpt.planning.meta import PlannedStage, image_parts_of, planned_stage
+from vlgpt.stages.language import LanguageStage
 
 GIB = 1 << 30
 _UNITS = {"": 1, "K": 10, "M": 20, "G": 30, "T": 40}
@@ -45,15 +38,16 @@ def make_plan(
     """The plan of a run on `nodes` x `gpus` devices. Raises UserError for unknown shapes and senseless numbers."""
     if gpus < 1 or nodes < 1 or not 0 < mfu <= 1:
         raise UserError(f"--gpus {gpus}, --nodes {nodes}: at least 1 each; --mfu {mfu}: above 0, at most 1")
-    parts = architecture_of(run)
+    planned = planned_stage(run)
     world = gpus * nodes
     peak = peak_tflops or run.peak_tflops or 312.0
-    counts = parts.parameters()
+    counts = planned.parameters
     trained = sum(n for _, n in counts.values())
-    flops = step_flops(run, parts)
-    seconds = (flops.model + flops.recomputed) / (world * peak * 1e12 * mfu)
+    step = planned.costs.of(work_of(run, planned, run.global_batch))
     has_checkpointing = bool(getattr(run.stage, "has_checkpointing", False))
-    layouts = [layout(run, parts, zero, world, gpu_memory, c) for c in (False, True) for zero in ZEROS]
+    recomputed = step.recomputed if has_checkpointing else 0
+    seconds = (step.model + recomputed) / (world * peak * 1e12 * mfu)
+    layouts = [layout(run, planned, zero, world, gpu_memory, c) for c in (False, True) for zero in ZEROS]
     own = _ranked([x for x in layouts if x["has_checkpointing"] == has_checkpointing])
     return {
         "run": run.name,
@@ -70,87 +64,85 @@ def make_plan(
             "regression_head": counts.get("regression_head", (0, 0))[0],
             "components": {name: {"count": n, "trainable": t} for name, (n, t) in counts.items()},
         },
-        "memory": memory_of(run, parts, world),
+        "memory": memory_of(run, planned, world),
         "layouts": layouts,
         "recommended": next(iter(own or _ranked(layouts)), None),
         "flops": {
-            "per_step": flops.model,
-            "per_sample": flops.model // run.global_batch,
-            "recomputed_per_step": flops.recomputed,
+            "per_step": step.model,
+            "per_sample": step.model // run.global_batch,
+            "recomputed_per_step": recomputed,
         },
         "schedule": {
             "steps": run.steps,
             "samples": run.steps * run.global_batch,
-            "positions": run.steps * run.global_batch * _length(run),
+            "positions": run.steps * run.global_batch * (planned.length or 1),
             "mfu": mfu,
             "seconds_per_step": round(seconds, 3),
             "hours": round(seconds * run.steps / 3600, 1),
         },
-        "disk": disk_bytes(run, parts, trained),
+        "disk": disk_bytes(run, planned, trained),
         "assumptions": [
-            *parts.origins,
+            *planned.origins,
             f"{peak:g} TFLOP/s peak per device, of which {mfu:.0%} is reached (recomputation included)",
             f"packed rows are full; {VISUAL_SHARE:.0%} of their positions are visual, all others text targets",
             f"{RESERVE_BYTES / GIB:g} GiB for CUDA itself and {FRAGMENTATION - 1:.0%} for fragmentation are kept free",
             "the encoder's text tower is not counted: it is no part of the model (a CLIP-L folder loads 0.25 GB of it)",
             "towers whose features are read from disk are held, but not run",
-            "attention without stored scores (flash-attn or SDPA); the plan was never compared with a GPU",
+            "attention without stored scores (flash-attn or SDPA), each row counted as one document",
+            "the plan was never compared with a GPU",
         ],
     }
 
 
-def _length(run: s.RunSettings) -> int:
-    return run.data.sequence_length if isinstance(run.stage, s.LanguageStageSettings) else 1
-
-
-def work_of(run: s.RunSettings, parts: Architecture, rows: int) -> Work:
+def work_of(run: s.RunSettings, planned: PlannedStage, rows: int) -> Work:
     """A typical micro-batch of full rows; in stage 1, of images."""
-    if parts.lm is None:
-        return Work(rows)
-    positions = rows * run.data.sequence_length
-    num_images = max(1, int(positions * VISUAL_SHARE) // parts.num_visual)
-    visual = num_images * parts.num_visual
-    has_tokenizing = "visual" not in run.data.features
-    return Work(rows, run.data.sequence_length, num_images, positions - visual, visual, has_tokenizing)
+    if not isinstance(planned.stage, LanguageStage):
+        return Work(rows, rows)
+    positions, num_visual = rows * planned.length, planned.stage.model.lm.num_visual
+    num_images = max(1, int(positions * VISUAL_SHARE) // num_visual)
+    visual = num_images * num_visual
+    return Work(rows, num_images, positions - visual, visual, "visual" not in run.data.features)
 
 
-def step_flops(run: s.RunSettings, parts: Architecture) -> Flops:
-    has_checkpointing = bool(getattr(run.stage, "has_checkpointing", False))
-    work = work_of(run, parts, run.global_batch)
-    return count(parts, work, has_checkpointing=has_checkpointing)
+def _logits(planned: PlannedStage, work: Work) -> int:
+    if not isinstance(planned.stage, LanguageStage):
+        return 0
+    vocabulary = planned.stage.model.lm.backbone.config.vocab_size
+    return logits_bytes(work.num_text_targets, vocabulary=vocabulary, number_bytes=planned.number_bytes)
 
 
-def _precision(run: s.RunSettings) -> Precision:
-    return Precision(number=2 if run.precision == "bf16" else 4, mask=1)
-
-
-def memory_of(run: s.RunSettings, parts: Architecture, world: int) -> dict[str, int]:
+def memory_of(run: s.RunSettings, planned: PlannedStage, world: int) -> dict[str, int]:
     """Bytes per GPU by kind for the run's own micro-batch under ZeRO-2."""
-    precision, work = _precision(run), work_of(run, parts, run.micro_batch)
-    states = state_bytes(parts, ZEROS[1], num_gpus=world, precision=precision)
-    plain = activation_bytes(parts, work, precision=precision, has_checkpointing=False)
-    checkpointed = activation_bytes(parts, work, precision=precision, has_checkpointing=True)
-    kinds = {f"{name}_bytes": value for name, value in states.items()}
-    kinds["activations_bytes"] = plain["activations"]
-    kinds["activations_checkpointed_bytes"] = checkpointed["activations"]
-    return kinds | {"logits_bytes": plain["logits"]}
+    work = work_of(run, planned, run.micro_batch)
+    states = state_bytes(planned.parameters, ZEROS[1], num_gpus=world, number_bytes=planned.number_bytes)
+    cost = planned.costs.of(work)
+    return {f"{name}_bytes": value for name, value in states.items()} | {
+        "activations_bytes": cost.saved,
+        "activations_checkpointed_bytes": cost.checkpointed,
+        "logits_bytes": _logits(planned, work),
+    }
 
 
 def layout(
-    run: s.RunSettings, parts: Architecture, zero: Zero, world: int, gpu_memory: int, has_checkpointing: bool
+    run: s.RunSettings,
+    planned: PlannedStage,
+    zero: Zero,
+    world: int,
+    gpu_memory: int,
+    has_checkpointing: bool,
 ) -> dict[str, Any]:
     """The largest micro-batch that fits under one ZeRO setting and divides the global batch; 0 when none does."""
-    precision = _precision(run)
-    states = sum(state_bytes(parts, zero, num_gpus=world, precision=precision).values())
-    if zero.stage == 3 and parts.lm is not None:  # the layer at work and the one fetched ahead are whole
-        states += 2 * parts.lm.num_block_weights // parts.lm.depth * precision.number
+    number = planned.number_bytes
+    states = sum(state_bytes(planned.parameters, zero, num_gpus=world, number_bytes=number).values())
+    if zero.stage == 3 and planned.length:  # the layer at work and the one fetched ahead are whole
+        states += 2 * number * max(sum(p.numel() for p in b.parameters()) for b in blocks_of(planned.stage))
     best = {"micro_batch": 0, "needed_bytes": 0}
     micro = 1
     while run.global_batch % (micro * world) == 0:
-        kept = activation_bytes(
-            parts, work_of(run, parts, micro), precision=precision, has_checkpointing=has_checkpointing
-        )
-        needed = int((states + sum(kept.values())) * FRAGMENTATION) + RESERVE_BYTES
+        work = work_of(run, planned, micro)
+        cost = planned.costs.of(work)
+        kept = (cost.checkpointed if has_checkpointing else cost.saved) + _logits(planned, work)
+        needed = int((states + kept) * FRAGMENTATION) + RESERVE_BYTES
         if needed > gpu_memory:
             best = best if best["micro_batch"] else {"micro_batch": 0, "needed_bytes": needed}
             break
@@ -172,20 +164,22 @@ def _ranked(layouts: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted((x for x in layouts if x["fits"]), key=rank)
 
 
-def feature_sizes(parts: Architecture) -> dict[str, int]:
+def feature_sizes(planned: PlannedStage) -> dict[str, int]:
     """Numbers that every feature has per image or text."""
+    tokenizer, detokenizer = image_parts_of(planned.stage)
+    sizes = detokenizer.arguments
     return {
-        "patches": parts.tokenizer.num_context * parts.tokenizer.context_width,
-        "visual": parts.num_visual * parts.visual_width,
-        "image_condition": parts.detokenizer.outputs[0][0] * parts.detokenizer.outputs[0][1],
-        "text_condition": parts.detokenizer.outputs[1][0] * parts.detokenizer.outputs[1][1],
+        "patches": tokenizer.transformer.context_positions.numel(),
+        "visual": tokenizer.num_visual * tokenizer.visual_width,
+        "image_condition": sizes["image_tokens"] * sizes["image_width"],
+        "text_condition": sizes["text_tokens"] * sizes["text_width"],
     }
 
 
-def disk_bytes(run: s.RunSettings, parts: Architecture, trained: int) -> dict[str, int]:
+def disk_bytes(run: s.RunSettings, planned: PlannedStage, trained: int) -> dict[str, int]:
     """Features per million images (half precision) and the commits that a run keeps."""
-    sizes = feature_sizes(parts)
+    sizes = feature_sizes(planned)
     disk = {f"{name}_bytes_per_million": 2 * sizes[name] * 1_000_000 for name in run.data.features}
-    weight = 2 if run.precision == "bf16" else 4
-    commit = trained * (12 + 4 + weight)  # master weights and moments, one fp32 file, DeepSpeed's module file
+    # master weights and moments, one fp32 file, DeepSpeed's module file
+    commit = trained * (12 + 4 + planned.number_bytes)
     return {**disk, "commit_bytes": commit, "kept_commits_bytes": commit * (run.checkpoint.keep + 1)}

@@ -176,19 +176,31 @@ def dtype_of(run: RunSettings) -> torch.dtype:
 def build_language_stage(
     stage: LanguageStageSettings, *, num_sources: int, dtype: torch.dtype = torch.float32
 ) -> LanguageStage:
-    """Stages 2 and 3: the parts loaded and frozen or wrapped in LoRA as the settings say.
+    """Stages 2 and 3 with their weights loaded.
 
     The language model is loaded in `dtype`: weights stored in it stay mapped, shared by all processes.
     """
     model, tokenizer = load_unified(stage, dtype=dtype)
+    image_tokens = [tokenizer.begin_image_id, tokenizer.end_image_id]
+    built = assemble(model, stage, image_tokens=image_tokens, num_sources=num_sources)
+    built.document_tokenizer = tokenizer
+    if stage.init_from is not None:
+        load_trainable(built, newest_trainable(Path(stage.init_from)))
+    return built
+
+
+def assemble(
+    model: UnifiedModel, stage: LanguageStageSettings, *, image_tokens: list[int], num_sources: int
+) -> LanguageStage:
+    """The stage of a model, frozen or wrapped in LoRA as the settings say; `image_tokens` are [IMG] and [/IMG]."""
     for part in (model.image_tokenizer, model.image_detokenizer):
         set_backend(part, stage.attention)
     if stage.trained == "lora":
-        model.lm.add_lora(stage.lora, [tokenizer.begin_image_id, tokenizer.end_image_id])
+        model.lm.add_lora(stage.lora, image_tokens)
     model.lm.freeze_parts(stage.frozen)
     if stage.has_checkpointing:
         model.lm.backbone.gradient_checkpointing_enable({"use_reentrant": False})
-    built = LanguageStage(
+    return LanguageStage(
         model=model,
         encoder=load_encoder(stage.encoder),
         objective=stage.objective,
@@ -199,10 +211,6 @@ def build_language_stage(
         visual_input_noise=stage.visual_input_noise,
         num_sources=num_sources,
     )
-    built.document_tokenizer = tokenizer
-    if stage.init_from is not None:
-        load_trainable(built, newest_trainable(Path(stage.init_from)))
-    return built
 
 
 def load_tokenizer(stage: LanguageStageSettings) -> DocumentTokenizer:

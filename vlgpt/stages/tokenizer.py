@@ -11,7 +11,8 @@ from torch import Tensor
 
 from vlgpt.batch import ConditionBatch, LossTerm
 from vlgpt.models.component import Component, load_weights
-from vlgpt.models.encoders import ClipEncoder
+from vlgpt.models.conditions import load_conditioner
+from vlgpt.models.encoders import ClipEncoder, Conditioner
 from vlgpt.models.image_detokenizer import ImageDetokenizer
 from vlgpt.models.image_tokenizer import ImageTokenizer
 from vlgpt.models.layers import set_backend
@@ -40,7 +41,7 @@ class ImageTokenizerStage(Stage):
         image_weight: float = 1.0,
         text_weight: float = 1.0,
         encoder: ClipEncoder | None = None,
-        conditioner: Any = None,
+        conditioner: Conditioner | None = None,
         statistics_samples: int = 8192,
         num_sources: int = 1,
     ):
@@ -73,10 +74,10 @@ class ImageTokenizerStage(Stage):
         with torch.no_grad():
             image = batch.image_condition
             if image is None:
-                image = self.conditioner.patches(batch.require("pixels"))
+                image = self.conditioner.image_condition(batch.require("pixels"))
             text = batch.text_condition
             if text is None:
-                text = self.conditioner.text_states(batch.captions)
+                text = self.conditioner.text_condition(batch.captions)
         return image, text
 
     def count_targets(self, batch: ConditionBatch) -> dict[str, float]:
@@ -179,7 +180,7 @@ def build_image_tokenizer_stage(stage: TokenizerStageSettings, *, num_sources: i
         image_weight=stage.image_weight,
         text_weight=stage.text_weight,
         encoder=load_encoder(stage.encoder),
-        conditioner=load_encoder(stage.conditioner),
+        conditioner=None if stage.conditioner is None else load_conditioner(**stage.conditioner.model_dump()),
         statistics_samples=stage.statistics_samples,
         num_sources=num_sources,
     )

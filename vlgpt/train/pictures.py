@@ -15,7 +15,7 @@ from vlgpt.batch import ConditionBatch, to_device
 from vlgpt.decoding.load import load_decoder
 from vlgpt.errors import UserError
 from vlgpt.log import MetricsSink, get_logger
-from vlgpt.models.decoder_parts import read_parts
+from vlgpt.models.conditions import read_parts
 from vlgpt.models.decoders import ImageDecoder
 from vlgpt.models.encoders import load_clip
 from vlgpt.settings import PictureCheckSettings

@@ -12,9 +12,9 @@ import torch
 
 from vlgpt.batch import Batch, ConditionBatch
 from vlgpt.log import get_logger
+from vlgpt.planning.flops import FlopMeter, peak_flops
 from vlgpt.settings import RunSettings
 from vlgpt.train.engine import Engine
-from vlgpt.train.flops import FlopMeter, peak_flops
 
 
 @dataclass(frozen=True)
