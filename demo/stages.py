@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from demo.clip import new_open_clip, save_open_clip
 from demo.decoder import ConvDecoder
 from vlgpt.batch import ConditionBatch, LossTerm
 from vlgpt.models.augment import random_views
-from vlgpt.models.encoders import new_open_clip, pad_ids, save_open_clip
+from vlgpt.models.encoders import pad_ids
 from vlgpt.models.losses import sums_by_source
 from vlgpt.settings import ConditionShapes, Fraction, Positive, RunSettings, StageSettings
 from vlgpt.stages.base import Stage

@@ -41,7 +41,7 @@ ONE_IMPORTER = {
     "deepspeed": {"vlgpt/train/engine.py"},
     "diffusers": {"vlgpt/models/diffusion.py"},
     "peft": {"vlgpt/models/multimodal_lm.py"},
-    "open_clip": {"vlgpt/models/encoders.py"},
+    "open_clip": {"vlgpt/models/encoders.py", "demo/clip.py"},
     "uvicorn": {"vlgpt/server/app.py"},
     "fastapi": {"vlgpt/server/app.py"},
     "starlette": {"vlgpt/server/app.py", "vlgpt/chat/page.py"},

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 
+from demo.clip import new_open_clip, save_open_clip
 from demo.tiny import train_text_tokenizer
-from vlgpt.models.encoders import new_open_clip, save_open_clip
 
 
 def save_tiny_clip(folder: Path, *, seed: int = 0) -> Path:

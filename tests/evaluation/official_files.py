@@ -272,8 +272,8 @@ def write_clip(folder: Path) -> None:
     """A tiny random CLIP in open_clip's folder format, with a tokenizer."""
     import torch
 
+    from demo.clip import new_open_clip, save_open_clip
     from demo.tiny import train_text_tokenizer
-    from vlgpt.models.encoders import new_open_clip, save_open_clip
 
     torch.manual_seed(0)
     tokenizer = train_text_tokenizer(["a red dog and a blue chair near the house"], vocabulary_size=300)

@@ -300,8 +300,8 @@ def pictured(folder, rank, world_size, options):
     """Stage 1 seen: similarity over both ranks' pictures, and the same sheet for the same weights."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    from demo.clip import new_open_clip, save_open_clip
     from demo.decoder import ConvDecoder
-    from vlgpt.models.encoders import new_open_clip, save_open_clip
     from vlgpt.settings import EncoderSettings, PictureCheckSettings
     from vlgpt.train.pictures import ReconstructionCheck
 

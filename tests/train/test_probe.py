@@ -25,8 +25,8 @@ from vlgpt.settings import RunSettings
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """An export with its CLIP, and small official files."""
+    from demo.clip import new_open_clip, save_open_clip
     from vlgpt.export import export_model
-    from vlgpt.models.encoders import new_open_clip, save_open_clip
 
     folder = tmp_path_factory.mktemp("probe")
     tokenizer = new_document_tokenizer()

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vlgpt.errors import UserError
-from vlgpt.models.weights import WEIGHTS_FILE, weight_files
+from vlgpt.models.weights import WEIGHTS_FILE, shape_problems, weight_files
 from vlgpt.registry import dotted_name
 
 C = TypeVar("C", bound="Component")
@@ -143,15 +143,10 @@ def load_weights(module: nn.Module, path: Path, *, prefix: str = "") -> None:
 
 
 def _misfits(own: Mapping[str, Tensor], stored: Mapping[str, Any]) -> list[str]:
-    """What is wrong with the stored tensors, in words."""
+    """What is wrong with the stored tensors, in words. A shared tensor may be stored under one of its names."""
     shared = {id(own[name]) for name in own.keys() & stored.keys()}
-    problems = [f"missing {name}" for name in own.keys() - stored.keys() if id(own[name]) not in shared]
-    problems += [f"unexpected {name}" for name in stored.keys() - own.keys()]
-    for name in own.keys() & stored.keys():
-        found = tuple(stored[name].get_shape())
-        if found != tuple(own[name].shape):
-            problems.append(f"{name} has shape {found}, wanted {tuple(own[name].shape)}")
-    return problems
+    wanted = {name: tuple(x.shape) for name, x in own.items() if name in stored or id(x) not in shared}
+    return shape_problems({name: tuple(x.get_shape()) for name, x in stored.items()}, wanted)
 
 
 def _assign(module: nn.Module, names: Sequence[str], value: Tensor) -> None:

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vlgpt.errors import UserError
+from vlgpt.models.weights import shape_problems
 
 HEAD_WIDTH = 64
 GROUPS = ("image_proj", "ip_adapter")
@@ -233,13 +234,8 @@ def check_shapes(
     found: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]], *, group: str, source: str
 ) -> None:
     """Raises UserError that lists missing, unexpected and differently shaped tensors."""
-    problems = [f"missing {group}.{name}" for name in wanted if name not in found]
-    problems += [f"unexpected {group}.{name}" for name in found if name not in wanted]
-    problems += [
-        f"{group}.{name} has shape {tuple(found[name].shape)}, wanted {shape}"
-        for name, shape in wanted.items()
-        if name in found and tuple(found[name].shape) != shape
-    ]
+    shapes = {f"{group}.{name}": tuple(tensor.shape) for name, tensor in found.items()}
+    problems = shape_problems(shapes, {f"{group}.{name}": shape for name, shape in wanted.items()})
     if problems:
         more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
         shown = "; ".join(problems[:4]) + more

@@ -131,6 +131,18 @@ def weight_files(path: Path) -> list[Path]:
     return files
 
 
+def shape_problems(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Missing, unexpected and differently shaped tensors, in words."""
+    problems = [f"missing {name}" for name in wanted if name not in found]
+    problems += [f"unexpected {name}" for name in found if name not in wanted]
+    problems += [
+        f"{name} has shape {found[name]}, wanted {shape}"
+        for name, shape in wanted.items()
+        if found.get(name, shape) != shape
+    ]
+    return problems
+
+
 def load_whole(kind: Any, path: str, **options: Any) -> Any:
     """`from_pretrained` that leaves no weight random. Raises ValueError naming the first tensors that are missing.
 

@@ -58,7 +58,8 @@ class Work:
     num_images: int = 0
     num_text_targets: int = 0
     num_visual_targets: int = 0
-    has_tokenizing: bool = True  # False: visual embeddings are read from disk
+    # False: visual embeddings are read from disk.
+    has_tokenizing: bool = True
 
 
 @dataclass(frozen=True)
@@ -109,14 +110,16 @@ def _language_costs(stage: LanguageStage, length: int, encoding: Cost) -> StageC
     patches = torch.empty_like(tokenizer.transformer.context_positions)[None].detach()
     embeddings = lm.backbone.get_input_embeddings()(torch.zeros(1, length, dtype=torch.long, device="meta"))
     if not embeddings.requires_grad and any(p.requires_grad for p in lm.projection.parameters()):
-        embeddings.requires_grad_()  # visual embeddings are written into it, and carry gradients
+        # Visual embeddings are written into the row, and carry gradients to the projection.
+        embeddings.requires_grad_()
     states: list[Tensor] = []
 
     def hidden() -> Tensor:
         states.append(lm.backbone(inputs_embeds=embeddings, use_cache=False).last_hidden_state)
         return states[0]
 
-    # The share of scores: flash-attn computes no future. A row counts as one document, as shorter ones are unknown.
+    # Half of the scores: flash-attn skips the future. A row counts as one document, for the lengths of documents are
+    # unknown before the data is read; training's MFU knows them.
     row = measure(hidden, stage, blocks_of(stage), score_share=0.5)
     one = torch.empty_like(states[0][0, :1]).detach().requires_grad_(states[0].requires_grad)
     with torch.no_grad():
@@ -156,7 +159,8 @@ def measure(
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in own:
-            kept[storage._cdata] = storage  # held, so that no other gets its address
+            # Held until the end: a freed storage would pass its address to the next.
+            kept[storage._cdata] = storage
         return tensor
 
     def now() -> tuple[int, int]:
@@ -209,9 +213,8 @@ class FusedKernels(TorchFunctionMode):
             return _FlashAttention.apply(*args[:3], self)
         if func is F.dropout and kwargs.get("training", True):
             return torch.native_dropout(args[0], kwargs.get("p", 0.5), True)[0]
-        if getattr(func, "__name__", "").endswith(
-            "grouped_mm"
-        ):  # experts: each token meets one of the matrices
+        # Experts: each row of tokens meets one of the matrices, so it costs as much as one product with one matrix.
+        if getattr(func, "__name__", "").endswith("grouped_mm"):
             return args[0] @ args[1][0]
         return func(*args, **kwargs)
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-RESERVE_BYTES = 2 << 30  # CUDA context, NCCL, cuBLAS workspaces
-FRAGMENTATION = 1.08  # of everything else
+# CUDA context, NCCL, cuBLAS workspaces; and of everything else, for fragmentation.
+RESERVE_BYTES = 2 << 30
+FRAGMENTATION = 1.08
 
 
 @dataclass(frozen=True)

@@ -61,10 +61,12 @@ class PlannedStage:
     """The stage of a run on the meta device, and its frozen towers by name. Towers in `idle` are held, but not run."""
 
     stage: LanguageStage | ImageTokenizerStage
-    length: int = 0  # positions of a packed row
+    # Positions of a packed row, 0 in stage 1.
+    length: int = 0
     towers: Mapping[str, Tower] = field(default_factory=dict)
     idle: tuple[str, ...] = ()
-    origins: tuple[str, ...] = ()  # where the shapes came from
+    # Where the shapes came from, in words.
+    origins: tuple[str, ...] = ()
 
     @cached_property
     def parameters(self) -> dict[str, tuple[int, int]]:
@@ -114,7 +116,7 @@ def planned_stage(run: s.RunSettings) -> PlannedStage:
     if isinstance(settings, s.TokenizerStageSettings):
         towers = {"image_encoder": image_tower(settings.encoder)} if settings.encoder else {}
         towers |= conditioner_towers(settings.conditioner) if settings.conditioner else {}
-        # a tower whose features are read from disk does not run
+        # A tower whose features are read from disk does not run.
         idle = tuple(name.replace("_condition", "_conditioner") for name in run.data.features)
         idle += ("image_encoder",) if "patches" in idle else ()
         return PlannedStage(_image_tokenizer_stage(settings).to(dtype), towers=towers, idle=idle)

@@ -14,7 +14,8 @@ from vlgpt.stages.language import LanguageStage
 
 GIB = 1 << 30
 _UNITS = {"": 1, "K": 10, "M": 20, "G": 30, "T": 40}
-VISUAL_SHARE = 0.45  # of a packed row's positions: about 0.55 in caption pairs, 0.3 in pages of five images
+# Of a packed row's positions: about 0.55 in caption pairs, 0.3 in pages of five images.
+VISUAL_SHARE = 0.45
 
 
 def parse_bytes(text: str) -> int:
@@ -134,8 +135,10 @@ def layout(
     """The largest micro-batch that fits under one ZeRO setting and divides the global batch; 0 when none does."""
     number = planned.number_bytes
     states = sum(state_bytes(planned.parameters, zero, num_gpus=world, number_bytes=number).values())
-    if zero.stage == 3 and planned.length:  # the layer at work and the one fetched ahead are whole
-        states += 2 * number * max(sum(p.numel() for p in b.parameters()) for b in blocks_of(planned.stage))
+    if zero.stage == 3 and planned.length:
+        # ZeRO-3 holds two blocks whole: the one at work and the one that is fetched ahead.
+        sizes = (sum(p.numel() for p in block.parameters()) for block in blocks_of(planned.stage))
+        states += 2 * number * max(sizes, default=0)
     best = {"micro_batch": 0, "needed_bytes": 0}
     micro = 1
     while run.global_batch % (micro * world) == 0:
@@ -180,6 +183,6 @@ def disk_bytes(run: s.RunSettings, planned: PlannedStage, trained: int) -> dict[
     """Features per million images (half precision) and the commits that a run keeps."""
     sizes = feature_sizes(planned)
     disk = {f"{name}_bytes_per_million": 2 * sizes[name] * 1_000_000 for name in run.data.features}
-    # master weights and moments, one fp32 file, DeepSpeed's module file
+    # Master weights and two moments, one fp32 file of trained weights, DeepSpeed's module file.
     commit = trained * (12 + 4 + planned.number_bytes)
     return {**disk, "commit_bytes": commit, "kept_commits_bytes": commit * (run.checkpoint.keep + 1)}
