@@ -16,8 +16,8 @@ from vlgpt.models.decoder_parts import FOR_TARGETS
 from vlgpt.models.decoders import ImageDecoder
 from vlgpt.models.encoders import ClipEncoder, load_clip
 from vlgpt.models.unified import UnifiedConfig
-from vlgpt.tokens import DocumentTokenizer
 from vlgpt.registry import is_dotted, load_class
+from vlgpt.tokens import DocumentTokenizer
 
 DIFFUSION_PATHS = ("pipeline", "adapter", "unconditional", "vae")
 

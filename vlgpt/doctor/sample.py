@@ -22,8 +22,7 @@ from vlgpt.models.multimodal_lm import MultimodalLM
 from vlgpt.models.unified import UnifiedModel
 from vlgpt.planning.architecture import Architecture, image_shapes, language_shape
 from vlgpt.planning.flops import Work
-from vlgpt.settings import RunSettings
-from vlgpt.settings import LoraSettings
+from vlgpt.settings import LoraSettings, RunSettings
 from vlgpt.stages.language import LanguageStage
 from vlgpt.train.ds_config import merge_config
 from vlgpt.train.engine import Engine, start_process_group, stop_process_group
