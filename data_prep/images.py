@@ -1,6 +1,4 @@
-"""A picture as found -> a picture as stored: decoded once, upright, RGB, resized, encoded, without
-metadata.
-"""
+"""An image as found -> an image as stored: decoded once, upright, RGB, resized, encoded, without metadata."""
 
 from __future__ import annotations
 
@@ -19,26 +17,29 @@ from vlgpt.images import MAX_PIXELS, BadImage, open_image
 
 CACHE_BYTES = 32 << 20
 CACHED_BYTES = 16 << 10
-ENTRY_BYTES = 1500  # what a cached picture costs beside its bytes
-LINEAR_BELOW, AREA_FROM = 1.4, 2.0  # factors to reduce by; scaled JPEG decoding leaves less than 2
+# what a cached image costs beside its bytes
+ENTRY_BYTES = 1500
+# factors to reduce by; scaled JPEG decoding leaves less than 2
+LINEAR_BELOW, AREA_FROM = 1.4, 2.0
 HASHED_PX = 32
-PNG_LEVEL = 3  # 40 % faster than zlib's 6, 1 % larger on drawings
+# 40 % faster than zlib's 6, 1 % larger on drawings
+PNG_LEVEL = 3
 
 
 class ImageSettings(BaseModel):
-    """How pictures are stored."""
+    """How images are stored."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    image_format: Literal["jpg", "png", "webp"] = Field("jpg", description="encoding of stored pictures")
+    image_format: Literal["jpg", "png", "webp"] = Field("jpg", description="encoding of stored images")
     quality: int = Field(95, ge=1, le=100, description="of jpg and webp")
-    size_px: int = Field(256, ge=1, description="shorter side is reduced to this; smaller pictures stay")
-    max_pixels: int = Field(MAX_PIXELS, ge=1, description="larger pictures are refused by their header")
+    size_px: int = Field(256, ge=1, description="shorter side is reduced to this; smaller images stay")
+    max_pixels: int = Field(MAX_PIXELS, ge=1, description="larger images are refused by their header")
     max_file_bytes: int = Field(100 << 20, ge=1, description="larger files are refused unread")
-    min_side_px: int | None = Field(None, ge=1, description="drop pictures with a shorter side")
-    max_side_px: int | None = Field(None, ge=1, description="drop pictures with a longer side")
-    max_aspect: float | None = Field(None, ge=1, description="drop pictures with a larger side ratio")
-    min_file_bytes: int | None = Field(None, ge=1, description="drop pictures from smaller files")
+    min_side_px: int | None = Field(None, ge=1, description="drop images with a shorter side")
+    max_side_px: int | None = Field(None, ge=1, description="drop images with a longer side")
+    max_aspect: float | None = Field(None, ge=1, description="drop images with a larger side ratio")
+    min_file_bytes: int | None = Field(None, ge=1, description="drop images from smaller files")
     perceptual_hash: bool = Field(
         True, description="store a 64-bit perceptual hash for near-duplicate removal"
     )
@@ -55,7 +56,7 @@ class StoredImage:
 
 
 class ImagePreparer:
-    """Prepares pictures; small ones that come again and again (emoji) are prepared once, in CACHE_BYTES at most."""
+    """Prepares images; small ones that occur often are prepared once and kept, in CACHE_BYTES at most."""
 
     def __init__(self, settings: ImageSettings, *, cache_bytes: int = CACHE_BYTES):
         self._settings = settings
@@ -64,9 +65,8 @@ class ImagePreparer:
         if settings.fast:
             import cv2
 
-            cv2.setNumThreads(
-                0
-            )  # workers share the cores; threads inside them would only get in each other's way
+            # workers share the cores; threads inside them would only get in each other's way
+            cv2.setNumThreads(0)
 
     def prepare(self, data: bytes) -> StoredImage:
         """Raises BadImage; reasons that start with `filtered:` come from the settings' filters."""
@@ -95,7 +95,8 @@ def _prepare(data: bytes, sha256: str, settings: ImageSettings) -> StoredImage:
         stored_size, data = image.size, _encode(image, settings)
         phash = perceptual_hash(image) if settings.perceptual_hash else None
     if (stored_size[0] < stored_size[1]) != (size[0] < size[1]):
-        size = size[1], size[0]  # the header of a rotated picture
+        # the header gives the size before the image is turned upright
+        size = size[1], size[0]
     info = {"sha256": sha256, "width": size[0], "height": size[1]}
     if phash is not None:
         info["phash"] = f"{phash:016x}"
@@ -179,7 +180,8 @@ def _perceptual_hash_array(pixels: np.ndarray) -> int:
     import cv2
 
     grey = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
-    while min(grey.shape) >= 4 * HASHED_PX:  # halving averages 2 x 2, five times as fast as any other area
+    while min(grey.shape) >= 4 * HASHED_PX:
+        # halving averages 2 x 2, five times as fast as any other area
         grey = cv2.resize(grey, (grey.shape[1] // 2, grey.shape[0] // 2), interpolation=cv2.INTER_LINEAR)
     return _sign_bits(
         cv2.resize(grey, (HASHED_PX, HASHED_PX), interpolation=cv2.INTER_AREA).astype(np.float64)

@@ -34,7 +34,7 @@ FAST_LIBRARIES = ("simplejpeg", "opencv-python-headless")
 
 
 @dataclass(frozen=True)
-class Job:
+class BuildJob:
     """Everything that decides the bytes of a data set, and where they go."""
 
     folder: Path
@@ -94,7 +94,7 @@ def _plain(value: object) -> object:
     return str(value) if isinstance(value, Path) else value
 
 
-def claim_folder(job: Job) -> None:
+def claim_folder(job: BuildJob) -> None:
     """Write `build.json`, or check that this folder is being built with the very same settings.
 
     Raises UserError that names the first setting that differs, both values and the fix.
@@ -126,8 +126,8 @@ def _differences(old: object, new: object, name: str = "") -> Iterator[tuple[str
 class ShardBuilder:
     """Builds shards of one job, one after the other, in one process."""
 
-    def __init__(self, job: Job, *, on_record: Callable[[int], None] = lambda number: None):
-        """`on_record` hears the number of every input record before it is touched."""
+    def __init__(self, job: BuildJob, *, on_record: Callable[[int], None] = lambda number: None):
+        """`on_record` is called with the number of every input record before it is read."""
         self._job, self._on_record = job, on_record
         self._records = _RecordWriter(job)
 
@@ -205,7 +205,7 @@ def has_failures(report: ShardReport) -> bool:
 class _RecordWriter:
     """Turns source items into samples or counted drops."""
 
-    def __init__(self, job: Job):
+    def __init__(self, job: BuildJob):
         self._filter = RecordFilter(job.filters)
         self._images = ImagePreparer(job.images)
         self._max_file_bytes = job.images.max_file_bytes

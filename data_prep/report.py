@@ -1,32 +1,25 @@
 """An HTML page of random documents as the model will see them: order, roles, and what is to be predicted.
 
-The page is one file; everything that came from data is escaped, and a content security policy forbids scripts
-and the network.
+The page is one file without scripts, and what came from data stays text (`vlgpt/html.py`).
 """
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from vlgpt.document import Document, ImagePart
 from vlgpt.files import write_atomic
-from vlgpt.images import BadImage, decode_image
+from vlgpt.html import page
+from vlgpt.images import BadImage, data_uri, decode_image, png_bytes, thumbnail
 from vlgpt.seeds import generator
 from vlgpt.shards import BadSample, Sample, ShardSet
 
 THUMBNAIL_PX = 160
 MAX_TEXT_CHARS = 2000
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title>
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<style>
+STYLE = """
 body { font: 15px/1.6 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; padding: 0 1rem; color: #222 }
 article { border-top: 1px solid #ccc; padding: .8rem 0 }
 h2 { font: 13px monospace; color: #666; margin: 0 0 .4rem }
@@ -38,7 +31,8 @@ img { vertical-align: middle; border: 1px solid #ddd; max-width: 100% }
 .role { font: 11px monospace; color: #888 }
 .mark { color: #2a7 }
 .bad { color: #b00 }
-</style></head><body><h1>{{ title }}</h1>
+"""
+PAGE = """<h1>{{ title }}</h1>
 <p>Parts in reading order. Green: the model is trained to predict it.{% if has_tokenizer %} Shown after
 tokenisation, with the chat template.{% endif %}</p>
 {% for document in documents %}<article>
@@ -52,7 +46,7 @@ tokenisation, with the chat template.{% endif %}</p>
 {%- if part.begins_line %}<span class="mark">{{ part.marks }}</span>{% endif %}{{ part.shown_text }}</span>
 {%- endif %}</span>
 {% endfor %}</article>
-{% endfor %}</body></html>
+{% endfor %}
 """
 
 
@@ -102,11 +96,8 @@ def write_report(
             documents.append({**shown, "key": read.key, "id": read.document.id, "parts": parts})
         except BadSample as error:
             documents.append({**shown, "parts": [ShownPart("", False, text=str(error), is_bad=True)]})
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     title = f"{len(documents)} documents of {', '.join(shards.name for shards in sets)}"
-    html = environment.from_string(PAGE).render(
-        title=title, documents=documents, has_tokenizer=tokenizer is not None
-    )
+    html = page(PAGE, title=title, style=STYLE, documents=documents, has_tokenizer=tokenizer is not None)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, html.encode("utf-8", "replace"))
 
@@ -158,13 +149,10 @@ def _shortened(document: Document) -> Document:
 
 
 def _image(data: bytes, role: str, is_target: bool, number: int) -> ShownPart:
-    """A thumbnail, encoded anew: bytes of strangers never reach the reader's browser."""
+    """A thumbnail. It is encoded here, so no byte of a source file reaches the reader's browser."""
     try:
         image = decode_image(data)
     except BadImage as error:
         return ShownPart(role, is_target, text=f"[image {number}: {error}]", is_bad=True)
-    image.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    encoded = base64.b64encode(buffer.getvalue()).decode()
-    return ShownPart(role, is_target, image=f"data:image/png;base64,{encoded}", number=number)
+    address = data_uri(png_bytes(thumbnail(image, THUMBNAIL_PX)))
+    return ShownPart(role, is_target, image=address, number=number)

@@ -45,11 +45,10 @@ def copy_without(
     note: Mapping[str, object],
     share: Share,
 ) -> bool:
-    """Copy this task's shards without the samples in `verdicts(shard)`; True when the copy is complete and
-    sealed.
+    """Copy this task's shards without the samples in `verdicts(shard)`; True when the copy is complete and sealed.
 
-    `note` is added to the settings of the build: it must tell one set of verdicts from another. Raises
-    UserError when the output holds another copy or a shard of the folder is damaged.
+    `note` is added to the settings of the build: it must tell one set of verdicts from another. Raises UserError when
+    the output holds another copy or a shard of the folder is damaged.
     """
     manifest, shards = require_copyable(folder, output), ShardSet.open(folder)
     settings = {**manifest.build, **note}

@@ -10,7 +10,6 @@ best text part; a document's is that of its worst image. Documents without text 
 
 from __future__ import annotations
 
-import io
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,11 +20,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import numpy as np
 from pydantic import Field
 
+from data_prep.arrays import load_arrays, save_arrays
 from data_prep.feature_jobs import Item, in_batches, read_images, read_texts
 from data_prep.options import Folders
 from data_prep.rewrite import copy_without
 from vlgpt.errors import UserError, run_command
-from vlgpt.files import write_atomic
 from vlgpt.log import configure, get_logger
 from vlgpt.options import Argument, ArrayOptions, parse
 from vlgpt.processes import Share
@@ -38,7 +37,7 @@ BELOW, UNKNOWN = "filtered:similarity", "filtered:no_similarity"
 
 
 @dataclass(frozen=True)
-class Scores:
+class ShardSimilarity:
     """Similarity of every document of a shard: NaN without text, inf without images. `encoder` names the CLIP
     and its weights.
     """
@@ -54,20 +53,18 @@ class Scores:
 
     def store(self, folder: Path, name: str) -> None:
         """Write atomically."""
-        buffer = io.BytesIO()
-        np.savez(buffer, values=self.values, encoder=self.encoder, tar_sha256=self.tar_sha256)
-        self.path(folder, name).parent.mkdir(exist_ok=True)
-        write_atomic(self.path(folder, name), buffer.getvalue())
+        columns = {"values": self.values, "encoder": self.encoder, "tar_sha256": self.tar_sha256}
+        save_arrays(self.path(folder, name), **columns)
 
     @staticmethod
-    def load(folder: Path, name: str, *, tar_sha256: str) -> Scores | None:
+    def load(folder: Path, name: str, *, tar_sha256: str) -> ShardSimilarity | None:
         """None when they are missing or belong to another tar."""
-        try:
-            with np.load(Scores.path(folder, name), allow_pickle=False) as archive:
-                found = Scores(archive["values"], str(archive["encoder"]), str(archive["tar_sha256"]))
-        except (FileNotFoundError, ValueError, KeyError, OSError):
-            return None
-        return found if found.tar_sha256 == tar_sha256 else None
+        columns = load_arrays(ShardSimilarity.path(folder, name), tar_sha256=tar_sha256)
+        return (
+            None
+            if columns is None
+            else ShardSimilarity(columns["values"], str(columns["encoder"]), tar_sha256)
+        )
 
 
 def document_scores(images: np.ndarray, texts: np.ndarray, index: ShardIndex) -> np.ndarray:
@@ -114,12 +111,12 @@ class Scorer:
         self._batch_size = options.batch_size
         self.name = f"{options.library}:{Path(options.encoder).name}:{hash_weights(encoder)}"
 
-    def score(self, shards: ShardSet, shard: int) -> Scores:
+    def score(self, shards: ShardSet, shard: int) -> ShardSimilarity:
         """All documents of a shard. Raises UserError for a damaged image or record."""
         images = self._embed(read_images(shards, shard, self._encoder.image_size_px), self._embed_images)
         texts = self._embed(read_texts(shards, shard), self._encoder.embed_texts)
         values = document_scores(images, texts, shards.index(shard))
-        return Scores(values, self.name, shards.shards[shard].sha256)
+        return ShardSimilarity(values, self.name, shards.shards[shard].sha256)
 
     def _embed(self, items: Iterator[Item], embed: Callable[[list[Item]], torch.Tensor]) -> np.ndarray:
         """Unit vectors, (items, E)."""
@@ -139,15 +136,13 @@ class Scorer:
 
 
 def score(options: SimilarityOptions) -> None:
-    """Score this task's shards of every folder; logs images per second. Raises UserError for scores of another
-    encoder.
-    """
+    """Score this task's shards of every folder and log the speed. Raises UserError for scores of another encoder."""
     scorer = Scorer(options)
     for folder in options.folders:
         shards, started, num_images = ShardSet.open(folder), time.monotonic(), 0
         for shard in options.share.of(len(shards.shards)):
             record = shards.shards[shard]
-            found = Scores.load(folder, record.name, tar_sha256=record.sha256)
+            found = ShardSimilarity.load(folder, record.name, tar_sha256=record.sha256)
             if found is not None and found.encoder != scorer.name:
                 raise UserError(
                     f"{folder}: shard {record.name} was scored by {found.encoder}, this run has {scorer.name}; "
@@ -165,9 +160,9 @@ def apply(folder: Path, output: Path, *, min_similarity: float, share: Share) ->
     UserError when a shard has no scores, or scores of another encoder than the first.
     """
     shards = ShardSet.open(folder)
-    scores: dict[int, Scores] = {}
+    scores: dict[int, ShardSimilarity] = {}
     for shard, record in enumerate(shards.shards):
-        found = Scores.load(folder, record.name, tar_sha256=record.sha256)
+        found = ShardSimilarity.load(folder, record.name, tar_sha256=record.sha256)
         if found is None:
             raise UserError(
                 f"{folder}: shard {record.name} has no similarities; run python -m data_prep.similarity score {folder}"

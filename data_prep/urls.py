@@ -1,5 +1,4 @@
-"""python -m data_prep.urls SOURCE --input ... --output DIR: the picture URLs of MMC4 or OBELICS, for
-img2dataset.
+"""python -m data_prep.urls SOURCE --input ... --output DIR: the image URLs of MMC4 or OBELICS, for img2dataset.
 
 One Parquet file of distinct URLs for each input file, and the commands that download them.
 """
@@ -29,7 +28,7 @@ console = Console()
 
 
 def mmc4_urls(inputs: Sequence[Path]) -> Iterator[tuple[str, str]]:
-    """(input file's name, URL) for every picture."""
+    """(input file's name, URL) for every image."""
     records = JsonRecords(inputs, source="mmc4")
     for item in records.read(0, len(records)):
         if not isinstance(item, Dropped) and isinstance(item.value, dict):
@@ -39,7 +38,7 @@ def mmc4_urls(inputs: Sequence[Path]) -> Iterator[tuple[str, str]]:
 
 
 def obelics_urls(inputs: Sequence[Path]) -> Iterator[tuple[str, str]]:
-    """(input file's name, URL) for every picture."""
+    """(input file's name, URL) for every image."""
     columns = {"images": ("images",), "texts": ("texts",)}
     rows = TableRows(inputs, columns, source="obelics", what="OBELICS table")
     for row in rows.read(0, len(rows)):

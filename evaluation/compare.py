@@ -11,14 +11,14 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
 from evaluation import manifest
-from evaluation.core import Record, read_json
+from evaluation.core import JsonObject, Record, read_json
 from evaluation.metrics.bootstrap import CONFIDENCE, paired_bootstrap
 from evaluation.score import per_example_path
 from vlgpt.errors import UserError, run_command
@@ -36,7 +36,7 @@ class CompareOptions(Options):
     as_json: Annotated[bool, Argument(flag="--json")] = Field(False, description="print JSON")
 
 
-def compare(a: Path, b: Path, *, seed: int = 0) -> dict[str, Any]:
+def compare(a: Path, b: Path, *, seed: int = 0) -> JsonObject:
     """Both results side by side: protocol differences, metrics, and the paired interval of A - B.
 
     Raises UserError when the two are results of different benchmarks.
@@ -58,7 +58,7 @@ def compare(a: Path, b: Path, *, seed: int = 0) -> dict[str, Any]:
     }
 
 
-def _paired(a: Path, b: Path, *, seed: int) -> dict[str, Any] | None:
+def _paired(a: Path, b: Path, *, seed: int) -> JsonObject | None:
     """Bootstrap of the mean difference over the examples of both; None where examples have no scores."""
     files = per_example_path(a), per_example_path(b)
     if not all(file.is_file() for file in files):

@@ -35,9 +35,10 @@ except ImportError:  # the `eval` extra has it
 
 Kind = Literal["text", "rank", "image", "reconstruction"]
 IMAGE_KINDS: tuple[Kind, ...] = ("image", "reconstruction")
+JsonObject: TypeAlias = dict[str, Any]
 Record: TypeAlias = Mapping[str, Any]
 """A JSON object that is only read."""
-Prediction: TypeAlias = dict[str, Any]
+Prediction: TypeAlias = JsonObject
 """One line of predictions.jsonl: {"id", and "text" | "scores" | "image" (path beside predictions.jsonl)}."""
 Predictions: TypeAlias = Mapping[str, Prediction]
 """Predictions by example id."""
@@ -140,7 +141,7 @@ class Scores:
     metrics: dict[str, Metric]
     per_example: dict[str, float] = field(default_factory=dict)
     breakdown: dict[str, dict[str, Metric]] = field(default_factory=dict)
-    notes: dict[str, Any] = field(default_factory=dict)
+    notes: JsonObject = field(default_factory=dict)
 
 
 def metric(value: float, n: int, *, chance: float | None = None) -> Metric:
@@ -278,7 +279,7 @@ class Benchmark(ABC):
         id, answer = self.submission_keys
         return [{"id": str(record[id]), "text": record[answer]} for record in records]
 
-    def submission(self, predictions: Predictions, data: Path) -> list[dict[str, Any]] | None:
+    def submission(self, predictions: Predictions, data: Path) -> list[JsonObject] | None:
         """The official submission file's content; None when the benchmark has none."""
         if self.submission_keys is None:
             return None
@@ -318,12 +319,12 @@ class Benchmark(ABC):
             raise UserError(f"{self.name}: predictions without a text answer: {', '.join(without[:10])}")
         return {id: self.clean(record["text"]) for id, record in predictions.items()}
 
-    def options(self) -> dict[str, Any]:
+    def options(self) -> JsonObject:
         """The fields of this benchmark, JSON-ready: they define the protocol."""
         return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     if isinstance(value, tuple | list):
         return [_plain(item) for item in value]
     return value if isinstance(value, str | int | float | bool) or value is None else str(value)

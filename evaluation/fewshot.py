@@ -13,13 +13,13 @@ import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from PIL import Image
 
 from evaluation import prompts
-from evaluation.core import Benchmark, DataNotFound, Example, Prompt, Record, read_image
+from evaluation.core import Benchmark, DataNotFound, Example, JsonObject, Prompt, Record, read_image
 from vlgpt import seeds
 from vlgpt.document import join
 from vlgpt.errors import UserError
@@ -131,7 +131,7 @@ class Demonstrator:
         features = np.asarray(self.features(images), np.float64)
         return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
 
-    def manifest(self) -> dict[str, Any]:
+    def manifest(self) -> JsonObject:
         """For the manifest: how demonstrations were chosen, and from what."""
         few_shot = self.few_shot
         if not few_shot.shots:

@@ -9,16 +9,16 @@ import json
 import platform
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from evaluation.benchmarks import reference
-from evaluation.core import Benchmark, DecodeSettings, Example, Record, Responder
+from evaluation.core import Benchmark, DecodeSettings, Example, JsonObject, Record, Responder
 from evaluation.prompts import PromptTemplate
 from vlgpt.decoding.api import ImageLike
 from vlgpt.errors import UserError
 from vlgpt.files import hash_stream, write_atomic
 
-Manifest: TypeAlias = dict[str, Any]
+Manifest: TypeAlias = JsonObject
 PACKAGES = [
     "vlgpt",
     "numpy",
@@ -81,8 +81,8 @@ def build(
     *,
     responder: Responder,
     decoding: DecodeSettings,
-    shots: dict[str, Any],
-    subset: dict[str, Any] | None,
+    shots: JsonObject,
+    subset: JsonObject | None,
 ) -> Manifest:
     """The manifest of a run."""
     second = benchmark.second_template

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, TypeAlias
 
 import numpy as np
 import yaml
@@ -20,7 +20,17 @@ from PIL import Image
 from pydantic import Field
 
 from evaluation import benchmarks
-from evaluation.core import IMAGE_KINDS, Benchmark, Example, Metric, Prediction, Record, read_image, read_json
+from evaluation.core import (
+    IMAGE_KINDS,
+    Benchmark,
+    Example,
+    JsonObject,
+    Metric,
+    Prediction,
+    Record,
+    read_image,
+    read_json,
+)
 from evaluation.score import per_example_path, read_predictions
 from vlgpt import seeds
 from vlgpt.document import ImagePart
@@ -96,7 +106,7 @@ def models(results: Results) -> list[dict[str, str]]:
     return list(found.values())
 
 
-def overview(results: Results, paper: Record) -> list[dict[str, Any]]:
+def overview(results: Results, paper: Record) -> list[JsonObject]:
     """One line for each zero-shot result: ours, chance, and the paper's rows where it has that benchmark."""
     columns, rows = paper["table_2"]["columns"], paper["table_2"]["rows"]
     lines = []
@@ -186,7 +196,7 @@ def few_shot_means(results: Results) -> dict[str, dict[str, float]]:
     }
 
 
-def _section(name: str, result: Record, folder: Path, data: Path) -> dict[str, Any]:
+def _section(name: str, result: Record, folder: Path, data: Path) -> JsonObject:
     """What the page shows of one result."""
     run = result.get("run") or {}
     options = run.get("options") or result["scoring"]["options"]
@@ -212,7 +222,7 @@ def _section(name: str, result: Record, folder: Path, data: Path) -> dict[str, A
     }
 
 
-def _bars(rows: Mapping[str, Metric]) -> list[dict[str, Any]]:
+def _bars(rows: Mapping[str, Metric]) -> list[JsonObject]:
     """A breakdown with the length of each bar in percent of the longest."""
     longest = max((abs(entry["value"]) for entry in rows.values()), default=0.0) or 1.0
     return [
@@ -247,7 +257,7 @@ def pick(
     return picked
 
 
-def view(benchmark: Benchmark, example: Example, prediction: Prediction) -> dict[str, Any]:
+def view(benchmark: Benchmark, example: Example, prediction: Prediction) -> JsonObject:
     """One example for people: the question with its images, the answer, the best possible answer."""
     texts = ["[image]" if isinstance(p, ImagePart) else p.text for p in example.prompt.document.parts]
     images = [("given", _shown(read_image(image))) for image in example.prompt.images[-1:]]

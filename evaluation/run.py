@@ -14,13 +14,22 @@ import sys
 from collections.abc import Container, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
 
 from evaluation import benchmarks, manifest
-from evaluation.core import IMAGE_KINDS, Benchmark, DecodeSettings, Example, Prediction, Prompt, Responder
+from evaluation.core import (
+    IMAGE_KINDS,
+    Benchmark,
+    DecodeSettings,
+    Example,
+    JsonObject,
+    Prediction,
+    Prompt,
+    Responder,
+)
 from evaluation.features import ClipFeatures
 from evaluation.fewshot import Demonstrator, FewShot, Selection
 from evaluation.predictions import (
@@ -38,6 +47,8 @@ from vlgpt.errors import UserError, run_command
 from vlgpt.log import configure, get_logger
 from vlgpt.options import Argument, Options, parse
 from vlgpt.processes import Share, run_ranks
+
+Pairs = Annotated[tuple[str, ...], Argument(is_repeated=True, metavar="NAME=VALUE")]
 
 
 class AnswerOptions(Options):
@@ -74,21 +85,15 @@ class AnswerOptions(Options):
 class RunOptions(AnswerOptions):
     """The command line."""
 
-    benchmark: Annotated[str, Argument(is_positional=True)] = Field(
-        description=", ".join(benchmarks.REGISTRY)
-    )
+    benchmark: Annotated[str, Argument(is_positional=True)] = Field(description=benchmarks.VALID_NAMES)
     model: Path | None = Field(None, description="export folder (vlgpt export)")
     responder: Literal["oracle", "shuffled"] | None = Field(
         None, description="a fake that tests the benchmark, instead of --model"
     )
     data: Path = Field(description="folder with the official files (docs/evaluation.md)")
     output: Path
-    option: Annotated[tuple[str, ...], Argument(is_repeated=True, metavar="NAME=VALUE")] = Field(
-        (), description="an option of the benchmark"
-    )
-    decode: Annotated[tuple[str, ...], Argument(is_repeated=True, metavar="NAME=VALUE")] = Field(
-        (), description="a decode setting"
-    )
+    option: Pairs = Field((), description="an option of the benchmark")
+    decode: Pairs = Field((), description="a decode setting")
     shots: int = Field(0, description="demonstrations before the question")
     dagger: bool = Field(False, description="two demonstrations without their images (paper's dagger)")
     selection: Selection = "random"
@@ -113,7 +118,7 @@ def run(
     batch_size: int = 8,
     num_processes: int = 1,
     rank: int = 0,
-    subset: dict[str, Any] | None = None,
+    subset: JsonObject | None = None,
 ) -> Path | None:
     """Answer this process's share of the examples; the path of predictions.jsonl once all shares are done.
 
@@ -253,7 +258,7 @@ def pairs(texts: Sequence[str], flag: str) -> dict[str, str]:
     return dict(text.split("=", 1) for text in texts)
 
 
-def changed(decoding: DecodeSettings, changes: dict[str, Any]) -> DecodeSettings:
+def changed(decoding: DecodeSettings, changes: JsonObject) -> DecodeSettings:
     """Decode settings with some fields replaced. Raises UserError for an unknown field."""
     names = [field.name for field in fields(DecodeSettings)]
     if unknown := sorted(set(changes) - set(names)):

@@ -12,16 +12,16 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import yaml
 from pydantic import Field
 
 from evaluation import benchmarks, report
-from evaluation.core import DataNotFound, Metric, read_json
+from evaluation.core import DataNotFound, Metric, Record, read_json
 from evaluation.fewshot import Demonstrator, FewShot
 from evaluation.responders import ModelResponder, OracleResponder, ShuffledResponder
-from evaluation.run import AnswerOptions, changed, pairs, run, select, write_submission
+from evaluation.run import AnswerOptions, Pairs, changed, pairs, run, select, write_submission
 from evaluation.score import score_folder
 from vlgpt.errors import UserError, run_command
 from vlgpt.files import write_atomic
@@ -49,12 +49,8 @@ class RunAllOptions(AnswerOptions):
     clip: str | None = Field(None, description="CLIP ViT-L/14 folder: reconstruction, edits, CLIP score")
     inception: str | None = Field(None, description="weights of the FID Inception")
     fd_clip: str | None = Field(None, description="CLIP folder as extractor of a Frechet distance")
-    option: Annotated[tuple[str, ...], Argument(is_repeated=True, metavar="NAME=VALUE")] = Field(
-        (), description="an option that jobs name"
-    )
-    other_model: Annotated[tuple[str, ...], Argument(is_repeated=True, metavar="NAME=EXPORT")] = Field(
-        (), description="a model that jobs name"
-    )
+    option: Pairs = Field((), description="an option that jobs name")
+    other_model: Pairs = Field((), description="the export of a model that jobs name")
     metrics: Path | None = Field(None, description="JSON file for all metrics of all jobs")
     num_beams: int | None = Field(None, description="instead of each benchmark's own number of beams")
     threads: int | None = Field(None, description="torch threads of each process")
@@ -71,8 +67,8 @@ class Job:
     name: str
     benchmark: str
     few_shot: FewShot
-    options: Mapping[str, Any] = field(default_factory=dict)
-    sampling_options: Mapping[str, Any] = field(default_factory=dict)
+    options: Record = field(default_factory=dict)
+    sampling_options: Record = field(default_factory=dict)
     model: str = ""
     missing: tuple[str, ...] = ()
 

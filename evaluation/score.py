@@ -11,16 +11,16 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field
 
 from evaluation import benchmarks, manifest
-from evaluation.core import IMAGE_KINDS, Benchmark, Prediction, no_garbage_collection, read_json
+from evaluation.core import IMAGE_KINDS, Benchmark, JsonObject, Prediction, no_garbage_collection, read_json
 from evaluation.fewshot import label_of
 from evaluation.manifest import Manifest
 from evaluation.predictions import check_ids, read_jsonl
-from evaluation.run import pairs, select
+from evaluation.run import Pairs, pairs, select
 from vlgpt.errors import UserError, run_command
 from vlgpt.files import sha256_file, write_atomic
 from vlgpt.options import Argument, Options, parse
@@ -29,15 +29,11 @@ from vlgpt.options import Argument, Options, parse
 class ScoreOptions(Options):
     """The command line."""
 
-    benchmark: Annotated[str, Argument(is_positional=True)] = Field(
-        description=", ".join(benchmarks.REGISTRY)
-    )
+    benchmark: Annotated[str, Argument(is_positional=True)] = Field(description=benchmarks.VALID_NAMES)
     data: Path = Field(description="folder with the official files (docs/evaluation.md)")
     predictions: Path
     output: Path = Field(description="results.json")
-    option: Annotated[tuple[str, ...], Argument(is_repeated=True, metavar="NAME=VALUE")] = Field(
-        (), description="an option of the benchmark"
-    )
+    option: Pairs = Field((), description="an option of the benchmark")
     partial: bool = Field(False, description="score what is there; missing and foreign ids are recorded")
 
 
@@ -48,7 +44,7 @@ def score(
     *,
     is_partial: bool = False,
     run: Manifest | None = None,
-) -> tuple[dict[str, Any], dict[str, float]]:
+) -> tuple[JsonObject, dict[str, float]]:
     """The result of a benchmark, JSON-ready, and its primary metric by example.
 
     Raises UserError that lists missing, duplicate and foreign ids (with `is_partial` they are only
@@ -126,26 +122,37 @@ def _with_full_path(record: Prediction, folder: Path) -> Prediction:
     return {**record, "image": str(image)}
 
 
-def score_folder(benchmark: Benchmark, folder: Path, data: Path) -> dict[str, Any]:
+def score_files(
+    benchmark: Benchmark, predictions: Path, data: Path, output: Path, *, is_partial: bool = False
+) -> JsonObject:
+    """Score predictions (see `read_predictions`) into the file `output`; the result."""
+    folder = predictions if predictions.is_dir() else predictions.parent
+    with no_garbage_collection():
+        records = read_predictions(predictions, benchmark)
+        result, per_example = score(
+            benchmark, records, data, is_partial=is_partial, run=manifest.read(folder)
+        )
+    if predictions.is_file():
+        result["predictions"] = {"file": predictions.name, "sha256": sha256_file(predictions)}
+    write_results(result, per_example, output)
+    return result
+
+
+def score_folder(benchmark: Benchmark, folder: Path, data: Path) -> JsonObject:
     """Score `folder`/predictions.jsonl into `folder`/results.json; the result.
 
     An existing results.json is kept where it belongs to these very predictions and options.
     """
     results, predictions = folder / "results.json", folder / "predictions.jsonl"
-    sha256 = sha256_file(predictions)
     if results.is_file():
         result = read_json(results)
-        is_same_file = result.get("predictions", {}).get("sha256") == sha256
+        is_same_file = result.get("predictions", {}).get("sha256") == sha256_file(predictions)
         if is_same_file and result["scoring"]["options"] == benchmark.options():
             return result
-    records = read_predictions(predictions, benchmark)
-    result, per_example = score(benchmark, records, data, run=manifest.read(folder))
-    result["predictions"] = {"file": predictions.name, "sha256": sha256}
-    write_results(result, per_example, results)
-    return result
+    return score_files(benchmark, predictions, data, results)
 
 
-def write_results(result: dict[str, Any], per_example: Mapping[str, float], output: Path) -> None:
+def write_results(result: JsonObject, per_example: Mapping[str, float], output: Path) -> None:
     """results.json, and beside it the score of every example (for paired comparisons and reports)."""
     output.parent.mkdir(parents=True, exist_ok=True)
     per_example_path(output).write_text(json.dumps(per_example, ensure_ascii=False), encoding="utf-8")
@@ -166,13 +173,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise UserError(f"{folder} holds predictions of {run['benchmark']}, not of {options.benchmark}")
     given = {**(run["options"] if run else {}), **pairs(options.option, "--option")}
     benchmark = benchmarks.make(options.benchmark, **given)
-    with no_garbage_collection():
-        records = read_predictions(options.predictions, benchmark)
-        result, per_example = score(benchmark, records, options.data, is_partial=options.partial, run=run)
-    if options.predictions.is_file():
-        sha256 = sha256_file(options.predictions)
-        result["predictions"] = {"file": options.predictions.name, "sha256": sha256}
-    write_results(result, per_example, options.output)
+    result = score_files(
+        benchmark, options.predictions, options.data, options.output, is_partial=options.partial
+    )
     for name, entry in result["metrics"].items():
         chance = f"  (chance {entry['chance']:.2f})" if "chance" in entry else ""
         print(f"{name:24} {entry['value']:10.4f}  n={entry['n']}{chance}")

@@ -109,6 +109,28 @@ def _train(options: TrainOptions, default_config: str, make_probe: MakeProbe | N
     return run_training(settings, ds_config, ds_source=options.deepspeed, probe=probe)
 
 
+class SuperviseOptions(Options):
+    """Of `launchers/supervise.py`."""
+
+    run_dir: Path = Field(description="output_dir of the run")
+    max_restarts: int = 3
+    pause_s: float = Field(10.0, description="before each restart")
+    command: Annotated[tuple[str, ...], Argument(is_positional=True)] = Field(
+        description="after `--`; {port} becomes a free port"
+    )
+
+
+def launch_supervised(argv: Sequence[str] | None = None) -> int:
+    """Run a training command, and start it again after a lost process."""
+    from vlgpt.train.supervise import supervise
+
+    about = launch_supervised.__doc__
+    options = parse(SuperviseOptions, argv, prog="launchers/supervise.py", description=about)
+    log.configure()
+    how = options.model_dump(include={"run_dir", "max_restarts", "pause_s"})
+    return supervise(options.command, **how)
+
+
 # ----------------------------------------------------------------------------------------------------------- generating
 
 
@@ -234,7 +256,11 @@ def reconstruct(options: ReconstructOptions) -> int:
     data = [_read_file(path) for path in options.image]
     generator = Generator.load(options.model, device=options.device)
     uses: dict[str, Conditions] = {"both": "both", "z_v only": "image", "z_t only": "text"}
-    how = {"guidance": options.decoder_guidance, "image_scale": options.image_scale, "seed": options.seed}
+    how: dict[str, Any] = {
+        "guidance": options.decoder_guidance,
+        "image_scale": options.image_scale,
+        "seed": options.seed,
+    }
     columns = {name: generator.reconstruct(data, use=use, **how) for name, use in uses.items()}
     size = columns["both"][0].width
     # The originals as the encoder sees them: a square crop.
@@ -301,7 +327,7 @@ def _serve_page(options: PageOptions) -> int:
     os.environ["GRADIO_TEMP_DIR"] = str(folder)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     try:
-        from vlgpt.chat.page import Page, launch
+        from vlgpt.chat.page import ChatPage, launch
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is not installed: pip install 'vlgpt[chat]'") from error
     from vlgpt.chat.batching import Batcher
@@ -309,7 +335,7 @@ def _serve_page(options: PageOptions) -> int:
 
     batcher = Batcher(Generator.load(options.model, device=options.device))
     name = options.model.as_posix()
-    page = Page(batcher, model_name=name, pictures=folder, max_new_tokens=options.max_new_tokens)
+    page = ChatPage(batcher, model_name=name, pictures=folder, max_new_tokens=options.max_new_tokens)
     blocks = launch(
         page,
         host=options.host,
@@ -462,9 +488,10 @@ def doctor(options: DoctorOptions) -> int:
     """Environment, versions, disk and faults of a configuration, each with its fix; --gpu runs the real path."""
     from vlgpt.config import load_run
     from vlgpt.doctor.environment import check_environment
-    from vlgpt.doctor.lint import lint
+    from vlgpt.doctor.lint import Finding, lint
 
-    faults, run = [], None
+    faults: list[Finding] = []
+    run: RunSettings | None = None
     if options.config is not None:
         faults = lint(options.config, options.overrides, num_processes=options.gpus)
         if not any("correct this key" in fault.fix for fault in faults):

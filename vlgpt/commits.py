@@ -110,6 +110,7 @@ def commit(folder: Path, *, world_size: int, facts: dict[str, Any], patience_s: 
 
     `patience_s`: a network file system may show the files of other nodes a little later.
     """
+    # The marker holds hashes of manifests, and they hold hashes of files: one small file vouches for terabytes.
     deadline_s = time.monotonic() + patience_s
     manifests = []
     for rank in range(world_size):
@@ -132,6 +133,7 @@ def discard(folder: Path) -> None:
 
 def prune(root: Path, *, keep: int) -> None:
     """Keep the newest `keep` committed checkpoints. Delete older ones, and torn ones older than the newest commit."""
+    # A torn folder newer than the newest commit may be one that other ranks are writing now.
     committed = committed_tags(root)
     for tag in tags(root) if committed else []:
         if tag not in committed[:keep] and tag < committed[0]:

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent (write beside, fsync, rename, fsync the folder), file hashes, free ports."""
+"""Files that are whole or absent (write beside, fsync, rename, fsync the folder), hashes of files, free ports."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -38,7 +38,7 @@ from vlgpt.decoding.api import DecodeSettings
 from vlgpt.decoding.cache import RenderedPrompt
 from vlgpt.decoding.generator import decode
 from vlgpt.decoding.hypothesis import Hypothesis
-from vlgpt.decoding.load import load_encoder
+from vlgpt.decoding.load import load_encoder, load_tokenizer
 from vlgpt.decoding.prompts import ImageReader, empty_prompt, render, square_pixels
 from vlgpt.decoding.stepwise import Hooks
 from vlgpt.document import Document, TextPart
@@ -95,16 +95,16 @@ class VLGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def __init__(self, config: VLGPTConfig):
         super().__init__(config)
         attention: Any = getattr(config, "_attn_implementation", None) or "auto"
-        if attention == "sdpa":  # transformers' choice for this class; the language model may have eager only
+        # transformers' own choice for this class; the language model may have eager only.
+        if attention == "sdpa":
             attention = "sdpa_or_eager"
         unified = UnifiedModel.from_config(config.unified(), attention=attention)
         self.lm = unified.lm
         self.image_tokenizer = unified.image_tokenizer
         self.image_detokenizer = unified.image_detokenizer
         self.post_init()
-        if (
-            getattr(config, "lora", None) is None
-        ):  # transformers looks for tied weights in direct children only
+        # transformers looks for tied weights in direct children only.
+        if getattr(config, "lora", None) is None:
             self.all_tied_weights_keys = self.get_expanded_tied_weights_keys(all_submodels=True)
 
     def get_input_embeddings(self) -> Any:
@@ -120,14 +120,7 @@ class VLGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     @cached_property
     def tokenizer(self) -> DocumentTokenizer:
-        config = self.config.unified()
-        return DocumentTokenizer.load(
-            self.folder,
-            num_visual=self.image_tokenizer.num_visual,
-            template=config.template,
-            is_boundary_target=config.is_boundary_target,
-            rendering=config.rendering,
-        )
+        return load_tokenizer(self.folder, self.config.unified())
 
     @cached_property
     def _read_images(self) -> ImageReader:
@@ -275,17 +268,20 @@ def interleaved_generate(
         settings,
         empty_prompts=empty,
         hooks=Hooks(
-            process=None if not len(logits_processor) else lambda ids, scores: logits_processor(ids, scores),  # type: ignore[arg-type,return-value]
+            process=logits_processor if len(logits_processor) else None,  # type: ignore[arg-type]
             should_stop=_criteria(stopping_criteria),
-            on_token=None
-            if token_streamer is None
-            else lambda token: token_streamer.put(torch.tensor([token])),
+            on_token=_streaming(token_streamer),
         ),
     )
     if token_streamer is not None:
         token_streamer.end()
     pad_id, device = model.tokenizer.eos_id, input_ids.device
     return _output(prompts, hypotheses, pad_id, generation_config, device)
+
+
+def _streaming(streamer: Any) -> Callable[[int], None] | None:
+    """Give every token to a streamer of transformers, if there is one."""
+    return None if streamer is None else lambda token: streamer.put(torch.tensor([token]))
 
 
 def _output(
@@ -315,7 +311,7 @@ def _is_chat(tokenizer: DocumentTokenizer, prompt: RenderedPrompt) -> bool:
     return prompt.token_ids[: len(head)].tolist() == head
 
 
-def _criteria(criteria: StoppingCriteriaList) -> Any:
+def _criteria(criteria: StoppingCriteriaList) -> Callable[[Tensor], bool] | None:
     """Criteria but length and end token, which are ours; None when there are none."""
     rest = [c for c in criteria if not isinstance(c, (MaxLengthCriteria, EosTokenCriteria))]
     if not rest:

@@ -32,8 +32,10 @@ def page(template: str, *, title: str, style: str, **content: object) -> str:
     Elements cannot have `style` attributes, which the policy forbids. Raises jinja2.UndefinedError for a value
     that the template needs and `content` lacks.
     """
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    body = environment.from_string(template).render(**content)
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True
+    )
+    body = environment.from_string(template).render(title=title, **content)
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     policy = (
         f"default-src 'none'; img-src data:; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"

@@ -75,7 +75,7 @@ class Options(BaseModel):
 class ArrayOptions(Options):
     """Options of a command that several tasks of an array job share.
 
-    Raises UserError for a task that is not one of `num_tasks`: nobody would do its share.
+    Raises UserError for a task that is not one of `num_tasks`.
     """
 
     task_index: int = Field(0, description="this task, from 0")

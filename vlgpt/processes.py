@@ -183,7 +183,7 @@ class Worker:
 
 
 def _run(work: Work, messages: Connection, orders: Connection, parent: int) -> None:
-    """The life of a worker. Ctrl-C reaches the whole process group, but only the parent decides what it means."""
+    """Run a worker. It ignores Ctrl-C, which reaches the whole process group: the parent decides what happens."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     channel = Channel(messages, orders)
@@ -244,9 +244,9 @@ def run_workers(
 
     Args:
         works: what they yield is sent to this process.
-        on_item: hears (number of the work, item).
-        on_death: hears (number of the work, exit code) when a process ends with another code than 0. It raises to end
-            everything, or returns the work that another process is to do in its place (None: nothing).
+        on_item: called with (number of the work, item).
+        on_death: called with (number of the work, exit code) when a process ends with another code than 0. It raises to
+            end everything, or returns the work that another process is to do in its place (None: nothing).
     Raises UserError and RuntimeError from a worker, and Stopped after SIGTERM or SIGUSR1. The others are then stopped.
     """
     with StopSignals() as stop:

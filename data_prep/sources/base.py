@@ -11,6 +11,10 @@ from vlgpt.document import Document
 from vlgpt.images import BadImage
 
 ImageOpener = bytes | Path | Callable[[], bytes]
+Columns = Mapping[str, Any]
+"""A raw record: a JSON object or a row of a table, with values of any type."""
+Info = dict[str, Any]
+"""`Document.info`, as JSON has it."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +34,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Dropped:
-    """An input record that gives no document: `reason` is one word with underscores, `key` names the record for
-    people.
-    """
+    """An input record that gives no document: `reason` is one word with underscores, `key` names the record."""
 
     reason: str
     key: str
@@ -50,9 +52,7 @@ class Source(Protocol):
         ...
 
     def read(self, start: int, stop: int) -> Iterator[Record | Dropped]:
-        """Exactly `stop - start` items, always the same for the same range. Raises UserError for unreadable
-        input.
-        """
+        """Exactly `stop - start` items, always the same for the same range. Raises UserError for unreadable input."""
         ...
 
 
@@ -129,14 +129,14 @@ def convert(items: Iterable[Raw | Dropped], make: Callable[[Raw], Made]) -> Iter
             yield Dropped(error.reason, item.key)
 
 
-def mapping(value: object) -> dict[str, Any]:
+def mapping(value: object) -> Columns:
     """The record itself. Raises BadRecord(`bad_row`)."""
     if not isinstance(value, dict):
         raise BadRecord("bad_row")
     return value
 
 
-def text(value: Mapping[str, object], *names: str, word: str) -> str:
+def text(value: Columns, *names: str, word: str) -> str:
     """The first of these fields that is there, stripped. Raises BadRecord(`no_`, `bad_` or `empty_` word)."""
     found = next((value[name] for name in names if value.get(name) is not None), None)
     if found is None:
@@ -148,18 +148,18 @@ def text(value: Mapping[str, object], *names: str, word: str) -> str:
     return found.strip()
 
 
-def number(value: Mapping[str, object], *names: str) -> float | int | None:
+def number(value: Columns, *names: str) -> float | int | None:
     """The first of these fields that is a finite number."""
     for name in names:
         found = value.get(name)
         is_number = isinstance(found, (int, float)) and not isinstance(found, bool)
         # the comparison is false for NaN too
         if is_number and abs(found) < float("inf"):  # type: ignore[arg-type]
-            return found  # type: ignore[return-value]
+            return found
     return None
 
 
-def numbers(value: Mapping[str, object], wanted: Mapping[str, tuple[str, ...]]) -> dict[str, float | int]:
+def numbers(value: Columns, wanted: Mapping[str, tuple[str, ...]]) -> dict[str, float | int]:
     """Filter values for `Document.info`: name there -> fields accepted for it; only numbers are taken."""
     found = {name: number(value, *fields) for name, fields in wanted.items()}
     return {name: amount for name, amount in found.items() if amount is not None}

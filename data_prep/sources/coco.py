@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
-from data_prep.sources.base import Dropped, Record, convert, mapping, text
+from data_prep.sources.base import Columns, Dropped, Record, convert, mapping, text
 from data_prep.sources.inputs import find_files
 from data_prep.sources.join import ImageFinder
 from data_prep.sources.templates import caption_chat, generation_chat
@@ -77,7 +77,7 @@ class CocoSource:
         return Record(document, (self._images.by_name(*names),))
 
 
-def _image_names(image: Mapping[str, Any]) -> tuple[str, ...]:
+def _image_names(image: Columns) -> tuple[str, ...]:
     """Where the image may lie: as named, in its year's folder, and under its name of 2017."""
     name = text(image, "file_name", "filename", "image", word="image_name")
     folder, base = image.get("filepath"), PurePosixPath(name).name
@@ -109,7 +109,7 @@ def _read_file(path: Path, split: str) -> list[Caption]:
     )
 
 
-def _annotations(content: Mapping[str, Any], path: Path) -> list[Caption]:
+def _annotations(content: Columns, path: Path) -> list[Caption]:
     images = {str(image.get("id")): image for image in content.get("images") or () if isinstance(image, dict)}
     captions = []
     for number, value in enumerate(content["annotations"]):
@@ -132,7 +132,7 @@ def _karpathy(images: Sequence[Any], path: Path, split: str) -> list[Caption]:
     return captions
 
 
-def _lavis(entries: Sequence[Mapping[str, Any]], path: Path) -> list[Caption]:
+def _lavis(entries: Sequence[Columns], path: Path) -> list[Caption]:
     captions = []
     for place, entry in enumerate(entries):
         values = entry.get("caption")

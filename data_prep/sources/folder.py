@@ -18,9 +18,8 @@ METADATA = ("metadata.jsonl", "metadata.csv")
 class FolderSource(ConvertingSource[RawRecord]):
     """`metadata.jsonl` or `metadata.csv` with the columns `file_name` and `text`, beside the images (any depth).
 
-    Another table can be given as --input itself (.jsonl, .csv, .tsv); file names are relative to its folder.
-    Other columns are kept; numbers under `similarity`, `aesthetic`, `watermark`, `nsfw` and a `url` serve the
-    filters.
+    Another table can be given as --input itself (.jsonl, .csv, .tsv); file names are relative to its folder. Other
+    columns are kept; numbers under `similarity`, `aesthetic`, `watermark`, `nsfw` and a `url` serve the filters.
     """
 
     def __init__(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-from data_prep.sources.base import BadRecord, ConvertingSource, Record, number, numbers, text
+from data_prep.sources.base import BadRecord, Columns, ConvertingSource, Info, Record, number, numbers, text
 from data_prep.sources.img2dataset_shards import (
     CAPTION_COLUMNS,
     FILTER_COLUMNS,
@@ -49,8 +49,8 @@ class Img2datasetSource(ConvertingSource[DownloadedImage]):
         document = Document(raw.key, "img2dataset", parts, self._info(raw.value))
         return Record(document, (raw.image,))
 
-    def _info(self, value: Mapping[str, Any]) -> dict[str, Any]:
-        info: dict[str, Any] = numbers(value, FILTER_COLUMNS)
+    def _info(self, value: Columns) -> Info:
+        info: Info = numbers(value, FILTER_COLUMNS)
         if isinstance(value.get("url"), str):
             info["url"] = value["url"]
         if isinstance(value.get("sha256"), str):
@@ -66,8 +66,8 @@ class Img2datasetSource(ConvertingSource[DownloadedImage]):
         return info
 
 
-def _own_similarity(value: Mapping[str, Any], caption: str) -> dict[str, Any]:
-    """That of LAION-COCO's captions, which stand in a list (img2dataset may have renamed the best one's column)."""
+def _own_similarity(value: Columns, caption: str) -> Info:
+    """The similarity of one of LAION-COCO's captions, from its lists (img2dataset may have renamed the column)."""
     captions, similarities = value.get("all_captions"), value.get("all_similarities")
     if not isinstance(captions, list) or not isinstance(similarities, list):
         return {}

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
-from typing import Any
 
-from data_prep.sources.base import BadRecord, Dropped, ImageOpener, Numbered, mapping, table_image
+from data_prep.sources.base import (
+    BadRecord,
+    Columns,
+    Dropped,
+    ImageOpener,
+    Info,
+    Numbered,
+    mapping,
+    table_image,
+)
 from data_prep.sources.fetch import fetch_commands
 from data_prep.sources.inputs import list_files
 from data_prep.sources.records import RawRecord, TableRows, table_layout
@@ -38,7 +46,7 @@ class DownloadedImage:
     """One downloaded image and what is known about it."""
 
     key: str
-    value: Mapping[str, Any]
+    value: Columns
     image: ImageOpener
 
 
@@ -124,7 +132,7 @@ def _tar_sample(samples: SampleTar, number: int, key: str) -> DownloadedImage:
     image = samples.place(number, "image")
     if image is None:
         raise BadRecord("no_image")
-    value: dict[str, Any] = {}
+    value: Info = {}
     if (caption := samples.place(number, "txt")) is not None:
         value["txt"] = _text(caption.size, caption())
     if (record := samples.place(number, "json")) is not None:

@@ -80,7 +80,7 @@ def _without(name: str, suffixes: Sequence[str]) -> str:
 
 
 def inside(folder: Path, name: str) -> Path | None:
-    """`folder/name`, or None when the name leads out of the folder (names come from strangers)."""
+    """`folder/name`, or None when the name leads out of the folder (names come from data)."""
     path = folder / name
     try:
         is_inside = path.resolve().is_relative_to(folder.resolve())

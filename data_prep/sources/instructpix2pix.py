@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from data_prep.sources.base import (
     BadRecord,
+    Columns,
     ConvertingSource,
     ImageOpener,
+    Info,
     Listed,
     Record,
     mapping,
@@ -30,9 +32,9 @@ SEEDS = "seeds.json"
 SPLITS = {"train": (0.0, 0.9), "val": (0.9, 0.95), "test": (0.95, 1.0), "all": (0.0, 1.0)}
 SCORES = ("clip_sim_0", "clip_sim_1", "clip_sim_dir", "clip_sim_image", "p2p_threshold", "cfg_scale")
 COLUMNS = {
-    "picture": ("original_image",),
+    "image": ("original_image",),
     "instruction": ("edit_prompt",),
-    "edited picture": ("edited_image",),
+    "edited image": ("edited_image",),
 }
 PROMPTS = ("original_prompt", "edited_prompt")
 
@@ -97,7 +99,7 @@ def _pair_record(pair: Pair) -> Record:
     return _record(pair.key, text(prompt, "edit", word="instruction"), images, info)
 
 
-def _record(key: str, instruction: str, images: tuple[ImageOpener, ...], info: Mapping[str, Any]) -> Record:
+def _record(key: str, instruction: str, images: tuple[ImageOpener, ...], info: Columns) -> Record:
     parts = edit_chat([(instruction, True)])
     return Record(Document(key, "instructpix2pix", parts, {**info, "instruction": instruction}), images)
 
@@ -119,7 +121,7 @@ def _pairs(seeds: Path, split: str, wanted: str) -> list[Pair]:
     return [Pair(f"{name}/{seed}", seeds.parent / name, seed) for name, seed in pairs]
 
 
-def _json_object(path: Path) -> Mapping[str, Any]:
+def _json_object(path: Path) -> Columns:
     """Raises BadImage(`missing_file`) or BadRecord(`bad_json`)."""
     try:
         return mapping(json.loads(path.read_bytes()))
@@ -129,7 +131,7 @@ def _json_object(path: Path) -> Mapping[str, Any]:
         raise BadRecord("bad_json") from error
 
 
-def _scores(path: Path, seed: str) -> dict[str, Any]:
+def _scores(path: Path, seed: str) -> Info:
     """CLIP scores of this pair, where `metadata.jsonl` is there and has them."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()

@@ -123,7 +123,7 @@ class ImageTable:
 
 
 def _names_of(tar: Path, members: TarMembers) -> tuple[list[int], list[int]]:
-    """Hash of every name and URL of the images in one tar, and the number of the member it stands for."""
+    """Hash of every name and URL of the images in one tar, and the number of its member."""
     hashes, places, place_of = [], [], {}
     for place, name in enumerate(members.names):
         stem, suffix = os.path.splitext(name)

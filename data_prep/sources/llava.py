@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import PurePosixPath
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from data_prep.sources.base import BadRecord, ImageOpener, Record, mapping
+from data_prep.sources.base import BadRecord, Columns, ImageOpener, Info, Record, mapping
 from data_prep.sources.dialogue import dialogue_parts
 from data_prep.sources.join import ImageFinder
 from data_prep.sources.json_source import JsonSource
@@ -30,13 +29,13 @@ class LlavaSource(JsonSource):
         names = image_names(value)
         parts = dialogue_parts(value.get("conversations"), num_images=len(names))
         images = tuple(find_coco(self.images, name) for name in names)
-        info: dict[str, Any] = {"record_id": str(value.get("id", ""))}
+        info: Info = {"record_id": str(value.get("id", ""))}
         if names:
             info["image_names"] = list(names)
         return Record(Document(raw.key, "llava", parts, info), images)
 
 
-def image_names(value: Mapping[str, Any]) -> tuple[str, ...]:
+def image_names(value: Columns) -> tuple[str, ...]:
     """The images of a dialogue, if it has any. Raises BadRecord(`bad_image_name`)."""
     image = value.get("image")
     names = image if isinstance(image, list) else [] if image is None else [image]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from data_prep.sources.assignment import best_assignment
-from data_prep.sources.base import BadRecord, number
+from data_prep.sources.base import BadRecord, Columns, number
 from vlgpt.document import ImagePart, Part, TextPart
 
 Matching = Literal["recomputed", "stored"]
@@ -24,7 +24,7 @@ class Match:
     similarity: float
 
 
-def match_images(value: Mapping[str, Any], images: Sequence[int], *, matching: Matching) -> list[Match]:
+def match_images(value: Columns, images: Sequence[int], *, matching: Matching) -> list[Match]:
     """A sentence for each of these images, sorted by sentence; the largest sum of similarities wins.
 
     `stored` takes the published `matched_text_index`, and so do pages without a matrix. Raises
@@ -39,7 +39,7 @@ def match_images(value: Mapping[str, Any], images: Sequence[int], *, matching: M
     return sorted(matches, key=lambda match: (match.sentence, match.image))
 
 
-def _stored(value: Mapping[str, Any], image: int) -> Match:
+def _stored(value: Columns, image: int) -> Match:
     entry = value["image_info"][image]
     sentence, similarity = entry.get("matched_text_index"), number(entry, "matched_sim")
     if type(sentence) is not int or not 0 <= sentence < len(value["text_list"]) or similarity is None:
@@ -62,7 +62,7 @@ def page_parts(sentences: Sequence[str], matches: Sequence[Match]) -> tuple[Part
     return tuple(parts)
 
 
-def _matrix(value: Mapping[str, Any]) -> np.ndarray:
+def _matrix(value: Columns) -> np.ndarray:
     """(images, sentences). Raises BadRecord(`bad_matrix`)."""
     try:
         scores = np.array(value["similarity_matrix"], np.float64)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
-from data_prep.sources.base import BadRecord, ImageOpener, Record, mapping
+from data_prep.sources.base import BadRecord, Columns, ImageOpener, Info, Record, mapping
 from data_prep.sources.fetch import fetch_help
 from data_prep.sources.inputs import InputFile
 from data_prep.sources.join import ImageFinder
@@ -32,7 +32,7 @@ class Mmc4Source(JsonSource):
     licence = "MMC4: ODC-BY 1.0 (texts: Common Crawl terms, C4); pictures belong to their sites"
     is_image_optional = True
     name, what = "mmc4", "MMC4 file"
-    wanted: ClassVar = {"sentences": ("text_list",), "pictures": ("image_info",)}
+    wanted: ClassVar = {"sentences": ("text_list",), "images": ("image_info",)}
 
     def __init__(
         self,
@@ -70,7 +70,7 @@ class Mmc4Source(JsonSource):
         if not matches:
             raise BadRecord("filtered:pair_similarity")
         urls = [entries[match.image].get("raw_url") for match in matches]
-        info: dict[str, Any] = {"similarities": [match.similarity for match in matches], "image_urls": urls}
+        info: Info = {"similarities": [match.similarity for match in matches], "image_urls": urls}
         if isinstance(value.get("url"), str):
             info["url"] = value["url"]
         if value.get("could_have_url_duplicate"):
@@ -78,9 +78,7 @@ class Mmc4Source(JsonSource):
         document = Document(raw.key, "mmc4", page_parts(sentences, matches), info)
         return Record(document, tuple(openers[match.image] for match in matches), tuple(lost))
 
-    def _find(
-        self, entries: Sequence[Mapping[str, Any]], file: InputFile
-    ) -> tuple[dict[int, ImageOpener], list[str]]:
+    def _find(self, entries: Sequence[Columns], file: InputFile) -> tuple[dict[int, ImageOpener], list[str]]:
         """The images at hand by number, and why the others are not."""
         openers: dict[int, ImageOpener] = {}
         lost = []
@@ -91,7 +89,7 @@ class Mmc4Source(JsonSource):
                 lost.append(error.reason)
         return openers, lost
 
-    def _image(self, entry: Mapping[str, Any], file: InputFile) -> ImageOpener:
+    def _image(self, entry: Columns, file: InputFile) -> ImageOpener:
         if isinstance(entry.get("image_base64"), str):
             try:
                 return base64.b64decode(entry["image_base64"], validate=True)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-from data_prep.sources.base import BadRecord, ConvertingSource, ImageOpener, Record
+from data_prep.sources.base import BadRecord, Columns, ConvertingSource, ImageOpener, Record
 from data_prep.sources.fetch import fetch_help
 from data_prep.sources.join import ImageFinder
 from data_prep.sources.records import RawRecord, TableRows
@@ -68,7 +68,7 @@ class ObelicsSource(ConvertingSource[RawRecord]):
         return Record(document, tuple(openers), (MISSING,) * num_lost)
 
 
-def page_items(value: Mapping[str, Any]) -> list[tuple[str | None, str | None]]:
+def page_items(value: Columns) -> list[tuple[str | None, str | None]]:
     """(text, image URL) in reading order, one of the two at each place.
 
     Raises BadRecord `bad_row`, `unequal_lengths`, or `bad_alignment` where a place holds both or nothing.
@@ -86,7 +86,7 @@ def page_items(value: Mapping[str, Any]) -> list[tuple[str | None, str | None]]:
     return items
 
 
-def _page_url(value: Mapping[str, Any]) -> dict[str, str]:
+def _page_url(value: Columns) -> dict[str, str]:
     """The page's URL, which opt-out lists need. Raises BadRecord(`bad_metadata`)."""
     if value.get("general_metadata") is None:
         return {}

@@ -40,14 +40,14 @@ class SampleTar:
         """Whether this image's key came before."""
         return int(self._places[number, 1, 0]) == DUPLICATE
 
-    def place(self, number: int, field: str) -> Place | None:
+    def place(self, number: int, field: str) -> TarPlace | None:
         """Where a sample's `image`, `json` or `txt` lies."""
         offset, size = map(int, self._places[number, FIELDS.index(field)])
-        return None if offset < 0 else Place(self.path, offset, size)
+        return None if offset < 0 else TarPlace(self.path, offset, size)
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class TarPlace:
     """Where the bytes of a member lie; calling it reads them (it serves as an image opener)."""
 
     tar: Path

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from data_prep.sources.base import BadRecord, ImageOpener, Record, mapping
+from data_prep.sources.base import BadRecord, Columns, ImageOpener, Info, Record, mapping
 from data_prep.sources.dialogue import dialogue_parts
 from data_prep.sources.json_source import JsonSource
 from data_prep.sources.llava import find_coco, image_names
@@ -23,7 +23,7 @@ class SvitSource(JsonSource):
 
     licence = "SVIT: CC BY 4.0, made with GPT-4 (OpenAI's terms apply); pictures: Visual Genome, CC BY 4.0"
     name, what = "svit", "SVIT file"
-    wanted: ClassVar = {"turns": ("conversations",), "picture": ("image_id", "image", "id")}
+    wanted: ClassVar = {"turns": ("conversations",), "image": ("image_id", "image", "id")}
 
     def _open(
         self,
@@ -41,7 +41,7 @@ class SvitSource(JsonSource):
             names = genome_names(value)
             images: tuple[ImageOpener, ...] = (self.images.by_name(*names),)
             turns = _turns(dialogue)
-            info: dict[str, Any] = {"image_names": [names[-1]]}
+            info: Info = {"image_names": [names[-1]]}
             if isinstance(dialogue, dict) and isinstance(dialogue.get("topic"), str):
                 info["topic"] = dialogue["topic"]
         else:
@@ -53,7 +53,7 @@ class SvitSource(JsonSource):
         return Record(Document(raw.key, "svit", parts, info), images)
 
 
-def is_original(value: Mapping[str, Any]) -> bool:
+def is_original(value: Columns) -> bool:
     """Whether `conversations` is a list of dialogues (else it is a list of turns)."""
     dialogues = value.get("conversations")
     if not isinstance(dialogues, list) or not dialogues:
@@ -71,7 +71,7 @@ def _turns(dialogue: object) -> object:
     return dialogue.get("content") if isinstance(dialogue, dict) else dialogue
 
 
-def genome_names(value: Mapping[str, Any]) -> tuple[str, ...]:
+def genome_names(value: Columns) -> tuple[str, ...]:
     """Both places where Visual Genome may keep an image. Raises BadRecord(`bad_image_id`)."""
     number = value.get("image_id")
     if isinstance(number, bool) or not isinstance(number, (int, str)) or not str(number).isdigit():

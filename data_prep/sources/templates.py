@@ -1,4 +1,4 @@
-"""The chats of the paper's appendix, Table 6, as Documents. The system message stands in vlgpt/tokens.py."""
+"""The chats of the paper's appendix, Table 6, as Documents. The system message is in vlgpt/tokens.py."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def generation_chat(caption: str) -> tuple[Part, ...]:
 def edit_chat(turns: Sequence[tuple[str, bool]]) -> tuple[Part, ...]:
     """USER: <image> instruction. ASSISTANT: reply <image> USER: ..., from (instruction, shows its source).
 
-    A turn that does not show its source edits the picture that was drawn last.
+    A turn that does not show its source edits the image that was generated last.
     """
     parts: list[Part] = []
     num_images = 0

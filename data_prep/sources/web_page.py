@@ -25,14 +25,14 @@ class Block:
 
 
 @dataclass(frozen=True, slots=True)
-class Page:
+class HtmlPage:
     """`title` is the first heading, without its number."""
 
     title: str
     blocks: tuple[Block, ...]
 
 
-def read_page(html: str) -> Page:
+def read_page(html: str) -> HtmlPage:
     """Parse a page; damaged HTML gives what could be read."""
     reader = _Reader()
     reader.feed(html)
@@ -40,10 +40,10 @@ def read_page(html: str) -> Page:
     reader.flush()
     number, _, rest = reader.title.partition(" ")
     has_number = rest and number.rstrip(".").replace(".", "").isdigit()
-    return Page(rest if has_number else reader.title, tuple(reader.blocks))
+    return HtmlPage(rest if has_number else reader.title, tuple(reader.blocks))
 
 
-def captioned_images(page: Page) -> Iterator[list[Block]]:
+def captioned_images(page: HtmlPage) -> Iterator[list[Block]]:
     """The images of every figure."""
     figures: dict[int, list[Block]] = {}
     for block in page.blocks:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
@@ -106,7 +106,7 @@ class EmojiReconstruction(PictureAnswers):
 
     prompt: str = "picture"
     limit: int = 440
-    conditions: str = "both"
+    conditions: Literal["both", "image", "text"] = "both"
 
     @property
     def decoding(self) -> DecodeSettings:

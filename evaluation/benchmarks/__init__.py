@@ -27,6 +27,8 @@ REGISTRY: Mapping[str, str] = {
     "easy_vqa": "evaluation.benchmarks.easy_vqa:EasyVqa",
 }
 
+VALID_NAMES = f"{', '.join(REGISTRY)}, or package.module:Class of your own"
+
 
 def benchmark_class(name: str) -> type[Benchmark]:
     """The class of a short name or of `package.module:Class`. Raises UserError for an unknown name."""

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import numpy as np
 from PIL import Image
@@ -24,7 +24,17 @@ from evaluation.benchmarks.images import (
     percent_chance,
     scoring_device,
 )
-from evaluation.core import Benchmark, Example, ImageLike, Metric, Predictions, Scores, metric, read_image
+from evaluation.core import (
+    Benchmark,
+    Example,
+    ImageLike,
+    JsonObject,
+    Metric,
+    Predictions,
+    Scores,
+    metric,
+    read_image,
+)
 from evaluation.features import crop_and_resize
 from evaluation.metrics.clip_score import pair_cosines
 from evaluation.metrics.fid import frechet_distance, frechet_distance_of_features, kernel_distance, moments
@@ -96,7 +106,7 @@ class CocoGeneration(Benchmark):
             )
         metrics: dict[str, Metric] = {}
         per_example: dict[str, float] = {}
-        notes: dict[str, Any] = {
+        notes: JsonObject = {
             "num_without_picture": count_without(examples, predictions),
             "reference": self.reference_stats or self.reference,
             "picture_preparation": f"shorter side to {self.size_px} (PIL bicubic, antialiased), centre crop",
@@ -134,7 +144,7 @@ class CocoGeneration(Benchmark):
         examples: Sequence[Example],
         predictions: Predictions,
         data: Path,
-        notes: dict[str, Any],
+        notes: JsonObject,
     ) -> dict[str, Metric]:
         """Frechet and kernel distance of the drawn images from the reference; adds how to `notes`."""
 

@@ -9,14 +9,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from evaluation.benchmarks.vqa import ShortAnswers, chance_of_equal
-from evaluation.core import Example, Predictions, Scores, find_file, find_folder, has_file, metric, read_json
+from evaluation.core import (
+    Example,
+    JsonObject,
+    Predictions,
+    Scores,
+    find_file,
+    find_folder,
+    has_file,
+    metric,
+    read_json,
+)
 from evaluation.metrics.gqa import Normalise, gqa_scores, normalise_answer
-
-METRICS = ("accuracy", "binary", "open", "consistency", "validity", "plausibility", "distribution")
-GROUPS = ("structural_type", "semantic_type", "detailed_type", "steps", "length")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,24 +60,20 @@ class Gqa(ShortAnswers):
         choices = read_json(find_file(data, *names)) if has_file(data, *names) else None
         result = gqa_scores(questions, self.answers(predictions), choices=choices, normalise=self.normalise)
         balanced = [id for id, record in questions.items() if record["isBalanced"]]
-        num_open = sum(questions[id]["types"]["structural"] == "query" for id in balanced)
-        sizes = {"binary": len(balanced) - num_open, "open": num_open}
-        values = {name: (getattr(result, name), sizes.get(name, len(balanced))) for name in METRICS}
-        metrics = {name: metric(value, n) for name, (value, n) in values.items() if value is not None and n}
+        metrics = {name: metric(value, n) for name, (value, n) in result.scores.items()}
         gold = [questions[id]["answer"] for id in balanced]
         metrics["accuracy"]["chance"] = chance_of_equal(gold, lambda text: normalise_answer(self.clean(text)))
-        groups = {name: getattr(result, f"per_{name}") for name in GROUPS}
         return Scores(
             metrics=metrics,
             per_example={id: 100.0 * result.is_correct[id] for id in balanced},
             breakdown={
                 name: {str(key): metric(value, n) for key, (value, n) in group.items()}
-                for name, group in groups.items()
+                for name, group in result.groups.items()
             },
             notes={"normalise": self.normalise, "cut": self.cut},
         )
 
-    def submission(self, predictions: Predictions, data: Path) -> list[dict[str, Any]]:
+    def submission(self, predictions: Predictions, data: Path) -> list[JsonObject]:
         """`[{"questionId": str, "prediction": str}]`, lower case without a final full stop."""
         answers = self.answers(predictions)
         return [{"questionId": id, "prediction": normalise_answer(text)} for id, text in answers.items()]

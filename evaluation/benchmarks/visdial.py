@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from evaluation import prompts
 from evaluation.core import (
     Benchmark,
     Example,
+    JsonObject,
     Metric,
     Prediction,
     Predictions,
@@ -137,7 +138,7 @@ class VisDial(Benchmark):
             for r in records
         ]
 
-    def submission(self, predictions: Predictions, data: Path) -> list[dict[str, Any]]:
+    def submission(self, predictions: Predictions, data: Path) -> list[JsonObject]:
         """`[{"image_id", "round_id" from 1, "ranks": rank of every option}]`."""
         places = {id: [int(number) for number in id.split("-")] for id in predictions}
         return [

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from evaluation.benchmarks.coco import coco_folder
 from evaluation.core import (
@@ -20,6 +20,7 @@ from evaluation.core import (
     Benchmark,
     DecodeSettings,
     Example,
+    JsonObject,
     Metric,
     Predictions,
     Scores,
@@ -209,7 +210,7 @@ class Vqav2(VqaBenchmark):
             found[str(record["question_id"])] = (answers_of(record), types)
         return found
 
-    def submission(self, predictions: Predictions, data: Path) -> list[dict[str, Any]]:
+    def submission(self, predictions: Predictions, data: Path) -> list[JsonObject]:
         """`[{"question_id": int, "answer": str}]` for all questions of the split, as the server demands.
 
         Of test-dev the server wants all of test2015: where that file is there, the other answers are "".

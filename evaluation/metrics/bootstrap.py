@@ -1,4 +1,4 @@
-"""Bootstrap intervals of means over questions, and of the difference of two systems on the same questions."""
+"""Bootstrap interval of the difference of two systems on the same questions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _DRAWS_AT_ONCE = 4_000_000
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean (or mean difference) with its percentile interval of `CONFIDENCE`."""
+    """A mean with its percentile interval of `CONFIDENCE`."""
 
     mean: float
     low: float
@@ -25,25 +25,15 @@ def paired_bootstrap(
 ) -> Interval:
     """Interval of mean(first - second) with questions drawn in pairs: (questions,) x 2.
 
-    Pairing removes what questions share, so it is narrower than two separate intervals. Raises ValueError
-    where the lengths differ; see `bootstrap_mean` for the rest.
+    Pairing removes what questions share, so it is narrower than two separate intervals. The same seed gives the
+    same interval. Raises ValueError for lengths that differ and for empty or non-finite scores.
     """
     a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     if a.shape != b.shape:
         raise ValueError(
             f"paired scores have shapes {a.shape} and {b.shape}; wanted the same questions in both"
         )
-    return bootstrap_mean(a - b, seed=seed, num_resamples=num_resamples)
-
-
-def bootstrap_mean(
-    scores: ArrayLike, *, seed: int | np.random.Generator, num_resamples: int = 2000
-) -> Interval:
-    """Percentile interval of the mean of per-question scores: (questions,).
-
-    The same seed gives the same interval. Raises ValueError for empty or non-finite scores.
-    """
-    values = np.asarray(scores, dtype=np.float64)
+    values = a - b
     if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
         raise ValueError(f"scores of shape {values.shape} are empty, not one-dimensional or not finite")
     means = _resampled_means(values, np.random.default_rng(seed), num_resamples)

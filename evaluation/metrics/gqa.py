@@ -14,7 +14,8 @@ from typing import Any, Literal
 Normalise = Literal["llava", "raw"]
 Group = dict[Hashable, tuple[float, int]]
 """Accuracy in percent and number of questions by type."""
-Questions = Mapping[str, Mapping[str, Any]]
+Question = Mapping[str, Any]
+Questions = Mapping[str, Question]
 """The official questions file: records by question id."""
 
 _NOT_A_STEP = ("exist", "query: name", "choose name")
@@ -23,21 +24,12 @@ _COMMON_CHOICES = ("color", "material", "shape")
 
 @dataclass(frozen=True)
 class GqaResult:
-    """Percentages, except `distribution` (chi-square / 100, lower is better); None: the input for it is missing."""
+    """`scores` by name in percent, except `distribution` (chi-square / 100, lower is better), with the number of
+    questions; one whose input is missing is left out. `groups` has accuracy by type, `is_correct` every question.
+    """
 
-    num_questions: int
-    accuracy: float
-    binary: float
-    open: float
-    distribution: float | None
-    consistency: float | None
-    validity: float | None
-    plausibility: float | None
-    per_structural_type: Group = field(repr=False)
-    per_semantic_type: Group = field(repr=False)
-    per_detailed_type: Group = field(repr=False)
-    per_steps: Group = field(repr=False)
-    per_length: Group = field(repr=False)
+    scores: dict[str, tuple[float, int]]
+    groups: dict[str, Group] = field(repr=False)
     is_correct: dict[str, bool] = field(repr=False)
 
 
@@ -78,7 +70,6 @@ def gqa_scores(
             f"none of the {len(questions)} questions is balanced; GQA averages only over balanced ones"
         )
     is_correct = {name: answers[name] == questions[name]["answer"] for name in questions if name in answers}
-    is_open = {name: question["types"]["structural"] == "query" for name, question in balanced.items()}
 
     def mean(names: Sequence[str]) -> float:
         return 100 * (sum(is_correct[name] for name in names) / len(names)) if names else 0.0
@@ -92,25 +83,26 @@ def gqa_scores(
     def by_type(kind: str) -> Group:
         return grouped({name: question["types"].get(kind) for name, question in balanced.items()})
 
-    return GqaResult(
-        num_questions=len(balanced),
-        accuracy=mean(list(balanced)),
-        binary=mean([name for name in balanced if not is_open[name]]),
-        open=mean([name for name in balanced if is_open[name]]),
-        distribution=_distribution(balanced, answers),
-        consistency=_consistency(balanced, is_correct),
-        validity=_share_in_choices(balanced, answers, choices, "valid"),
-        plausibility=_share_in_choices(balanced, answers, choices, "plausible"),
-        per_structural_type=by_type("structural"),
-        per_semantic_type=by_type("semantic"),
-        per_detailed_type=by_type("detailed"),
-        per_steps=grouped({name: _num_steps(question) for name, question in balanced.items()}),
-        per_length=grouped({name: len(question["question"].split()) for name, question in balanced.items()}),
-        is_correct=is_correct,
-    )
+    binary = [name for name, question in balanced.items() if question["types"]["structural"] != "query"]
+    others = [name for name, question in balanced.items() if question["types"]["structural"] == "query"]
+    n = len(balanced)
+    scores = {
+        "accuracy": (mean(list(balanced)), n),
+        "binary": (mean(binary), len(binary)),
+        "open": (mean(others), len(others)),
+        "consistency": (_consistency(balanced, is_correct), n),
+        "validity": (_share_in_choices(balanced, answers, choices, "valid"), n),
+        "plausibility": (_share_in_choices(balanced, answers, choices, "plausible"), n),
+        "distribution": (_distribution(balanced, answers), n),
+    }
+    groups = {f"{kind}_type": by_type(kind) for kind in ("structural", "semantic", "detailed")}
+    groups["steps"] = grouped({name: _num_steps(question) for name, question in balanced.items()})
+    groups["length"] = grouped({name: len(q["question"].split()) for name, q in balanced.items()})
+    found = {name: (value, num) for name, (value, num) in scores.items() if value is not None and num}
+    return GqaResult(found, groups, is_correct)
 
 
-def _num_steps(question: Mapping[str, Any]) -> int:
+def _num_steps(question: Question) -> int:
     """Reasoning steps, without the final look-up that every question has."""
     steps = (f"{step['operation']}: {step['argument']}" for step in question["semantic"])
     return sum(not any(name in step for name in _NOT_A_STEP) for step in steps)

@@ -239,7 +239,7 @@ def test_fast_and_reference_paths_agree(size):
 def test_only_optional_images_may_leave_their_document(tmp_path, is_optional):
     from data_prep.build import build
     from data_prep.filters import FilterSettings
-    from data_prep.job import Job
+    from data_prep.job import BuildJob
     from data_prep.sources import Record
     from vlgpt.document import Document, ImagePart, TextPart
 
@@ -256,7 +256,7 @@ def test_only_optional_images_may_leave_their_document(tmp_path, is_optional):
             for images in ((good, b"", good), (b"", b"x", b""))[start:stop]:
                 yield Record(Document("p", "pages", parts, {"image_urls": ["u0", "u1", "u2"]}), images)
 
-    job = Job(
+    job = BuildJob(
         folder=tmp_path,
         source=Pages(),
         source_name="pages",

@@ -341,7 +341,7 @@ sys.path.insert(0, os.getcwd())
 from PIL import Image
 from data_prep.build import build
 from data_prep.filters import FilterSettings
-from data_prep.job import Job
+from data_prep.job import BuildJob
 from data_prep.images import ImageSettings
 from data_prep.sources import Record
 from vlgpt.document import Document, ImagePart
@@ -363,7 +363,7 @@ class Numbers:
         for number in range(start, stop):
             yield Record(Document(str(number), "n", (ImagePart(0),)), (opener(number),))
 
-job = Job(folder=Path(sys.argv[1]), source=Numbers(), source_name="numbers", source_options={}, inputs=(),
+job = BuildJob(folder=Path(sys.argv[1]), source=Numbers(), source_name="numbers", source_options={}, inputs=(),
           images=ImageSettings(), filters=FilterSettings(), shard_size=6)
 assert build(job, name="n", num_workers=2, max_bad_fraction=0.1) is not None
 print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)

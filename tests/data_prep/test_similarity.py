@@ -85,7 +85,7 @@ def direct(clip: Path) -> list[float]:
 
 def scores(folder: Path) -> list[float]:
     records = ShardSet.open(folder).shards
-    found = [similarity.Scores.load(folder, r.name, tar_sha256=r.sha256) for r in records]
+    found = [similarity.ShardSimilarity.load(folder, r.name, tar_sha256=r.sha256) for r in records]
     return list(itertools.chain.from_iterable(part.values.tolist() for part in found))
 
 
@@ -161,6 +161,6 @@ def test_a_copy_with_another_limit_is_refused(folder, clip, tmp_path, capsys):
 def test_a_document_at_the_limit_stays(folder, tmp_path):
     for record in ShardSet.open(folder).shards:
         values = np.array([0.25, 0.2499], np.float32)
-        similarity.Scores(values, "by hand", record.sha256).store(folder, record.name)
+        similarity.ShardSimilarity(values, "by hand", record.sha256).store(folder, record.name)
     assert run("apply", folder, "--min-similarity", 0.25, "--output", tmp_path / "o") == 0
     assert ids(tmp_path / "o") == ["d0", "d2", "d4"]

@@ -1,24 +1,38 @@
 """Laws of the shard contract: what is written is read, damage is named, foreign tars lose no good sample."""
 
+import functools
+import http.server
 import io
 import json
 import os
 import pickle
+import shutil
 import tarfile
 import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import webdataset
+from PIL import Image
 
 from vlgpt.document import Document, ImagePart, TextPart
 from vlgpt.errors import UserError
-from vlgpt.shards import BadSample, FeatureSpec, ShardIndex, ShardSet, ShardWriter, write_manifest
+from vlgpt.images import BadImage
+from vlgpt.shards import (
+    BadSample,
+    FeatureSpec,
+    ForeignStream,
+    ShardIndex,
+    ShardSet,
+    ShardWriter,
+    write_manifest,
+)
 from vlgpt.shards.features import dequantise, quantise, write_feature_rows, write_spec
 from vlgpt.shards.index import rebuild_index
 from vlgpt.shards.manifest import read_report
 from vlgpt.shards.schema import UnstorableDocument
-from vlgpt.shards.writer import _tar_header
 
 
 class WordTokenizer:
@@ -85,7 +99,6 @@ def test_index_columns_describe_every_part_and_member(tmp_path):
 
 
 def test_tars_are_plain_tars_that_tarfile_and_webdataset_read(tmp_path):
-    webdataset = pytest.importorskip("webdataset")
     write(tmp_path, num_shards=1)
     with tarfile.open(tmp_path / "00000.tar") as archive:
         names = archive.getnames()
@@ -96,11 +109,19 @@ def test_tars_are_plain_tars_that_tarfile_and_webdataset_read(tmp_path):
     assert rows[3]["1.png"] == b"2" * 513
 
 
-@pytest.mark.parametrize(("name", "size"), [("0000100002.json", 0), ("a.12.jpg", 12345), ("b", 2**33 - 1)])
-def test_our_tar_header_is_the_one_of_tarfile(name, size):
-    info = tarfile.TarInfo(name)
-    info.size = size
-    assert _tar_header(name, size=size) == info.tobuf(tarfile.USTAR_FORMAT)
+def test_the_bytes_are_those_of_tarfile_with_its_default_owner_mode_and_time(tmp_path):
+    write(tmp_path, num_shards=1)
+    content = (tmp_path / "00000.tar").read_bytes()
+    wanted = io.BytesIO()
+    with (
+        tarfile.open(fileobj=io.BytesIO(content)) as found,
+        tarfile.open(fileobj=wanted, mode="w", format=tarfile.USTAR_FORMAT) as archive,
+    ):
+        for member in found:
+            info = tarfile.TarInfo(member.name)
+            info.size = member.size
+            archive.addfile(info, found.extractfile(member))
+    assert wanted.getvalue() == content
 
 
 def test_same_samples_give_the_same_bytes(tmp_path):
@@ -369,6 +390,57 @@ def test_feature_fingerprint_changes_with_every_field():
     assert len(prints) == len(changes) + 1
 
 
+def real_picture(number: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 6), (number, 0, 0)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_pictures(folder: Path, num_shards: int) -> None:
+    """Shards of two documents: one of two pictures with text, one of text."""
+    folder.mkdir()
+    for shard in range(num_shards):
+        writer = ShardWriter(folder, shard)
+        parts = (ImagePart(0), TextPart(f"both {shard}"), ImagePart(1))
+        writer.add(
+            Document("a", "s", parts), [("png", real_picture(shard)), ("png", real_picture(shard + 10))]
+        )
+        writer.add(Document("b", "s", (TextPart("none"),)), [])
+        writer.close()
+    write_manifest(folder, name="p", licence="", versions={}, build={}, num_shards=num_shards)
+
+
+@pytest.mark.parametrize("is_remote", [False, True])
+def test_a_data_set_is_a_webdataset_of_documents_and_decoded_images(tmp_path, is_remote):
+    write_pictures(tmp_path / "data", 3)
+    path = f"file://{tmp_path}/data" if is_remote else tmp_path / "data"
+    pipeline = ShardSet.open(path, cache_dir=tmp_path / "cache").as_webdataset()
+    for _ in range(2):
+        rows = list(pipeline)
+        assert [row["__key__"] for row in rows] == [f"0000{s}0000{n}" for s in range(3) for n in range(2)]
+        assert [row["document"].text for row in rows[:2]] == ["both 0", "none"]
+        assert [image.getpixel((0, 0))[0] for image in rows[2]["images"]] == [1, 11]
+        assert rows[1]["images"] == []
+    assert (
+        len(list(pipeline.shuffle(4).map(lambda row: row["document"].id).batched(2, collation_fn=None))) == 3
+    )
+    loaded = torch.utils.data.DataLoader(pipeline, batch_size=None, num_workers=2)
+    assert sorted(row["__key__"] for row in loaded) == [row["__key__"] for row in rows]
+
+
+def test_damaged_images_of_a_webdataset_are_raised_or_handled(tmp_path):
+    writer = ShardWriter(tmp_path, 0)
+    writer.add(Document("a", "s", (ImagePart(0),)), [("png", b"nothing")])
+    writer.add(Document("b", "s", (TextPart("b"),)), [])
+    writer.close()
+    write_manifest(tmp_path, name="p", licence="", versions={}, build={}, num_shards=1)
+    shards = ShardSet.open(tmp_path)
+    with pytest.raises(BadImage):
+        list(shards.as_webdataset())
+    rows = list(shards.as_webdataset(handler=webdataset.ignore_and_continue))
+    assert [row["document"].id for row in rows] == ["b"]
+
+
 # --- foreign webdataset tars ---
 
 
@@ -395,6 +467,50 @@ def test_foreign_pairs_are_documents(tmp_path):
     assert read[1].images == (b"image b",) and shards.skipped == {}
     assert samples(ShardSet.open(tmp_path)) == read  # from the stored index
     assert samples(ShardSet.open([tmp_path / "00001.tar"])) == read[3:]
+
+
+def test_foreign_tars_are_a_webdataset_of_what_the_index_holds(tmp_path):
+    members = [("a.png", real_picture(7)), ("a.txt", b" red "), ("b.txt", b"no image")]
+    foreign_tar(tmp_path / "x.tar", members)
+    (row,) = ShardSet.open(tmp_path).as_webdataset()
+    assert (row["__key__"], row["document"].text, row["images"][0].size) == ("a", "red", (8, 6))
+
+
+@pytest.fixture
+def server(tmp_path):
+    """A folder behind http."""
+    (tmp_path / "served").mkdir()
+    handler = functools.partial(QuietHandler, directory=tmp_path / "served")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as listening:
+        threading.Thread(target=listening.serve_forever, daemon=True).start()
+        yield tmp_path / "served", f"http://127.0.0.1:{listening.server_address[1]}"
+        listening.shutdown()
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *arguments) -> None:
+        """Nothing."""
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="webdataset streams http with curl")
+def test_foreign_tars_are_streamed_over_http_and_their_damage_is_counted(server):
+    folder, url = server
+    foreign_tar(folder / "0.tar", pair("a") + pair("x/b", image="webp") + [("c.txt", b"no image")])
+    foreign_tar(folder / "1.tar", [*pair("d"), ("e.jpg", b"e"), ("e.txt", b"\xff")])
+    foreign_tar(folder / "2.tar", [("f.jpg", b"f" * 5000)])
+    os.truncate(folder / "2.tar", 2000)
+    stream = ForeignStream(f"{url}/{{0..2}}.tar")
+    found = [(sample.key, sample.document.text, sample.images) for sample in stream]
+    assert found == [
+        ("a", "caption a", (b"image a",)),
+        ("x/b", "caption x/b", (b"image x/b",)),
+        ("d", "caption d", (b"image d",)),
+    ]
+    assert stream.skipped == {"no_image": 1, "text_not_utf8": 1, "truncated_tar": 1}
+    with pytest.raises(UserError, match=r"3\.tar cannot be fetched"):
+        list(ForeignStream([f"{url}/0.tar", f"{url}/3.tar"]))
+    with pytest.raises(UserError, match="http, https, s3, gs, hf"):
+        ForeignStream("pipe:echo danger")
 
 
 def test_members_of_a_sample_may_lie_in_any_order_and_far_apart(tmp_path):

@@ -14,7 +14,11 @@ ROOT = Path(__file__).parents[2]
 PAGE = re.sub(r"\s+", " ", (ROOT / "docs" / "troubleshooting.md").read_text())
 ERRORS = ("UserError", "TrainingStopped", "CommitFailed", "FileNotFoundError", "ValueError", "OSError")
 LOGGED = ("error", "warning")
-FILES = [*sorted((ROOT / "vlgpt" / "train").glob("*.py")), ROOT / "evaluation" / "training_probe.py"]
+FILES = [
+    *sorted((ROOT / "vlgpt" / "train").glob("*.py")),
+    ROOT / "vlgpt" / "commits.py",
+    ROOT / "evaluation" / "training_probe.py",
+]
 
 
 def literal_parts(node):

@@ -22,9 +22,10 @@ Speaker = Literal["user", "assistant"]
 
 @dataclass(frozen=True)
 class Picture:
-    """An image file of a conversation. A drawn one keeps its visual embeddings (N, d): the model goes on from what it
-    predicted, not from what its drawing looks like to the image encoder.
-    """
+    """An image file of a conversation. A drawn one keeps its visual embeddings (N, d)."""
+
+    # The model goes on from the embeddings that it predicted, not from what its drawing looks like to the image
+    # encoder.
 
     data: bytes = field(repr=False)
     visual: Tensor | None = field(default=None, repr=False, compare=False)

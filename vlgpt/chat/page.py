@@ -55,7 +55,7 @@ IDLE: dict[str, Any] = {"submit_btn": True, "stop_btn": False}
 EMPTY: dict[str, Any] = {"text": "", "files": []}
 
 
-class Page:
+class ChatPage:
     """Builds the page. `pictures` is the private folder that images and exports are served from."""
 
     def __init__(self, batcher: Batcher, *, model_name: str, pictures: Path, max_new_tokens: int = 256):
@@ -359,7 +359,7 @@ class LocalFilesOnly:
 
 
 def launch(
-    page: Page, *, host: str, port: int | None, max_upload_mib: int, examples: Sequence[str]
+    page: ChatPage, *, host: str, port: int | None, max_upload_mib: int, examples: Sequence[str]
 ) -> gr.Blocks:
     """Start to serve the page, in threads of its own."""
     blocks = page.build(examples)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 from itertools import groupby
 
 from PIL import Image
 
-from vlgpt.data.inspect import Inspection, RowView, SampleView, SegmentView, TokenView
+from vlgpt.data.inspect import Inspection, SegmentView, TokenView
+from vlgpt.html import page
 from vlgpt.images import data_uri, png_bytes
 
 RESET, BOLD, DIM, RED = "\x1b[0m", "\x1b[1m", "\x1b[2m", "\x1b[31m"
@@ -26,7 +26,34 @@ body { font: 14px/1.6 system-ui, sans-serif; margin: 2em; max-width: 80em; color
 img { image-rendering: auto; height: 96px; margin: 4px; vertical-align: middle; border: 1px solid #ccc }
 th, td { text-align: left; vertical-align: top; padding: 2px 10px }
 """
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+PAGE = """{% macro shown(image) %}
+{% if image is none %}<span class="warning">no image</span>
+{% else %}<img alt="" src="{{ data_uri(png_bytes(image)) }}">{% endif %}
+{% endmacro %}
+<h1>{{ title }}</h1>
+{% for text in inspection.warnings %}<p class="warning">warning: {{ text }}</p>{% endfor %}
+{% for row in inspection.rows %}
+<h2>batch {{ row.batch }}, row {{ row.row }}</h2>
+{% for segment in row.segments %}
+<div class="segment"><div><b>segment {{ segment.number }}</b> {{ title_of(segment) }}</div>
+{% for role, groups in groups_of(segment) %}
+<div><span class="role">{{ role }}</span>
+{%- for tokens, image in groups %}
+{%- for token in tokens %}<span title="{{ about(token, segment.number) }}"
+class="token{{ " target" if token.is_target }}{{ " visual" if token.is_visual }}">{{ token.token }}</span>{% endfor %}
+{%- if tokens[0].is_visual %}{{ shown(image) }}{% endif %}
+{%- endfor %}</div>
+{% endfor %}</div>
+{% endfor %}
+{% endfor %}
+{% if inspection.samples %}<table>
+{% for sample in inspection.samples %}
+<tr><td>{{ shown(sample.image) }}</td><td>{{ sample.source }} {{ sample.document }}
+{% if not sample.is_valid %}<span class="warning">masked</span>{% endif %}<br>
+<b>{% if sample.caption %}{{ sample.caption }}{% else %}<i>no text</i>{% endif %}</b>
+{% for name, text in sample.tensors.items() %}<div>{{ name }}: {{ text }}</div>{% endfor %}</td></tr>
+{% endfor %}</table>{% endif %}
+"""
 
 
 def to_text(inspection: Inspection, *, has_colour: bool = True, is_full: bool = False) -> str:
@@ -116,50 +143,31 @@ def _title(segment: SegmentView) -> str:
 
 def to_html(inspection: Inspection, *, title: str = "vlgpt inspect") -> str:
     """One page without scripts or links; hovering over a token shows everything about it."""
-    body = [f"<h1>{escape(title)}</h1>"]
-    body += [f'<p class="warning">warning: {escape(text)}</p>' for text in inspection.warnings]
-    body += [_row_html(row) for row in inspection.rows]
-    if inspection.samples:
-        body.append("<table>" + "".join(_sample_html(sample) for sample in inspection.samples) + "</table>")
-    head = f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-    return (
-        f'<!doctype html><html lang="en"><head>{head}<title>{escape(title)}</title><style>{STYLE}</style></head>'
-        f"<body>{''.join(body)}</body></html>\n"
+    return page(
+        PAGE,
+        title=title,
+        style=STYLE,
+        inspection=inspection,
+        title_of=_title,
+        groups_of=_groups,
+        about=_about,
+        data_uri=data_uri,
+        png_bytes=png_bytes,
     )
 
 
-def _row_html(row: RowView) -> str:
-    parts = [f"<h2>batch {row.batch}, row {row.row}</h2>"]
-    for segment in row.segments:
-        images = iter(segment.images)
-        cells = [f"<div><b>segment {segment.number}</b> {escape(_title(segment))}</div>"]
-        for role, tokens in _spans(segment.tokens):
-            cells.append(f'<div><span class="role">{escape(role)}</span>')
-            for is_visual, group in groupby(tokens, key=lambda token: token.is_visual):
-                cells += [_token_html(token, segment.number) for token in group]
-                if is_visual:
-                    cells.append(_image_html(next(images, None)))
-            cells.append("</div>")
-        parts.append(f'<div class="segment">{"".join(cells)}</div>')
-    return "".join(parts)
+def _groups(segment: SegmentView) -> list[tuple[str, list[tuple[list[TokenView], Image.Image | None]]]]:
+    """The spans of a segment: role, and its runs of text and of visual tokens, these with their image."""
+    images = iter(segment.images)
+    spans = []
+    for role, tokens in _spans(segment.tokens):
+        runs = [
+            (is_visual, list(run)) for is_visual, run in groupby(tokens, key=lambda token: token.is_visual)
+        ]
+        spans.append((role, [(run, next(images, None) if is_visual else None) for is_visual, run in runs]))
+    return spans
 
 
-def _token_html(token: TokenView, segment: int) -> str:
-    kinds = "token" + " target" * token.is_target + " visual" * token.is_visual
+def _about(token: TokenView, segment: int) -> str:
     target = f"target, weight {token.weight:.3g}" if token.is_target else "no target"
-    about = f"position {token.position}, id {token.token_id}, segment {segment}, {token.role}, {target}"
-    return f'<span class="{kinds}" title="{escape(about)}">{escape(token.token)}</span>'
-
-
-def _sample_html(sample: SampleView) -> str:
-    tensors = "".join(f"<div>{escape(name)}: {escape(text)}</div>" for name, text in sample.tensors.items())
-    state = "" if sample.is_valid else ' <span class="warning">masked</span>'
-    caption = escape(sample.caption) or "<i>no text</i>"
-    about = f"{escape(sample.source)} {escape(sample.document)}{state}"
-    return f"<tr><td>{_image_html(sample.image)}</td><td>{about}<br><b>{caption}</b>{tensors}</td></tr>"
-
-
-def _image_html(image: Image.Image | None) -> str:
-    if image is None:
-        return '<span class="warning">no picture</span>'
-    return f'<img alt="" src="{data_uri(png_bytes(image))}">'
+    return f"position {token.position}, id {token.token_id}, segment {segment}, {token.role}, {target}"

@@ -16,7 +16,7 @@ gives exactly its share of the accepted sequences; samples that cannot be read l
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -27,15 +27,15 @@ from vlgpt.data.mixture import SLOTS, count_windows
 from vlgpt.data.packing import Packer, mean_length
 from vlgpt.data.samples import ConditionLoader, Place, SequenceLoader
 from vlgpt.data.sources import feature_specs, make_orders, make_plan, open_sources
-from vlgpt.data.state import UNDRAWN_SCHEMA, check_state, make_state, position_of
+from vlgpt.data.state import UNDRAWN_SCHEMA, LoaderState, check_state, make_state, position_of
 from vlgpt.data.stream import (
-    BadRecord,
     ConditionMaker,
     CountTargets,
     Maker,
     Position,
     Production,
     RowMaker,
+    SkippedSample,
     Targets,
     batches_of_worker,
 )
@@ -147,6 +147,7 @@ class Loader:
 
     def __iter__(self) -> Iterator[Batch | ConditionBatch]:
         """Batches from the position that the trainer has consumed. A new iteration ends the one before."""
+        # Batches that workers prepared and the trainer did not consume are dropped: `position` counts consumed ones.
         self.close()
         self._waits.restart()
         self._running = self._iterate()
@@ -184,6 +185,7 @@ class Loader:
             raise ValueError("this loader was made without `count_targets`")
         if self._running is None:
             iter(self)
+        # How many batches are counted ahead decides the buffers of the workers, so they start at the first request.
         if self._source is None:
             self._source = self._start(num_ahead=num_batches)
         with self._waits.waiting():
@@ -206,6 +208,7 @@ class Loader:
     def _start(self, *, num_ahead: int = 0) -> Production | WorkerPool:
         """Begin to make batches at the position, here or in worker processes."""
         settings = self.settings
+        # Without a request for targets nothing is counted: validation would pay for it and never ask.
         count_targets = self._count_targets if num_ahead else None
 
         def produce(start: Position, first: int, guard: WorkerGuard) -> Production:
@@ -238,7 +241,7 @@ class Loader:
     def _on_death(self, worker: int, place: Place | None) -> None:
         if place is not None:
             bad = self.sources[place.source].bad("killed_worker", place.shard, place.sample)
-            self._tally.quarantine(BadRecord(place.source, bad.reason, bad.key, bad.shard))
+            self._tally.quarantine(SkippedSample(place.source, bad.reason, bad.key, bad.shard))
             get_logger(__name__).error("data worker %d died while reading %s", worker, bad)
 
     def close(self) -> None:
@@ -259,7 +262,7 @@ class Loader:
         for _ in range(num_micro_batches):
             self.position = self._delivered.popleft()
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> LoaderState:
         """JSON of the position consumed by the trainer, equal on all ranks."""
         return make_state(
             self.settings,
@@ -271,7 +274,7 @@ class Loader:
             total_windows=self._total_windows,
         )
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go to the position of a saved state; the next iteration starts there.
 
         Raises UserError that names what changed, when it decides the order (the data, a setting, a law), unless
@@ -279,6 +282,8 @@ class Loader:
         """
         self.close()
         check_state(state, self.state_dict(), self.sources, is_change_allowed=self.settings.allow_data_change)
+        # A run that is made longer would otherwise stretch its ramps, and every window behind the position would
+        # change.
         if state["total_windows"] != self._total_windows:
             get_logger(__name__).warning("ramps keep the run length that they were started with")
             self._total_windows = state["total_windows"]

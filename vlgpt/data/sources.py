@@ -7,7 +7,7 @@ from base64 import b64encode
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -21,6 +21,15 @@ from vlgpt.tokens import DocumentTokenizer
 
 MAX_CACHED_LENGTHS = 64
 DIGEST_BYTES = 3  # per shard in the loader's state: enough to name the shard that differs
+
+
+class SourceState(TypedDict):
+    """What identifies the data of a source: its fingerprint, and a short digest per shard to name one that differs."""
+
+    fingerprint: str
+    num_shards: int
+    num_samples: int
+    shard_digests: str
 
 
 class OpenSource:
@@ -82,8 +91,8 @@ class OpenSource:
         """The error that names this sample."""
         return BadSample(reason, str(self.shards.index(shard).keys[sample]), self.shards.shards[shard].name)
 
-    def state(self) -> dict[str, Any]:
-        """What identifies the data: the fingerprint, and a short digest per shard to name the one that differs."""
+    def state(self) -> SourceState:
+        """What identifies the data."""
         digests = b"".join(
             _digest(shard.name, shard.sha256, shard.num_samples) for shard in self.shards.shards
         )
@@ -94,7 +103,7 @@ class OpenSource:
             "shard_digests": b64encode(digests).decode(),
         }
 
-    def difference(self, state: dict[str, Any]) -> str:
+    def difference(self, state: SourceState) -> str:
         """What changed since `state` was saved, in words; "" when nothing did."""
         now = self.state()
         if now["fingerprint"] == state["fingerprint"]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict
 
 from vlgpt.data.mixture import SLOTS
-from vlgpt.data.sources import OpenSource
+from vlgpt.data.sources import OpenSource, SourceState
 from vlgpt.data.stream import Position
 from vlgpt.errors import UserError
 from vlgpt.log import get_logger
@@ -17,6 +17,19 @@ SCHEMA = 2
 UNDRAWN_SCHEMA = 1
 PLAN_SETTINGS = ("mixing", "temperature", "sequence_length", "packing", "shuffle_shards")
 SOURCE_PLAN_SETTINGS = ("weight", "image_first", "max_images", "keep_single_image", "start", "ramp")
+
+
+class LoaderState(TypedDict):
+    """The JSON in a checkpoint."""
+
+    schema: int
+    kind: str
+    seed: int
+    position: dict[str, Any]
+    total_windows: int | None
+    tokenizer: str
+    plan: dict[str, Any]
+    sources: dict[str, SourceState]
 
 
 def plan_settings(settings: DataSettings, *, kind: str) -> dict[str, Any]:
@@ -40,15 +53,17 @@ def make_state(
     epoch: int,
     tokenizer: str,
     total_windows: int | None,
-) -> dict[str, Any]:
+) -> LoaderState:
     """The state at a position. Without packing the position is one sample count."""
     redrawn = {source.name: number for source, number in zip(sources, position.redrawn) if number}
-    where = {"epoch": epoch, "window": position.window, "row": position.row, "redrawn": redrawn}
+    where: dict[str, Any] = {"sample": position.window * SLOTS + position.row}
+    if kind == "packed":
+        where = {"epoch": epoch, "window": position.window, "row": position.row, "redrawn": redrawn}
     return {
         "schema": SCHEMA,
         "kind": kind,
         "seed": settings.seed,
-        "position": where if kind == "packed" else {"sample": position.window * SLOTS + position.row},
+        "position": where,
         "total_windows": total_windows,
         "tokenizer": tokenizer,
         "plan": plan_settings(settings, kind=kind),
@@ -57,7 +72,7 @@ def make_state(
 
 
 def check_state(
-    state: Any, current: dict[str, Any], sources: Sequence[OpenSource], *, is_change_allowed: bool
+    state: Any, current: LoaderState, sources: Sequence[OpenSource], *, is_change_allowed: bool
 ) -> None:
     """Compare a saved state with what the loader would save now.
 
@@ -80,10 +95,10 @@ def check_state(
     get_logger(__name__).warning("going on with changed data: %s", change)
 
 
-def _difference(state: dict[str, Any], current: dict[str, Any], sources: Sequence[OpenSource]) -> str:
-    for key in ("seed", "tokenizer"):
-        if state[key] != current[key]:
-            return f"{key} was {state[key]!r} and now is {current[key]!r}"
+def _difference(state: Mapping[str, Any], current: LoaderState, sources: Sequence[OpenSource]) -> str:
+    for key, now in (("seed", current["seed"]), ("tokenizer", current["tokenizer"])):
+        if state[key] != now:
+            return f"{key} was {state[key]!r} and now is {now!r}"
     if list(state["sources"]) != list(current["sources"]):
         return f"sources were {', '.join(state['sources'])} and now are {', '.join(current['sources'])}"
     for key, value in current["plan"].items():
@@ -95,7 +110,7 @@ def _difference(state: dict[str, Any], current: dict[str, Any], sources: Sequenc
     return ""
 
 
-def position_of(state: dict[str, Any], sources: Sequence[OpenSource]) -> Position:
+def position_of(state: Mapping[str, Any], sources: Sequence[OpenSource]) -> Position:
     """Raises UserError when the position is not made of non-negative whole numbers."""
     is_packed = state["kind"] == "packed"
     wanted = ("window", "row") if is_packed else ("sample",)

@@ -53,7 +53,7 @@ class Position(NamedTuple):
 
 
 @dataclass(frozen=True)
-class BadRecord:
+class SkippedSample:
     """One sample that could not be used."""
 
     source: int
@@ -67,7 +67,7 @@ class Report:
     """What happened while a batch was made. Sums over ranks and workers count everything exactly once."""
 
     # (source, None = good), in order
-    outcomes: list[tuple[int, BadRecord | None]] = field(default_factory=list)
+    outcomes: list[tuple[int, SkippedSample | None]] = field(default_factory=list)
     # source -> positions filled
     tokens: Counter[int] = field(default_factory=Counter)
     # positions of the rows, padding included; 0 without packing
@@ -83,7 +83,7 @@ class Report:
 class Draft:
     """A batch before its images are read: the samples of every row, each with its place, or what is bad about it."""
 
-    rows: list[list[tuple[Place, Any] | BadRecord]]
+    rows: list[list[tuple[Place, Any] | SkippedSample]]
     report: Report
 
 
@@ -146,7 +146,7 @@ class Maker(ABC):
 
     def without_images(self, draft: Draft) -> Batch | ConditionBatch:
         """The batch as far as its texts say."""
-        rows = [[sample[1] for sample in row if not isinstance(sample, BadRecord)] for row in draft.rows]
+        rows = [[sample[1] for sample in row if not isinstance(sample, SkippedSample)] for row in draft.rows]
         return self.collate(rows, with_images=False)
 
     def finish(self, draft: Draft, guard: Guard) -> tuple[Batch | ConditionBatch, Report]:
@@ -161,36 +161,39 @@ class Maker(ABC):
                 report.num_dropped_images += loaded.num_dropped_images
         return self.collate(rows, with_images=True), report
 
-    def _read(self, place: Place, guard: Guard) -> tuple[Place, Any] | BadRecord:
+    def _read(self, place: Place, guard: Guard) -> tuple[Place, Any] | SkippedSample:
         """A sample without its images."""
         found = self._attempt(place, lambda: self.loader.read(place), guard)
-        return found if isinstance(found, BadRecord) else (place, found)
+        return found if isinstance(found, SkippedSample) else (place, found)
 
-    def _with_images(self, sample: tuple[Place, Any] | BadRecord, guard: Guard, report: Report) -> Any:
+    def _with_images(self, sample: tuple[Place, Any] | SkippedSample, guard: Guard, report: Report) -> Any:
         """A sample of a draft with its images, or None when it is bad."""
-        if not isinstance(sample, BadRecord):
+        if not isinstance(sample, SkippedSample):
             place, loaded = sample
             found = self._attempt(place, lambda: self.loader.with_images(place, loaded), guard)
-            if not isinstance(found, BadRecord):
+            if not isinstance(found, SkippedSample):
                 report.outcomes.append((place.source, None))
                 return found
             sample = found
         report.outcomes.append((sample.source, sample))
         return None
 
-    def _attempt(self, place: Place, act: Callable[[], T], guard: Guard) -> T | BadRecord:
+    def _attempt(self, place: Place, act: Callable[[], T], guard: Guard) -> T | SkippedSample:
         """What an act on a sample gives, or why the sample is bad."""
+        # Noted before the sample is touched: if its decoder kills the process, the pool knows which sample to blame.
         guard.enter(place)
         try:
             if guard.is_poisoned(place):
                 raise self.loader.sources[place.source].bad("killed_worker", place.shard, place.sample)
             return act()
         except BadSample as error:
-            return BadRecord(place.source, error.reason, error.key, error.shard)
+            return SkippedSample(place.source, error.reason, error.key, error.shard)
 
 
 def advance(position: Position, num_rows: int, maker: Maker) -> Position:
     """The position `num_rows` rows later; at the end of a finite pass it stops."""
+    # Window by window, since how many rows a window has is known only once it is planned. Windows are cached, and a
+    # batch rarely spans more than two.
     row = position.row + num_rows
     while maker.plan.num_windows is None or position.window < maker.plan.num_windows:
         if row < (size := maker.num_rows(position)):
@@ -203,6 +206,8 @@ def rows_of_rank(
     position: Position, maker: Maker, *, micro_batch: int, rank: int, world_size: int
 ) -> list[Position | None]:
     """The rows that a rank takes of the global batch at `position`; None after the end of a finite pass."""
+    # Dealt like cards: rank r takes rows r, r + world_size, ... So the global batch holds the same rows for any number
+    # of ranks, which is what lets a run resume on another number.
     rows: list[Position | None] = []
     at = advance(position, rank, maker)
     for _ in range(micro_batch):
@@ -250,6 +255,7 @@ class Production:
         """One more; False at the end of a finite pass."""
         if (batch := next(self._batches, None)) is None:
             return False
+        # Only texts are read here: drafting a step of hundreds of micro-batches ahead holds no image in memory.
         rows, end = batch
         draft = self._maker.draft(rows, self._guard)
         self._drafts.append((draft, end))

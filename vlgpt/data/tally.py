@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlgpt.data.stream import BadRecord, Report
+from vlgpt.data.stream import Report, SkippedSample
 from vlgpt.log import get_logger
 
 BAD_WINDOW = 10_000  # samples over which `max_bad_fraction` is judged
@@ -59,7 +59,7 @@ class Tally:
             if self._recent_read[source] >= BAD_WINDOW:
                 self._recent_read[source] = self._recent_bad[source] = 0
 
-    def _add_bad(self, bad: BadRecord) -> None:
+    def _add_bad(self, bad: SkippedSample) -> None:
         source, name = bad.source, self._names[bad.source]
         self.bad[source, bad.reason] += 1
         self._recent_bad[source] += 1
@@ -78,7 +78,7 @@ class Tally:
                 f"source {name!r}: {self._consecutive_bad[source]} bad samples in a row; {found}"
             )
 
-    def quarantine(self, bad: BadRecord) -> None:
+    def quarantine(self, bad: SkippedSample) -> None:
         """Write a bad sample to the quarantine file, once, and the first few to the log."""
         if (bad.shard, bad.key) in self._quarantined or len(self._quarantined) >= MAX_QUARANTINE_LINES:
             return

@@ -5,8 +5,8 @@ that is free (`buffers.py`). As many batches are ready as there are buffers, how
 a step needs of all of them beforehand is a few numbers each.
 
 Each worker notes in shared memory which sample it reads. When it dies, that sample is blamed and never read again, and
-a new worker continues at the batch that is due. A buffer is read only after the message that it is full, so nobody sees
-what a killed worker was writing.
+a new worker continues at the batch that is due. A buffer is read only after the message that it is full, so what
+a killed worker was writing is never seen.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ class WorkerPool:
         batch_bytes: of the largest batch; with the limits on what is prepared ahead it decides the number of buffers.
         num_ahead: how many batches' targets are asked for before the batches themselves; 0 = none.
         pin_memory: deliver tensors from which CUDA can copy asynchronously.
-    Raises (while iterating) UserError from a worker, DataStalled, and RuntimeError when a worker dies twice.
+    Raises, while iterating, UserError from a worker, DataStalled, and RuntimeError when a worker dies again.
     """
 
     def __init__(
@@ -278,7 +278,7 @@ def _work(
     stacks: IO[bytes],
     channel: Channel,
 ) -> None:
-    """A worker's life. It outlives signals that schedulers send to the whole job, but not its parent."""
+    """What a worker does until it is killed. It ignores signals that schedulers send to the whole job."""
     for ignored in (signal.SIGTERM, signal.SIGUSR2):
         signal.signal(ignored, signal.SIG_IGN)
     faulthandler.enable(file=stacks)

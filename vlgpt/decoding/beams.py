@@ -78,6 +78,7 @@ class BeamSearch:
         rows = slice(first_row, first_row + len(group.running))
         past = torch.tensor([beam.log_likelihood for beam in group.running], device=masked.device)
         totals = (masked[rows] + past[:, None]).flatten()
+        # So many that `num_beams` beams can go on even when every beam's best tokens are all end tokens.
         num_candidates = min(max(2, 1 + self.rules.num_end_tokens) * self.num_beams, len(totals))
         best_totals, best = (values.tolist() for values in totals.topk(num_candidates))
         parents: list[int] = []
@@ -91,6 +92,7 @@ class BeamSearch:
             if beam.finish is None and len(running) < self.num_beams:
                 running.append(beam)
                 parents.append(first_row + parent)
+            # As in transformers, an end counts only among the best `num_beams` candidates.
             elif beam.finish is not None and rank < self.num_beams:
                 group.finished.append((self._score(beam), beam))
         group.finished = sorted(group.finished, key=lambda entry: -entry[0])[: self.num_beams]
@@ -110,6 +112,7 @@ class BeamSearch:
         """Whether no running beam is taken to become better than the worst of `num_beams` finished ones."""
         if not group.running:
             return True
+        # The score of the best running beam now stands for all that it could become: `early_stopping=False`.
         is_full = len(group.finished) == self.num_beams
         return is_full and self._score(group.running[0]) <= group.finished[-1][0]
 

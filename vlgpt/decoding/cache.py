@@ -61,7 +61,8 @@ class Rows:
         return self.is_seen.shape[1]
 
     def _forward(self, embeddings: Tensor, positions: Tensor) -> Tensor:
-        """(R, L, D), (R, L) -> (R, D) of the last slot. Without holes no mask is needed: the fastest path."""
+        """(R, L, D), (R, L) -> (R, D) of the last slot."""
+        # Without holes no mask is passed, which lets attention take its fastest kernel.
         output = self.lm.backbone(
             inputs_embeds=embeddings,
             attention_mask=None if self._is_dense else self.is_seen,
@@ -73,6 +74,8 @@ class Rows:
 
     def step(self, embeddings: Tensor, is_moving: Tensor | None = None) -> Tensor:
         """Feed one position to every row, (R, D) -> (R, D); rows outside `is_moving` (R,) idle."""
+        # The cache is one tensor, so an idle row gets a slot too. Masked for ever, and not counted in the position of
+        # the row, it changes nothing for it: a reply depends on no other row of its batch.
         positions = self.is_seen.sum(1, keepdim=True)
         column = torch.ones_like(self.is_seen[:, :1]) if is_moving is None else is_moving[:, None]
         self.is_seen = torch.cat([self.is_seen, column], dim=1)
@@ -115,6 +118,7 @@ class Stream:
         self.num_rows = len(prompts)
         self.has_companions = len(empty_prompts) > 0
         self.rows = Rows(lm, [prompt.embed(lm) for prompt in (*prompts, *empty_prompts)])
+        # A forced image begins inside the prompts: the [IMG] that ends an empty prompt is part of the first image.
         ends = [int(prompt.token_ids[-1] == begin_image_id) for prompt in empty_prompts]
         self._companion_slots = self.rows.num_slots - max(ends, default=0)
 
@@ -134,30 +138,26 @@ class Stream:
 
     def advance(self, inputs: Sequence[int | Tensor | None]) -> None:
         """Feed every row a token id, a visual embedding (d,), or nothing (None: the row idles)."""
-        is_moving = torch.tensor([entry is not None for entry in inputs])
-        ids = torch.tensor(
-            [entry if isinstance(entry, int) else 0 for entry in inputs], device=self.hidden.device
-        )
+        device = self.hidden.device
+        is_moving = torch.tensor([entry is not None for entry in inputs], device=device)
+        ids = torch.tensor([entry if isinstance(entry, int) else 0 for entry in inputs], device=device)
         embeddings = self.lm.backbone.get_input_embeddings()(ids)
         visual = [row for row, entry in enumerate(inputs) if isinstance(entry, Tensor)]
         if visual:
             values = torch.stack([entry for entry in inputs if isinstance(entry, Tensor)])
             embeddings[visual] = self.lm.embed_visual(values).to(embeddings.dtype)
-        if self.has_companions:
-            is_following = torch.tensor(
-                [isinstance(entry, Tensor) or entry == self.begin_image_id for entry in inputs],
-                device=ids.device,
-            )
-            is_idle = (
-                torch.tensor([isinstance(entry, int) for entry in inputs], device=ids.device) & ~is_following
-            )
-            self.rows.forget(
-                torch.cat([torch.zeros_like(is_idle), is_idle]), after_slot=self._companion_slots
-            )
-            moving = torch.cat([is_moving.to(ids.device), is_following])
-            self.rows.step(torch.cat([embeddings, embeddings]), moving)
-        else:
-            self.rows.step(embeddings, None if bool(is_moving.all()) else is_moving.to(ids.device))
+        if not self.has_companions:
+            has_idle_rows = any(entry is None for entry in inputs)
+            self.rows.step(embeddings, is_moving if has_idle_rows else None)
+            return
+        # A companion reads [IMG] and embeddings, so that it can predict inside images. At a text token it forgets the
+        # image: text is not guided, and the next image must again see the empty prompt alone.
+        in_image = [isinstance(entry, Tensor) or entry == self.begin_image_id for entry in inputs]
+        is_following = torch.tensor(in_image, device=device)
+        is_reading_text = is_moving & ~is_following
+        forgetting = torch.cat([torch.zeros_like(is_reading_text), is_reading_text])
+        self.rows.forget(forgetting, after_slot=self._companion_slots)
+        self.rows.step(torch.cat([embeddings, embeddings]), torch.cat([is_moving, is_following]))
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep these rows (and their companions) in this order; a row may be taken several times."""

@@ -19,7 +19,7 @@ from vlgpt.decoding.api import DecodeSettings, ImageLike, Listener, Prompt, Repl
 from vlgpt.decoding.beams import BeamSearch
 from vlgpt.decoding.cache import RenderedPrompt, Stream
 from vlgpt.decoding.hypothesis import Hypothesis, ReplyRules
-from vlgpt.decoding.load import cast_parameters, load_decoder, load_encoder
+from vlgpt.decoding.load import cast_parameters, load_decoder, load_encoder, load_tokenizer
 from vlgpt.decoding.prompts import (
     ImageReader,
     empty_prompt,
@@ -72,13 +72,7 @@ class Generator:
         config = UnifiedConfig.from_folder(folder)
         model = UnifiedModel.from_folder(folder)
         cast_parameters(model.lm, dtype)
-        tokenizer = DocumentTokenizer.load(
-            folder,
-            num_visual=model.image_tokenizer.num_visual,
-            template=config.template,
-            is_boundary_target=config.is_boundary_target,
-            rendering=config.rendering,
-        )
+        tokenizer = load_tokenizer(folder, config)
         encoder = load_encoder(folder, config.image_encoder)
         decoder = load_decoder(folder, config.picture_decoder, dtype=dtype)
         for part in (model, encoder, decoder):

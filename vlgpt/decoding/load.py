@@ -15,7 +15,9 @@ from vlgpt.models.component import CONFIG_FILE, Component
 from vlgpt.models.conditions import FOR_TARGETS
 from vlgpt.models.decoders import ImageDecoder
 from vlgpt.models.encoders import ClipEncoder, load_clip
+from vlgpt.models.unified import UnifiedConfig
 from vlgpt.registry import is_dotted, load_class
+from vlgpt.tokens import DocumentTokenizer
 
 DIFFUSION_PATHS = ("pipeline", "adapter", "unconditional", "vae")
 
@@ -24,6 +26,17 @@ def located(folder: Path, reference: str) -> str:
     """A path inside the export when there is such a file, else the reference unchanged (a path or hub name)."""
     inside = folder / reference
     return str(inside) if inside.exists() else reference
+
+
+def load_tokenizer(folder: Path, config: UnifiedConfig) -> DocumentTokenizer:
+    """The tokenizer of an export, with the chat template and the rendering that it was trained with."""
+    return DocumentTokenizer.load(
+        folder,
+        num_visual=config.image_tokenizer["num_visual"],
+        template=config.template,
+        is_boundary_target=config.is_boundary_target,
+        rendering=config.rendering,
+    )
 
 
 def load_encoder(folder: Path, record: Mapping[str, Any] | None) -> ClipEncoder | None:

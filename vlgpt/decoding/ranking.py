@@ -32,9 +32,10 @@ def mask_attention(backbone: Any) -> Iterator[None]:
 def log_likelihoods(lm: MultimodalLM, prompt: RenderedPrompt, candidates: Sequence[Sequence[int]]) -> Tensor:
     """Summed log-probabilities of C token sequences after a prompt: -> (C,) fp32 on CPU.
 
-    The prompt is read once. Candidates are laid end to end in one row and each sees the prompt and itself only, so the
-    prompt's cache is neither copied nor padded.
+    The prompt is read once.
     """
+    # Candidates are laid end to end in one row, and each sees the prompt and itself only. So the prompt's cache is
+    # neither copied for each candidate nor padded to the longest.
     rows = Rows(lm, [prompt.embed(lm)])
     first = lm.logits(rows.hidden).float().log_softmax(-1)[0]
     result = torch.stack([first[ids[0]] for ids in candidates]).double()

@@ -69,6 +69,8 @@ class TokenChooser:
         nothing: Any = torch.empty(len(scores), 0, dtype=torch.long)  # the warpers look at no token ids
         probabilities = self.warpers(nothing, scores).double().softmax(-1)
         cumulative = probabilities.cumsum(-1)
+        # One number per token and prompt, inverted through the distribution: torch.multinomial would draw from one
+        # generator for the batch, so that a reply would depend on its neighbours.
         draws = np.array([self.generators[prompt].random() for prompt in prompts])
         heights = torch.from_numpy(draws * (1 - 1e-12)).to(scores.device)[:, None] * cumulative[:, -1:]
         chosen = torch.searchsorted(cumulative, heights, right=True)[:, 0]

@@ -116,13 +116,13 @@ def check_training(setting: Setting, *, num_processes: int | None = None) -> Fin
 
 
 def _probe(folder: Path, mode: str, setting: Setting, num_processes: int) -> list[float]:
-    """Run `vlgpt.doctor.probe` in every process; the losses of rank 0. Raises RuntimeError with its last line."""
+    """Run `vlgpt.doctor.sample` in every process; the losses of rank 0. Raises RuntimeError with its last line."""
     port = str(free_port())
     shape = {"device": setting.device, "width": 64, "depth": 2, "mlp": 128, "num_heads": 4, "vocabulary": 320}
     shape |= {"attention": setting.attention, "rows": 2, "length": 96, "num_visual": 4}
     if setting.device == "cuda":  # head width 32 and more, as flash-attn wants it
         shape |= {"width": 256, "mlp": 512}
-    command = [sys.executable, "-m", "vlgpt.doctor.probe", str(folder), mode, json.dumps(shape)]
+    command = [sys.executable, "-m", "vlgpt.doctor.sample", str(folder), mode, json.dumps(shape)]
     processes = []
     for rank in range(num_processes):
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_processes)}

@@ -13,6 +13,7 @@ from vlgpt.shards.features import (
     write_feature_rows,
     write_spec,
 )
+from vlgpt.shards.foreign import ForeignStream
 from vlgpt.shards.manifest import Manifest, read_manifest, write_manifest
 from vlgpt.shards.reader import ShardSet
 from vlgpt.shards.schema import BadSample, FeatureSpec, Sample, ShardIndex, ShardRecord, ShardReport
@@ -23,6 +24,7 @@ __all__ = [
     "FeatureReader",
     "FeatureSpec",
     "FeatureWriter",
+    "ForeignStream",
     "Manifest",
     "Sample",
     "ShardIndex",

@@ -45,9 +45,7 @@ class LocalFolder:
 
 
 class RemoteFolder:
-    """Files behind an fsspec URL, copied into `cache_dir` on first use; all processes of a machine share the
-    copies.
-    """
+    """Files behind an fsspec URL, copied into `cache_dir` on first use; all processes of a machine share the copies."""
 
     def __init__(self, url: str, *, cache_dir: Path | None, cache_bytes: int):
         self.where, self._cache_bytes = url.rstrip("/"), cache_bytes
@@ -67,9 +65,7 @@ class RemoteFolder:
             return file.read()
 
     def path(self, name: str) -> Path:
-        """The local copy, downloaded first if need be. Raises FileNotFoundError, or UserError when the hash
-        is wrong.
-        """
+        """The local copy, downloaded first if needed. Raises FileNotFoundError, or UserError for a wrong hash."""
         local = self._local(name)
         if _touch(local):
             return local

@@ -1,9 +1,7 @@
-"""Precomputed features beside the shards: one memory-mapped array per shard, one row per image or per text
-part.
+"""Precomputed features beside the shards: one memory-mapped array per shard, one row per image or per text part.
 
-`features/NAME/spec.json` says how they were made; `NNNNN.npy` holds the rows `(R, views, *shape)`; int8
-features have their scales `(R, views, *shape[:-1])` in `NNNNN.scale.npy`; `NNNNN.json` names the tar that the
-rows belong to.
+`features/NAME/spec.json` says how they were made; `NNNNN.npy` holds the rows `(R, views, *shape)`; int8 features have
+their scales `(R, views, *shape[:-1])` in `NNNNN.scale.npy`; `NNNNN.json` names the tar that the rows belong to.
 """
 
 from __future__ import annotations
@@ -36,9 +34,7 @@ def feature_path(folder: Path, name: str, *parts: str) -> Path:
 
 
 def write_spec(folder: Path, spec: FeatureSpec) -> None:
-    """Store the specification; raises UserError when the folder already holds features made in another
-    way.
-    """
+    """Store the specification; raises UserError when the folder already holds features made in another way."""
     path = feature_path(folder, spec.name, "spec.json")
     if path.is_file() and (old := read_spec(path)) != spec:
         changed = [key for key, value in spec.model_dump().items() if getattr(old, key) != value]
@@ -60,8 +56,8 @@ def read_spec(path: Path) -> FeatureSpec:
 class FeatureWriter:
     """The rows of one shard, batch by batch, so that memory holds one batch: quantised when the spec says int8.
 
-    Nothing stands under a final name before `close`, and the little `NNNNN.json` is written last: without it the
-    shard counts as not done. A second process that opens the same shard waits until the first is through.
+    No file has its final name before `close`, and the small `NNNNN.json` is written last: without it the shard counts
+    as not done. A second process that opens the same shard waits until the first is done.
     """
 
     def __init__(self, folder: Path, spec: FeatureSpec, shard: str, *, num_rows: int):
@@ -120,7 +116,7 @@ class FeatureWriter:
 
 
 class _NpyFile:
-    """A .npy file of known shape that is filled from its start and appears when it is whole."""
+    """A .npy file of known shape that is filled from its start and appears when it is complete."""
 
     def __init__(self, path: Path, shape: tuple[int, ...], dtype: str):
         self._path, self._partial = path, path.with_name(f".{path.name}.partial")
@@ -184,9 +180,7 @@ def dequantise(rows: np.ndarray, scales: np.ndarray) -> np.ndarray:
 
 
 class FeatureReader:
-    """Rows of one feature of a data set. Arrays are memory-mapped on first use and checked against the
-    index.
-    """
+    """Rows of one feature of a data set. Arrays are memory-mapped on first use and checked against the index."""
 
     def __init__(
         self,
@@ -197,9 +191,7 @@ class FeatureReader:
         index: Callable[[int], ShardIndex],
         where: str,
     ):
-        """`locate` maps a name relative to the data set to a local file; `where` is the data set, for
-        messages.
-        """
+        """`locate` maps a name relative to the data set to a local file; `where` is the data set, for messages."""
         self.name, self._shards, self._locate, self._index = name, shards, locate, index
         self._command = f"python -m data_prep.features {where} --features {name}"
         self._open: OrderedDict[int, tuple[np.ndarray, np.ndarray | None]] = OrderedDict()

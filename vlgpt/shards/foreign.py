@@ -1,8 +1,7 @@
-"""Foreign webdataset tars (image + caption per key): indexed once, then read like our own shards.
+"""Foreign webdataset tars (image + caption per key): indexed once and then read like our own shards, or streamed.
 
-Only members named `KEY.jpg|jpeg|png|webp`, `KEY.txt` and `KEY.json` are looked at; nothing is extracted,
-unpickled or decoded here, and keys are never used as paths. As in webdataset, a key ends at the first dot of
-the base name.
+Only members named `KEY.jpg|jpeg|png|webp`, `KEY.txt` and `KEY.json` are looked at; nothing is extracted, unpickled or
+decoded here, and keys are never used as paths. As in webdataset, a key ends at the first dot of the base name.
 """
 
 from __future__ import annotations
@@ -12,19 +11,21 @@ import os
 import tarfile
 import tempfile
 from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from vlgpt.document import Document, ImagePart, Part, TextPart
 from vlgpt.errors import UserError
 from vlgpt.files import sha256_file, write_atomic
 from vlgpt.log import get_logger
-from vlgpt.shards.index import IndexBuilder, Member, crc32
-from vlgpt.shards.schema import IMAGE_SUFFIXES, ShardIndex, ShardRecord
+from vlgpt.shards.index import IndexBuilder, Member, crc32, tar_headers
+from vlgpt.shards.schema import IMAGE_SUFFIXES, BadSample, Sample, ShardIndex, ShardRecord
 
 TEXT_SUFFIXES = ("txt", "json")
 CAPTION_KEYS = ("caption", "text")
 MAX_TEXT_BYTES = 1 << 20
 INDEX_FOLDER = ".vlgpt-index"
+STREAM_PROTOCOLS = ("http", "https", "s3", "gs", "hf")
 
 
 class ForeignFolder:
@@ -99,9 +100,7 @@ class ForeignFolder:
 
 
 def foreign_document(text: bytes | None, suffix: str, *, key: str, source: str) -> Document:
-    """The pair (image, caption), or the image alone. Raises UnicodeDecodeError and ValueError for a bad
-    caption.
-    """
+    """The pair (image, caption), or the image alone. Raises UnicodeDecodeError and ValueError for a bad caption."""
     parts: tuple[Part, ...] = (ImagePart(0),)
     if text is not None:
         caption = text.decode("utf-8").strip() if suffix == "txt" else _json_caption(text)
@@ -113,8 +112,90 @@ def _json_caption(text: bytes) -> str:
     record = json.loads(text)
     for name in CAPTION_KEYS:
         if isinstance(record, dict) and isinstance(record.get(name), str):
-            return record[name].strip()
+            return str(record[name]).strip()
     raise ValueError(f"the JSON holds none of {', '.join(CAPTION_KEYS)}")
+
+
+def foreign_sample(fields: Mapping[str, bytes], *, key: str, source: str) -> Sample:
+    """The sample of members grouped by key (suffix -> bytes). Raises BadSample, with the reasons of the index."""
+    image = next((fields[suffix] for suffix in IMAGE_SUFFIXES if suffix in fields), None)
+    suffix = next((suffix for suffix in TEXT_SUFFIXES if suffix in fields), "")
+    text = fields.get(suffix)
+    if image is None:
+        raise BadSample("no_image", key, source)
+    if text is not None and len(text) > MAX_TEXT_BYTES:
+        raise BadSample("caption_too_long", key, source)
+    try:
+        return Sample(foreign_document(text, suffix, key=key, source=source), (image,), key)
+    except UnicodeDecodeError as error:
+        raise BadSample("text_not_utf8", key, source) from error
+    except ValueError as error:
+        raise BadSample("bad_record", key, source) from error
+
+
+class ForeignStream:
+    """Samples of foreign tars behind URLs (http, https, s3, gs, hf), in order, as they arrive: for tars that are too
+    large to keep, so that no index can be made.
+
+    A stream cannot be read at random, so the loader does not take it: `ShardWriter` makes a data set of it. `skipped`
+    counts what cannot be used, by reason, as `ShardSet.skipped` does.
+
+    Args:
+        urls: one URL, with braces for several (`https://host/{00000..00099}.tar`), or a list.
+    Raises UserError for another protocol and, while iterating, for a tar that cannot be fetched.
+    """
+
+    def __init__(self, urls: str | Sequence[str], *, name: str = "stream"):
+        from webdataset.shardlists import expand_urls
+
+        self.urls = [
+            url for given in ([urls] if isinstance(urls, str) else urls) for url in expand_urls(given)
+        ]
+        self.name = name
+        self.skipped: Counter[str] = Counter()
+        # webdataset runs the shell command of a `pipe:` URL: only plain protocols get there
+        for url in self.urls:
+            if url.partition("://")[0] not in STREAM_PROTOCOLS:
+                raise UserError(f"{url}: tars are streamed over {', '.join(STREAM_PROTOCOLS)}")
+
+    def __iter__(self) -> Iterator[Sample]:
+        from webdataset.tariterators import group_by_keys, tar_file_expander
+
+        members = tar_file_expander(self._open(), handler=self._skip)
+        for fields in group_by_keys(members, handler=self._skip):
+            try:
+                yield foreign_sample(fields, key=fields["__key__"], source=self.name)
+            except BadSample as error:
+                self.skipped[error.reason] += 1
+
+    def _open(self) -> Iterator[dict[str, object]]:
+        """The streams, one after the other. A failed download may look like the end of a tar: `close` tells."""
+        for url in self.urls:
+            try:
+                if url.startswith("http"):
+                    # curl, with its retries; fsspec would need aiohttp
+                    from webdataset import gopen
+
+                    stream = gopen(url)
+                else:
+                    import fsspec
+
+                    stream = fsspec.open(url, "rb").open()
+                yield {"url": url, "stream": stream}
+                stream.close()
+            except (OSError, ImportError) as error:
+                raise UserError(f"{url} cannot be fetched: {error}") from error
+
+    def _skip(self, error: Exception) -> bool:
+        """Count damage and go on behind it. Raises UserError for anything else, such as a broken connection."""
+        if isinstance(error, tarfile.TarError):
+            self.skipped["truncated_tar"] += 1
+        elif isinstance(error, ValueError) and "duplicate" in str(error):
+            self.skipped["duplicate"] += 1
+        else:
+            # webdataset appends the stream and the URL to the arguments of the error
+            raise UserError(f"{error.args[-1]} cannot be fetched: {error.args[0]}") from error
+        return True
 
 
 def index_foreign_tar(tar: Path) -> tuple[ShardIndex, dict[str, int]]:
@@ -145,8 +226,8 @@ def _scan(tar: Path) -> tuple[dict[str, dict[str, Member]], Counter[str]]:
     skipped: Counter[str] = Counter()
     size = tar.stat().st_size
     try:
-        with tar.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
-            for info in archive:
+        with tar.open("rb") as file:
+            for info in tar_headers(tar):
                 key, _, suffix = info.name.rpartition("/")[2].partition(".")
                 key, suffix = f"{info.name.rpartition('/')[0]}/{key}".lstrip("/"), suffix.lower()
                 if info.issparse() or not info.isreg():
@@ -162,7 +243,6 @@ def _scan(tar: Path) -> tuple[dict[str, dict[str, Member]], Counter[str]]:
                     else:
                         data = os.pread(file.fileno(), info.size, info.offset_data)
                         fields[suffix] = Member(suffix, info.offset_data, info.size, crc32(data))
-                archive.members = []  # type: ignore[attr-defined]  # keep memory flat: tarfile remembers every member
             else:
                 return samples, skipped
     except tarfile.TarError:

@@ -125,26 +125,34 @@ def _samples(tar: Path, descriptor: int) -> Iterator[tuple[str, list[Member]]]:
     """(key, [record, images in order]) of every sample."""
     key = ""
     members: list[Member] = []
-    with tarfile.open(tar, mode="r:") as archive:
-        for info in archive:
-            stem, _, suffix = info.name.partition(".")
-            data = os.pread(descriptor, info.size, info.offset_data)
-            member = Member(suffix.rpartition(".")[2], info.offset_data, info.size, crc32(data))
-            if suffix == "json":
-                if members:
-                    yield key, members
-                key, members = stem, [member]
-            elif stem != key or suffix.partition(".")[0] != str(len(members) - 1):
-                raise ValueError(f"member {info.name!r} does not follow its record")
-            else:
-                members.append(member)
+    for info in tar_headers(tar):
+        stem, _, suffix = info.name.partition(".")
+        data = os.pread(descriptor, info.size, info.offset_data)
+        member = Member(suffix.rpartition(".")[2], info.offset_data, info.size, crc32(data))
+        if suffix == "json":
+            if members:
+                yield key, members
+            key, members = stem, [member]
+        elif stem != key or suffix.partition(".")[0] != str(len(members) - 1):
+            raise ValueError(f"member {info.name!r} does not follow its record")
+        else:
+            members.append(member)
     if members:
         yield key, members
 
 
+def tar_headers(tar: Path) -> Iterator[tarfile.TarInfo]:
+    """The headers of an uncompressed tar, in order. Raises OSError, and tarfile.TarError where the tar is damaged."""
+    with tarfile.open(tar, mode="r:") as archive:
+        for info in archive:
+            yield info
+            # tarfile remembers every member: memory stays flat without
+            archive.members = []  # type: ignore[attr-defined]
+
+
 @dataclass(frozen=True)
 class TarMembers:
-    """The whole regular files of one tar, in order. `names` are never to be used as paths."""
+    """The complete regular files of one tar, in order. `names` are never to be used as paths."""
 
     names: tuple[str, ...]
     offsets: np.ndarray  # (n,) int64
@@ -162,15 +170,13 @@ def list_tar_members(tar: Path) -> TarMembers:
     is_complete = True
     size = tar.stat().st_size
     try:
-        with tar.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
-            for info in archive:
-                if info.isreg() and not info.issparse():
-                    if info.offset_data + info.size > size:
-                        is_complete = False
-                        break
-                    names.append(info.name)
-                    places.append((info.offset_data, info.size))
-                archive.members = []  # type: ignore[attr-defined]  # keep memory flat: tarfile remembers every member
+        for info in tar_headers(tar):
+            if info.isreg() and not info.issparse():
+                if info.offset_data + info.size > size:
+                    is_complete = False
+                    break
+                names.append(info.name)
+                places.append((info.offset_data, info.size))
     except (tarfile.TarError, EOFError):
         is_complete = False
     offsets, sizes = np.array(places, np.int64).reshape(-1, 2).T

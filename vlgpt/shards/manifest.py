@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,13 @@ from pydantic import ValidationError
 
 from vlgpt.errors import UserError
 from vlgpt.files import sha256_file, write_atomic
-from vlgpt.shards.schema import SCHEMA_VERSION, Record, ShardIndex, ShardRecord, ShardReport
+from vlgpt.shards.schema import SCHEMA_VERSION, ShardIndex, ShardRecord, ShardReport, StoredModel
 from vlgpt.shards.writer import shard_name
 
 MANIFEST, SUCCESS = "manifest.json", "_SUCCESS"
 
 
-class Manifest(Record):
+class Manifest(StoredModel):
     """A data set at a glance: what it is, how it was made, every shard with counts and hash."""
 
     schema_version: int = SCHEMA_VERSION
@@ -90,7 +90,6 @@ def write_manifest(
     build: Mapping[str, Any],
     num_shards: int,
     hash_tars: bool = True,
-    on_shard: Callable[[int], None] = lambda shard: None,
 ) -> Manifest:
     """Verify every shard, then write `manifest.json` and `_SUCCESS`.
 
@@ -107,7 +106,6 @@ def write_manifest(
                 f"{folder}: shard {shard_name(shard)} of {num_shards}: {problem}; run the build again"
             )
         reports.append(report)
-        on_shard(shard)
     dropped: Counter[str] = Counter()
     dropped_images: Counter[str] = Counter()
     for report in reports:
@@ -126,7 +124,7 @@ def write_manifest(
         dropped_images=dict(sorted(dropped_images.items())),
         shards=tuple(report.record() for report in reports),
     )
-    write_atomic(folder / MANIFEST, manifest.model_dump_json(indent=1).encode())
+    write_atomic(folder / MANIFEST, manifest.model_dump_json(indent=1))
     write_atomic(folder / SUCCESS, b"")
     return manifest
 

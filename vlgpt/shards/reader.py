@@ -5,21 +5,27 @@ from __future__ import annotations
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from threading import Lock
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from vlgpt.document import Document
 from vlgpt.errors import UserError
+from vlgpt.images import decode_image
 from vlgpt.shards.cache import DEFAULT_CACHE_BYTES, LocalFolder, RemoteFolder, is_url
 from vlgpt.shards.features import FeatureReader
-from vlgpt.shards.foreign import TEXT_SUFFIXES, ForeignFolder, foreign_document
+from vlgpt.shards.foreign import TEXT_SUFFIXES, ForeignFolder, foreign_document, foreign_sample
 from vlgpt.shards.index import crc32
 from vlgpt.shards.manifest import MANIFEST, SUCCESS, Manifest, fingerprint, read_manifest
 from vlgpt.shards.schema import BadSample, Sample, ShardIndex, ShardRecord, ShardReport
+
+if TYPE_CHECKING:
+    from webdataset.compat import FluidWrapper
 
 MAX_OPEN_TARS = 128
 MAX_CACHED_INDEXES = 64
@@ -33,9 +39,7 @@ StoredSample = tuple[Document, list[tuple[str, bytes]]]
 
 
 class ShardSet:
-    """A data set: `num_samples` samples in shards, each readable in any order from any thread or forked
-    worker.
-    """
+    """A data set: `num_samples` samples in shards, each readable in any order from any thread or forked worker."""
 
     def __init__(
         self,
@@ -62,11 +66,10 @@ class ShardSet:
         cache_dir: Path | None = None,
         cache_bytes: int = DEFAULT_CACHE_BYTES,
     ) -> ShardSet:
-        """Open a folder made by data_prep (local or an fsspec URL), or a folder or list of foreign webdataset
-        tars.
+        """Open a folder made by data_prep (local or an fsspec URL), or a folder or list of foreign webdataset tars.
 
-        Raises FileNotFoundError, or UserError for an unfinished or damaged data set and for tars without
-        usable samples.
+        Raises FileNotFoundError, or UserError for an unfinished or damaged data set and for tars without usable
+        samples.
         """
         if isinstance(path, (str, Path)):
             if is_url(str(path)):
@@ -179,6 +182,30 @@ class ShardSet:
             where=self.folder.where,
         )
 
+    def as_webdataset(self, *, handler: Callable[[Exception], bool] | None = None) -> FluidWrapper:
+        """The samples in sequence, as a webdataset pipeline for training loops of your own.
+
+        It gives dictionaries with `__key__`, `document` and `images` (PIL, RGB, in document order); shards are split
+        over ranks and DataLoader workers. Go on with `.shuffle(1000).map(...)`. Samples of foreign tars
+        that have no place in the index are left out. `handler` decides about damaged samples, as
+        `webdataset.warn_and_continue` does; without it BadImage or ValueError is raised.
+        """
+        import webdataset
+        from webdataset.compat import FluidWrapper
+        from webdataset.tariterators import group_by_keys, tar_file_expander
+
+        source = webdataset.SimpleShardList([f"{shard.name}.tar" for shard in self.shards])
+        options = {} if handler is None else {"handler": handler}
+        is_foreign = isinstance(self.folder, ForeignFolder)
+        return (
+            FluidWrapper(source)
+            .compose(
+                webdataset.split_by_node, webdataset.split_by_worker, partial(_open_streams, self.folder)
+            )
+            .compose(partial(tar_file_expander, **options), partial(group_by_keys, **options))
+            .map(partial(_decoded, is_foreign=is_foreign, source=self.name), **options)
+        )
+
     def _open_tar(self, shard: int) -> _OpenTar:
         with self._lock:
             if (tar := self._tars.get(shard)) is not None:
@@ -200,9 +227,7 @@ class ShardSet:
         return _OpenTar(self.folder.path(name))
 
     def prefetch(self, shards: Sequence[int]) -> None:
-        """Start to download these shards of a remote data set, in this order; nothing to do for a local
-        one.
-        """
+        """Start to download these shards of a remote data set, in this order; nothing to do for a local one."""
         if not isinstance(self.folder, ForeignFolder):
             names = [self.shards[shard].name for shard in shards]
             self.folder.prefetch([f"{name}.{suffix}" for name in names for suffix in ("idx", "tar")])
@@ -220,9 +245,7 @@ class ShardSet:
 
 
 class _OpenTar:
-    """A file descriptor that is closed when its last user lets go, so a thread never reads from a reused
-    number.
-    """
+    """A file descriptor that is closed when its last user lets go, so a thread never reads from a reused number."""
 
     def __init__(self, path: Path):
         self.descriptor = os.open(path, os.O_RDONLY)
@@ -230,6 +253,30 @@ class _OpenTar:
     def __del__(self) -> None:
         if hasattr(self, "descriptor"):
             os.close(self.descriptor)
+
+
+def _open_streams(
+    folder: LocalFolder | RemoteFolder | ForeignFolder, shards: Iterable[dict[str, str]]
+) -> Iterator[dict[str, object]]:
+    for shard in shards:
+        with folder.path(shard["url"]).open("rb") as stream:
+            yield {"url": shard["url"], "stream": stream}
+
+
+def _decoded(fields: dict[str, bytes], *, is_foreign: bool, source: str) -> dict[str, object] | None:
+    """Members grouped by key -> a document and its decoded images; None for what the index leaves out."""
+    key = str(fields["__key__"])
+    if is_foreign:
+        try:
+            sample = foreign_sample(fields, key=key, source=source)
+        except BadSample:
+            return None
+        document, images = sample.document, list(sample.images)
+    else:
+        document = Document.from_record(json.loads(fields["json"]))
+        numbered = {name.partition(".")[0]: data for name, data in fields.items() if name[0].isdigit()}
+        images = [numbered[str(number)] for number in range(document.num_images)]
+    return {"document": document, "images": [decode_image(data) for data in images]}
 
 
 class BadMember(ValueError):
@@ -295,19 +342,24 @@ def read_stored_samples(
 ) -> dict[int, StoredSample]:
     """Record place in the shard -> (document, [(suffix, bytes), ...]).
 
-    Documents that lost an image in the build are left out unless `with_incomplete`.
+    Documents that lost an image in the build are left out unless `with_incomplete`. Raises UserError when the tar is
+    damaged.
     """
     index = ShardIndex.load(folder / f"{report.name}.idx")
+    layout = Layout.of(index, num_bytes=report.num_bytes)
     incomplete = {place for places in report.dropped_images.values() for place in places}
     samples: dict[int, StoredSample] = {}
     with (folder / f"{report.name}.tar").open("rb") as file:
-        for sample, key in enumerate(index.keys):
-            place = int(str(key)[-5:])
-            if place in incomplete and not with_incomplete:
-                continue
-            members = []
-            for member in range(int(index.member_start[sample]), int(index.member_start[sample + 1])):
-                file.seek(int(index.member_offset[member]))
-                members.append((str(index.member_suffix[member]), file.read(int(index.member_size[member]))))
-            samples[place] = Document.from_record(json.loads(members[0][1])), members[1:]
+        for sample, key in enumerate(index.keys.tolist()):
+            place = int(key[-5:])
+            if with_incomplete or place not in incomplete:
+                try:
+                    record, *images = layout.read(file.fileno(), sample, with_images=True)
+                except BadMember as error:
+                    raise UserError(
+                        f"{folder}: shard {report.name}, sample {key}: {error}; remove the tar and run its build again"
+                    ) from error
+                first, end = index.member_start[sample : sample + 2].tolist()
+                suffixes = index.member_suffix[first + 1 : end].tolist()
+                samples[place] = Document.from_record(json.loads(record)), list(zip(suffixes, images))
     return samples

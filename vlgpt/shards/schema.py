@@ -1,4 +1,4 @@
-"""What stands in a shard folder: samples, indexes, shard reports and feature specifications.
+"""What a shard folder holds: samples, indexes, shard reports and feature specifications.
 
     NNNNN.tar          KEY.json (Document record), KEY.0.png, KEY.1.jpg, ... (images in document order)
     NNNNN.idx          ShardIndex: where every member lies, parts, roles and token lengths per sample
@@ -33,9 +33,7 @@ MAX_SHARDS = 100_000
 
 
 class BadSample(Exception):
-    """A sample that cannot be delivered: `reason` is one word to count by, `key` and `shard` say where it
-    lies.
-    """
+    """A sample that cannot be delivered: `reason` is one word to count by, `key` and `shard` say where it lies."""
 
     def __init__(self, reason: str, key: str, shard: str):
         super().__init__(f"shard {shard}, sample {key}: {reason}")
@@ -67,13 +65,13 @@ class Sample:
     key: str
 
 
-class Record(BaseModel):
+class StoredModel(BaseModel):
     """Base of everything stored as JSON: frozen, unknown fields refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class ShardRecord(Record):
+class ShardRecord(StoredModel):
     """One line of the manifest."""
 
     name: str
@@ -83,10 +81,8 @@ class ShardRecord(Record):
     sha256: str
 
 
-class ShardReport(Record):
-    """`NNNNN.json`: what came in, what was written, what was dropped and why. `num_records == num_samples +
-    drops`.
-    """
+class ShardReport(StoredModel):
+    """`NNNNN.json`: what came in, what was written, what was dropped and why. `num_records == num_samples + drops`."""
 
     schema_version: int = SCHEMA_VERSION
     name: str
@@ -128,7 +124,7 @@ class ShardReport(Record):
         )
 
 
-class FeatureSpec(Record):
+class FeatureSpec(StoredModel):
     """How a feature was computed. `shape` is the shape of one view; a row holds `views` of them."""
 
     name: Literal["patches", "image_condition", "text_condition", "visual"]
@@ -151,10 +147,9 @@ class FeatureSpec(Record):
 class ShardIndex:
     """The columns of `NNNNN.idx` for n samples, P parts and M tar members.
 
-    Starts are cumulative: sample i owns parts `part_start[i]:part_start[i + 1]`, rows
-    `image_start[i]:image_start[i + 1]` of every per-image feature, rows `text_start[i]:text_start[i + 1]` of
-    every per-text feature, and members `member_start[i]:member_start[i + 1]` (the record first, then its
-    images in order).
+    Starts are cumulative: sample i owns parts `part_start[i]:part_start[i + 1]`, rows `image_start[i]:image_start[i +
+    1]` of every per-image feature, rows `text_start[i]:text_start[i + 1]` of every per-text feature, and members
+    `member_start[i]:member_start[i + 1]` (the record first, then its images in order).
     """
 
     keys: np.ndarray  # (n,) str
@@ -193,9 +188,7 @@ class ShardIndex:
 
     @staticmethod
     def load(path: Path | io.BytesIO) -> ShardIndex:
-        """Raises FileNotFoundError, or UserError naming the file when it is damaged or from another
-        schema.
-        """
+        """Raises FileNotFoundError, or UserError naming the file when it is damaged or from another schema."""
         try:
             with np.load(path, allow_pickle=False) as archive:
                 columns: dict[str, Any] = {name: archive[name] for name in archive.files}

@@ -1,4 +1,4 @@
-"""Writes one shard so that a kill at any moment leaves either the whole shard or none."""
+"""Writes one shard so that a kill at any moment leaves either the complete shard or none."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vlgpt.document import Document
 from vlgpt.files import fsync_folder, open_locked, write_atomic
@@ -20,7 +22,10 @@ from vlgpt.shards.schema import (
     UnstorableDocument,
 )
 
-BLOCK_BYTES, RECORD_BYTES = 512, 10240
+if TYPE_CHECKING:
+    from webdataset import TarWriter
+
+BLOCK_BYTES = 512
 MAX_MEMBER_BYTES = 8 << 30
 
 
@@ -44,7 +49,7 @@ class ShardWriter:
     """Shard number `shard` of `folder`, made from the input records `first_record, first_record + 1, ...`.
 
     Every input record is given either to `add` or to `drop`, in order. The bytes of the tar depend on the
-    samples only. Nothing stands under a final name before `close`, which writes index and report first and
+    samples only. No file has its final name before `close`, which writes index and report first and
     renames the tar last: a tar under its final name always has a valid report and index beside it.
     """
 
@@ -65,17 +70,20 @@ class ShardWriter:
         self._index = IndexBuilder(tokenizer)
         self._partial = folder / f".{self.name}.tar.partial"
         self._file = _HashingFile(self._partial)
+        # fixed owner, mode and time, so that the bytes depend on the samples only
+        self._tar = load_tar_writer()(
+            self._file, user="", group="", mode=0o644, mtime=0, encoder=False, compress=False
+        )
 
     def add(
         self, document: Document, images: Sequence[tuple[str, bytes]], *, dropped_images: Sequence[str] = ()
     ) -> str:
-        """Write the next record as a sample and return its key; `images` are (suffix, encoded bytes) in
-        document order.
+        """Write the next record as a sample and return its key; `images` are (suffix, encoded bytes) in document order.
 
         `dropped_images` are the reasons of images that the document lost on the way.
 
-        Raises UnstorableDocument, with nothing written, for text that is no Unicode, and ValueError when
-        images and image parts do not match or a suffix is unknown.
+        Raises UnstorableDocument, with nothing written, for text that is no Unicode, and ValueError when images and
+        image parts do not match or a suffix is unknown.
         """
         if len(images) != document.num_images:
             raise ValueError(
@@ -84,13 +92,13 @@ class ShardWriter:
             )
         key = sample_key(self.shard, record=self.num_records)
         record = _record_bytes(document)
-        members = [self._write_member(key, "json", record)]
+        members = [self._write_member(key, "json", "json", record)]
         for number, (suffix, data) in enumerate(images):
             if suffix not in IMAGE_SUFFIXES:
                 raise ValueError(
                     f"document {document.id!r}: image suffix {suffix!r}; valid: {', '.join(IMAGE_SUFFIXES)}"
                 )
-            members.append(self._write_member(f"{key}.{number}", suffix, data))
+            members.append(self._write_member(key, f"{number}.{suffix}", suffix, data))
         self._index.add(key, document, members)
         for reason in dropped_images:
             self._dropped_images.setdefault(reason, []).append(self.num_records)
@@ -104,8 +112,7 @@ class ShardWriter:
 
     def close(self) -> ShardReport:
         """Make the shard visible and return its report."""
-        self._file.write(bytes(BLOCK_BYTES * 2))  # two empty blocks end a tar
-        self._file.write(bytes(-self._file.num_bytes % RECORD_BYTES))
+        self._tar.close()
         num_bytes, sha256 = self._file.finish()
         index = self._index.build(tar_sha256=sha256)
         report = ShardReport(
@@ -124,7 +131,8 @@ class ShardWriter:
             build=self.build,
         )
         final = self.folder / f"{self.name}.tar"
-        final.unlink(missing_ok=True)  # an older version must never stand beside the report of the new one
+        # an older version must never lie beside the report of the new one
+        final.unlink(missing_ok=True)
         write_atomic(self.folder / f"{self.name}.idx", index.save_bytes())
         write_atomic(self.folder / f"{self.name}.json", report.model_dump_json(indent=1).encode())
         os.replace(self._partial, final)
@@ -137,27 +145,25 @@ class ShardWriter:
         self._partial.unlink(missing_ok=True)
         self._file.close()
 
-    def _write_member(self, stem: str, suffix: str, data: bytes) -> Member:
-        self._file.write(_tar_header(f"{stem}.{suffix}", size=len(data)))
-        offset = self._file.num_bytes
-        self._file.write(data)
-        self._file.write(bytes(-len(data) % BLOCK_BYTES))
+    def _write_member(self, key: str, name: str, suffix: str, data: bytes) -> Member:
+        """One member `KEY.NAME`. One call for each: webdataset sorts the members of a call by name."""
+        if len(data) >= MAX_MEMBER_BYTES:
+            raise ValueError(
+                f"member {key}.{name} has {len(data)} bytes; the tar format ends at {MAX_MEMBER_BYTES}"
+            )
+        offset = self._tar.tarstream.offset + BLOCK_BYTES
+        self._tar.write({"__key__": key, name: data})
+        # tarfile remembers every member: memory stays flat without
+        self._tar.tarstream.members = []
         return Member(suffix, offset, len(data), crc32(data))
 
 
-def _tar_header(name: str, *, size: int) -> bytes:
-    """The ustar header that tarfile writes for a regular file with its default owner, mode and time.
+@cache
+def load_tar_writer() -> type[TarWriter]:
+    """webdataset's writer. Its import loads torch (seconds, 200 MB): a process calls this before it forks workers."""
+    from webdataset import TarWriter
 
-    Written by hand because tarfile spends more time on a header than the disk on a small picture.
-    """
-    if size >= MAX_MEMBER_BYTES:
-        raise ValueError(f"member {name} has {size} bytes; the tar format ends at {MAX_MEMBER_BYTES}")
-    fields = (
-        *(name.encode("ascii").ljust(100, b"\0"), b"0000644\0", b"0000000\0", b"0000000\0"),
-        *(b"%011o\0" % size, b"00000000000\0", b" " * 8, b"0", bytes(100), b"ustar\0", b"00"),
-    )
-    header = b"".join(fields).ljust(BLOCK_BYTES, b"\0")
-    return header[:148] + b"%06o\0 " % sum(header) + header[156:]
+    return TarWriter
 
 
 def _record_bytes(document: Document) -> bytes:
@@ -180,14 +186,19 @@ class _HashingFile:
         self.num_bytes = 0
 
     def write(self, data: bytes) -> None:
+        """Append. After `close` nothing: a tar that was given up writes its last block when it is collected."""
+        if self._file.closed:
+            return
         self._digest.update(data)
         self.num_bytes += len(data)
         self._file.write(data)
 
     def finish(self) -> tuple[int, str]:
+        """Everything is on disk: -> its number of bytes and sha256."""
         self._file.flush()
         os.fsync(self._file.fileno())
         return self.num_bytes, self._digest.hexdigest()
 
     def close(self) -> None:
+        """Give up the file and its lock."""
         self._file.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,8 +47,8 @@ def save(
     root: Path,
     *,
     step: int,
-    data: dict[str, Any],
-    facts: dict[str, Any],
+    data: Mapping[str, Any],
+    facts: Mapping[str, Any],
     keep: int,
     observers: Observer = NO_OBSERVER,
 ) -> Path:
@@ -116,7 +117,7 @@ def files_of(folder: Path, rank: int) -> list[Path]:
 
 
 def resume(
-    engine: Engine, root: Path, *, facts: dict[str, Any], observers: Observer = NO_OBSERVER
+    engine: Engine, root: Path, *, facts: Mapping[str, Any], observers: Observer = NO_OBSERVER
 ) -> Resumed | None:
     """Load the newest good checkpoint on all ranks alike (collective); None when there is none.
 

@@ -94,6 +94,7 @@ class Engine:
         optimizer = torch.optim.AdamW(
             groups, lr=settings.optimizer.lr, betas=settings.optimizer.betas, eps=settings.optimizer.eps
         )
+        # torch's AdamW on our own parameter groups, not DeepSpeed's optimizers: one set of numbers on CPU and GPU.
         with frozen_parts_out(stage):
             self._engine, self._optimizer, _, _ = deepspeed.initialize(
                 model=stage, optimizer=optimizer, config=dict(ds_config), dist_init_required=False
@@ -178,11 +179,9 @@ class Engine:
 
     @contextlib.contextmanager
     def evaluation(self) -> Iterator[None]:
-        """Eval mode without gradients, in which the stage may be called directly, also under ZeRO-3.
-
-        There a parameter that a module reads from elsewhere (peft's token rows) is gathered only during deepspeed's own
-        forward, or while its marks say so.
-        """
+        """Eval mode without gradients, in which the stage may be called directly, also under ZeRO-3."""
+        # There a parameter that a module reads from elsewhere (peft's token rows) is gathered only during deepspeed's
+        # own forward, or while its marks say so.
         tables = [module._parameters for module in self.stage.modules()]
         marked: list[Any] = [table for table in tables if hasattr(table, "_in_forward")]
         self.train(False)
@@ -277,6 +276,8 @@ class Engine:
         from deepspeed.utils import safe_get_full_fp32_param
 
         state = {}
+        # Under ZeRO the fp32 masters are partitioned, and gathering one is collective: every rank takes part, and those
+        # that keep nothing free each tensor at once.
         for name, parameter in self.stage.trainable():
             full = safe_get_full_fp32_param(parameter)
             value = parameter if full is None else full

@@ -38,9 +38,9 @@ class TrainingLoader(Protocol):
     def __iter__(self) -> Iterator[Any]: ...
     def targets(self, num_batches: int) -> list[Mapping[str, float]]: ...
     def advance(self, num_micro_batches: int) -> None: ...
-    def state_dict(self) -> dict[str, Any]: ...
+    def state_dict(self) -> Mapping[str, Any]: ...
     def statistics(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
     def close(self) -> None: ...
 
 
@@ -119,6 +119,7 @@ def train(run: Run, state: RunState) -> None:
         intake = Intake(feed, accumulation)
         rate = learning_rate(step, steps=settings.steps, settings=settings.optimizer)
         result, losses = train_step(engine, intake, rate, targets=targets, meter=progress.meter)
+        # Only now: a checkpoint's data position is what was trained on, not what workers have prepared.
         run.loader.advance(accumulation)
         state.step = step
         if not result.is_skipped:
@@ -128,6 +129,7 @@ def train(run: Run, state: RunState) -> None:
         run.observers.after_step(step)
         after_skip(run, state, result, intake.contents)
         if roll_back_after_spike(run, state, losses, intake.contents):
+            # A new iteration: the old one still holds batches of the data that are left out.
             feed = engine.feed(iter(run.loader))
             continue
         if step % settings.log_interval_steps == 0 or step == settings.steps:
@@ -221,6 +223,7 @@ def roll_back_after_spike(
     settings = run.settings.faults
     if settings.spike_sigma == 0 or not losses:
         return False
+    # Global means of the terms, so that all ranks see the same number and decide alike.
     sums = torch.stack([value.sum(1).double().cpu() for _, value in sorted(losses.items())])
     totals, counts = run.engine.all_sum(sums).cpu().unbind(1)
     loss = float((totals / counts.clamp(min=1)).sum())
@@ -311,6 +314,7 @@ def after_step(run: Run, state: RunState) -> None:
     is_first = run.engine.rank == 0
     is_off = is_first and faults.is_kill_switch_on(settings.run_dir)
     is_asked = run.should_stop() or (is_first and faults.is_stop_requested(settings.run_dir))
+    # One collective for both questions, after every step: all ranks must stop after the same one.
     asked = torch.tensor([float(is_asked), float(is_off)])
     wants_stop, is_killed = (value > 0 for value in run.engine.all_max(asked).tolist())
     if is_last or wants_stop or is_killed or state.step % settings.checkpoint.interval_steps == 0:
