@@ -284,7 +284,7 @@ class DiffusionDecoder(nn.Module):
 
 def is_sdxl(unet: UNet) -> bool:
     """Whether the U-Net also wants pooled text and image sizes."""
-    return unet.config.addition_embed_type == "text_time"
+    return bool(unet.config.addition_embed_type == "text_time")
 
 
 def _check_width(name: str, constant: Tensor, width: int) -> None:

@@ -289,7 +289,8 @@ def published() -> dict[str, dict[str, Any]]:
 
     Keys are the last part of the name, lower case, without "-hf", and the subfolder of a part.
     """
-    return json.loads(Path(__file__).with_name("shapes.json").read_text(encoding="utf-8"))
+    found: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("shapes.json").read_text("utf-8"))
+    return found
 
 
 def read_export(path: str) -> dict[str, Any] | None:
