@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vlgpt.doctor import gpu
-from vlgpt.doctor.sample import Setting, new_batch, new_stage, plan_of
+from vlgpt.doctor.sample import Setting, new_batch, plan_of
 
 SMALL = Setting(
     device="cpu",
@@ -77,12 +77,10 @@ def test_speed_is_reported_and_a_slow_device_is_a_warning():
 def test_the_plan_of_the_sample_is_that_of_its_batch():
     from vlgpt.models.losses import count_targets
 
-    stage, batch = new_stage(SMALL), new_batch(SMALL)
-    parts, work = plan_of(SMALL)
+    batch = new_batch(SMALL)
+    costs, work = plan_of(SMALL)
     assert count_targets(batch) == {"text": work.num_text_targets, "visual": work.num_visual_targets}
-    assert parts.parameters()["lora_adapters"][0] == sum(
-        p.numel() for name, p in stage.named_parameters() if ".lora_" in name
-    )
+    assert work.num_images == len(batch.images) and costs.of(work).model > 0
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -90,7 +90,7 @@ class IpAdapterImageConditioner(PixelEncoder):
                 f"the Resampler reads features of width {resampler.feature_width}, the image encoder {name} "
                 f"makes width {config.hidden_size}: IP-Adapter Plus needs OpenCLIP ViT-H/14"
             )
-        self._set_preprocessing(size_px=config.image_size, mean=CLIP_MEAN, std=CLIP_STD)
+        self._set_preprocessing(size_px=cast(int, config.image_size), mean=CLIP_MEAN, std=CLIP_STD)
         freeze(self)
 
     @classmethod

@@ -221,7 +221,7 @@ class DiffusionDecoder(nn.Module):
         """
         weights, constants = read_ip_adapter(adapter), Unconditional.from_file(unconditional)
         unet = load_part(UNet2DConditionModel, pipeline, subfolder="unet", torch_dtype=dtype)
-        place = {"path": pipeline, "subfolder": "vae"} if vae is None else {"path": vae}
+        place: dict[str, Any] = {"path": pipeline, "subfolder": "vae"} if vae is None else {"path": vae}
         autoencoder = load_part(AutoencoderKL, **place, torch_dtype=vae_dtype(dtype))
         sampler = load_scheduler(pipeline, class_name=scheduler, steps_offset=None if is_sdxl(unet) else 1)
         get_logger("decoder").info("decoder %s, adapter %s, %s", pipeline, adapter, type(sampler).__name__)
@@ -284,7 +284,7 @@ class DiffusionDecoder(nn.Module):
 
 def is_sdxl(unet: UNet) -> bool:
     """Whether the U-Net also wants pooled text and image sizes."""
-    return unet.config.addition_embed_type == "text_time"
+    return bool(unet.config.addition_embed_type == "text_time")
 
 
 def _check_width(name: str, constant: Tensor, width: int) -> None:

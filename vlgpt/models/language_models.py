@@ -231,11 +231,11 @@ def _child(model: nn.Module, part: nn.Module) -> tuple[str, nn.Module]:
 
 def embedding_scale(language_model: PreTrainedModel) -> Tensor:
     """RMS of the embeddings that words enter with: -> () fp32; 1 for a model without weights."""
-    table = language_model.get_input_embeddings()
+    table: Any = language_model.get_input_embeddings()
     if table.weight.is_meta:
         return torch.ones(())
     with torch.no_grad():
-        scale = table.weight.detach().float().square().mean().sqrt()
+        scale: Tensor = table.weight.detach().float().square().mean().sqrt()
         # Gemma scales inside its embedding layer: a few rows are looked up and compared with the table.
         rows = torch.arange(min(16, table.num_embeddings), device=table.weight.device)
         raw, entered = table.weight[rows].float(), table(rows).float()
@@ -249,7 +249,8 @@ def resize_vocabulary(language_model: PreTrainedModel, tokenizer: DocumentTokeni
     of another scale would dominate the softmax at first. Raises UserError when the model has fewer rows than its
     tokenizer has base tokens.
     """
-    num_rows = language_model.get_input_embeddings().weight.shape[0]
+    model: Any = language_model
+    num_rows = model.get_input_embeddings().weight.shape[0]
     num_old = tokenizer.num_tokens - NUM_IMAGE_TOKENS
     if num_rows < num_old:
         raise UserError(
@@ -257,9 +258,9 @@ def resize_vocabulary(language_model: PreTrainedModel, tokenizer: DocumentTokeni
         )
     if num_rows >= tokenizer.vocabulary_size:
         return
-    language_model.resize_token_embeddings(tokenizer.vocabulary_size, mean_resizing=False)
+    model.resize_token_embeddings(tokenizer.vocabulary_size, mean_resizing=False)
     with torch.no_grad():
-        for layer in (language_model.get_input_embeddings(), language_model.get_output_embeddings()):
+        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
             layer.weight[num_rows:] = layer.weight[:num_rows].mean(0)
             if getattr(layer, "bias", None) is not None:
                 layer.bias[num_rows:] = layer.bias[:num_rows].mean()

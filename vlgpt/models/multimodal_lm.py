@@ -66,7 +66,8 @@ class MultimodalLM(KeepsBuffers):
         register_packed_attention()
         self.language_model = language_model
         self.num_tokens, self.num_visual, self.visual_width = num_tokens, num_visual, visual_width
-        entered = language_model.get_input_embeddings().embedding_dim
+        table: Any = language_model.get_input_embeddings()
+        entered: int = table.embedding_dim
         hidden = language_model.get_output_embeddings().in_features  # OPT-350M's differs from what enters
         self.projection = nn.Identity() if entered == visual_width else nn.Linear(visual_width, entered)
         if isinstance(self.projection, nn.Linear):
@@ -76,22 +77,24 @@ class MultimodalLM(KeepsBuffers):
         self.regression_head = new_head(head, hidden_width=hidden, visual_width=visual_width)
         # One type for all that is trained together: DeepSpeed casts the whole stage, generation nothing.
         for part in (self.projection, self.regression_head):
-            part.to(language_model.get_input_embeddings().weight.dtype)
+            part.to(table.weight.dtype)
         self.finish_logits = LogitRule.of(language_model.config)
         self.register_buffer("visual_scale", embedding_scale(language_model))
 
     @property
     def backbone(self) -> PreTrainedModel:
         """The transformer without the LM head."""
-        return self._causal_lm.base_model
+        backbone: PreTrainedModel = self._causal_lm.base_model
+        return backbone
 
     @property
     def lm_head(self) -> nn.Module:
         """Hidden states to logits: (..., D) -> (..., vocabulary), before `finish_logits`."""
-        return self._causal_lm.get_output_embeddings()
+        head: nn.Module = self._causal_lm.get_output_embeddings()
+        return head
 
     @property
-    def _causal_lm(self) -> PreTrainedModel:
+    def _causal_lm(self) -> Any:
         model: Any = self.language_model
         return model.get_base_model() if self.has_lora else model
 
@@ -188,6 +191,7 @@ class MultimodalLM(KeepsBuffers):
             # peft asks transformers for a name that it renamed
             warnings.simplefilter("ignore", FutureWarning)
             self.language_model = get_peft_model(self.language_model, config)
+        layer: Any
         for layer in self.language_model.modules():
             if hasattr(layer, "trainable_tokens_delta"):
                 layer.forward_adapters = MethodType(forward_with_rows, layer)

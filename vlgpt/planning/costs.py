@@ -234,7 +234,7 @@ class _FlashAttention(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         """Both products of the forward pass have two gradients."""
         query, key, value, *_ = ctx.saved_tensors
         ctx.kernels.num_score_operations += 8 * math.prod(query.shape) * key.shape[-2]

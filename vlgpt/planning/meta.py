@@ -130,7 +130,12 @@ def planned_stage(run: s.RunSettings) -> PlannedStage:
 
 def _image_tokenizer_stage(settings: s.TokenizerStageSettings) -> ImageTokenizerStage:
     """As training builds it, without what it reads or chooses by the machine."""
-    changes = {"encoder": None, "conditioner": None, "tokenizer_from": None, "detokenizer_from": None}
+    changes: dict[str, Any] = {
+        "encoder": None,
+        "conditioner": None,
+        "tokenizer_from": None,
+        "detokenizer_from": None,
+    }
     changes |= {"attention": "sdpa", "has_checkpointing": False}
     with torch.device("meta"):
         return build_image_tokenizer_stage(settings.model_copy(update=changes), num_sources=1)
@@ -250,7 +255,7 @@ def _diffusion_towers(description: str) -> tuple[Tower, list[Tower]]:
     resampler = (
         None if parts.get("reading") == "features" else _resampler(parts["adapter"], is_sdxl).to("meta")
     )
-    kinds = {"text_encoder": CLIPTextModel}
+    kinds: dict[str, Any] = {"text_encoder": CLIPTextModel}
     kinds |= {"text_encoder_2": CLIPTextModelWithProjection} if is_sdxl else {}
     with torch.device("meta"):
         vision = CLIPVisionModelWithProjection(configuration(*image_encoder_of(parts, description)))
@@ -284,7 +289,8 @@ def published() -> dict[str, dict[str, Any]]:
 
     Keys are the last part of the name, lower case, without "-hf", and the subfolder of a part.
     """
-    return json.loads(Path(__file__).with_name("shapes.json").read_text(encoding="utf-8"))
+    found: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("shapes.json").read_text("utf-8"))
+    return found
 
 
 def read_export(path: str) -> dict[str, Any] | None:
@@ -294,7 +300,7 @@ def read_export(path: str) -> dict[str, Any] | None:
     return record if record.get("model_type") == MODEL_TYPE else None
 
 
-def configuration(path: str, subfolder: str = "") -> PreTrainedConfig:
+def configuration(path: str, subfolder: str = "") -> Any:
     """The transformers configuration of a model: a folder's, a published one's by name, else the hub's or its cache's.
 
     Raises UserError when there is none, with the way to get it.
