@@ -261,5 +261,5 @@ def test_each_picture_of_a_caption_has_its_own_random_numbers(emoji_data):
 def test_missing_folders_are_named_with_the_command_that_makes_them(tmp_path):
     with pytest.raises(UserError, match=r"demo\.source:EmojiSource --kind instructions --split unseen"):
         make("EmojiVqa").examples(tmp_path)
-    with pytest.raises(UserError, match="judge"):
+    with pytest.raises(UserError, match=r"CLIP folder .* not found"):
         make("EmojiDraw", judge=str(tmp_path / "nowhere")).load_judge()
