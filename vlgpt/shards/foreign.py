@@ -153,6 +153,7 @@ class ForeignStream:
         ]
         self.name = name
         self.skipped: Counter[str] = Counter()
+        self._url, self._is_damaged = "", False
         # webdataset runs the shell command of a `pipe:` URL: only plain protocols get there
         for url in self.urls:
             if url.partition("://")[0] not in STREAM_PROTOCOLS:
@@ -181,6 +182,7 @@ class ForeignStream:
                     import fsspec
 
                     stream = fsspec.open(url, "rb").open()
+                self._url, self._is_damaged = url, False
                 yield {"url": url, "stream": stream}
                 stream.close()
             except (OSError, ImportError) as error:
@@ -189,12 +191,13 @@ class ForeignStream:
     def _skip(self, error: Exception) -> bool:
         """Count damage and go on behind it. Raises UserError for anything else, such as a broken connection."""
         if isinstance(error, tarfile.TarError):
-            self.skipped["truncated_tar"] += 1
+            # webdataset reports the same damage for the member and for the tar
+            self.skipped["truncated_tar"] += not self._is_damaged
+            self._is_damaged = True
         elif isinstance(error, ValueError) and "duplicate" in str(error):
             self.skipped["duplicate"] += 1
         else:
-            # webdataset appends the stream and the URL to the arguments of the error
-            raise UserError(f"{error.args[-1]} cannot be fetched: {error.args[0]}") from error
+            raise UserError(f"{self._url} cannot be fetched: {error}") from error
         return True
 
 
