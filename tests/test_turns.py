@@ -125,6 +125,31 @@ def test_a_default_system_message_is_there_and_the_start_token_is_not_doubled():
     )
 
 
+@pytest.mark.parametrize("message", ["", 'Say "yes"\nor no, \u00e9t\u00e9.'])
+def test_a_system_message_of_ones_own_takes_the_place_of_the_default_also_in_an_export(message, tmp_path):
+    options = {"num_visual": NUM_VISUAL, "template": "own"}
+    tokenizer = DocumentTokenizer(chat_tokenizers.model("SmolLM2"), system_message=message, **options)
+    asked = [{"role": "system", "content": message}, {"role": "user", "content": "hi"}]
+    wanted = chat_tokenizers.model("SmolLM2").apply_chat_template(
+        asked, add_generation_prompt=True, return_dict=False
+    )
+    tokenizer.save(tmp_path)
+    saved = DocumentTokenizer.load(tmp_path, rendering="saved", **options)
+    for given in (tokenizer, saved):
+        assert flatten(given.spans(document_of(["hi"]), is_prompt=True)).token_ids.tolist() == wanted
+        # a chat that brings its own message is rendered as before
+        other = [{"role": "system", "content": "w3"}, *asked[1:]]
+        rendered = given.text_tokenizer.apply_chat_template(other, tokenize=False)
+        assert rendered == chat_tokenizers.model("SmolLM2").apply_chat_template(other, tokenize=False)
+
+
+def test_a_system_message_is_refused_where_the_template_has_a_fixed_one():
+    with pytest.raises(UserError, match="system_message is for template own"):
+        DocumentTokenizer(
+            chat_tokenizers.model("SmolLM2"), num_visual=NUM_VISUAL, template="vicuna", system_message=""
+        )
+
+
 GPT2 = {"kind": "gpt2", "bos": "<s>"}
 REFUSED = {
     "today's date (LLaMA-3.1)": (

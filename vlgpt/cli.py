@@ -99,7 +99,7 @@ def _train(options: TrainOptions, default_config: str, make_probe: MakeProbe | N
     if missing := missing_inputs(settings):
         names = ", ".join(f"{key} = {path}" for key, path in missing)
         raise FileNotFoundError(
-            f"{names} does not exist: run the step that makes it first (docs/training.md)"
+            f"{names} does not exist: run the step that makes it first: docs/training.md, or `make demo` for the demo"
         )
     probe = None
     if settings.validation.probes:

@@ -199,6 +199,8 @@ class LanguageStageSettings(StageSettings):
     # A run folder whose newest trainable weights are loaded (stage 3 continues LoRA).
     init_from: str | None = None
     template: str = "vlgpt"
+    # With template=own: what chats begin with instead of the template's default; "" leaves the system message empty.
+    system_message: str | None = None
     trained: Literal["lora", "all"] = "lora"
     # Not trained. `token_rows` goes with trained=lora, `embeddings` with trained=all.
     frozen: tuple[Literal["regression_head", "input_projection", "token_rows", "embeddings"], ...] = ()

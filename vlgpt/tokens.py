@@ -19,7 +19,7 @@ import numpy as np
 from vlgpt.document import Document, ImagePart, Part, Role, TextPlace, text_places
 from vlgpt.errors import UserError
 from vlgpt.log import get_logger
-from vlgpt.turns import OWN, TEMPLATES, Turns, cut, of_parts, of_texts
+from vlgpt.turns import OWN, TEMPLATES, Turns, cut, of_parts, of_texts, with_system_message
 
 BEGIN_IMAGE, END_IMAGE = "[IMG]", "[/IMG]"
 NUM_IMAGE_TOKENS = 2  # they are the last tokens of the vocabulary
@@ -62,6 +62,7 @@ class DocumentTokenizer:
         num_visual: visual embeddings per image, N (32 in the paper).
         template: name of a chat template in `TEMPLATES`, or `own`: the tokenizer's.
         is_boundary_target: whether [IMG] and [/IMG] are predicted (PAPER: not stated, §3.2; both by default).
+        system_message: with `own`, what every chat begins with instead of the template's default; "" leaves it empty.
         rendering: for tokenizers of exports. `saved`: its chat template is the one named, as it was in training;
             `parts`: it was exported before chat templates were saved, see `of_parts`.
     Raises UserError for an unknown template or a tokenizer without an end-of-sequence token.
@@ -73,6 +74,7 @@ class DocumentTokenizer:
         *,
         num_visual: int,
         template: str = "vlgpt",
+        system_message: str | None = None,
         is_boundary_target: bool = True,
         rendering: Rendering = "template",
     ):
@@ -81,6 +83,10 @@ class DocumentTokenizer:
         if tokenizer.eos_token_id is None:
             raise UserError(
                 "the tokenizer has no end-of-sequence token; set eos_token in its tokenizer_config.json"
+            )
+        if system_message is not None and template != OWN:
+            raise UserError(
+                f"system_message is for template {OWN}: chat template {template!r} has a fixed one; leave it out"
             )
         self.text_tokenizer = tokenizer
         tokenizer.add_tokens([BEGIN_IMAGE, END_IMAGE], special_tokens=True)
@@ -105,6 +111,9 @@ class DocumentTokenizer:
                 f"chat template {template!r}: the tokenizer has none of its own (no chat_template.jinja beside it); "
                 f"choose another one ({', '.join(TEMPLATES)})"
             )
+
+        if system_message is not None:
+            tokenizer.chat_template = with_system_message(tokenizer.chat_template, system_message)
 
     def _added_before(self) -> tuple[int, ...]:
         """What the tokenizer itself puts before a text: BOS for LLaMA, nothing for GPT-2 or Qwen."""

@@ -158,6 +158,16 @@ def of_texts(template: ChatTemplate, *, encode: Callable[[str], Ids], bos: Ids, 
     )
 
 
+def with_system_message(chat_template: str, message: str) -> str:
+    """The template with another default: chats that bring no system message of their own begin with this one.
+
+    It is part of the template, not of the chats: an export carries it, and `apply_chat_template` agrees with training.
+    """
+    given = "messages and messages[0]['role'] == 'system'"
+    default = f"[{{'role': 'system', 'content': {json.dumps(message, ensure_ascii=False)}}}] + messages"
+    return f"{{% set messages = messages if {given} else {default} %}}{chat_template}"
+
+
 # What a template is tried on: every kind of character at both ends of a text.
 PROBES = (
     "Tell me more",

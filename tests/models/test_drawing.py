@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -125,7 +126,7 @@ def test_evaluation_draws_as_diffusion_json_says_and_records_the_numbers(folder,
         images = []
         for case, drawing in wanted.items():
             output = tmp_path / name / case
-            decoding = benchmark.decoding.replace(**({} if case == "default" else {"guidance": 1.0}))
+            decoding = replace(benchmark.decoding, **({} if case == "default" else {"guidance": 1.0}))
             run(benchmark, responder, examples=examples, output=output, decoding=decoding)
             recorded = manifest.read(output)["decoding"]
             assert {key: recorded[key] for key in DRAWING} == drawing

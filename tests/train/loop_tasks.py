@@ -363,6 +363,10 @@ class Gauge(Stage):
         self.gain = torch.nn.Linear(3, 1)
         self.held = Counter()
 
+    @classmethod
+    def from_settings(cls, run, *, num_sources):
+        return cls()
+
     def count_targets(self, batch):
         return {"brightness": float(batch.is_valid.sum())}
 

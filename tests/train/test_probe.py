@@ -98,7 +98,7 @@ def test_a_probe_works_on_a_stage_in_bf16_as_training_holds_it(folder):
     "probe, kind, reason",
     [
         ("nonsense", "language", "benchmark 'nonsense' is unknown"),
-        ("coco_reconstruction", "language", "draws pictures"),
+        ("coco_reconstruction", "language", "draws images"),
         ("coco_caption", "image_tokenizer", "validation.probes are for stage.kind=language"),
     ],
 )

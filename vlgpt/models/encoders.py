@@ -309,7 +309,8 @@ class TransformersClipEncoder(ClipEncoder):
 
     def text_states(self, captions: Sequence[str]) -> Tensor:
         """B strings -> (B, Kt, Dt)."""
-        states: Tensor = self.model.text_model(input_ids=self._text_ids(captions)).last_hidden_state
+        ids = self._text_ids(captions)  # refuses an image tower alone, which has no text_model
+        states: Tensor = self.model.text_model(input_ids=ids).last_hidden_state
         return states
 
     def embed_texts(self, captions: Sequence[str]) -> Tensor:

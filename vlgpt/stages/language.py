@@ -233,6 +233,7 @@ def load_tokenizer(stage: LanguageStageSettings) -> DocumentTokenizer:
         stage.text_tokenizer or stage.language_model,
         num_visual=num_visual,
         template=stage.template,
+        system_message=stage.system_message,
         is_boundary_target=stage.is_boundary_target,
         rendering=rendering,
     )
