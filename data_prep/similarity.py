@@ -53,8 +53,9 @@ class ShardSimilarity:
 
     def store(self, folder: Path, name: str) -> None:
         """Write atomically."""
-        columns = {"values": self.values, "encoder": self.encoder, "tar_sha256": self.tar_sha256}
-        save_arrays(self.path(folder, name), **columns)
+        save_arrays(
+            self.path(folder, name), values=self.values, encoder=self.encoder, tar_sha256=self.tar_sha256
+        )
 
     @staticmethod
     def load(folder: Path, name: str, *, tar_sha256: str) -> ShardSimilarity | None:

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Container, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -263,7 +263,9 @@ def changed(decoding: DecodeSettings, changes: JsonObject) -> DecodeSettings:
     names = [field.name for field in fields(DecodeSettings)]
     if unknown := sorted(set(changes) - set(names)):
         raise UserError(f"decoding has no {', '.join(unknown)}; valid: {', '.join(names)}")
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in changes.items()}
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in changes.items()
+    }
     return replace(decoding, **values)
 
 

@@ -60,7 +60,7 @@ def test_a_worker_that_dies_is_replaced_and_its_mark_tells_what_it_worked_on():
         return partial(iter, ["after"])
 
     run_workers([die], on_item=lambda worker, item: found.append(item), on_death=on_death)
-    assert (found, codes, mark.get()) == (["before", "after"], [-signal.SIGSEGV], (3, 4))
+    assert (found, codes, mark.get()) == (["before", "after"], [-signal.SIGKILL], (3, 4))
 
 
 def test_a_stop_signal_ends_all_workers():

@@ -64,7 +64,7 @@ def config_of(model: UnifiedModel, tokenizer: DocumentTokenizer, *, merge_lora: 
     text_config["dtype"] = str(lm.backbone.get_input_embeddings().weight.dtype).removeprefix("torch.")
     lora = None
     if lm.has_lora and not merge_lora:
-        adapter = lm.language_model.peft_config["default"]
+        adapter: Any = lm.language_model.peft_config["default"]  # a LoraConfig; peft types it as its base
         lora = {
             "rank": adapter.r,
             "alpha": adapter.lora_alpha,

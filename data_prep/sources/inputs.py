@@ -141,8 +141,8 @@ def kept_arrays(
     try:
         folder.mkdir(mode=0o700 if folder.parent != file.parent else 0o777, parents=True, exist_ok=True)
         for path, array in zip(paths, arrays):
-            with replacing(path) as temporary, temporary.open("wb") as file:
-                np.save(file, array, allow_pickle=False)
+            with replacing(path) as temporary, temporary.open("wb") as opened:
+                np.save(opened, array, allow_pickle=False)
         return [np.load(path, mmap_mode="r", allow_pickle=False) for path in paths]
     except OSError as error:
         get_logger(__name__).warning(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from evaluation.core import Benchmark
 from vlgpt.errors import UserError
@@ -48,7 +48,10 @@ def make(name: str, **options: object) -> Benchmark:
     fields = {field.name: types[field.name] for field in dataclasses.fields(cls)}
     if unknown := sorted(set(options) - set(fields)):
         raise UserError(f"benchmark {name} has no option {', '.join(unknown)}; valid: {', '.join(fields)}")
-    return cls(**{key: _parse(f"{name}.{key}", value, fields[key]) for key, value in options.items()})
+    values: dict[str, Any] = {
+        key: _parse(f"{name}.{key}", value, fields[key]) for key, value in options.items()
+    }
+    return cls(**values)
 
 
 def _parse(name: str, value: object, wanted: type) -> object:

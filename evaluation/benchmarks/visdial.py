@@ -140,10 +140,11 @@ class VisDial(Benchmark):
 
     def submission(self, predictions: Predictions, data: Path) -> list[JsonObject]:
         """`[{"image_id", "round_id" from 1, "ranks": rank of every option}]`."""
-        places = {id: [int(number) for number in id.split("-")] for id in predictions}
-        return [
-            submission_record(*places[id], prediction["scores"]) for id, prediction in predictions.items()
-        ]
+        records = []
+        for id, prediction in predictions.items():
+            image_id, round_id = map(int, id.split("-"))
+            records.append(submission_record(image_id, round_id, prediction["scores"]))
+        return records
 
 
 def _sparse_metrics(examples: Sequence[Example], predictions: Predictions) -> dict[str, Metric]:

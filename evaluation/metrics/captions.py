@@ -32,7 +32,7 @@ _TINY, _SMALL = 1e-15, 1e-9
 class CaptionScores:
     """Scores as fractions (multiply by 100 to report); `per_image` follows `image_ids`."""
 
-    image_ids: list[Hashable]
+    image_ids: Sequence[Hashable]
     corpus: dict[str, float]
     per_image: dict[str, list[float]] = field(repr=False)
 

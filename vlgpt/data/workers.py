@@ -115,7 +115,10 @@ class _DataWorker(Worker):
     def reading(self) -> Place | None:
         """The sample that it reads now, or died on."""
         marked = self._mark.get()
-        return None if marked is None else Place(*marked, 0)
+        if marked is None:
+            return None
+        source, shard, sample = marked
+        return Place(source, shard, sample, key=0)
 
     def dump_stacks(self) -> str:
         """The stacks of all its threads: now, or where it crashed."""

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Sequence
 from itertools import pairwise
 from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -84,17 +84,17 @@ class MultimodalLM(KeepsBuffers):
     @property
     def backbone(self) -> PreTrainedModel:
         """The transformer without the LM head."""
-        backbone: PreTrainedModel = self._causal_lm.base_model
-        return backbone
+        return cast("PreTrainedModel", self.causal_lm.base_model)
 
     @property
     def lm_head(self) -> nn.Module:
         """Hidden states to logits: (..., D) -> (..., vocabulary), before `finish_logits`."""
-        head: nn.Module = self._causal_lm.get_output_embeddings()
+        head: nn.Module = self.causal_lm.get_output_embeddings()
         return head
 
     @property
-    def _causal_lm(self) -> Any:
+    def causal_lm(self) -> PreTrainedModel:
+        """The transformers model, without the adapters around it."""
         model: Any = self.language_model
         return model.get_base_model() if self.has_lora else model
 
@@ -220,7 +220,7 @@ class MultimodalLM(KeepsBuffers):
         if not leak < max(1e-3, torch.finfo(before.dtype).eps):
             config = self.backbone.config
             raise UserError(
-                f"{type(self._causal_lm).__name__} lets packed documents, or later words, be seen (hidden states move "
+                f"{type(self.causal_lm).__name__} lets packed documents, or later words, be seen (hidden states move "
                 f"by {leak:.2g} of their size, attention {config._attn_implementation}): it cannot be trained here"
             )
 

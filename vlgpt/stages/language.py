@@ -249,7 +249,7 @@ def load_unified(
     tokenizer = load_tokenizer(stage)
     if is_export(path):
         model = UnifiedModel.from_folder(path, attention=stage.attention, dtype=dtype)
-        check_parts(model.lm.language_model, name=str(path), trained=stage.trained)
+        check_parts(model.lm.causal_lm, name=str(path), trained=stage.trained)
         if stage.image_tokenizer is not None:
             get_logger().warning("image_tokenizer %s replaces the one inside %s", stage.image_tokenizer, path)
             model.image_tokenizer, model.image_detokenizer = load_image_parts(Path(stage.image_tokenizer))
