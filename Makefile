@@ -6,7 +6,7 @@ CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo demo-lm test test-slow test-oldest test-newest lint setup clean
+.PHONY: demo demo-lm measure test test-slow test-oldest test-newest lint setup clean
 
 setup: $(VENV)/.installed
 
@@ -44,6 +44,10 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# sizes, types, docs, cycles of the source tree
+measure: setup
+	$(BIN)/python benchmarks/house.py --offenders
 
 clean:
 	rm -rf runs build *.egg-info

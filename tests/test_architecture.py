@@ -229,3 +229,32 @@ def test_modules_of_the_tests_have_names_of_their_own():
         if path.name not in ("conftest.py", "__init__.py")
     )
     assert [name for name, count in names.items() if count > 1] == []
+
+
+def test_every_name_of_the_walk_of_one_image_exists():
+    walk = (ROOT / "docs" / "architecture.md").read_text().split("## The walk of one image")[1].split("\n## ")[0]
+    stops = [line for line in walk.splitlines() if re.match(r"\| \d+ \|", line)]
+    assert 10 <= len(stops) <= 25
+    missing = []
+    for file, name in re.findall(r"`([\w/]+\.py)::(\w+)`", walk):
+        names = [
+            node.name
+            for node in ast.parse((ROOT / file).read_text(encoding="utf-8")).body
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+        ]
+        missing += [] if name in names else [f"{file}::{name}"]
+    assert not missing, "\n".join(missing)
+
+
+def test_every_file_that_the_docs_name_exists():
+    """A path with a folder, from the root or from a package."""
+    bases = (ROOT, *(ROOT / package for package in PACKAGES))
+    missing = []
+    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *ROOT.glob("demo/*.md")]:
+        if page.name == "CHANGELOG.md":
+            continue
+        for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), start=1):
+            for path in re.findall(r"(?<![\w/.{*-])[a-z_][\w-]*/[\w/.-]+\.(?:py|yaml|sh|sbatch)\b(?![*{])", line):
+                if not any((base / path).exists() for base in bases):
+                    missing.append(f"{page.name}:{number} {path}")
+    assert not missing, "\n".join(missing)
