@@ -232,7 +232,9 @@ def test_modules_of_the_tests_have_names_of_their_own():
 
 
 def test_every_name_of_the_walk_of_one_image_exists():
-    walk = (ROOT / "docs" / "architecture.md").read_text().split("## The walk of one image")[1].split("\n## ")[0]
+    walk = (
+        (ROOT / "docs" / "architecture.md").read_text().split("## The walk of one image")[1].split("\n## ")[0]
+    )
     stops = [line for line in walk.splitlines() if re.match(r"\| \d+ \|", line)]
     assert 10 <= len(stops) <= 25
     missing = []
@@ -254,7 +256,9 @@ def test_every_file_that_the_docs_name_exists():
         if page.name == "CHANGELOG.md":
             continue
         for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), start=1):
-            for path in re.findall(r"(?<![\w/.{*-])[a-z_][\w-]*/[\w/.-]+\.(?:py|yaml|sh|sbatch)\b(?![*{])", line):
+            for path in re.findall(
+                r"(?<![\w/.{*-])[a-z_][\w-]*/[\w/.-]+\.(?:py|yaml|sh|sbatch)\b(?![*{])", line
+            ):
                 if not any((base / path).exists() for base in bases):
                     missing.append(f"{page.name}:{number} {path}")
     assert not missing, "\n".join(missing)
