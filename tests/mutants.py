@@ -423,7 +423,17 @@ def run_tests(tree: Path, selections: Sequence[str], *, timeout_s: float) -> tup
         # A restored file may have the size and the second of its mutant: bytecode would outlive it.
         "PYTHONDONTWRITEBYTECODE": "1",
     }
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--durations=0", *selections]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "--durations=0",
+        *selections,
+    ]
     try:
         done = subprocess.run(
             command, cwd=tree, env=environment, capture_output=True, text=True, timeout=timeout_s

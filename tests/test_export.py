@@ -108,6 +108,22 @@ def test_merging_equals_peft_and_leaves_the_trained_model_as_it_was(tied, tmp_pa
     )
 
 
+def test_adapters_are_merged_with_one_rounding():
+    """A 16-bit weight and an fp32 adapter are added in fp32; rounding the adapter first loses half its last bits."""
+    model = trained(new_document_tokenizer(), has_lora=True)
+    layers = {}
+    for name, layer in model.named_modules():
+        if hasattr(layer, "lora_A"):
+            layer.base_layer.weight.data = layer.base_layer.weight.data.bfloat16()
+            layers[name.replace(".base_model.model", "", 1)] = layer
+    merged = tensors_of(model, merge_lora=True)
+    assert len(layers) > 10
+    for name, layer in layers.items():
+        down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        exact = layer.base_layer.weight.float() + layer.scaling["default"] * (up @ down)
+        assert torch.equal(merged[f"{name}.weight"].make(), exact.bfloat16()), name
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_shards_with_an_index_load_like_one_file(tied, tmp_path):
     tokenizer = new_document_tokenizer()

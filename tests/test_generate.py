@@ -11,6 +11,7 @@ from tiny_unified import NUM_PATCHES, NUM_VISUAL, PATCH_WIDTH, VISUAL_WIDTH, new
 
 from vlgpt.decoding import generator as generate_module
 from vlgpt.decoding.api import DecodeSettings, Prompt, Reply
+from vlgpt.decoding.beams import BeamGroup
 from vlgpt.decoding.cache import RenderedPrompt, Stream
 from vlgpt.decoding.generator import Generator
 from vlgpt.decoding.hypothesis import Hypothesis
@@ -337,6 +338,23 @@ def test_images_follow_the_settings(drawing):
         assert not {tokenizer.bos_id, *range(tokenizer.num_tokens, tokenizer.vocabulary_size)} & {
             t for t in ids if t != PLACEHOLDER_ID
         }
+
+
+def test_a_beam_with_an_image_is_not_ranked_as_longer_for_its_embeddings(drawing, monkeypatch):
+    """The length in a score is the number of choices: [IMG] is one, its embeddings and [/IMG] are none."""
+    finished, best = [], BeamGroup.best
+
+    def spy(group):
+        finished.extend(group.finished)
+        return best(group)
+
+    monkeypatch.setattr(BeamGroup, "best", spy)
+    settings = DecodeSettings(max_new_tokens=10, max_images=2, num_beams=4, length_penalty=1.0)
+    drawing.generate(make_prompts(4), settings)
+    assert any(beam.visual for _, beam in finished)
+    for score, beam in finished:
+        num_choices = len(beam.token_ids) - len(beam.visual) * (NUM_VISUAL + 1)
+        assert score == pytest.approx(beam.log_likelihood / num_choices)
 
 
 def test_logits_processors_get_ids_where_the_scores_are():

@@ -61,6 +61,16 @@ def test_logits_are_those_of_the_models_own_forward(kind):
     assert (LogitRule.of(lm.language_model.config) != LogitRule()) == (kind in SCALED)
 
 
+def test_rows_that_pad_the_vocabulary_have_no_probability():
+    """The rows that round a vocabulary up belong to no token; every other row is one that may be drawn."""
+    lm = multimodal("llama")
+    logits = lm.logits(lm.backbone(torch.arange(12)[None]).last_hidden_state)
+    padding = logits[..., TOKENIZER.num_tokens :]
+    assert padding.shape[-1] > 0
+    assert (padding == torch.finfo(logits.dtype).min).all()
+    assert (logits[..., : TOKENIZER.num_tokens] > torch.finfo(logits.dtype).min).all()
+
+
 @pytest.mark.parametrize("kind", SCALED)
 def test_a_head_that_does_what_nobody_knows_is_refused(kind, monkeypatch):
     """The rule is compared with the model's own forward when it is loaded."""

@@ -139,6 +139,24 @@ def test_nothing_stands_under_a_final_name_before_close(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["00000.idx", "00000.json", "00000.tar"]
 
 
+def test_a_tar_gets_its_name_after_its_index_and_its_report(tmp_path, monkeypatch):
+    """Seen after every rename: a kill between two of them must not leave a tar that readers take for whole."""
+    write(tmp_path, num_shards=1)
+    seen, replace = [], os.replace
+
+    def spy(source, target):
+        replace(source, target)
+        if (tmp_path / "00000.tar").exists():
+            index, report = ShardIndex.load(tmp_path / "00000.idx"), read_report(tmp_path, 0)
+            seen.append((index.num_samples, report is not None and report.sha256 == index.tar_sha256))
+
+    monkeypatch.setattr(os, "replace", spy)
+    writer = ShardWriter(tmp_path, 0)
+    writer.add(*DOCUMENTS[1])
+    writer.close()
+    assert seen == [(1, True)]
+
+
 def test_a_second_writer_of_a_shard_waits_for_the_first(tmp_path):
     first = ShardWriter(tmp_path, 0)
     first.add(*DOCUMENTS[1])

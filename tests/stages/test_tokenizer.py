@@ -122,6 +122,17 @@ def test_condition_targets_invert_to_the_condition(has_mean_token):
     assert torch.allclose(targets.inverse(targets(values)), values, atol=1e-4)
 
 
+def test_the_mean_token_alone_decides_the_mean_of_a_condition():
+    """Predicted residuals have a mean of their own, unlike true ones: it is an error and must not be added."""
+    targets = ConditionStandardiser(5, 4, has_mean_token=True)
+    values = torch.randn(20, 5, 4) * 2 + 1
+    targets.set_statistics(accumulate(targets.split(values)))
+    predicted = targets(values)
+    predicted[:, 1:] += 3.0
+    found = targets.inverse(predicted)
+    assert torch.allclose(found.mean(1), values.mean(1), atol=1e-4)
+
+
 def test_trained_parts_reload_bit_for_bit(tmp_path):
     stage, batch = new_stage(), new_batch()
     stage.prepare([batch], lambda x: x)

@@ -1,6 +1,7 @@
 """The commit protocol: only whole checkpoints are ever resumed, whatever was killed or damaged."""
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from protocol_driver import Pair
 
 from vlgpt import commits, files
 from vlgpt.errors import UserError
@@ -89,6 +91,64 @@ def test_a_manifest_that_a_network_file_system_shows_late_is_waited_for(tmp_path
     commits.commit(folder, world_size=2, facts={"step": 5}, patience_s=30.0)
     late.join()
     assert commits.verify(folder)["step"] == 5
+
+
+def save_by_threads(root, step, fail_at=lambda place, rank: None):
+    """A save by two ranks -> what each raised. `fail_at(place, rank)` may raise."""
+    pipes, errors = multiprocessing.Pipe(), [None, None]
+
+    def write(folder, rank):
+        (folder / f"rank_{rank}_data.bin").write_bytes(b"weights")
+        fail_at("write", rank)
+
+    def owned(folder, rank):
+        fail_at("manifest", rank)
+        return [folder / f"rank_{rank}_data.bin"]
+
+    def life(rank):
+        try:
+            together.save(
+                Pair(rank, pipes[rank]),
+                root,
+                step=step,
+                write=lambda folder: write(folder, rank),
+                owned=lambda folder: owned(folder, rank),
+                keep=2,
+                first_estimate=1,
+            )
+        except Exception as error:
+            errors[rank] = error
+        finally:
+            pipes[rank].close()  # a rank that still waits for this one fails at once
+
+    threads = [threading.Thread(target=life, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return errors
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("place", ["write", "manifest", "marker"])
+def test_a_rank_that_cannot_write_leaves_no_commit_on_any(tmp_path, monkeypatch, place, rank):
+    assert save_by_threads(tmp_path, 10) == [None, None]
+
+    def fail_at(here, by):
+        if (here, by) == (place, rank):
+            raise OSError("no space left on device")
+
+    def fail_to_commit(*arguments, **options):
+        raise OSError("no space left on device")
+
+    if place == "marker":
+        monkeypatch.setattr(commits, "commit", fail_to_commit)  # only rank 0 writes it
+    errors = save_by_threads(tmp_path, 20, fail_at)
+    assert [type(error) for error in errors] == [commits.CommitFailed] * 2, errors
+    assert "no space left on device" in str(errors[0])
+    assert str(errors[0]) == str(errors[1])
+    assert commits.tags(tmp_path) == [commits.tag_of(10)]
+    assert together.newest(tmp_path).tag == commits.tag_of(10)
 
 
 def test_a_small_file_is_either_old_or_new_whatever_fails_in_between(tmp_path, monkeypatch):
