@@ -6,7 +6,7 @@ CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo demo-lm measure test test-slow test-oldest test-newest lint setup clean
+.PHONY: demo demo-lm measure mutants test test-slow test-oldest test-newest lint setup clean
 
 setup: $(VENV)/.installed
 
@@ -48,6 +48,10 @@ lint: setup
 # sizes, types, docs, cycles of the source tree
 measure: setup
 	$(BIN)/python benchmarks/house.py --offenders
+
+# breaks chosen lines one by one: a test must fail for each (about ten minutes; MUTANTS="--only 3,7" for some)
+mutants: setup
+	$(BIN)/python tests/mutants.py $(MUTANTS)
 
 clean:
 	rm -rf runs build *.egg-info
