@@ -220,14 +220,14 @@ MUTANTS = [
         "vlgpt/data/mixture.py",
         "remainder = exact - whole + ((whole == 0) & (weights > 0))",
         "remainder = exact - whole",
-        "tests/data/test_mixture.py",
+        "tests/data/test_mixture.py::test_a_small_source_gets_a_slot_before_larger_ones_are_rounded_up",
         "A source of small weight gets a slot in every window.",
     ),
     Mutant(
         "vlgpt/data/mixture.py",
         "key = slot_keys(self.seed, window, len(source), attempt)",
         "key = slot_keys(self.seed, window, len(source))",
-        "tests/data/test_redraws.py",
+        "tests/data/test_redraws.py::test_a_rejection_does_not_tilt_what_comes_instead",
         "A draw in place of a rejected one has random numbers of its own.",
     ),
     Mutant(
@@ -338,7 +338,7 @@ MUTANTS = [
         "data_prep/duplicates.py",
         "leaving = np.flatnonzero((highest == CONTAMINATED) | (lowest > 0))",
         "leaving = np.flatnonzero(lowest > 0)",
-        "tests/data_prep/test_dedup.py::test_duplicates_and_test_pictures_leave_and_are_counted",
+        "tests/data_prep/test_dedup.py::test_a_document_leaves_only_when_all_its_pictures_are_duplicates",
         "One image of an evaluation set is enough for a document to leave.",
     ),
     # --- export and decoding

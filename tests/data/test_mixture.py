@@ -72,6 +72,11 @@ def test_quotas_are_exact_within_one_slot(weights: list[float]) -> None:
     assert (np.abs(found - shares * SLOTS) < 1).all()
 
 
+def test_a_small_source_gets_a_slot_before_larger_ones_are_rounded_up() -> None:
+    found = quotas(np.array([[2048.6, 2047.28, 0.12]]))[0]
+    assert found.tolist() == [2048, 2047, 1]
+
+
 def mixture(weights: list[float], **options: object) -> Mixture:
     orders = [order(f"s{i}", [100 + i, 50], shuffle_shards=8) for i in range(len(weights))]
     return Mixture(orders, seed=5, weights=np.array(weights) / sum(weights), **options)  # type: ignore[arg-type]
