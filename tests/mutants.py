@@ -94,7 +94,7 @@ MUTANTS = [
         "vlgpt/tokens.py",
         "return self.num_visual + 2",
         "return self.num_visual + 1",
-        "tests/data/test_assemble.py::test_what_is_planned_is_what_is_rendered",
+        "tests/test_turns.py::test_what_is_planned_from_the_index_is_what_is_rendered",
         "An image takes [IMG], N embeddings and [/IMG], in the plan as in the row.",
     ),
     # --- what a batch may hold
