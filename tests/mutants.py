@@ -123,7 +123,7 @@ MUTANTS = [
         "vlgpt/data/collate.py",
         "np.arange(end - start), loaded.source",
         "np.arange(start, end), loaded.source",
-        "tests/data/test_loader.py::test_a_packed_batch_holds_the_documents_it_names",
+        LABELS,
         "Positions restart at 0 in every document.",
     ),
     # --- packed documents do not see each other

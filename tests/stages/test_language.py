@@ -162,8 +162,10 @@ def test_visual_inputs_need_no_patches_when_embeddings_are_given(stage, tokenize
     assert given["visual"].total.item() == pytest.approx(computed["visual"].total.item())
 
 
-def test_lora_trains_the_adapter_the_head_and_two_token_rows_only(tokenizer):
-    model = new_model(tokenizer)
+@pytest.mark.parametrize("tied", [False, True])
+def test_lora_trains_the_adapter_the_head_and_two_token_rows_only(tokenizer, tied):
+    """The rows of [IMG] and [/IMG] in both tables: without those of the LM head [IMG] could never be predicted."""
+    model = new_model(tokenizer, tied=tied)
     rows = [tokenizer.begin_image_id, tokenizer.end_image_id]
     model.lm.add_lora(LoraSettings(rank=4, alpha=4, dropout=0.0), rows)
     stage = LanguageStage(model=model, num_sources=2)
@@ -177,6 +179,8 @@ def test_lora_trains_the_adapter_the_head_and_two_token_rows_only(tokenizer):
     embedding_before = model.lm.embed(
         torch.arange(tokenizer.num_tokens)[None], torch.zeros(1, 1, dtype=torch.bool), None
     )
+    hidden = torch.randn(1, model.lm.backbone.config.hidden_size)
+    logits_before = model.lm.lm_head(hidden)
     for n in range(3):
         terms = stage(pack([[random_document(n, num_images=1)]], tokenizer))
         sum(term.total for term in terms.values()).backward()
@@ -190,6 +194,8 @@ def test_lora_trains_the_adapter_the_head_and_two_token_rows_only(tokenizer):
     )
     changed = (embedding != embedding_before).any(-1)[0].nonzero().squeeze(1).tolist()
     assert set(changed) <= set(rows) and changed
+    changed = (model.lm.lm_head(hidden) != logits_before)[0].nonzero().squeeze(1).tolist()
+    assert sorted(changed) == sorted(rows)
 
 
 def test_an_adapter_remembers_the_language_model_under_it(tokenizer):
