@@ -227,7 +227,7 @@ MUTANTS = [
         "vlgpt/data/mixture.py",
         "key = slot_keys(self.seed, window, len(source), attempt)",
         "key = slot_keys(self.seed, window, len(source))",
-        "tests/data/test_redraws.py::test_a_rejection_does_not_tilt_what_comes_instead",
+        "tests/data/test_mixture.py::test_every_draw_has_random_numbers_of_its_own",
         "A draw in place of a rejected one has random numbers of its own.",
     ),
     Mutant(

@@ -89,6 +89,16 @@ def test_every_window_holds_every_source_by_its_weight() -> None:
         assert (np.abs(counts / SLOTS - [0.5, 0.3, 0.2]) < 1 / SLOTS).all()
 
 
+def test_every_draw_has_random_numbers_of_its_own() -> None:
+    """Also those in place of rejected draws, at every attempt: under an old key they would meet the same verdict."""
+    stream, source = mixture([0.5, 0.5]), np.zeros(500, np.int64)
+    keys = [stream.slots(window).key for window in (3, 4)]
+    for window, attempt in ((3, 1), (3, 2), (3, 3), (4, 1)):
+        keys.append(stream.redraw(window, source, redrawn=(0, 0), attempt=attempt).key)
+    everything = np.concatenate(keys)
+    assert len(np.unique(everything)) == len(everything)
+
+
 def test_sources_are_spread_evenly_inside_a_window() -> None:
     """Chi-square of source against quarter of the window, over 25 windows: 102,400 draws."""
     stream = mixture([0.5, 0.3, 0.2])

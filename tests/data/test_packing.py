@@ -37,6 +37,8 @@ def test_no_row_could_have_joined_another(lengths: list[int]) -> None:
 
 def test_a_sequence_goes_into_the_fullest_row_with_room() -> None:
     assert best_fit(np.array([60, 57, 4, 7]), capacity=64).tolist() == [0, 1, 0, 1]
+    # both rows have room for the last one: 5 and 10 positions
+    assert best_fit(np.array([59, 54, 4]), capacity=64).tolist() == [0, 1, 0]
 
 
 def test_a_sequence_longer_than_a_row_is_an_error() -> None:
