@@ -3,7 +3,7 @@
     examples -> prompt (a Document) -> Responder -> predictions.jsonl -> clean -> score
 
 Nothing here imports torch: scoring saved predictions needs neither a model nor a GPU. A benchmark is one file with
-a class that derives from `Benchmark` (docs/evaluation.md, "Add a benchmark"); `evaluation/run.py` feeds it to a
+a class that derives from `Benchmark` (docs/extending.md); `evaluation/run.py` feeds it to a
 `Responder` (`evaluation/responders.py`), `evaluation/score.py` scores what came back.
 """
 

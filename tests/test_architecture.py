@@ -259,6 +259,7 @@ def test_every_file_that_the_docs_name_exists():
             for path in re.findall(
                 r"(?<![\w/.{*-])[a-z_][\w-]*/[\w/.-]+\.(?:py|yaml|sh|sbatch)\b(?![*{])", line
             ):
-                if not any((base / path).exists() for base in bases):
+                is_of_readers = path.startswith("mylab/")  # docs/extending.md
+                if not is_of_readers and not any((base / path).exists() for base in bases):
                     missing.append(f"{page.name}:{number} {path}")
     assert not missing, "\n".join(missing)

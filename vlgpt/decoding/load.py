@@ -81,7 +81,15 @@ def load_component_decoder(folder: Path) -> ImageDecoder:
     found = load_class(name, ImageDecoder, key=f"{path}: class", known={})
     if not issubclass(found, Component):
         raise UserError(f"{path}: class {name!r} is no Component: it cannot be loaded from a folder")
-    return found.from_folder(folder).eval()
+    decoder = found.from_folder(folder).eval()
+    # `load_class` sees methods only: a constructor may set attributes.
+    if missing := [
+        attribute for attribute in ImageDecoder.__annotations__ if not hasattr(decoder, attribute)
+    ]:
+        raise UserError(
+            f"{path}: class {name!r} has no {', '.join(missing)}: set what vlgpt.models.decoders:ImageDecoder lists"
+        )
+    return decoder
 
 
 def cast_parameters(module: nn.Module, dtype: torch.dtype) -> None:
