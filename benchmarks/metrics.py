@@ -59,12 +59,16 @@ WORDS = """
 
 
 class Measured(NamedTuple):
+    """Cost of one call: seconds, MB of extra memory, and what it returned."""
+
     seconds: float
     megabytes: float
     value: Any
 
 
 class Row(NamedTuple):
+    """One line of the table: a job done by the reference implementation and by ours."""
+
     job: str
     reference: str
     theirs: Measured | None  # None: not installed, or nothing to compare with
@@ -101,6 +105,7 @@ def _peak_megabytes() -> float:
 
 
 def made_up_captions(count: int, generator: random.Random) -> list[str]:
+    """Random English-like captions with apostrophes and hyphens: `count` texts of 8 to 14 words."""
     starts = ["A man's", "The dog's", "Two people,", "An e-mail", "It isn't a", "a"]
     return [
         f"{generator.choice(starts)} {' '.join(generator.choices(WORDS, k=generator.randint(7, 12)))}."
@@ -109,6 +114,7 @@ def made_up_captions(count: int, generator: random.Random) -> list[str]:
 
 
 def tokenizer_row(num_captions: int) -> Row:
+    """Our PTB tokenizer beside Stanford's Java one; the difference counts captions with other tokens."""
     captions = made_up_captions(num_captions, random.Random(0))
     ours = measured(lambda: ptb.tokenize(captions).captions)
     theirs, difference = None, None
@@ -120,6 +126,7 @@ def tokenizer_row(num_captions: int) -> Row:
 
 
 def caption_row(num_images: int) -> Row:
+    """Our CIDEr, BLEU and ROUGE_L beside pycocoevalcap, five references an image."""
     generator = random.Random(1)
     hypotheses = dict(enumerate(ptb.tokenize(made_up_captions(num_images, generator)).captions))
     flat = ptb.tokenize(made_up_captions(5 * num_images, generator)).captions
@@ -133,6 +140,7 @@ def caption_row(num_images: int) -> Row:
 
 
 def pycocoevalcap_scores(hypotheses: dict[int, str], references: dict[int, list[str]]) -> dict[str, float]:
+    """Corpus scores of pycocoevalcap by metric name, from captions that are already tokenized."""
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.rouge.rouge import Rouge
@@ -164,6 +172,7 @@ def made_up_answers(num_questions: int) -> tuple[list[str], list[list[str]]]:
 
 
 def vqa_row(num_questions: int) -> Row:
+    """Our VQA accuracy beside the official algorithm, written out literally."""
     predictions, answers = made_up_answers(num_questions)
     ours = measured(lambda: vqa_accuracy(predictions, answers).overall)
     annotations = [
@@ -324,6 +333,7 @@ def literal_visdial(scores: Any, truth: Any, relevance: np.ndarray) -> list[floa
 
 
 def literal_ranks(scores: Any) -> Any:
+    """Rank of each of the options, 1 for the best, by the nested loops of the official code: (N, 100) -> (N, 100)."""
     best_first = scores.sort(1, descending=True).indices
     ranks = best_first.clone().fill_(0)
     for row in range(best_first.size(0)):
@@ -333,6 +343,7 @@ def literal_ranks(scores: Any) -> Any:
 
 
 def fid_row(width: int) -> Row:
+    """Our Frechet distance beside scipy's matrix square root, for features of this width."""
     rng = np.random.default_rng(4)
     first, second = rng.normal(size=(2 * width, width)), rng.normal(0.1, 1.1, size=(2 * width, width))
     m1, m2, s1, s2 = first.mean(0), second.mean(0), np.cov(first.T), np.cov(second.T)
@@ -362,6 +373,7 @@ JOBS: dict[str, Callable[[int], Row]] = {
 
 
 def line(name: str, row: Row) -> str:
+    """A row as text of fixed columns, with the goal that was met or missed."""
     theirs_s = theirs_mb = times = "-"
     remark = row.remark
     if row.theirs is not None:
@@ -381,6 +393,7 @@ def line(name: str, row: Row) -> str:
 
 
 def main() -> None:
+    """Command line: runs each job in both implementations and prints the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -46,6 +46,7 @@ class Task:
 
     @property
     def name(self) -> str:
+        """Identity of a task in file names and seeds: kind, family, images and further choices."""
         pictures = ">".join(picture.id for picture in self.pictures)
         return "/".join([self.kind, self.family, pictures, *map(str, self.extra.values())])
 

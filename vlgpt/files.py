@@ -80,13 +80,15 @@ def fsync_folder(folder: Path) -> None:
 class Digest(Protocol):
     """A hash of `hashlib`."""
 
-    def update(self, data: bytes, /) -> None: ...
+    def update(self, data: bytes, /) -> None:
+        """Add bytes to the hash."""
 
 
 class Readable(Protocol):
     """A file or any stream of bytes."""
 
-    def read(self, size: int, /) -> bytes: ...
+    def read(self, size: int, /) -> bytes:
+        """At most `size` further bytes; none at the end."""
 
 
 def hash_stream(stream: Readable, digest: Digest, *, copy_to: BinaryIO | None = None) -> None:

@@ -108,9 +108,11 @@ class VLGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):
             self.all_tied_weights_keys = self.get_expanded_tied_weights_keys(all_submodels=True)
 
     def get_input_embeddings(self) -> Any:
+        """Token embeddings of the language model, a module (B, L) -> (B, L, D)."""
         return self.lm.backbone.get_input_embeddings()
 
     def get_output_embeddings(self) -> Any:
+        """The head of the language model, a module (B, L, D) -> (B, L, V)."""
         return self.lm.lm_head
 
     @property
@@ -120,6 +122,7 @@ class VLGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     @cached_property
     def tokenizer(self) -> DocumentTokenizer:
+        """The export's document tokenizer, read at the first use. Raises UserError when its files do not fit."""
         return load_tokenizer(self.folder, self.config.unified())
 
     @cached_property
@@ -407,6 +410,7 @@ class VLGPTProcessor(ProcessorMixin):
         return self.documents.decode(kept)
 
     def batch_decode(self, sequences: Any, **kwargs: Any) -> list[str]:
+        """Texts of several sequences of ids, each decoded as `decode` does."""
         return [self.decode(ids) for ids in sequences]
 
 

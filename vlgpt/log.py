@@ -83,6 +83,7 @@ class MetricsLog(MetricsSink):
             self._writer.add_image(name, image, step)
 
     def close(self) -> None:
+        """Close the metrics file and everything that mirrors it."""
         self._file.close()
         for mirror in self._mirrors:
             mirror.close()
@@ -115,6 +116,7 @@ class WandbMirror(MetricsSink):
         self._run.log({**numbers, "step": step})
 
     def close(self) -> None:
+        """Mark the run at Weights & Biases as finished, after its uploads."""
         self._run.finish()
 
 

@@ -131,6 +131,7 @@ class Waits:
         self._wait_s = self._started_s = self._warned_s = self._warned_wait_s = 0.0
 
     def restart(self) -> None:
+        """Start the clock again and forget the waits so far."""
         self._started_s = self._warned_s = time.monotonic()
         self._wait_s = self._warned_wait_s = 0.0
 
@@ -157,6 +158,7 @@ class Waits:
         self._warned_s, self._warned_wait_s = now_s, self._wait_s
 
     def statistics(self) -> dict[str, float]:
+        """`data_wait_s`, seconds waited, and `data_wait_share`, their share of the time since the start."""
         elapsed_s = time.monotonic() - self._started_s if self._started_s else 0.0
         share = self._wait_s / elapsed_s if elapsed_s else 0.0
         return {"data_wait_s": self._wait_s, "data_wait_share": share}

@@ -54,6 +54,7 @@ class HTTPFailure(Exception):
         self.status, self.message, self.code, self.headers = status, message, code, headers
 
     def response(self) -> JSONResponse:
+        """JSON error in OpenAI's form, with the status and the headers of this failure."""
         kind = "invalid_request_error" if self.status < 500 else "server_error"
         record = protocol.error_record(self.message, kind=kind, code=self.code)
         return JSONResponse(record, status_code=self.status, headers=dict(self.headers or {}))
@@ -214,6 +215,7 @@ class Pending:
         self._queue: asyncio.Queue[Event] = asyncio.Queue()
 
     def emit(self, event: Event) -> None:
+        """Pass an event from the decoding thread to the request's event loop; a closed loop drops it."""
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
             self._loop.call_soon_threadsafe(self._queue.put_nowait, event)
 

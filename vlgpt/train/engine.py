@@ -147,6 +147,7 @@ class Engine:
         return values
 
     def all_max(self, values: Tensor) -> Tensor:
+        """Elementwise maximum over all ranks, on the engine's device (collective)."""
         values = values.to(self.device)
         dist.all_reduce(values, op=dist.ReduceOp.MAX)
         return values
@@ -165,6 +166,7 @@ class Engine:
             self._engine.step()
 
     def set_learning_rate(self, lr: float) -> None:
+        """Set the learning rate of all parameter groups for the next update."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
 
@@ -175,6 +177,7 @@ class Engine:
         return StepResult(float("nan") if norm is None else float(norm), is_skipped)
 
     def train(self, mode: bool = True) -> None:
+        """Switch between training and evaluation mode; frozen parts stay in evaluation mode."""
         self._engine.train(mode)
 
     @contextlib.contextmanager
@@ -286,6 +289,7 @@ class Engine:
         return state
 
     def barrier(self) -> None:
+        """Wait until every rank is here (collective)."""
         dist.barrier()
 
     def gather_objects(self, value: T) -> list[T]:

@@ -36,12 +36,23 @@ class TrainingLoader(Protocol):
     source_names: tuple[str, ...]
 
     def __iter__(self) -> Iterator[Any]: ...
-    def targets(self, num_batches: int) -> list[Mapping[str, float]]: ...
-    def advance(self, num_micro_batches: int) -> None: ...
-    def state_dict(self) -> Mapping[str, Any]: ...
-    def statistics(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
-    def close(self) -> None: ...
+    def targets(self, num_batches: int) -> list[Mapping[str, float]]:
+        """Number of targets by term, for each of the next micro-batches."""
+
+    def advance(self, num_micro_batches: int) -> None:
+        """Count micro-batches as trained, so that a resume starts behind them."""
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """Position in the data and the settings that it depends on, JSON-ready."""
+
+    def statistics(self) -> dict[str, Any]:
+        """What was read so far: samples by source, bad and rejected ones by reason, waits."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue at a stored position. Raises UserError when the data or its settings changed."""
+
+    def close(self) -> None:
+        """End the workers and free their buffers."""
 
 
 Validate = Callable[[int, Callable[[], None]], dict[str, float]]

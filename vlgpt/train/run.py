@@ -127,6 +127,7 @@ def build_run(
 
 
 def mirrors_of(settings: RunSettings) -> list[log.MetricsSink]:
+    """Services beside the metrics file that the settings ask for: Weights & Biases or none."""
     if settings.wandb_project is None:
         return []
     config = settings.model_dump(mode="json")

@@ -39,6 +39,7 @@ class Alone:
     rank, world_size = 0, 1
 
     def gather_objects(self, value: T) -> list[T]:
+        """A list of the value alone, since there is one process."""
         return [value]
 
 
