@@ -174,7 +174,7 @@ def print_table(metrics: Metrics, marks: Mapping[str, PassMark]) -> None:
     console.print(result)
 
 
-class ReportOptions(Options):
+class DemoReportOptions(Options):
     """The command line."""
 
     run: Path = Field(description="the demo's folder, such as runs/demo")
@@ -192,7 +192,7 @@ class ReportOptions(Options):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write report.html and metrics.json, print the table."""
     options = parse(
-        ReportOptions, arguments, prog="python -m demo.report", description=(__doc__ or "").split("\n")[0]
+        DemoReportOptions, arguments, prog="python -m demo.report", description=(__doc__ or "").split("\n")[0]
     )
     evaluation = options.evaluation or options.run / "evaluation"
     if not (evaluation / METRICS).is_file():

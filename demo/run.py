@@ -320,7 +320,7 @@ def run_demo(pending: list[Step], *, jobs: int, root: Path, command: str, prefix
 
 
 def main() -> int:
-    """Command line: 0 when all steps are done, else the status of the step that failed."""
+    """Command line: 0 when all steps are done, 130 after Ctrl-C."""
     options = parse(DemoOptions, None, prog="python -m demo.run", description=__doc__)
     return run_demo(steps(options.decoder), jobs=options.jobs, root=ROOT, command="make demo")
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from data_prep.sources.templates import CAPTION_REQUEST, EDIT_REPLY, GENERATION_REPLY, GENERATION_REQUEST
-from demo.catalogue import TONE_NAMES, Picture
+from demo.catalogue import TONE_NAMES, Emoji
 from vlgpt.document import Document, ImagePart, Part, TextPart
 from vlgpt.seeds import address, generator
 
@@ -39,7 +39,7 @@ class Task:
 
     kind: str
     family: str
-    pictures: tuple[Picture, ...]
+    pictures: tuple[Emoji, ...]
     prompt: str
     answer: str
     extra: dict[str, Any] = field(default_factory=dict)
@@ -71,18 +71,18 @@ class Task:
         return Document(f"{self.name}#{number}", "emoji", parts, info)
 
 
-def describe(picture: Picture) -> Task:
+def describe(picture: Emoji) -> Task:
     """Table 6, captioning."""
     return Task("describe", "caption", (picture,), CAPTION_REQUEST, f"{picture.caption}.")
 
 
-def draw(picture: Picture) -> Task:
+def draw(picture: Emoji) -> Task:
     """Table 6, generation."""
     prompt = GENERATION_REQUEST.format(caption=f"{picture.caption}.")
     return Task("draw", "caption", (picture,), prompt, GENERATION_REPLY)
 
 
-def edit(source: Picture, target: Picture, *, family: str) -> Task:
+def edit(source: Emoji, target: Emoji, *, family: str) -> Task:
     """Table 6, editing. `family` names the one attribute in which the two images differ."""
     wanted = getattr(target, family)
     prompts = {
@@ -93,12 +93,12 @@ def edit(source: Picture, target: Picture, *, family: str) -> Task:
     return Task("edit", family, (source, target), prompts[family], EDIT_REPLY, {"wanted": wanted})
 
 
-def label_question(picture: Picture, family: str) -> Task:
+def label_question(picture: Emoji, family: str) -> Task:
     """A question whose answer is the image's attribute word."""
     return Task("question", family, (picture,), QUESTIONS[family], picture.labels[family])
 
 
-def flag_question(picture: Picture) -> Task:
+def flag_question(picture: Emoji) -> Task:
     """Is it a flag: yes or no."""
     return Task("question", "flag", (picture,), QUESTIONS["flag"], "yes" if picture.is_flag else "no")
 
@@ -106,14 +106,14 @@ def flag_question(picture: Picture) -> Task:
 class Namer:
     """Asks `is this X?`; wrong names come from `pictures` and are a function of the image alone."""
 
-    def __init__(self, pictures: Sequence[Picture]):
-        self._by_subcategory: dict[str, list[Picture]] = defaultdict(list)
+    def __init__(self, pictures: Sequence[Emoji]):
+        self._by_subcategory: dict[str, list[Emoji]] = defaultdict(list)
         for picture in pictures:
             if picture.style == "noto" and picture.tone in ("", "none"):
                 self._by_subcategory[picture.subcategory].append(picture)
         self._subcategories = sorted(self._by_subcategory)
 
-    def question(self, picture: Picture, level: str) -> Task:
+    def question(self, picture: Emoji, level: str) -> Task:
         """`level` is yes, hard (wrong name, same sub-category) or easy (wrong name, another one)."""
         name = picture.name if level == "yes" else self._wrong_name(picture, level)
         answer = "yes" if level == "yes" else "no"
@@ -121,7 +121,7 @@ class Namer:
             "question", "is_a", (picture,), QUESTIONS["is_a"].format(name=name), answer, {"level": level}
         )
 
-    def _wrong_name(self, picture: Picture, level: str) -> str:
+    def _wrong_name(self, picture: Emoji, level: str) -> str:
         """A neighbour that is not the same thing by another gender; `easy` where a sub-category has no
         neighbour.
         """
@@ -141,7 +141,7 @@ class Namer:
         raise AssertionError("unreachable: the loop ends at the first different name")
 
 
-def plan_held_out(catalogue: Sequence[Picture], split: str) -> list[Task]:
+def plan_held_out(catalogue: Sequence[Emoji], split: str) -> list[Task]:
     """Every question, description and drawing of the split's images, and every edit whose target lies in
     it.
 
@@ -166,13 +166,13 @@ def plan_held_out(catalogue: Sequence[Picture], split: str) -> list[Task]:
     return tasks + [task for task in _edits(usable) if task.pictures[1].split == split]
 
 
-def plan_held_out_gender(catalogue: Sequence[Picture]) -> list[Task]:
+def plan_held_out_gender(catalogue: Sequence[Emoji]) -> list[Task]:
     """Gender edits from a training image to one that was never trained on."""
     edits = [task for task in _edits(catalogue) if task.family == "gender"]
     return [task for task in edits if task.pictures[0].split == "train" and task.pictures[1].split != "train"]
 
 
-def plan_training(catalogue: Sequence[Picture], *, size: int, seed: int) -> list[Task]:
+def plan_training(catalogue: Sequence[Emoji], *, size: int, seed: int) -> list[Task]:
     """`size` chats of training images in the proportions of MIXTURE and EDIT_MIXTURE, shuffled."""
     pictures = [picture for picture in catalogue if picture.split == "train"]
     edits: dict[str, list[Task]] = defaultdict(list)
@@ -196,7 +196,7 @@ def plan_training(catalogue: Sequence[Picture], *, size: int, seed: int) -> list
     return [tasks[position] for position in order]
 
 
-def _question_makers(pictures: Sequence[Picture]) -> dict[str, Callable[[int], Iterator[Task]]]:
+def _question_makers(pictures: Sequence[Emoji]) -> dict[str, Callable[[int], Iterator[Task]]]:
     """Per family an endless stream of questions over its images, reshuffled at every pass."""
     namer = Namer(pictures)
     flags = [picture for picture in pictures if picture.is_flag]
@@ -218,7 +218,7 @@ def _question_makers(pictures: Sequence[Picture]) -> dict[str, Callable[[int], I
     return {family: special.get(family) or about(family) for family in QUESTIONS}
 
 
-def _is_clearly_no_flag(picture: Picture) -> bool:
+def _is_clearly_no_flag(picture: Emoji) -> bool:
     return not picture.is_flag and "flag" not in picture.name
 
 
@@ -229,9 +229,9 @@ def _cycle(items: Sequence[Any], seed: int, purpose: str) -> Iterator[Any]:
             yield items[position]
 
 
-def _edits(pictures: Sequence[Picture]) -> Iterator[Task]:
+def _edits(pictures: Sequence[Emoji]) -> Iterator[Task]:
     """All ordered pairs that differ in exactly one attribute."""
-    groups: dict[tuple[str, ...], list[Picture]] = defaultdict(list)
+    groups: dict[tuple[str, ...], list[Emoji]] = defaultdict(list)
     for picture in pictures:
         if picture.tone in (*TONE_NAMES, "none"):
             groups["tone", picture.base, picture.style].append(picture)

@@ -19,8 +19,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from demo.catalogue import Picture as Emoji
-from demo.catalogue import load_catalogue
+from demo.catalogue import Emoji, load_catalogue
 from vlgpt.chat.dialogue import Content, Dialogue, Picture
 from vlgpt.chat.reply import Event, Finished, ReplySettings, Request, answer
 from vlgpt.decoding.api import DecodeSettings, Prompt

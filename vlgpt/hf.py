@@ -122,7 +122,7 @@ class VLGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     @cached_property
     def tokenizer(self) -> DocumentTokenizer:
-        """The export's document tokenizer, read at the first use. Raises UserError when its files do not fit."""
+        """The document tokenizer of the export folder, read at the first use."""
         return load_tokenizer(self.folder, self.config.unified())
 
     @cached_property

@@ -48,7 +48,7 @@ class EmojiEdit(PictureAnswers):
         return result
 
     def score(self, examples: Sequence[Example], predictions: Predictions, data: Path) -> Scores:
-        """Share of edits that a probe recognises, beside its guess on the unedited source image, by family."""
+        """Share of edits that a probe recognises by family, beside its accuracy on the unedited images."""
         judge = self.load_judge()
         metrics: dict[str, dict[str, float]] = {}
         per_example: dict[str, float] = {}

@@ -53,7 +53,7 @@ class CocoCaption(Benchmark):
         return found
 
     def pool(self, data: Path) -> Sequence[Example]:
-        """Images of the training split, of the year's release that the benchmark's split belongs to."""
+        """Training images: train2014 for an official split, Karpathy's train split otherwise."""
         return replace(self, split="train2014" if self.split.endswith("2014") else "train").examples(data)
 
     def demonstration(self, example: Example, *, has_image: bool = True) -> tuple[Part, ...]:

@@ -51,7 +51,7 @@ class SlotPlan(Protocol):
         """All slots of a window; `redrawn` counts the earlier draws by source that replaced rejected ones."""
 
     def redraw(self, window: int, source: np.ndarray, *, redrawn: Redrawn, attempt: int) -> Slots | None:
-        """One new draw for every rejected slot of these sources, (n,) -> Slots of n; None when a slot stays empty."""
+        """One new draw for every rejected slot of these sources, (n,) -> Slots of n; None when they stay empty."""
 
     def epoch(self, window: int, redrawn: Redrawn = ()) -> int:
         """Complete passes over the data before a window."""

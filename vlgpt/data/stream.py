@@ -100,7 +100,7 @@ class Guard(Protocol):
     """Told before a sample is touched; says which samples killed a worker before."""
 
     def enter(self, place: Place) -> None:
-        """Record on disk that this sample is being read, in case it kills the worker."""
+        """Mark this sample as being read, so that the trainer knows it when it kills the worker."""
 
     def is_poisoned(self, place: Place) -> bool:
         """Whether reading this sample killed a worker before, so that it must be left out."""

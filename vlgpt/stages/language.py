@@ -88,7 +88,7 @@ class LanguageStage(Stage):
         self.model.lm.settle_attention(device, dtype)
 
     def check(self) -> None:
-        """Raise UserError when packed documents of one row can see each other in the language model."""
+        """Raise UserError when a token can see another document of its row, or later tokens."""
         self.model.lm.check_isolation()
 
     def frozen_modules(self) -> dict[str, nn.Module]:
@@ -131,7 +131,7 @@ class LanguageStage(Stage):
         return visual
 
     def count_targets(self, batch: Batch) -> dict[str, float]:
-        """Text tokens, [IMG] tokens and image embeddings that have a loss in this batch."""
+        """`text` tokens and `visual` embeddings that have a loss in this batch."""
         return {name: float(count) for name, count in count_targets(batch).items()}
 
     def forward(self, batch: Batch) -> dict[str, LossTerm]:
