@@ -86,7 +86,7 @@ class Indexed(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.places)
 
-    def __getitem__(self, i: int) -> Any:
+    def __getitem__(self, i: int) -> object:
         sample = self.shards.read(*self.places[int(i)])
         if self.decode is None:
             return sample
@@ -170,7 +170,7 @@ def energon(folder: Path, decode: Decode | None) -> Stream:
 
     @dataclass
     class Cooked(library.Sample):
-        content: Any
+        content: object
 
     @library.stateless
     def cook(sample: dict[str, Any]) -> Cooked:
@@ -181,7 +181,7 @@ def energon(folder: Path, decode: Decode | None) -> Stream:
         decoder = None
         cookers = (library.Cooker(cook),)
 
-        def batch(self, samples: list[Any]) -> Any:
+        def batch(self, samples: list[Cooked]) -> object:
             content = [sample.content for sample in samples]
             return content if decode is None else collate(content)
 

@@ -22,9 +22,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -34,6 +34,9 @@ from evaluation.metrics.fid import frechet_distance
 from evaluation.metrics.visdial import ndcg_scores, sparse_scores
 from evaluation.metrics.vqa import vqa_accuracy
 from evaluation.metrics.vqa_text import CONTRACTIONS
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SIZES = {  # full, --small
     "tokenizer": (200_000, 10_000),  # captions
@@ -192,7 +195,7 @@ def vqa_row(num_questions: int) -> Row:
     )
 
 
-def literal_vqa(predictions: Sequence[str], annotations: Sequence[Sequence[dict[str, Any]]]) -> float:
+def literal_vqa(predictions: Sequence[str], annotations: Sequence[Sequence[Mapping[str, object]]]) -> float:
     """Cleans every answer, normalises where not all are equal, then leaves the annotators out one by one."""
     shares = []
     for prediction, given in zip(predictions, annotations):
@@ -310,7 +313,7 @@ def visdial_row(num_dialogs: int) -> Row:
     )
 
 
-def literal_visdial(scores: Any, truth: Any, relevance: np.ndarray) -> list[float]:
+def literal_visdial(scores: Tensor, truth: Tensor, relevance: np.ndarray) -> list[float]:
     """Fills a tensor of ranks entry by entry, takes the human answers' ranks, then sums the gains round by round."""
     import torch
 
@@ -321,7 +324,7 @@ def literal_visdial(scores: Any, truth: Any, relevance: np.ndarray) -> list[floa
     by_model = torch.sort(literal_ranks(scores[: len(gains)]), dim=-1).indices
     by_truth = torch.sort(gains, dim=-1, descending=True).indices
 
-    def gain(order: Any, values: Any, k: Any) -> Any:
+    def gain(order: Tensor, values: Tensor, k: Tensor) -> Tensor:
         kept = values[order[:k]]
         return (kept / torch.log2(torch.arange(len(kept)).float() + 2)).sum()
 
@@ -332,7 +335,7 @@ def literal_visdial(scores: Any, truth: Any, relevance: np.ndarray) -> list[floa
     return [*recalls, float(own.mean()), float(own.reciprocal().mean()), float(torch.stack(values).mean())]
 
 
-def literal_ranks(scores: Any) -> Any:
+def literal_ranks(scores: Tensor) -> Tensor:
     """Rank of each of the options, 1 for the best, by the nested loops of the official code: (N, 100) -> (N, 100)."""
     best_first = scores.sort(1, descending=True).indices
     ranks = best_first.clone().fill_(0)

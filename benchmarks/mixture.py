@@ -13,7 +13,6 @@ import argparse
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -35,7 +34,7 @@ NUM_DOCUMENTS = 5000
 class LeavingOut(Mixture):
     """The law before: nothing takes the place of a rejected document."""
 
-    def redraw(self, *arguments: Any, **options: Any) -> None:  # type: ignore[override]
+    def redraw(self, *arguments: object, **options: object) -> None:  # type: ignore[override]
         """No draws: rejected slots stay empty."""
         return
 
