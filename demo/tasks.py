@@ -11,13 +11,14 @@ import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from data_prep.sources.templates import CAPTION_REQUEST, EDIT_REPLY, GENERATION_REPLY, GENERATION_REQUEST
 from demo.catalogue import TONE_NAMES, Emoji
 from vlgpt.document import Document, ImagePart, Part, TextPart
 from vlgpt.seeds import address, generator
 
+T = TypeVar("T")
 QUESTIONS = {
     "category": "What category is this?",
     "flag": "Is this a flag?",
@@ -222,7 +223,7 @@ def _is_clearly_no_flag(picture: Emoji) -> bool:
     return not picture.is_flag and "flag" not in picture.name
 
 
-def _cycle(items: Sequence[Any], seed: int, purpose: str) -> Iterator[Any]:
+def _cycle(items: Sequence[T], seed: int, purpose: str) -> Iterator[T]:
     """Pass after pass over all items, each in its own order."""
     for number in itertools.count():
         for position in generator(seed, "emoji", purpose, number).permutation(len(items)):

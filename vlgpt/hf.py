@@ -28,6 +28,7 @@ from transformers import (
     MaxLengthCriteria,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     ProcessorMixin,
     StoppingCriteriaList,
 )
@@ -107,11 +108,11 @@ class VLGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if getattr(config, "lora", None) is None:
             self.all_tied_weights_keys = self.get_expanded_tied_weights_keys(all_submodels=True)
 
-    def get_input_embeddings(self) -> Any:
+    def get_input_embeddings(self) -> torch.nn.Module:
         """Token embeddings of the language model, a module (B, L) -> (B, L, D)."""
         return self.lm.backbone.get_input_embeddings()
 
-    def get_output_embeddings(self) -> Any:
+    def get_output_embeddings(self) -> torch.nn.Module:
         """The head of the language model, a module (B, L, D) -> (B, L, V)."""
         return self.lm.lm_head
 
@@ -345,7 +346,7 @@ class VLGPTProcessor(ProcessorMixin):
 
     def __init__(
         self,
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
         num_visual: int = 32,
         template: str = "vlgpt",
         is_boundary_target: bool = True,
