@@ -206,7 +206,7 @@ def note_losses(state: RunState, losses: dict[str, Tensor]) -> None:
         state.sums[name] = state.sums[name] + value if name in state.sums else value
 
 
-def after_skip(run: Run, state: RunState, result: StepResult, contents: Iterable[Any]) -> None:
+def after_skip(run: Run, state: RunState, result: StepResult, contents: Iterable[Content]) -> None:
     """Count a non-finite step (skipped on all ranks alike), name its documents, stop after too many in a row."""
     if not result.is_skipped:
         state.num_skipped_in_row = 0
@@ -227,7 +227,7 @@ def after_skip(run: Run, state: RunState, result: StepResult, contents: Iterable
 
 
 def roll_back_after_spike(
-    run: Run, state: RunState, losses: dict[str, Tensor], contents: Iterable[Any]
+    run: Run, state: RunState, losses: dict[str, Tensor], contents: Iterable[Content]
 ) -> bool:
     """Log a loss far above its moving mean; if asked for, load the newest commit and skip the data since then."""
     assert state.spikes is not None
@@ -277,7 +277,7 @@ def check_replicas(run: Run, step: int) -> None:
         )
 
 
-def _documents(content: Any) -> Iterator[str]:
+def _documents(content: Content) -> Iterator[str]:
     for item in content.documents:
         yield from (item,) if isinstance(item, str) else item
 

@@ -9,7 +9,7 @@ import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -27,6 +27,8 @@ from vlgpt.train.facts import RESULT, check_features, data_facts, describe, reco
 from vlgpt.train.loop import Run, RunState, TrainingStopped, train
 from vlgpt.train.observers import MovingAverage, Observer, Observers, ProfileWindow, Uploader, Watchdog
 from vlgpt.train.validation import Probe, validator, watched
+
+T = TypeVar("T")
 
 
 def run_training(
@@ -189,7 +191,7 @@ def begin(run: Run, open_loader: Callable[..., Loader]) -> RunState:
     return state
 
 
-def placed(engine: Engine, batches: Iterable[Any]) -> Iterator[Any]:
+def placed(engine: Engine, batches: Iterable[T]) -> Iterator[T]:
     """A loader's batches on the engine's device."""
     for batch in batches:
         yield engine.place(batch)
