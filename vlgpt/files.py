@@ -10,11 +10,13 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol, TypeAlias
 
 from vlgpt.log import get_logger
 
 CHUNK_BYTES = 1 << 20
+JsonObject: TypeAlias = dict[str, Any]
+"""An object of a JSON file, as `json.loads` gives it."""
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
