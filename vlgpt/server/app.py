@@ -25,6 +25,7 @@ from vlgpt.chat.reply import Drawn, Event, Failed, Finished, Notice, ReplySettin
 from vlgpt.chat.reply import Request as ReplyRequest
 from vlgpt.decoding.generator import Generator
 from vlgpt.errors import UserError
+from vlgpt.files import JsonObject
 from vlgpt.server import protocol
 from vlgpt.server.metrics import Metrics
 
@@ -191,7 +192,7 @@ class ChatServer:
             is_whole = isinstance(last, (Failed, Finished))
             self._count(last if is_whole and last else Failed("cancelled", ""), pending)
 
-    def _chunk(self, name: str, delta: dict[str, Any], *, finish_reason: str | None = None) -> bytes:
+    def _chunk(self, name: str, delta: JsonObject, *, finish_reason: str | None = None) -> bytes:
         return _event(protocol.chunk(name, self.model_name, delta, finish_reason=finish_reason))
 
     def _count(self, event: Event, pending: Pending) -> None:
@@ -249,7 +250,7 @@ class Pending:
                 yield None
 
 
-def _event(record: dict[str, Any]) -> bytes:
+def _event(record: JsonObject) -> bytes:
     return b"data: " + json.dumps(record, ensure_ascii=False).encode() + b"\n\n"
 
 
