@@ -40,7 +40,7 @@ class ClipStageSettings(StageSettings):
     head_width: Positive = 32
     context_length: Positive = 24
 
-    def open_clip_config(self, *, vocabulary_size: int, eos_id: int) -> dict[str, Any]:
+    def open_clip_config(self, *, vocabulary_size: int, eos_id: int) -> dict[str, object]:
         """The model in open_clip's own configuration format."""
         return {
             "embed_dim": self.width,

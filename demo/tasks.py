@@ -64,7 +64,12 @@ class Task:
         else:
             source, target = ImagePart(0, "user"), ImagePart(1, "assistant")
             parts = (source, user(self.prompt), assistant(self.answer), target)
-        info: dict[str, Any] = {"kind": self.kind, "family": self.family, "answer": self.answer, **self.extra}
+        info: dict[str, object] = {
+            "kind": self.kind,
+            "family": self.family,
+            "answer": self.answer,
+            **self.extra,
+        }
         if self.kind == "edit":
             info |= {"source": self.pictures[0].info(), "target": self.pictures[1].info()}
         else:

@@ -66,7 +66,7 @@ def new_language_model(
     return model
 
 
-def save_language_model(folder: Path, tokenizer: Any, **shape: Any) -> None:
+def save_language_model(folder: Path, tokenizer: object, **shape: Any) -> None:
     """Write a random LLaMA and its tokenizer as a transformers folder, as a user's LLaMA-7B folder would look."""
     document_tokenizer = DocumentTokenizer(tokenizer, num_visual=1, template="short")
     model = new_language_model(vocabulary_size=document_tokenizer.vocabulary_size, **shape)

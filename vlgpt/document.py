@@ -131,7 +131,7 @@ def text_places(roles: Sequence[Role]) -> list[TextPlace]:
 
 
 def join(
-    id: str, source: str, pieces: Sequence[Sequence[Part]], info: Mapping[str, Any] | None = None
+    id: str, source: str, pieces: Sequence[Sequence[Part]], info: Mapping[str, object] | None = None
 ) -> Document:
     """Concatenate part lists, with the images renumbered in reading order (few-shot prompts, multi-turn chats)."""
     parts: list[Part] = []

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 
@@ -62,7 +62,7 @@ class PictureAnswers(EmojiBenchmark):
                 result[row] = judge.squares([Path(path).read_bytes()])[0]
         return result
 
-    def notes(self, predictions: Predictions) -> dict[str, Any]:
+    def notes(self, predictions: Predictions) -> dict[str, object]:
         """Who judged, and how many images are missing."""
         missing = sum(not prediction["image"] for prediction in predictions.values())
         return {"judge": dict(self.load_judge().identity), "num_without_picture": missing}

@@ -8,7 +8,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from vlgpt.data.stream import Report, SkippedSample
 from vlgpt.log import get_logger
@@ -107,10 +106,10 @@ class Tally:
             result.setdefault(self._names[source], {})[reason] = count
         return result
 
-    def statistics(self) -> dict[str, Any]:
+    def statistics(self) -> dict[str, object]:
         """The counts and shares of this rank so far."""
         num_good, num_tokens = sum(self.good.values()), sum(self.tokens.values())
-        result: dict[str, Any] = {
+        result: dict[str, object] = {
             "samples": {name: self.good[s] for s, name in enumerate(self._names)},
             "mixture": {name: self.good[s] / max(num_good, 1) for s, name in enumerate(self._names)},
             "bad": self.by_source(self.bad),

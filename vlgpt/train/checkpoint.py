@@ -48,8 +48,8 @@ def save(
     root: Path,
     *,
     step: int,
-    data: Mapping[str, Any],
-    facts: Mapping[str, Any],
+    data: Mapping[str, object],
+    facts: Mapping[str, object],
     keep: int,
     observers: Observer = NO_OBSERVER,
 ) -> Path:

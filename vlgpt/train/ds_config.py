@@ -117,7 +117,7 @@ def lint_zero(merged: Mapping[str, Any], known: Iterable[str], *, source: str) -
     _refuse_unknown(merged.get("zero_optimization", {}), known, f"{source}: zero_optimization")
 
 
-def _refuse_unknown(found: Mapping[str, Any], known: Iterable[str], where: str) -> None:
+def _refuse_unknown(found: Mapping[str, object], known: Iterable[str], where: str) -> None:
     known = sorted(known)
     for key in found:
         if key not in known:

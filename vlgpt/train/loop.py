@@ -45,7 +45,7 @@ class TrainingLoader(Protocol):
     def state_dict(self) -> Mapping[str, object]:
         """Position in the data and the settings that it depends on, JSON-ready."""
 
-    def statistics(self) -> dict[str, Any]:
+    def statistics(self) -> dict[str, object]:
         """What was read so far: samples by source, bad and rejected ones by reason, waits."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -286,7 +286,7 @@ def write_log(run: Run, state: RunState, progress: Progress, result: StepResult,
     """One record for programs, one line for people: losses per term and source, speed, waits."""
     sums = {name: run.engine.all_sum(state.sums[name].clone()) for name in sorted(state.sums)}
     state.sums.clear()
-    values: dict[str, Any] = {}
+    values: dict[str, object] = {}
     for name, (totals, counts) in sums.items():
         values[f"loss/{name}"] = _ratio(float(totals.sum()), float(counts.sum()))
         if len(run.loader.source_names) > 1:

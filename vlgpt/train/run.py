@@ -9,7 +9,7 @@ import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 
 def run_training(
-    settings: RunSettings, ds_config: Mapping[str, Any], *, ds_source: str, probe: Probe | None = None
+    settings: RunSettings, ds_config: Mapping[str, object], *, ds_source: str, probe: Probe | None = None
 ) -> int:
     """Train one stage; returns the process's exit code. Collective over the launcher's processes.
 
@@ -47,7 +47,7 @@ def run_training(
 
 
 def _run_together(
-    settings: RunSettings, ds_config: Mapping[str, Any], *, ds_source: str, probe: Probe | None
+    settings: RunSettings, ds_config: Mapping[str, object], *, ds_source: str, probe: Probe | None
 ) -> int:
     torch.set_num_threads(settings.threads)
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -91,7 +91,7 @@ def close(run: Run) -> None:
 
 
 def build_run(
-    settings: RunSettings, merged: Mapping[str, Any], *, probe: Probe | None = None
+    settings: RunSettings, merged: Mapping[str, object], *, probe: Probe | None = None
 ) -> tuple[Run, RunState]:
     """Everything before step 1: loader, stage, engine, resume or statistics, and the record of what runs."""
     num_sources = max(len(settings.data.sources), len(settings.validation.sources))
