@@ -17,7 +17,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -28,11 +27,13 @@ from vlgpt.batch import Batch
 from vlgpt.config import validate
 from vlgpt.data.loader import Loader
 from vlgpt.data.mixture import SLOTS
+from vlgpt.data.state import LoaderState
 from vlgpt.data.stream import Position
 from vlgpt.document import Document, TextPart
 from vlgpt.settings import DataSettings, LoraSettings, RunSettings
 from vlgpt.shards import ShardWriter, write_manifest
 from vlgpt.stages.language import LanguageStage
+from vlgpt.tokens import DocumentTokenizer
 from vlgpt.train import checkpoint
 from vlgpt.train.ds_config import merge_config
 from vlgpt.train.engine import Engine, start_process_group, stop_process_group
@@ -43,7 +44,7 @@ ZERO = {
 }
 
 
-def new_engine(folder: Path, *, width: int, depth: int, is_lora: bool) -> tuple[Engine, dict[str, Any]]:
+def new_engine(folder: Path, *, width: int, depth: int, is_lora: bool) -> tuple[Engine, dict[str, object]]:
     """A stage under DeepSpeed, after one step, so that the optimizer has its moments."""
     generator = build(width=width, depth=depth)
     model = generator.model.train()
@@ -88,17 +89,18 @@ def text_batch(length: int = 32) -> Batch:
     )
 
 
-def seconds_of(action: Callable[[], Any]) -> float:
+def seconds_of(action: Callable[[], object]) -> float:
+    """Wall-clock seconds of one call."""
     started_s = time.perf_counter()
     action()
     return time.perf_counter() - started_s
 
 
-def timed(target: Any, name: str, label: str, spent: dict[str, float]) -> Callable[[], None]:
+def timed(target: object, name: str, label: str, spent: dict[str, float]) -> Callable[[], None]:
     """Count the seconds inside `target.name`; returns what puts the original back."""
     original = getattr(target, name)
 
-    def measured(*arguments: Any, **options: Any) -> Any:
+    def measured(*arguments: object, **options: object) -> object:
         started_s = time.perf_counter()
         try:
             return original(*arguments, **options)
@@ -109,7 +111,7 @@ def timed(target: Any, name: str, label: str, spent: dict[str, float]) -> Callab
     return lambda: setattr(target, name, original)
 
 
-def commit_once(engine: Engine, facts: dict[str, Any], root: Path) -> tuple[float, int, dict[str, float]]:
+def commit_once(engine: Engine, facts: dict[str, object], root: Path) -> tuple[float, int, dict[str, float]]:
     """Seconds, bytes, and where the seconds went."""
     spent: dict[str, float] = defaultdict(float)
     undo = [
@@ -132,7 +134,7 @@ def commit_once(engine: Engine, facts: dict[str, Any], root: Path) -> tuple[floa
 
 def deepspeed_once(engine: Engine, root: Path, *, is_whole: bool) -> tuple[float, int]:
     """DeepSpeed's save_checkpoint as its documentation calls it; `is_whole`: with frozen parameters, its default."""
-    own: Any = engine._engine
+    own = engine._engine
     seconds = seconds_of(
         lambda: own.save_checkpoint(str(root), tag="t", exclude_frozen_parameters=not is_whole)
     )
@@ -168,7 +170,7 @@ def compare(*, width: int, depth: int, is_lora: bool, repeats: int) -> None:
         )
 
 
-def positions(tokenizer: Any) -> None:
+def positions(tokenizer: DocumentTokenizer) -> None:
     """Time from a saved position to the first batch."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "shards"
@@ -190,7 +192,7 @@ def positions(tokenizer: Any) -> None:
             state = loader.state_dict()
             fresh = Loader(settings, kind="packed", micro_batch=4, tokenizer=tokenizer)
 
-            def go(fresh: Loader = fresh, state: dict[str, Any] = state) -> None:
+            def go(fresh: Loader = fresh, state: LoaderState = state) -> None:
                 fresh.load_state_dict(state)
                 next(iter(fresh))
 
@@ -198,6 +200,7 @@ def positions(tokenizer: Any) -> None:
 
 
 def main() -> None:
+    """Command line: prints one table with LoRA, one without, and then what a resume costs."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -60,6 +60,7 @@ def make_pictures(folder: Path, *, count: int, width: int, height: int) -> list[
 
 
 def job_of(output: Path, source: Source, *, shard_size: int, **pictures: bool) -> BuildJob:
+    """The settings of one build of `source` into `output`; `pictures` are fields of ImageSettings."""
     return BuildJob(
         folder=output,
         source=source,
@@ -79,6 +80,7 @@ def ours(files: list[Path], output: Path, **pictures: bool) -> None:
 
 
 def write_webdataset(files: list[Path], output: Path, operation: Callable[[bytes], bytes]) -> None:
+    """Write the files through `operation` into tars of 1,000 samples, with webdataset's writer."""
     output.mkdir(parents=True)
     import webdataset  # a peer, no dependency of ours
 
@@ -91,6 +93,7 @@ def write_webdataset(files: list[Path], output: Path, operation: Callable[[bytes
 
 
 def pillow(data: bytes) -> bytes:
+    """A JPEG with shorter side SIZE_PX, resized by Pillow with bicubic interpolation."""
     image = Image.open(io.BytesIO(data)).convert("RGB")
     scale = SIZE_PX / min(image.size)
     buffer = io.BytesIO()
@@ -100,6 +103,7 @@ def pillow(data: bytes) -> bytes:
 
 
 def img2dataset(data: bytes) -> bytes:
+    """A JPEG with shorter side SIZE_PX, made by the steps of img2dataset: hash, OpenCV decode, area resize, encode."""
     hashlib.sha256(data).hexdigest()
     image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     assert image is not None
@@ -165,6 +169,7 @@ class PairSource:
         return self._num_records
 
     def read(self, start: int, stop: int) -> Iterator[Record]:
+        """Records `start` to `stop`, each with the one JPEG; the number behind its end makes every hash differ."""
         for number in range(start, stop):
             document = Document(str(number), "stream", (ImagePart(0), TextPart(f"picture {number}")))
             yield Record(document, (self._picture + number.to_bytes(8, "big"),))
@@ -178,6 +183,7 @@ def builder_of(output: Path, source: Source, *, shard_size: int) -> ShardBuilder
 
 
 def resident_mb() -> float:
+    """Memory of this process in MB (10^6 bytes), from Linux's /proc."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * 4096 / 1e6
 
@@ -198,6 +204,7 @@ def memory(folder: Path, *, num_records: int) -> list[float]:
 
 
 def main() -> None:
+    """Command line: prints images per CPU-second by image size, then the memory over many records."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -75,6 +75,7 @@ def prompt_of(generator: Generator, num_tokens: int, seed: int) -> Prompt:
 
 
 def ids_of(generator: Generator, prompt: Prompt) -> list[int]:
+    """All token ids of a prompt in one list, as they go into the language model."""
     return [
         token for span in generator.tokenizer.spans(prompt.document, is_prompt=True) for token in span.ids
     ]
@@ -183,6 +184,7 @@ def cache_bytes_per_token(generator: Generator) -> int:
 
 
 def main() -> None:
+    """Command line: prints seconds of text, image and ranking jobs for each decoder."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--depth", type=int, default=6)

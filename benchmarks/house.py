@@ -43,7 +43,7 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 @dataclass(frozen=True)
-class Source:
+class SourceFile:
     """One Python file, read and parsed."""
 
     path: Path
@@ -56,13 +56,15 @@ class Source:
         return len(self.text.splitlines())
 
     def functions(self) -> list[Function]:
+        """All functions and methods, nested ones too."""
         return [n for n in ast.walk(self.tree) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
 
     def classes(self) -> list[ast.ClassDef]:
+        """All classes, nested ones too."""
         return [node for node in ast.walk(self.tree) if isinstance(node, ast.ClassDef)]
 
 
-def read_sources(root: Path) -> list[Source]:
+def read_sources(root: Path) -> list[SourceFile]:
     """All Python files below `root` that are not tests."""
     found = []
     for path in sorted(root.rglob("*.py")):
@@ -71,7 +73,7 @@ def read_sources(root: Path) -> list[Source]:
             continue
         text = path.read_text(encoding="utf-8")
         module = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-        found.append(Source(path, module, text, ast.parse(text)))
+        found.append(SourceFile(path, module, text, ast.parse(text)))
     return found
 
 
@@ -81,7 +83,7 @@ def quantile(values: Sequence[int], share: float) -> int:
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else 0
 
 
-def public_definitions(source: Source) -> Iterator[Function | ast.ClassDef]:
+def public_definitions(source: SourceFile) -> Iterator[Function | ast.ClassDef]:
     """Classes, functions and methods whose names, and whose classes' names, have no leading underscore."""
 
     def visit(body: Sequence[ast.stmt]) -> Iterator[Function | ast.ClassDef]:
@@ -103,18 +105,19 @@ def is_accessor(node: Function | ast.ClassDef) -> bool:
     return bool(names & {"overload", "setter"}) or ("property" in names and len(node.body) == 1)
 
 
-def num_comments(source: Source) -> int:
+def num_comments(source: SourceFile) -> int:
     """Comment lines, on lines of their own or behind code; marks for tools are not counted."""
     tokens = tokenize.generate_tokens(io.StringIO(source.text).readline)
     comments = [token.string for token in tokens if token.type == tokenize.COMMENT]
     return sum(not comment.startswith(("# noqa", "# type:", "#!", "# ---")) for comment in comments)
 
 
-def num_any(source: Source) -> int:
+def num_any(source: SourceFile) -> int:
+    """How often the code names `Any`, imports not counted."""
     return sum(isinstance(node, ast.Name) and node.id == "Any" for node in ast.walk(source.tree))
 
 
-def import_graph(sources: Sequence[Source]) -> dict[str, set[str]]:
+def import_graph(sources: Sequence[SourceFile]) -> dict[str, set[str]]:
     """Module -> modules of this tree that it imports, at once or inside a function; a package stands for its
     __init__, which any import from it runs first.
     """
@@ -172,7 +175,7 @@ def import_cycles(graph: dict[str, set[str]]) -> list[list[str]]:
     return sorted(cycles, key=len, reverse=True)
 
 
-def shared_class_names(sources: Sequence[Source]) -> dict[str, list[str]]:
+def shared_class_names(sources: Sequence[SourceFile]) -> dict[str, list[str]]:
     """Public class names that more than one module defines."""
     places: dict[str, list[str]] = defaultdict(list)
     for source in sources:
@@ -226,6 +229,7 @@ def measure(root: Path) -> dict[str, tuple[str, str]]:
 
 
 def count_test_lines(root: Path) -> int:
+    """Lines of all Python files below `tests/`."""
     return sum(len(path.read_text(encoding="utf-8").splitlines()) for path in (root / "tests").rglob("*.py"))
 
 
@@ -250,6 +254,7 @@ def offenders(root: Path) -> dict[str, list[str]]:
 
 
 def main() -> int:
+    """Command line: prints the measures, with `--offenders` also what misses each goal."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("roots", nargs="*", type=Path, default=[Path()], help="trees (default: this one)")
     parser.add_argument("--offenders", action="store_true", help="list what stands against each goal")

@@ -86,6 +86,7 @@ def run_apart(
 
 
 def is_installed(module: str) -> bool:
+    """Whether a module, also one inside a package, can be imported; it is not imported here."""
     try:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:
@@ -111,6 +112,7 @@ def compare(folder: Path, names: Sequence[str], *, num_samples: int, rounds: int
 
 
 def print_comparison(best: dict[str, Any]) -> None:
+    """Print each contender's best round: batches and raw samples per CPU-second, start-up seconds, memory in MB."""
     peers = {name: row for name, row in best.items() if not name.startswith("vlgpt")}
     top = max((row.get("full", 0.0) for row in peers.values()), default=0.0)
     print(
@@ -290,6 +292,7 @@ def resident_mb(pid: int) -> float:
 
 
 def main() -> None:
+    """Command line: measures every contender in a process of its own and prints the comparison."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--samples", type=int, default=2000, help="samples measured per contender and round")
     parser.add_argument("--rounds", type=int, default=3)

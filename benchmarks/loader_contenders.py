@@ -32,11 +32,13 @@ def collate(samples: list[tuple[np.ndarray, str]]) -> tuple[torch.Tensor, list[s
 
 
 def in_batches(samples: Stream) -> Stream:
+    """Finished batches of BATCH samples; only the last one of a finite stream is smaller."""
     while batch := list(itertools.islice(samples, BATCH)):
         yield collate(batch)
 
 
 def tars_of(folder: Path) -> list[str]:
+    """Paths of a folder's tars, sorted by name."""
     return [str(path) for path in sorted(folder.glob("*.tar"))]
 
 
@@ -58,10 +60,12 @@ def vlgpt(folder: Path, decode: Decode | None, *, decoder: str = "pillow") -> St
 
 
 def vlgpt_fast(folder: Path, decode: Decode | None) -> Stream:
+    """Our loader with its fast image decoder."""
     return vlgpt(folder, decode, decoder="fast")
 
 
 def webdataset(folder: Path, decode: Decode | None) -> Stream:
+    """webdataset, with its usual shuffle of 20 shards and 200 samples."""
     import webdataset as wds
 
     stream = wds.WebDataset(tars_of(folder), shardshuffle=20).shuffle(200).to_tuple("jpg", "txt")
@@ -82,7 +86,7 @@ class Indexed(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.places)
 
-    def __getitem__(self, i: int) -> Any:
+    def __getitem__(self, i: int) -> object:
         sample = self.shards.read(*self.places[int(i)])
         if self.decode is None:
             return sample
@@ -90,6 +94,7 @@ class Indexed(torch.utils.data.Dataset):
 
 
 def torchdata(folder: Path, decode: Decode | None) -> Stream:
+    """torchdata's StatefulDataLoader over indexed tars, shuffled over the whole data set."""
     from torchdata.stateful_dataloader import StatefulDataLoader
 
     options = {"batch_size": None} if decode is None else {"batch_size": BATCH, "collate_fn": collate}
@@ -98,6 +103,7 @@ def torchdata(folder: Path, decode: Decode | None) -> Stream:
 
 
 def hf_datasets(folder: Path, decode: Decode | None) -> Stream:
+    """Hugging Face `datasets` in streaming mode, with a shuffle buffer of 200 samples."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -111,6 +117,7 @@ def hf_datasets(folder: Path, decode: Decode | None) -> Stream:
 
 
 def grain(folder: Path, decode: Decode | None) -> Stream:
+    """Google's grain over indexed tars, shuffled over the whole data set, without read-ahead threads."""
     import grain.python as grain_python
 
     stream = grain_python.MapDataset.source(Indexed(folder, decode)).seed(0).shuffle().repeat()
@@ -163,7 +170,7 @@ def energon(folder: Path, decode: Decode | None) -> Stream:
 
     @dataclass
     class Cooked(library.Sample):
-        content: Any
+        content: object
 
     @library.stateless
     def cook(sample: dict[str, Any]) -> Cooked:
@@ -174,7 +181,7 @@ def energon(folder: Path, decode: Decode | None) -> Stream:
         decoder = None
         cookers = (library.Cooker(cook),)
 
-        def batch(self, samples: list[Any]) -> Any:
+        def batch(self, samples: list[Cooked]) -> object:
             content = [sample.content for sample in samples]
             return content if decode is None else collate(content)
 

@@ -22,9 +22,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -34,6 +34,9 @@ from evaluation.metrics.fid import frechet_distance
 from evaluation.metrics.visdial import ndcg_scores, sparse_scores
 from evaluation.metrics.vqa import vqa_accuracy
 from evaluation.metrics.vqa_text import CONTRACTIONS
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SIZES = {  # full, --small
     "tokenizer": (200_000, 10_000),  # captions
@@ -59,12 +62,16 @@ WORDS = """
 
 
 class Measured(NamedTuple):
+    """Cost of one call: seconds, MB of extra memory, and what it returned."""
+
     seconds: float
     megabytes: float
     value: Any
 
 
 class Row(NamedTuple):
+    """One line of the table: a job done by the reference implementation and by ours."""
+
     job: str
     reference: str
     theirs: Measured | None  # None: not installed, or nothing to compare with
@@ -101,6 +108,7 @@ def _peak_megabytes() -> float:
 
 
 def made_up_captions(count: int, generator: random.Random) -> list[str]:
+    """Random English-like captions with apostrophes and hyphens: `count` texts of 8 to 14 words."""
     starts = ["A man's", "The dog's", "Two people,", "An e-mail", "It isn't a", "a"]
     return [
         f"{generator.choice(starts)} {' '.join(generator.choices(WORDS, k=generator.randint(7, 12)))}."
@@ -109,6 +117,7 @@ def made_up_captions(count: int, generator: random.Random) -> list[str]:
 
 
 def tokenizer_row(num_captions: int) -> Row:
+    """Our PTB tokenizer beside Stanford's Java one; the difference counts captions with other tokens."""
     captions = made_up_captions(num_captions, random.Random(0))
     ours = measured(lambda: ptb.tokenize(captions).captions)
     theirs, difference = None, None
@@ -120,6 +129,7 @@ def tokenizer_row(num_captions: int) -> Row:
 
 
 def caption_row(num_images: int) -> Row:
+    """Our CIDEr, BLEU and ROUGE_L beside pycocoevalcap, five references an image."""
     generator = random.Random(1)
     hypotheses = dict(enumerate(ptb.tokenize(made_up_captions(num_images, generator)).captions))
     flat = ptb.tokenize(made_up_captions(5 * num_images, generator)).captions
@@ -133,6 +143,7 @@ def caption_row(num_images: int) -> Row:
 
 
 def pycocoevalcap_scores(hypotheses: dict[int, str], references: dict[int, list[str]]) -> dict[str, float]:
+    """Corpus scores of pycocoevalcap by metric name, from captions that are already tokenized."""
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.rouge.rouge import Rouge
@@ -164,6 +175,7 @@ def made_up_answers(num_questions: int) -> tuple[list[str], list[list[str]]]:
 
 
 def vqa_row(num_questions: int) -> Row:
+    """Our VQA accuracy beside the official algorithm, written out literally."""
     predictions, answers = made_up_answers(num_questions)
     ours = measured(lambda: vqa_accuracy(predictions, answers).overall)
     annotations = [
@@ -183,7 +195,7 @@ def vqa_row(num_questions: int) -> Row:
     )
 
 
-def literal_vqa(predictions: Sequence[str], annotations: Sequence[Sequence[dict[str, Any]]]) -> float:
+def literal_vqa(predictions: Sequence[str], annotations: Sequence[Sequence[Mapping[str, object]]]) -> float:
     """Cleans every answer, normalises where not all are equal, then leaves the annotators out one by one."""
     shares = []
     for prediction, given in zip(predictions, annotations):
@@ -301,7 +313,7 @@ def visdial_row(num_dialogs: int) -> Row:
     )
 
 
-def literal_visdial(scores: Any, truth: Any, relevance: np.ndarray) -> list[float]:
+def literal_visdial(scores: Tensor, truth: Tensor, relevance: np.ndarray) -> list[float]:
     """Fills a tensor of ranks entry by entry, takes the human answers' ranks, then sums the gains round by round."""
     import torch
 
@@ -312,7 +324,7 @@ def literal_visdial(scores: Any, truth: Any, relevance: np.ndarray) -> list[floa
     by_model = torch.sort(literal_ranks(scores[: len(gains)]), dim=-1).indices
     by_truth = torch.sort(gains, dim=-1, descending=True).indices
 
-    def gain(order: Any, values: Any, k: Any) -> Any:
+    def gain(order: Tensor, values: Tensor, k: Tensor) -> Tensor:
         kept = values[order[:k]]
         return (kept / torch.log2(torch.arange(len(kept)).float() + 2)).sum()
 
@@ -323,7 +335,8 @@ def literal_visdial(scores: Any, truth: Any, relevance: np.ndarray) -> list[floa
     return [*recalls, float(own.mean()), float(own.reciprocal().mean()), float(torch.stack(values).mean())]
 
 
-def literal_ranks(scores: Any) -> Any:
+def literal_ranks(scores: Tensor) -> Tensor:
+    """Rank of each of the options, 1 for the best, by the nested loops of the official code: (N, 100) -> (N, 100)."""
     best_first = scores.sort(1, descending=True).indices
     ranks = best_first.clone().fill_(0)
     for row in range(best_first.size(0)):
@@ -333,6 +346,7 @@ def literal_ranks(scores: Any) -> Any:
 
 
 def fid_row(width: int) -> Row:
+    """Our Frechet distance beside scipy's matrix square root, for features of this width."""
     rng = np.random.default_rng(4)
     first, second = rng.normal(size=(2 * width, width)), rng.normal(0.1, 1.1, size=(2 * width, width))
     m1, m2, s1, s2 = first.mean(0), second.mean(0), np.cov(first.T), np.cov(second.T)
@@ -362,6 +376,7 @@ JOBS: dict[str, Callable[[int], Row]] = {
 
 
 def line(name: str, row: Row) -> str:
+    """A row as text of fixed columns, with the goal that was met or missed."""
     theirs_s = theirs_mb = times = "-"
     remark = row.remark
     if row.theirs is not None:
@@ -381,6 +396,7 @@ def line(name: str, row: Row) -> str:
 
 
 def main() -> None:
+    """Command line: runs each job in both implementations and prints the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

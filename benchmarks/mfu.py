@@ -83,6 +83,7 @@ def needed_flops(setting: Setting, work: Work, segments: torch.Tensor, *, traine
 
 
 def adamw(module: torch.nn.Module) -> torch.optim.Optimizer:
+    """AdamW over the trainable parameters."""
     return torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=1e-4)
 
 
@@ -114,6 +115,7 @@ def hand_written(setting: Setting, dtype: torch.dtype, trained: str, accumulatio
 
 
 def our_stage(setting: Setting, trained: str) -> tuple[LanguageStage, Batch, float]:
+    """Our stage with random weights, a batch for it, and the FLOPs that one step needs."""
     stage = new_stage(setting, trained=trained).train()
     batch = new_batch(setting)
     _, work = plan_of(setting)
@@ -121,6 +123,7 @@ def our_stage(setting: Setting, trained: str) -> tuple[LanguageStage, Batch, flo
 
 
 def bare(setting: Setting, dtype: torch.dtype, trained: str, accumulation: int = 1) -> Loop:
+    """Our stage in a plain PyTorch loop, without DeepSpeed."""
     stage, batch, flops = our_stage(replace(setting, dtype=dtype), trained)
     optimizer = adamw(stage)
     counts = stage.count_targets(batch)
@@ -139,6 +142,7 @@ def bare(setting: Setting, dtype: torch.dtype, trained: str, accumulation: int =
 
 
 def through_engine(setting: Setting, precision: str, trained: str, accumulation: int = 1) -> Loop:
+    """Our stage in the training engine (DeepSpeed ZeRO-2), as `vlgpt train` runs it."""
     stage, batch, flops = our_stage(replace(setting, dtype=torch.float32), trained)
     values = {
         "name": "mfu",
@@ -199,6 +203,7 @@ def where_time_goes(step: Callable[[], float]) -> dict[str, float]:
 
 
 def measure(precision: str, arguments: argparse.Namespace) -> None:
+    """Print FLOP/s of every loop in one precision, beside the peak of a matrix product; their steps alternate."""
     dtype = DTYPES[precision]
     setting = Setting(
         device="cpu", dtype=dtype, attention="sdpa", width=arguments.width, depth=arguments.depth,
@@ -238,6 +243,7 @@ def measure(precision: str, arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
+    """Command line: measures every precision in a process group of one."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--precision", nargs="+", choices=tuple(DTYPES), default=list(DTYPES))
     parser.add_argument("--trained", choices=("lora", "all"), default="lora")

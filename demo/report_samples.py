@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from demo.word_f1 import words_of
 from evaluation import benchmarks, manifest
@@ -15,6 +14,7 @@ from evaluation.score import read_predictions
 from vlgpt import seeds
 from vlgpt.decoding.api import ImageLike
 from vlgpt.document import ImagePart
+from vlgpt.files import JsonObject
 from vlgpt.images import data_uri, png_bytes
 
 
@@ -92,7 +92,7 @@ def drawings(answered: Answered, split: str, num: int) -> list[dict[str, str]]:
     ]
 
 
-def captions(answered: Answered, split: str, num: int) -> list[dict[str, Any]]:
+def captions(answered: Answered, split: str, num: int) -> list[JsonObject]:
     """Image, the written words (marked where the real caption has them), the real caption."""
     chosen = answered.choose(num, key=lambda e: e.truth, where=lambda e: e.info["split"] == split)
     rows = []
@@ -107,7 +107,7 @@ def captions(answered: Answered, split: str, num: int) -> list[dict[str, Any]]:
     return rows
 
 
-def questions(answered: Answered, num: int) -> list[dict[str, Any]]:
+def questions(answered: Answered, num: int) -> list[JsonObject]:
     """Image, question, answer and truth, `num` of every family."""
     rows = []
     for family in dict.fromkeys(e.info["family"] for e in answered.examples):
@@ -145,7 +145,7 @@ def edits(answered: Answered, family: str, num: int) -> list[dict[str, str]]:
     ]
 
 
-def label_pages(answered: Answered, shots: int, num: int) -> list[dict[str, Any]]:
+def label_pages(answered: Answered, shots: int, num: int) -> list[JsonObject]:
     """Few-shot prompts: the shown images with their words, the asked image, the answer; and without shots."""
     bare = {_query(e): e for e in answered.examples if e.info["shots"] == 0}
     chosen = answered.choose(num, key=_query, where=lambda e: e.info["shots"] == shots)

@@ -190,11 +190,13 @@ def stamp_of(step: Step, done: dict[str, Stamp]) -> Stamp:
 
 
 def read_stamp(step: Step, suffix: str) -> Stamp | None:
+    """The stored record of a step that ran, or None; `suffix` names the kind of record."""
     path = ROOT / "steps" / f"{step.name}.{suffix}.json"
     return json.loads(path.read_text()) if path.is_file() else None
 
 
 def write_stamp(step: Step, suffix: str, stamp: Stamp) -> None:
+    """Store the record of a step as JSON below the demo's folder."""
     path = ROOT / "steps" / f"{step.name}.{suffix}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, json.dumps(stamp, indent=1))
@@ -318,6 +320,7 @@ def run_demo(pending: list[Step], *, jobs: int, root: Path, command: str, prefix
 
 
 def main() -> int:
+    """Command line: 0 when all steps are done, 130 after Ctrl-C."""
     options = parse(DemoOptions, None, prog="python -m demo.run", description=__doc__)
     return run_demo(steps(options.decoder), jobs=options.jobs, root=ROOT, command="make demo")
 

@@ -87,6 +87,7 @@ class LmOptions(Options):
 
 
 def main() -> int:
+    """Command line: 0 when all steps are done, 130 after Ctrl-C."""
     options = parse(LmOptions, None, prog="python -m demo.run_lm", description=__doc__)
     return demo.run_demo(steps(), jobs=options.jobs, root=ROOT, command="make demo-lm", prefix="lm-")
 

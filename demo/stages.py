@@ -40,7 +40,7 @@ class ClipStageSettings(StageSettings):
     head_width: Positive = 32
     context_length: Positive = 24
 
-    def open_clip_config(self, *, vocabulary_size: int, eos_id: int) -> dict[str, Any]:
+    def open_clip_config(self, *, vocabulary_size: int, eos_id: int) -> dict[str, object]:
         """The model in open_clip's own configuration format."""
         return {
             "embed_dim": self.width,
@@ -103,6 +103,7 @@ class ClipStage(Stage):
 
     @classmethod
     def from_settings(cls, run: RunSettings, *, num_sources: int) -> ClipStage:
+        """The stage with a new CLIP model of the settings' sizes."""
         assert isinstance(run.stage, ClipStageSettings)
         return cls.build(run.stage)
 
@@ -122,6 +123,7 @@ class ClipStage(Stage):
         return torch.tensor(rows)
 
     def count_targets(self, batch: ConditionBatch) -> dict[str, float]:
+        """Contrastive targets: valid samples with a text."""
         return {"contrastive": float((batch.is_valid & batch.has_text).sum())}
 
     def forward(self, batch: ConditionBatch) -> dict[str, LossTerm]:
@@ -143,6 +145,7 @@ class ClipStage(Stage):
         return {"contrastive": summed(0.5 * (by_image + by_text))}
 
     def save(self, folder: Path) -> None:
+        """Write the CLIP model in open_clip's format, with its text tokenizer."""
         save_open_clip(self.clip, config=self.config, folder=folder)
         self.text_tokenizer.save_pretrained(str(folder))
 
@@ -161,6 +164,7 @@ class DecoderStage(Stage):
 
     @classmethod
     def from_settings(cls, run: RunSettings, *, num_sources: int) -> DecoderStage:
+        """The stage with a new convolutional decoder of the settings' sizes."""
         settings = run.stage
         assert isinstance(settings, DecoderStageSettings)
         shapes = settings.shapes.model_dump(exclude={"num_patches", "patch_width"})
@@ -168,6 +172,7 @@ class DecoderStage(Stage):
         return cls(decoder=decoder, image_drop=settings.image_drop, text_drop=settings.text_drop)
 
     def count_targets(self, batch: ConditionBatch) -> dict[str, float]:
+        """Images of the batch, the targets of both terms."""
         count = float(batch.is_valid.sum())
         return {"l1": count, "mse": count}
 
@@ -182,6 +187,7 @@ class DecoderStage(Stage):
         return {"l1": summed(error.abs().mean((1, 2, 3))), "mse": summed(error.square().mean((1, 2, 3)))}
 
     def save(self, folder: Path) -> None:
+        """Write the decoder as a component."""
         self.decoder.save(folder)
 
 
@@ -198,6 +204,7 @@ class DiffusionStage(Stage):
 
     @classmethod
     def from_settings(cls, run: RunSettings, *, num_sources: int) -> DiffusionStage:
+        """The stage with a new diffusion decoder on top of a trained convolutional one."""
         from demo.diffusion import TinyDiffusionDecoder
 
         settings = run.stage
@@ -211,9 +218,11 @@ class DiffusionStage(Stage):
         return cls(decoder=decoder)
 
     def frozen_modules(self) -> dict[str, nn.Module]:
+        """The coarse decoder, which a trained folder gives."""
         return {"coarse": self.decoder.coarse}
 
     def count_targets(self, batch: ConditionBatch) -> dict[str, float]:
+        """Denoising targets: one for each valid image."""
         return {"denoising": float(batch.is_valid.sum())}
 
     def forward(self, batch: ConditionBatch) -> dict[str, LossTerm]:
@@ -223,4 +232,5 @@ class DiffusionStage(Stage):
         return {"denoising": summed(errors[batch.is_valid])}
 
     def save(self, folder: Path) -> None:
+        """Write the decoder, with its coarse part, as a component."""
         self.decoder.save(folder)

@@ -11,13 +11,14 @@ import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from data_prep.sources.templates import CAPTION_REQUEST, EDIT_REPLY, GENERATION_REPLY, GENERATION_REQUEST
-from demo.catalogue import TONE_NAMES, Picture
+from demo.catalogue import TONE_NAMES, Emoji
 from vlgpt.document import Document, ImagePart, Part, TextPart
 from vlgpt.seeds import address, generator
 
+T = TypeVar("T")
 QUESTIONS = {
     "category": "What category is this?",
     "flag": "Is this a flag?",
@@ -39,13 +40,14 @@ class Task:
 
     kind: str
     family: str
-    pictures: tuple[Picture, ...]
+    pictures: tuple[Emoji, ...]
     prompt: str
     answer: str
     extra: dict[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
+        """Identity of a task in file names and seeds: kind, family, images and further choices."""
         pictures = ">".join(picture.id for picture in self.pictures)
         return "/".join([self.kind, self.family, pictures, *map(str, self.extra.values())])
 
@@ -62,7 +64,12 @@ class Task:
         else:
             source, target = ImagePart(0, "user"), ImagePart(1, "assistant")
             parts = (source, user(self.prompt), assistant(self.answer), target)
-        info: dict[str, Any] = {"kind": self.kind, "family": self.family, "answer": self.answer, **self.extra}
+        info: dict[str, object] = {
+            "kind": self.kind,
+            "family": self.family,
+            "answer": self.answer,
+            **self.extra,
+        }
         if self.kind == "edit":
             info |= {"source": self.pictures[0].info(), "target": self.pictures[1].info()}
         else:
@@ -70,18 +77,18 @@ class Task:
         return Document(f"{self.name}#{number}", "emoji", parts, info)
 
 
-def describe(picture: Picture) -> Task:
+def describe(picture: Emoji) -> Task:
     """Table 6, captioning."""
     return Task("describe", "caption", (picture,), CAPTION_REQUEST, f"{picture.caption}.")
 
 
-def draw(picture: Picture) -> Task:
+def draw(picture: Emoji) -> Task:
     """Table 6, generation."""
     prompt = GENERATION_REQUEST.format(caption=f"{picture.caption}.")
     return Task("draw", "caption", (picture,), prompt, GENERATION_REPLY)
 
 
-def edit(source: Picture, target: Picture, *, family: str) -> Task:
+def edit(source: Emoji, target: Emoji, *, family: str) -> Task:
     """Table 6, editing. `family` names the one attribute in which the two images differ."""
     wanted = getattr(target, family)
     prompts = {
@@ -92,12 +99,12 @@ def edit(source: Picture, target: Picture, *, family: str) -> Task:
     return Task("edit", family, (source, target), prompts[family], EDIT_REPLY, {"wanted": wanted})
 
 
-def label_question(picture: Picture, family: str) -> Task:
+def label_question(picture: Emoji, family: str) -> Task:
     """A question whose answer is the image's attribute word."""
     return Task("question", family, (picture,), QUESTIONS[family], picture.labels[family])
 
 
-def flag_question(picture: Picture) -> Task:
+def flag_question(picture: Emoji) -> Task:
     """Is it a flag: yes or no."""
     return Task("question", "flag", (picture,), QUESTIONS["flag"], "yes" if picture.is_flag else "no")
 
@@ -105,14 +112,14 @@ def flag_question(picture: Picture) -> Task:
 class Namer:
     """Asks `is this X?`; wrong names come from `pictures` and are a function of the image alone."""
 
-    def __init__(self, pictures: Sequence[Picture]):
-        self._by_subcategory: dict[str, list[Picture]] = defaultdict(list)
+    def __init__(self, pictures: Sequence[Emoji]):
+        self._by_subcategory: dict[str, list[Emoji]] = defaultdict(list)
         for picture in pictures:
             if picture.style == "noto" and picture.tone in ("", "none"):
                 self._by_subcategory[picture.subcategory].append(picture)
         self._subcategories = sorted(self._by_subcategory)
 
-    def question(self, picture: Picture, level: str) -> Task:
+    def question(self, picture: Emoji, level: str) -> Task:
         """`level` is yes, hard (wrong name, same sub-category) or easy (wrong name, another one)."""
         name = picture.name if level == "yes" else self._wrong_name(picture, level)
         answer = "yes" if level == "yes" else "no"
@@ -120,7 +127,7 @@ class Namer:
             "question", "is_a", (picture,), QUESTIONS["is_a"].format(name=name), answer, {"level": level}
         )
 
-    def _wrong_name(self, picture: Picture, level: str) -> str:
+    def _wrong_name(self, picture: Emoji, level: str) -> str:
         """A neighbour that is not the same thing by another gender; `easy` where a sub-category has no
         neighbour.
         """
@@ -140,7 +147,7 @@ class Namer:
         raise AssertionError("unreachable: the loop ends at the first different name")
 
 
-def plan_held_out(catalogue: Sequence[Picture], split: str) -> list[Task]:
+def plan_held_out(catalogue: Sequence[Emoji], split: str) -> list[Task]:
     """Every question, description and drawing of the split's images, and every edit whose target lies in
     it.
 
@@ -165,13 +172,13 @@ def plan_held_out(catalogue: Sequence[Picture], split: str) -> list[Task]:
     return tasks + [task for task in _edits(usable) if task.pictures[1].split == split]
 
 
-def plan_held_out_gender(catalogue: Sequence[Picture]) -> list[Task]:
+def plan_held_out_gender(catalogue: Sequence[Emoji]) -> list[Task]:
     """Gender edits from a training image to one that was never trained on."""
     edits = [task for task in _edits(catalogue) if task.family == "gender"]
     return [task for task in edits if task.pictures[0].split == "train" and task.pictures[1].split != "train"]
 
 
-def plan_training(catalogue: Sequence[Picture], *, size: int, seed: int) -> list[Task]:
+def plan_training(catalogue: Sequence[Emoji], *, size: int, seed: int) -> list[Task]:
     """`size` chats of training images in the proportions of MIXTURE and EDIT_MIXTURE, shuffled."""
     pictures = [picture for picture in catalogue if picture.split == "train"]
     edits: dict[str, list[Task]] = defaultdict(list)
@@ -195,7 +202,7 @@ def plan_training(catalogue: Sequence[Picture], *, size: int, seed: int) -> list
     return [tasks[position] for position in order]
 
 
-def _question_makers(pictures: Sequence[Picture]) -> dict[str, Callable[[int], Iterator[Task]]]:
+def _question_makers(pictures: Sequence[Emoji]) -> dict[str, Callable[[int], Iterator[Task]]]:
     """Per family an endless stream of questions over its images, reshuffled at every pass."""
     namer = Namer(pictures)
     flags = [picture for picture in pictures if picture.is_flag]
@@ -217,20 +224,20 @@ def _question_makers(pictures: Sequence[Picture]) -> dict[str, Callable[[int], I
     return {family: special.get(family) or about(family) for family in QUESTIONS}
 
 
-def _is_clearly_no_flag(picture: Picture) -> bool:
+def _is_clearly_no_flag(picture: Emoji) -> bool:
     return not picture.is_flag and "flag" not in picture.name
 
 
-def _cycle(items: Sequence[Any], seed: int, purpose: str) -> Iterator[Any]:
+def _cycle(items: Sequence[T], seed: int, purpose: str) -> Iterator[T]:
     """Pass after pass over all items, each in its own order."""
     for number in itertools.count():
         for position in generator(seed, "emoji", purpose, number).permutation(len(items)):
             yield items[position]
 
 
-def _edits(pictures: Sequence[Picture]) -> Iterator[Task]:
+def _edits(pictures: Sequence[Emoji]) -> Iterator[Task]:
     """All ordered pairs that differ in exactly one attribute."""
-    groups: dict[tuple[str, ...], list[Picture]] = defaultdict(list)
+    groups: dict[tuple[str, ...], list[Emoji]] = defaultdict(list)
     for picture in pictures:
         if picture.tone in (*TONE_NAMES, "none"):
             groups["tone", picture.base, picture.style].append(picture)

@@ -33,7 +33,7 @@ def texts_of(folders: Sequence[Path]) -> Iterator[str]:
     yield from ["USER: ASSISTANT:"] * 1000
 
 
-class TokenizerOptions(Options):
+class TrainTokenizerOptions(Options):
     """The command line; all but `folders` and `output` is the shape of the two models."""
 
     folders: Annotated[tuple[Path, ...], Argument(is_positional=True, metavar="DIR")]
@@ -48,7 +48,7 @@ class TokenizerOptions(Options):
 
 def run(argv: Sequence[str] | None = None) -> int:
     """Write FOLDER as a transformers model folder: the tokenizer and a random LLaMA of the given shape."""
-    arguments = parse(TokenizerOptions, argv, prog="python -m demo.text_tokenizer", description=__doc__)
+    arguments = parse(TrainTokenizerOptions, argv, prog="python -m demo.text_tokenizer", description=__doc__)
     log.configure()
     seed_everything(arguments.seed, "language model")
     tokenizer = train_text_tokenizer(texts_of(arguments.folders), vocabulary_size=arguments.vocabulary_size)

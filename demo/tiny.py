@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from vlgpt.tokens import DocumentTokenizer
 
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-def train_text_tokenizer(texts: Iterable[str], *, vocabulary_size: int = 1600) -> Any:
+
+def train_text_tokenizer(texts: Iterable[str], *, vocabulary_size: int = 1600) -> PreTrainedTokenizerFast:
     """A byte-level BPE as a transformers tokenizer, trained on the given texts; any text can be written with it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -40,7 +43,7 @@ def new_language_model(
     mlp_width: int = 352,
     max_positions: int = 512,
     embedding_std: float = 1.0,
-) -> Any:
+) -> LlamaForCausalLM:
     """A LlamaForCausalLM with random weights. Embeddings start at std 1: they must match standardised visual inputs."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -63,7 +66,7 @@ def new_language_model(
     return model
 
 
-def save_language_model(folder: Path, tokenizer: Any, **shape: Any) -> None:
+def save_language_model(folder: Path, tokenizer: object, **shape: Any) -> None:
     """Write a random LLaMA and its tokenizer as a transformers folder, as a user's LLaMA-7B folder would look."""
     document_tokenizer = DocumentTokenizer(tokenizer, num_visual=1, template="short")
     model = new_language_model(vocabulary_size=document_tokenizer.vocabulary_size, **shape)

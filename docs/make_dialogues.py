@@ -19,8 +19,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from demo.catalogue import Picture as Emoji
-from demo.catalogue import load_catalogue
+from demo.catalogue import Emoji, load_catalogue
 from vlgpt.chat.dialogue import Content, Dialogue, Picture
 from vlgpt.chat.reply import Event, Finished, ReplySettings, Request, answer
 from vlgpt.decoding.api import DecodeSettings, Prompt
@@ -45,9 +44,11 @@ class Album:
         self.folder, self._num_written = folder, 0
 
     def emoji(self, caption: str, style: str = "noto") -> Emoji:
+        """The emoji with this caption in this style. Raises KeyError when the catalogue has none."""
         return self._emoji[caption, style]
 
     def picture(self, caption: str, style: str = "noto") -> Picture:
+        """The image of an emoji, ready for a dialogue."""
         return Picture.read(self.emoji(caption, style).path.read_bytes())
 
     def write(self, picture: Picture) -> str:
@@ -113,45 +114,53 @@ class Scene:
         return f'<img src="images/chat/{name}" width="{SIZE_PX}" alt="picture">'
 
     def text(self) -> str:
+        """All dialogues so far as Markdown tables."""
         if self.dialogue.turns:
             self.finish_dialogue()
         return "\n\n".join(self._tables)
 
 
 def caption(scene: Scene) -> None:
+    """Describe two emoji, each in a dialogue of its own."""
     for name in ("farmer, dark skin tone", "rocket"):
         scene.ask(DESCRIBE, scene.album.picture(name), settings=WORDS)
         scene.finish_dialogue()
 
 
 def question(scene: Scene) -> None:
+    """Three questions about one emoji, each in a dialogue of its own."""
     for text in ("What skin tone is this?", "Is this a flag?", "What category is this?"):
         scene.ask(scene.album.picture("farmer, dark skin tone"), text, settings=WORDS)
         scene.finish_dialogue()
 
 
 def draw(scene: Scene) -> None:
+    """Draw two emoji from their captions."""
     for name in ("red heart", "waving hand, dark skin tone"):
         scene.ask(DRAW.format(name))
         scene.finish_dialogue()
 
 
 def edit(scene: Scene) -> None:
+    """Change the skin tone of one image."""
     scene.ask(scene.album.picture("raised hand, light skin tone"), "Change the skin tone to dark.")
 
 
 def edit_twice(scene: Scene) -> None:
+    """Change an image, and then the image that the model drew."""
     scene.ask(scene.album.picture("person, light skin tone"), "Change the skin tone to dark.")
     scene.ask("Change the skin tone to medium-light.")
 
 
 def in_context(scene: Scene) -> None:
+    """Continue three series of captioned images; the stage 2 model has seen such pages."""
     scene.draw_next(("woman, light skin tone", "woman, medium skin tone"), "woman, dark skin tone")
     scene.draw_next(("one o’clock", "two o’clock", "three o’clock"), "four o’clock")
     scene.draw_next(("red heart", "orange heart", "yellow heart"), "blue heart")
 
 
 def long_prompt(scene: Scene) -> None:
+    """Draw what no emoji shows, from long captions."""
     for text in (
         "women holding hands, medium and dark skin tone",
         "a woman farmer with medium-dark skin tone beside a red heart, a rocket and a yellow star, under the sun",
@@ -172,6 +181,7 @@ SCENES: dict[str, Callable[[Scene], None]] = {
 
 
 def main() -> int:
+    """Command line: plays every scene with trained exports and writes the page and its images."""
     parser = argparse.ArgumentParser(description="Write the dialogues of docs/chat.md.")
     parser.add_argument("--model", type=Path, default=Path("runs/demo/finetune/result"))
     parser.add_argument("--pages-model", type=Path, default=Path("runs/demo/pretrain/result"))

@@ -101,6 +101,7 @@ def show(comparison: Record, console: Console) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line: prints the comparison, as a table or as JSON."""
     description = (__doc__ or "").split("\n")[0]
     options = parse(CompareOptions, arguments, prog="python -m evaluation.compare", description=description)
     comparison = compare(options.a, options.b, seed=options.seed)

@@ -33,6 +33,7 @@ class BlockA(inception.InceptionA):
     """Mixed_5: four branches, (B, C, 35, 35) -> (B, C', 35, 35)."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Feature maps, same height and width: (B, C, H, W) -> (B, D, H, W)."""
         b5 = self.branch5x5_2(self.branch5x5_1(x))
         b3 = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
         return torch.cat([self.branch1x1(x), b5, b3, self.branch_pool(_pool(x))], 1)
@@ -42,6 +43,7 @@ class BlockC(inception.InceptionC):
     """Mixed_6: 7 x 7 convolutions in halves, (B, 768, 17, 17) -> same."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Feature maps, same height and width: (B, C, H, W) -> (B, D, H, W)."""
         b7 = self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x)))
         double = x
         for number in range(1, 6):
@@ -57,6 +59,7 @@ class BlockE(inception.InceptionE):
         self.is_last = is_last
 
     def forward(self, x: Tensor) -> Tensor:
+        """Feature maps, same height and width: (B, C, H, W) -> (B, 2048, H, W)."""
         b3 = self.branch3x3_1(x)
         double = self.branch3x3dbl_2(self.branch3x3dbl_1(x))
         # UPSTREAM: pytorch-fid inception.py, FIDInceptionE_2: the TensorFlow graph has max pooling here.

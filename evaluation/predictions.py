@@ -53,6 +53,7 @@ class PredictionLog:
         self._file.flush()
 
     def close(self) -> None:
+        """Close the file of this process; lines are already on disk."""
         self._file.close()
 
 

@@ -299,6 +299,7 @@ def _shown(image: Image.Image) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line: writes the report and the results file. Raises UserError when the folder has no results."""
     description = (__doc__ or "").split("\n")[0]
     options = parse(ReportOptions, arguments, prog="python -m evaluation.report", description=description)
     names = sorted(path.parent.name for path in options.output.glob("*/results.json"))

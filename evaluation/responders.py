@@ -81,9 +81,11 @@ class ModelResponder:
         return cls(generator, identity=identity, draw_batch_size=draw_batch_size)
 
     def generate(self, prompts: Sequence[Prompt], decoding: DecodeSettings) -> list[str]:
+        """One reply for every prompt, all in one batch."""
         return [reply.text for reply in self.generator.generate([*map(_loaded, prompts)], decoding)]
 
     def rank(self, prompt: Prompt, candidates: Sequence[str], *, normalise: str) -> np.ndarray:
+        """Log-likelihoods of the candidates, normalised over length as `normalise` says: -> (num_candidates,)."""
         scores = self.generator.rank(_loaded(prompt), candidates, normalise=normalise)  # type: ignore[arg-type]
         return np.asarray(scores)
 
@@ -149,18 +151,22 @@ class OracleResponder:
         return self.benchmark.ideal(self.source[prompt.id])
 
     def generate(self, prompts: Sequence[Prompt], decoding: DecodeSettings) -> list[str]:
+        """The ideal answer to each prompt."""
         return [self._ideal(prompt) for prompt in prompts]
 
     def rank(self, prompt: Prompt, candidates: Sequence[str], *, normalise: str) -> np.ndarray:
+        """The ideal scores, or 0 and -9 for the two answers of a second question: -> (num_candidates,)."""
         second = self.benchmark.second_question(self.source[prompt.id])
         if second is None:
             return np.asarray(self._ideal(prompt), np.float64)
         return np.array([0.0, -9.0]) if second.is_first_right else np.array([-9.0, 0.0])
 
     def draw(self, prompts: Sequence[Prompt], decoding: DecodeSettings) -> list[Image.Image | None]:
+        """The ideal image of each prompt."""
         return [read_image(self._ideal(prompt)) for prompt in prompts]
 
     def reconstruct(self, prompts: Sequence[Prompt], decoding: DecodeSettings) -> list[Image.Image | None]:
+        """The ideal image of each prompt, as for `draw`."""
         return self.draw(prompts, decoding)
 
 
@@ -176,6 +182,7 @@ class ShuffledResponder(OracleResponder):
         self.identity = {"kind": "shuffled", "seed": seed}
 
     def rank(self, prompt: Prompt, candidates: Sequence[str], *, normalise: str) -> np.ndarray:
+        """Random scores that depend on the seed and the prompt's id alone: -> (num_candidates,)."""
         if self.benchmark.kind == "text":
             return super().rank(prompt, candidates, normalise=normalise)
         random = seeds.generator(self.seed, "shuffled-rank", prompt.id)

@@ -270,6 +270,7 @@ def changed(decoding: DecodeSettings, changes: JsonObject) -> DecodeSettings:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line: asks the model and writes predictions with their manifest. Raises UserError for wrong options."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     options = parse(
         RunOptions, arguments, prog="python -m evaluation.run", description=(__doc__ or "").split("\n")[0]

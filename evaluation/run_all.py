@@ -163,6 +163,7 @@ def run_job(job: Job, models: Models, options: RunAllOptions) -> str | None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line: 0 when every job that has data is done, 2 when one failed."""
     own = list(sys.argv[1:] if arguments is None else arguments)
     description = (__doc__ or "").split("\n")[0]
     options = parse(RunAllOptions, own, prog="evaluation/run_all.sh", description=description)

@@ -165,6 +165,9 @@ def per_example_path(results: Path) -> Path:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line: writes results.json and prints the metrics. Raises UserError for another benchmark's
+    predictions.
+    """
     description = (__doc__ or "").split("\n")[0]
     options = parse(ScoreOptions, arguments, prog="python -m evaluation.score", description=description)
     folder = options.predictions if options.predictions.is_dir() else options.predictions.parent

@@ -16,10 +16,10 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 from vlgpt.errors import UserError
-from vlgpt.files import fsync_folder, sha256_file, write_atomic
+from vlgpt.files import JsonObject, fsync_folder, sha256_file, write_atomic
 from vlgpt.log import get_logger
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def write_manifest(folder: Path, rank: int, files: Iterable[Path]) -> None:
     write_atomic(folder / f"rank_{rank}.json", json.dumps(manifest, indent=1).encode())
 
 
-def commit(folder: Path, *, world_size: int, facts: dict[str, Any], patience_s: float = 0.0) -> None:
+def commit(folder: Path, *, world_size: int, facts: JsonObject, patience_s: float = 0.0) -> None:
     """Write the marker; call on rank 0 after a barrier. Raises ValueError when a rank's manifest is missing.
 
     `patience_s`: a network file system may show the files of other nodes a little later.
@@ -143,7 +143,7 @@ def prune(root: Path, *, keep: int) -> None:
 # ----------------------------------------------------------------------------------------------------------- verifying
 
 
-def verify(folder: Path, *, share: tuple[int, int] = (0, 1)) -> dict[str, Any]:
+def verify(folder: Path, *, share: tuple[int, int] = (0, 1)) -> JsonObject:
     """Check every byte the marker vouches for and return the marker. Raises ValueError naming the damage.
 
     `share` = (i, n): only every n-th manifest from the i-th on, so that n processes check n parts at once.
@@ -164,7 +164,7 @@ def verify_file(folder: Path, name: str) -> None:
     _verify_file(folder, records[name])
 
 
-def _read_marker(folder: Path) -> dict[str, Any]:
+def _read_marker(folder: Path) -> JsonObject:
     path = folder / MARKER
     if not path.is_file():
         raise ValueError("not committed (killed while saving)")
@@ -175,7 +175,7 @@ def _read_marker(folder: Path) -> dict[str, Any]:
         raise ValueError(f"marker or manifest is not readable: {error!r}") from error
 
 
-def _read_manifest(folder: Path, marker: dict[str, Any], rank: int) -> list[FileRecord]:
+def _read_manifest(folder: Path, marker: JsonObject, rank: int) -> list[FileRecord]:
     """The records of a rank, whose manifest must have the hash that the marker holds."""
     path = folder / f"rank_{rank}.json"
     if not path.is_file() or sha256_file(path) != marker["manifests"][rank]:
@@ -229,6 +229,6 @@ def newest_trainable(run: Path) -> TrainedWeights:
         except ValueError as damage:
             get_logger("export").warning("checkpoint %s is passed over: %s", tag, damage)
             continue
-        state: dict[str, Any] = json.loads((folder / "state.json").read_text())
+        state: JsonObject = json.loads((folder / "state.json").read_text())
         return TrainedWeights(tag, load_file(folder / name), state.get("frozen", {}))
     raise UserError(f"run {run} has no committed checkpoint: train it first")

@@ -81,13 +81,13 @@ def apply_override(values: dict[str, Any], override: str) -> None:
         raise UserError(f"override {override!r}: {steps[-1]!r} lies inside a plain value")
 
 
-def _position(items: list[Any], step: str, override: str) -> int:
+def _position(items: list[object], step: str, override: str) -> int:
     if not step.isdigit() or int(step) >= len(items):
         raise UserError(f"override {override!r}: {step!r} is no position of a list of {len(items)} items")
     return int(step)
 
 
-def validate(model: type[S], values: Any, *, where: str) -> S:
+def validate(model: type[S], values: object, *, where: str) -> S:
     """Build settings from plain values. Raises UserError: one line that names key, value and valid choices."""
     try:
         return model.model_validate(_relax(values))
@@ -104,7 +104,7 @@ def _relax(values: Any) -> Any:
     return values
 
 
-def _explain(model: type[BaseModel], values: Any, error: ValidationError) -> str:
+def _explain(model: type[BaseModel], values: object, error: ValidationError) -> str:
     problem = error.errors()[0]
     location = problem["loc"]
     key = ".".join(str(step) for step in location)
@@ -120,7 +120,7 @@ def _explain(model: type[BaseModel], values: Any, error: ValidationError) -> str
     return f"key {key!r}: {message}, found {_short(problem['input'])}{more}"
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
@@ -138,7 +138,7 @@ def _field_names(model: type[BaseModel], values: Any, location: Sequence[int | s
     return sorted({name for candidate in _models(current) for name in candidate.model_fields})
 
 
-def _models(annotation: Any) -> typing.Iterator[type[BaseModel]]:
+def _models(annotation: object) -> typing.Iterator[type[BaseModel]]:
     """All settings classes inside an annotation (unions, tuples, Annotated)."""
     if (
         isinstance(annotation, type)

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from vlgpt.files import JsonObject
+
 Role = Literal["plain", "user", "assistant"]
 ROLES: tuple[Role, ...] = get_args(Role)
 TextPlace = Literal[
@@ -86,13 +88,11 @@ class Document:
         """All text, joined by single spaces."""
         return " ".join(part.text for part in self.parts if isinstance(part, TextPart))
 
-    def to_record(self) -> dict[str, Any]:
+    def to_record(self) -> JsonObject:
         """JSON form: `{"id", "source", "parts": [{"text"|"image", "role"?}, ...], "info"?}`."""
-        parts: list[dict[str, Any]] = []
+        parts: list[JsonObject] = []
         for part in self.parts:
-            record: dict[str, Any] = (
-                {"text": part.text} if isinstance(part, TextPart) else {"image": part.index}
-            )
+            record: JsonObject = {"text": part.text} if isinstance(part, TextPart) else {"image": part.index}
             if part.role != "plain":
                 record["role"] = part.role
             parts.append(record)
@@ -131,7 +131,7 @@ def text_places(roles: Sequence[Role]) -> list[TextPlace]:
 
 
 def join(
-    id: str, source: str, pieces: Sequence[Sequence[Part]], info: Mapping[str, Any] | None = None
+    id: str, source: str, pieces: Sequence[Sequence[Part]], info: Mapping[str, object] | None = None
 ) -> Document:
     """Concatenate part lists, with the images renumbered in reading order (few-shot prompts, multi-turn chats)."""
     parts: list[Part] = []

@@ -10,11 +10,13 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol, TypeAlias
 
 from vlgpt.log import get_logger
 
 CHUNK_BYTES = 1 << 20
+JsonObject: TypeAlias = dict[str, Any]
+"""An object of a JSON file, as `json.loads` gives it."""
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
@@ -80,13 +82,15 @@ def fsync_folder(folder: Path) -> None:
 class Digest(Protocol):
     """A hash of `hashlib`."""
 
-    def update(self, data: bytes, /) -> None: ...
+    def update(self, data: bytes, /) -> None:
+        """Add bytes to the hash."""
 
 
 class Readable(Protocol):
     """A file or any stream of bytes."""
 
-    def read(self, size: int, /) -> bytes: ...
+    def read(self, size: int, /) -> bytes:
+        """At most `size` further bytes; none at the end."""
 
 
 def hash_stream(stream: Readable, digest: Digest, *, copy_to: BinaryIO | None = None) -> None:

@@ -28,6 +28,7 @@ from transformers import (
     MaxLengthCriteria,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     ProcessorMixin,
     StoppingCriteriaList,
 )
@@ -107,10 +108,12 @@ class VLGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if getattr(config, "lora", None) is None:
             self.all_tied_weights_keys = self.get_expanded_tied_weights_keys(all_submodels=True)
 
-    def get_input_embeddings(self) -> Any:
+    def get_input_embeddings(self) -> torch.nn.Module:
+        """Token embeddings of the language model, a module (B, L) -> (B, L, D)."""
         return self.lm.backbone.get_input_embeddings()
 
-    def get_output_embeddings(self) -> Any:
+    def get_output_embeddings(self) -> torch.nn.Module:
+        """The head of the language model, a module (B, L, D) -> (B, L, V)."""
         return self.lm.lm_head
 
     @property
@@ -120,6 +123,7 @@ class VLGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     @cached_property
     def tokenizer(self) -> DocumentTokenizer:
+        """The document tokenizer of the export folder, read at the first use."""
         return load_tokenizer(self.folder, self.config.unified())
 
     @cached_property
@@ -163,14 +167,14 @@ class VLGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
+        past_key_values: object = None,
         inputs_embeds: Tensor | None = None,
         visual: Tensor | None = None,
         patches: Tensor | None = None,
         pixel_values: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> CausalLMOutputWithPast:
         """Logits of the next tokens (B, L, vocabulary), and in `hidden_states` what the regression head predicts."""
         if inputs_embeds is None:
@@ -342,7 +346,7 @@ class VLGPTProcessor(ProcessorMixin):
 
     def __init__(
         self,
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
         num_visual: int = 32,
         template: str = "vlgpt",
         is_boundary_target: bool = True,
@@ -365,7 +369,7 @@ class VLGPTProcessor(ProcessorMixin):
         self,
         documents: Document | str | Sequence[Document | str],
         images: Sequence[Image.Image | bytes] = (),
-        **kwargs: Any,
+        **kwargs: object,
     ) -> BatchFeature:
         """Render documents (a string is a plain one) as prompts; `images` in reading order over all of them.
 
@@ -395,7 +399,7 @@ class VLGPTProcessor(ProcessorMixin):
             data["pixel_values"] = torch.stack([square_pixels(image, self.image_size_px) for image in images])
         return BatchFeature(data)
 
-    def decode(self, ids: Any, **kwargs: Any) -> str:
+    def decode(self, ids: object, **kwargs: object) -> str:
         """Text of token ids; image spans are left out."""
         kept: list[int] = []
         is_inside = False
@@ -406,7 +410,8 @@ class VLGPTProcessor(ProcessorMixin):
             is_inside = is_inside and token != self.documents.end_image_id
         return self.documents.decode(kept)
 
-    def batch_decode(self, sequences: Any, **kwargs: Any) -> list[str]:
+    def batch_decode(self, sequences: Any, **kwargs: object) -> list[str]:
+        """Texts of several sequences of ids, each decoded as `decode` does."""
         return [self.decode(ids) for ids in sequences]
 
 

@@ -14,7 +14,8 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal, cast
+from types import ModuleType
+from typing import Literal, cast
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -309,7 +310,7 @@ def _square_fast(image: Image.Image, size_px: int) -> np.ndarray:
 
 
 @cache
-def _opencv() -> Any:
+def _opencv() -> ModuleType | None:
     """The module, limited to the calling thread (its thread pool does not survive a fork), or None."""
     try:
         import cv2

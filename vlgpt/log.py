@@ -37,7 +37,7 @@ def configure(*, rank: int = 0, level: int = logging.INFO) -> None:
 class MetricsSink:
     """Receives the numbers of a run. This one drops them: ranks other than 0 hold it."""
 
-    def write(self, step: int, values: Mapping[str, Any]) -> None:
+    def write(self, step: int, values: Mapping[str, object]) -> None:
         """Take in one record."""
 
     def image(self, step: int, name: str, image: Tensor) -> None:
@@ -65,7 +65,7 @@ class MetricsLog(MetricsSink):
             else:
                 self._writer = SummaryWriter(str(folder / "tensorboard"))
 
-    def write(self, step: int, values: Mapping[str, Any]) -> None:
+    def write(self, step: int, values: Mapping[str, object]) -> None:
         """Append one record; numbers also go to TensorBoard under their own names."""
         record = {"step": step, "time_s": round(time.time(), 3), **values}
         self._file.write(json.dumps(record) + "\n")
@@ -83,6 +83,7 @@ class MetricsLog(MetricsSink):
             self._writer.add_image(name, image, step)
 
     def close(self) -> None:
+        """Close the metrics file and everything that mirrors it."""
         self._file.close()
         for mirror in self._mirrors:
             mirror.close()
@@ -109,12 +110,13 @@ class WandbMirror(MetricsSink):
             project=project, name=name, id=identity, resume="allow", dir=str(run_dir), config=dict(config)
         )
 
-    def write(self, step: int, values: Mapping[str, Any]) -> None:
+    def write(self, step: int, values: Mapping[str, object]) -> None:
         """Send the numbers of one record."""
         numbers = {key: value for key, value in values.items() if isinstance(value, (int, float))}
         self._run.log({**numbers, "step": step})
 
     def close(self) -> None:
+        """Mark the run at Weights & Biases as finished, after its uploads."""
         self._run.finish()
 
 

@@ -342,6 +342,6 @@ class _Cutter:
         return last[:size]
 
 
-def _num_equal(a: Sequence[Any], b: Sequence[Any]) -> int:
+def _num_equal(a: Sequence[object], b: Sequence[object]) -> int:
     """How many entries agree from the start."""
     return next((n for n, (left, right) in enumerate(zip(a, b)) if left != right), min(len(a), len(b)))

@@ -25,6 +25,7 @@ class LlavaSource(JsonSource):
     wanted: ClassVar = {"turns": ("conversations",)}
 
     def make(self, raw: RawRecord) -> Record:
+        """A dialogue and the COCO images that it names. Raises BadRecord when turns or images do not fit."""
         value = mapping(raw.value)
         names = image_names(value)
         parts = dialogue_parts(value.get("conversations"), num_images=len(names))

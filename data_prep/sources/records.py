@@ -375,7 +375,7 @@ class TableRows(Concatenation[RawRecord]):
 
     def column(self, name: str) -> list[Any]:
         """One whole column over all files: for columns of small values only."""
-        values: list[Any] = []
+        values: list[object] = []
         for file in self.files:
             for batch in table_batches(file.path, (name,)):
                 values += batch[name].to_pylist()

@@ -35,6 +35,9 @@ class SvitSource(JsonSource):
         return super()._open(inputs, kind=kind, count=count or num_dialogues)
 
     def make(self, raw: RawRecord) -> Record:
+        """One dialogue about one Visual Genome image, from either format. Raises BadRecord when its turns do not
+        fit.
+        """
         value = mapping(raw.value)
         if is_original(value):
             dialogue = value["conversations"][raw.part]

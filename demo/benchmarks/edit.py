@@ -36,6 +36,7 @@ class EmojiEdit(PictureAnswers):
     TASKS: ClassVar[tuple[tuple[str, str], ...]] = (("tone", "unseen"), ("gender", "target"))
 
     def examples(self, data: Path) -> Sequence[Example]:
+        """Edit chats of every family with the target image as truth, from the family's split."""
         result = []
         for family, split in self.TASKS:
             for item in chats(data, split, kind="edit", family=family, limit=self.limit):
@@ -47,6 +48,7 @@ class EmojiEdit(PictureAnswers):
         return result
 
     def score(self, examples: Sequence[Example], predictions: Predictions, data: Path) -> Scores:
+        """Share of edits that a probe recognises by family, beside its accuracy on the unedited images."""
         judge = self.load_judge()
         metrics: dict[str, dict[str, float]] = {}
         per_example: dict[str, float] = {}

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 
@@ -44,6 +44,7 @@ class PictureAnswers(EmojiBenchmark):
     primary: ClassVar[str]
 
     def ideal(self, example: Example) -> bytes:
+        """The real image itself, as encoded bytes."""
         return example.truth
 
     def load_judge(self) -> Judge:
@@ -61,7 +62,7 @@ class PictureAnswers(EmojiBenchmark):
                 result[row] = judge.squares([Path(path).read_bytes()])[0]
         return result
 
-    def notes(self, predictions: Predictions) -> dict[str, Any]:
+    def notes(self, predictions: Predictions) -> dict[str, object]:
         """Who judged, and how many images are missing."""
         missing = sum(not prediction["image"] for prediction in predictions.values())
         return {"judge": dict(self.load_judge().identity), "num_without_picture": missing}
@@ -113,6 +114,7 @@ class EmojiReconstruction(PictureAnswers):
         return replace(super().decoding, use=self.conditions)
 
     def examples(self, data: Path) -> Sequence[Example]:
+        """Images of described emoji, unseen ones first; the prompt is the image alone."""
         result = []
         for split in ("unseen", "seen") if self.conditions == "both" else ("unseen",):
             for item in chats(data, split, kind="describe", limit=self.limit):
@@ -122,6 +124,7 @@ class EmojiReconstruction(PictureAnswers):
         return result
 
     def score(self, examples: Sequence[Example], predictions: Predictions, data: Path) -> Scores:
+        """Pixel error against the real image, and CLIP similarity above that of mismatched pairs, by split."""
         judge, mean = self.load_judge(), mean_picture(data, self.judge)
         suffix = SUFFIX[self.conditions]
         metrics: dict[str, dict[str, float]] = {}
@@ -160,6 +163,7 @@ class EmojiDraw(PictureAnswers):
     image_seeds: int = 1
 
     def examples(self, data: Path) -> Sequence[Example]:
+        """Drawing chats of every split, each repeated with `image_seeds` seeds."""
         result = []
         for split in SPLITS:
             for item in chats(data, split, kind="draw", limit=self.limit):
@@ -171,6 +175,7 @@ class EmojiDraw(PictureAnswers):
         return result
 
     def score(self, examples: Sequence[Example], predictions: Predictions, data: Path) -> Scores:
+        """Recall of the right image among candidates by CLIP similarity, and pixel errors, by split."""
         judge = self.load_judge()
         metrics: dict[str, dict[str, float]] = {}
         per_example: dict[str, float] = {}

@@ -40,9 +40,11 @@ class WordAnswers(EmojiBenchmark):
     """Replies are compared as lower-case text without a final full stop."""
 
     def ideal(self, example: Example) -> str:
+        """The true words as a sentence."""
         return f"{example.truth}."
 
     def clean(self, text: str) -> str:
+        """The reply in lower case, without a final full stop and repeated spaces."""
         return " ".join(text.split()).rstrip(". ").lower()
 
 
@@ -57,6 +59,7 @@ class EmojiCaption(WordAnswers):
     limit: int = 440
 
     def examples(self, data: Path) -> Sequence[Example]:
+        """Description chats of every split, with the lower-case caption as truth."""
         return [
             Example(
                 item.document.id,
@@ -69,6 +72,7 @@ class EmojiCaption(WordAnswers):
         ]
 
     def score(self, examples: Sequence[Example], predictions: Predictions, data: Path) -> Scores:
+        """Word F1 and CIDEr by split, beside the score of shuffled captions."""
         answers = self.answers(predictions)
         metrics: dict[str, dict[str, float]] = {}
         per_example: dict[str, float] = {}
@@ -102,6 +106,7 @@ class EmojiVqa(WordAnswers):
     limit: int = 250
 
     def examples(self, data: Path) -> Sequence[Example]:
+        """Question chats of every family, with the lower-case answer as truth."""
         return [
             Example(
                 item.document.id,
@@ -121,6 +126,7 @@ class EmojiVqa(WordAnswers):
         ]
 
     def score(self, examples: Sequence[Example], predictions: Predictions, data: Path) -> Scores:
+        """Exact-match accuracy by family and split, beside the best constant answer."""
         answers = self.answers(predictions)
         per_example = {e.id: float(answers[e.id] == e.truth) for e in examples}
         groups: dict[str, list[Example]] = defaultdict(list)
@@ -166,6 +172,7 @@ class EmojiLabelPages(WordAnswers):
         return tuple(k for k in SHOTS if k <= self.max_shots and (k > 0 or not self.has_random_labels))
 
     def examples(self, data: Path) -> Sequence[Example]:
+        """Queries after 0 to k labelled images, with the label of the last image as truth."""
         pools = _pictures_by_word(load(data / "pairs-train"))
         result = []
         for item, attribute in _queries(subset(load(data / "pairs-seen"), self.limit)):
@@ -209,6 +216,7 @@ class EmojiLabelPages(WordAnswers):
         return Example(id, Prompt(document, images, id), query.info["labels"][attribute], info)
 
     def score(self, examples: Sequence[Example], predictions: Predictions, data: Path) -> Scores:
+        """Exact-match accuracy by number of shots, and the gain of two shots over none."""
         answers = self.answers(predictions)
         right = {e.id: float(answers[e.id] == e.truth) for e in examples}
         metrics: dict[str, dict[str, float]] = {}
@@ -225,6 +233,7 @@ class EmojiLabelPages(WordAnswers):
         return Scores(metrics, {id: value for id, value in right.items() if id.startswith("k2/")})
 
     def clean(self, text: str) -> str:
+        """The first sentence of a continuation, since a page goes on after its label."""
         return super().clean(text.split(".")[0])
 
 

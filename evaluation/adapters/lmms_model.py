@@ -99,6 +99,7 @@ class VlGptLmms(lmms):
         return results
 
     def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[str]:
+        """Raises NotImplementedError: multi-round tasks are not supported."""
         raise NotImplementedError("vlgpt answers single rounds; multi-round tasks are not supported")
 
 

@@ -94,6 +94,7 @@ def register(name: str, **settings: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line: registers the model, then runs VLMEvalKit's run.py with what follows `--`."""
     own = list(sys.argv[1:] if arguments is None else arguments)
     at = own.index("--") if "--" in own else len(own)
     options = parse(

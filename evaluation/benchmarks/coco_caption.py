@@ -44,6 +44,7 @@ class CocoCaption(Benchmark):
     java_metrics: bool = False
 
     def examples(self, data: Path) -> Sequence[Example]:
+        """Every image of the split with its human captions, five as a rule, as truth."""
         found = []
         for image in load_coco(data, split=self.split):
             id, references = str(image.image_id), [text for _, text in image.captions]
@@ -52,9 +53,11 @@ class CocoCaption(Benchmark):
         return found
 
     def pool(self, data: Path) -> Sequence[Example]:
+        """Training images: train2014 for an official split, Karpathy's train split otherwise."""
         return replace(self, split="train2014" if self.split.endswith("2014") else "train").examples(data)
 
     def demonstration(self, example: Example, *, has_image: bool = True) -> tuple[Part, ...]:
+        """The image with the first of its human captions."""
         return self.template.parts("demonstration", has_image=has_image, caption=example.truth[0])
 
     def ideal(self, example: Example) -> str:
@@ -63,9 +66,11 @@ class CocoCaption(Benchmark):
         return (whole or example.truth)[0].strip()
 
     def clean(self, text: str) -> str:
+        """The caption without what the model wrote after it, by the rule `cut`."""
         return cut_caption(text, self.cut)
 
     def score(self, examples: Sequence[Example], predictions: Predictions, data: Path) -> Scores:
+        """CIDEr, BLEU and ROUGE_L times 100, beside the scores of other images' captions."""
         references = {example.id: example.truth for example in examples}
         captions = self.answers(predictions)
         scores = score_captions(captions, references, tokenizer=self.tokenizer)

@@ -51,7 +51,8 @@ class Extractor(Protocol):
 
     identity: dict[str, str]
 
-    def images(self, images: Iterable[Image.Image]) -> np.ndarray: ...
+    def images(self, images: Iterable[Image.Image]) -> np.ndarray:
+        """Features of images, in their order: -> (N, D)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +80,7 @@ class CocoGeneration(Benchmark):
     clip: str = ""
 
     def examples(self, data: Path) -> Sequence[Example]:
+        """`num_samples` random images, each with one random caption; the sample depends on `sample_seed` alone."""
         images = load_coco(data, split=self.split)
         random = seeds.generator(self.sample_seed, self.name)
         found = []
@@ -91,6 +93,7 @@ class CocoGeneration(Benchmark):
         return found
 
     def ideal(self, example: Example) -> ImageLike:
+        """The real image, as a path."""
         return example.truth
 
     def extra_files(self, examples: Sequence[Example]) -> dict[str, str]:
@@ -99,6 +102,7 @@ class CocoGeneration(Benchmark):
         return {"prompts.jsonl": "".join(lines)}
 
     def score(self, examples: Sequence[Example], predictions: Predictions, data: Path) -> Scores:
+        """FID and KID by extractor, and CLIP score. Raises UserError when no extractor and no CLIP is given."""
         extractors = self._extractors()
         if not (extractors or self.clip):
             raise UserError(

@@ -27,6 +27,7 @@ class EasyVqa(ShortAnswers):
     split: str = "test"
 
     def examples(self, data: Path) -> Sequence[Example]:
+        """Questions of the split, in the package's order."""
         folder = _folder(data) / self.split
         found = []
         for number, (question, answer, image) in enumerate(read_json(folder / "questions.json")):
@@ -38,6 +39,7 @@ class EasyVqa(ShortAnswers):
         return found
 
     def score(self, examples: Sequence[Example], predictions: Predictions, data: Path) -> Scores:
+        """Accuracy in percent, beside that of the most frequent answer."""
         scores = super().score(examples, predictions, data)
         ((_, most),) = Counter(example.truth for example in examples).most_common(1)
         scores.metrics["majority_answer"] = metric(100 * most / len(examples), len(examples))

@@ -38,6 +38,7 @@ class Gqa(ShortAnswers):
     normalise: Normalise = "llava"
 
     def examples(self, data: Path) -> Sequence[Example]:
+        """Questions of the split in file order; `test` splits have no truth."""
         folder = find_folder(data, "gqa/images", "images", "gqa/allImages/images")
         names = (f"gqa/{self.split}_questions.json", f"gqa/questions/{self.split}_questions.json")
         found = []
@@ -51,9 +52,13 @@ class Gqa(ShortAnswers):
         return found
 
     def ideal(self, example: Example) -> str:
+        """The short answer of the question's record."""
         return example.truth["answer"]
 
     def score(self, examples: Sequence[Example], predictions: Predictions, data: Path) -> Scores:
+        """Accuracy in percent of balanced questions, with the official validity scores where the choices file
+        exists.
+        """
         self.require_truths(examples)
         questions = {example.id: example.truth for example in examples}
         names = (f"gqa/{self.split}_choices.json", f"gqa/eval/{self.split}_choices.json")

@@ -51,6 +51,7 @@ class MagicBrush(Benchmark):
     clip: str = ""
 
     def examples(self, data: Path) -> Sequence[Example]:
+        """Every turn of every session, ordered by image and turn; source and target are the files' image bytes."""
         found = []
         records = self._records(data)
         for record in sorted(records, key=lambda record: (str(record["img_id"]), record["turn_index"])):
@@ -75,9 +76,11 @@ class MagicBrush(Benchmark):
         ]
 
     def ideal(self, example: Example) -> ImageLike:
+        """The target image of the turn, as encoded bytes."""
         return example.truth
 
     def score(self, examples: Sequence[Example], predictions: Predictions, data: Path) -> Scores:
+        """CLIP-I, CLIP-T and L1 of the drawn images, beside those of wrong pairs or of the unedited image."""
         n, clip = len(examples), load_clip(self.clip)
         target = clip.images(read_image(example.truth) for example in examples)
         source = clip.images(read_image(example.prompt.images[0]) for example in examples)

@@ -33,6 +33,7 @@ class Reconstruction(Benchmark):
     def _images(self, data: Path) -> Sequence[CaptionedImage]: ...
 
     def examples(self, data: Path) -> Sequence[Example]:
+        """The images of the split; each is prompt and truth."""
         found = []
         for image in self._images(data):
             id = str(image.image_id)
@@ -41,9 +42,11 @@ class Reconstruction(Benchmark):
         return found
 
     def ideal(self, example: Example) -> ImageLike:
+        """The original image, as a path."""
         return example.truth
 
     def score(self, examples: Sequence[Example], predictions: Predictions, data: Path) -> Scores:
+        """100 x CLIP cosine of original and drawn image, beside that of mismatched pairs."""
         clip = load_clip(self.clip)
         original = clip.images(read_image(example.truth) for example in examples)
         drawn = clip.images(drawn_image(predictions[example.id]) for example in examples)

@@ -51,6 +51,7 @@ class VisDial(Benchmark):
     normalise: str = "sum"
 
     def examples(self, data: Path) -> Sequence[Example]:
+        """One example per scored round, in file order. Raises UserError when no round has dense annotations."""
         content = read_json(find_file(data, f"visdial/visdial_1.0_{self.split}.json"))["data"]
         dense = self._dense(data)
         folder = find_folder(data, f"visdial/VisualDialog_{self.split}2018", f"VisualDialog_{self.split}2018")
@@ -98,6 +99,7 @@ class VisDial(Benchmark):
                 parts += self.template.parts("demonstration", question=question, answer=answer)
 
     def candidates(self, example: Example) -> Sequence[str]:
+        """The 100 answer options of the round, in the template's form."""
         return [self.template.candidate(option) for option in example.info["options"]]
 
     def ideal(self, example: Example) -> np.ndarray:
@@ -108,6 +110,7 @@ class VisDial(Benchmark):
         return scores
 
     def score(self, examples: Sequence[Example], predictions: Predictions, data: Path) -> Scores:
+        """NDCG times 100, with `rounds=all` also MRR and recall. Raises UserError for a wrong number of scores."""
         for example in examples:
             found, wanted = len(predictions[example.id].get("scores", ())), len(example.info["options"])
             if found != wanted:
@@ -133,6 +136,7 @@ class VisDial(Benchmark):
         return Scores(metrics, per_example, notes={"normalise": self.normalise, "rounds": self.rounds})
 
     def from_submission(self, records: Iterable[Record]) -> list[Prediction]:
+        """Scores from an official file of ranks: a better rank gets a higher score."""
         return [
             {"id": f"{r['image_id']}-{r['round_id']}", "scores": [-float(rank) for rank in r["ranks"]]}
             for r in records

@@ -48,6 +48,7 @@ class VizWiz(VqaBenchmark):
     second_prompt: str = "none"
 
     def examples(self, data: Path) -> Sequence[Example]:
+        """Questions of the split in file order; the test split has no truth."""
         split = self.split
         names = (f"vizwiz/{split}.json", f"vizwiz/annotations/{split}.json", f"annotations/{split}.json")
         folder = find_folder(data, f"vizwiz/{split}", f"vizwiz/images/{split}", f"images/{split}", split)
@@ -66,6 +67,9 @@ class VizWiz(VqaBenchmark):
         return None if self.second_prompt == "none" else replace(self, prompt=self.second_prompt).template
 
     def second_question(self, example: Example) -> SecondQuestion | None:
+        """Whether the question can be answered, by the likelihood of yes and no; None when `second_prompt` is
+        "none".
+        """
         template = self.second_template
         if template is None:
             return None
@@ -78,6 +82,9 @@ class VizWiz(VqaBenchmark):
         return SecondQuestion(prompt, candidates, "answerable", is_known)
 
     def answers(self, predictions: Predictions) -> dict[str, str]:
+        """Cleaned answers by id, "unanswerable" where the second question says so. Raises UserError when it was not
+        asked.
+        """
         answers = super().answers(predictions)
         if self.second_prompt == "none":
             return answers

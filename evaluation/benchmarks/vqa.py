@@ -56,12 +56,15 @@ class ShortAnswers(Benchmark):
     cut: Style = "emu"
 
     def clean(self, text: str) -> str:
+        """The answer without what the model wrote after it, by the rule `cut`."""
         return cut_answer(text, self.cut)
 
     def ideal(self, example: Example) -> str:
+        """The truth itself, a short text."""
         return example.truth
 
     def demonstration(self, example: Example, *, has_image: bool = True) -> tuple[Part, ...]:
+        """The image and the question with the right answer."""
         question, answer = example.info["question"], self.ideal(example)
         return self.template.parts("demonstration", has_image=has_image, question=question, answer=answer)
 
@@ -73,6 +76,7 @@ class ShortAnswers(Benchmark):
             )
 
     def score(self, examples: Sequence[Example], predictions: Predictions, data: Path) -> Scores:
+        """Exact-match accuracy in percent, beside that of answers to other questions."""
         self.require_truths(examples)
         answers = self.answers(predictions)
         per_example = {e.id: 100.0 * (answers[e.id] == e.truth) for e in examples}
@@ -115,6 +119,7 @@ class VqaBenchmark(ShortAnswers):
         return question_scorer(mode=self.mode, stem=self.stem)
 
     def score(self, examples: Sequence[Example], predictions: Predictions, data: Path) -> Scores:
+        """VQA accuracy in percent (Antol et al. 2015): the mean over questions, each with ten human answers."""
         self.require_truths(examples)
         answers = self.answers(predictions)
         scored = [self.scorer(example.truth) for example in examples]
@@ -167,9 +172,11 @@ class Vqav2(VqaBenchmark):
     split: str = "val2014"
 
     def examples(self, data: Path) -> Sequence[Example]:
+        """Questions of the split with their ten human answers, in file order."""
         return self._read(data, has_prompts=True)
 
     def truths(self, data: Path) -> Sequence[Example]:
+        """The same examples without prompts: half a million of them would take seconds and gigabytes."""
         return self._read(data, has_prompts=False)
 
     def _read(self, data: Path, *, has_prompts: bool) -> Sequence[Example]:
@@ -242,6 +249,7 @@ class Okvqa(Vqav2):
     stem: Stem = "porter"
 
     def score(self, examples: Sequence[Example], predictions: Predictions, data: Path) -> Scores:
+        """VQA accuracy with stemmed answers, and `accuracy_unstemmed` beside it."""
         scores = super().score(examples, predictions, data)
         answers = self.answers(predictions)
         plain = vqa_accuracy([answers[e.id] for e in examples], [e.truth for e in examples])

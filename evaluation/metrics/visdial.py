@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -105,7 +104,7 @@ def ndcg_scores(scores: ArrayLike, relevance: ArrayLike) -> NdcgScores:
     return NdcgScores(mean, len(per_round), num_undefined, per_round.tolist())
 
 
-def submission_record(image_id: int, round_id: int, scores: Sequence[float]) -> dict[str, Any]:
+def submission_record(image_id: int, round_id: int, scores: Sequence[float]) -> dict[str, object]:
     """One entry of the challenge's file. `round_id` counts from 1. Raises ValueError where it does not."""
     if round_id < 1:
         raise ValueError(f"round_id is {round_id}; the challenge counts rounds from 1")

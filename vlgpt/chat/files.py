@@ -56,7 +56,7 @@ class DialogueRecord(_Strict):
     turns: list[TurnRecord]
 
 
-def to_files(dialogue: Dialogue, *, info: dict[str, Any] | None = None) -> dict[str, bytes]:
+def to_files(dialogue: Dialogue, *, info: dict[str, object] | None = None) -> dict[str, bytes]:
     """File name -> bytes."""
     files: dict[str, bytes] = {}
     embeddings = {}
@@ -105,7 +105,7 @@ def from_files(read: Callable[[str], bytes]) -> Dialogue:
     return Dialogue(tuple(turns))
 
 
-def save(dialogue: Dialogue, folder: Path, *, info: dict[str, Any] | None = None) -> None:
+def save(dialogue: Dialogue, folder: Path, *, info: dict[str, object] | None = None) -> None:
     """Write the dialogue into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, data in to_files(dialogue, info=info).items():
@@ -125,7 +125,7 @@ def load(path: Path) -> Dialogue:
     return from_files(read)
 
 
-def to_zip(dialogue: Dialogue, *, info: dict[str, Any] | None = None) -> bytes:
+def to_zip(dialogue: Dialogue, *, info: dict[str, object] | None = None) -> bytes:
     """The dialogue as one zip file, equal for equal dialogues."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:

@@ -12,7 +12,7 @@ import queue
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import gradio as gr
 from starlette.middleware import Middleware
@@ -52,7 +52,7 @@ footer {display: none !important}
 """
 BUSY: dict[str, Any] = {"submit_btn": False, "stop_btn": True}
 IDLE: dict[str, Any] = {"submit_btn": True, "stop_btn": False}
-EMPTY: dict[str, Any] = {"text": "", "files": []}
+EMPTY: dict[str, object] = {"text": "", "files": []}
 
 
 class ChatPage:
@@ -65,14 +65,14 @@ class ChatPage:
 
     # ---------------------------------------------------------------------------------------------------- what is shown
 
-    def shown(self, dialogue: Dialogue) -> list[dict[str, Any]]:
+    def shown(self, dialogue: Dialogue) -> list[dict[str, object]]:
         """The dialogue as messages of a Chatbot, one per turn."""
         return [
             {"role": turn.speaker, "content": [self._shown_item(item) for item in turn.content] or [""]}
             for turn in dialogue.turns
         ]
 
-    def _shown_item(self, item: Content) -> str | dict[str, Any]:
+    def _shown_item(self, item: Content) -> str | dict[str, object]:
         if isinstance(item, str):
             return escaped(item)
         return {"path": str(self._file_of(item)), "alt_text": "picture"}
@@ -86,7 +86,7 @@ class ChatPage:
             path.write_bytes(png_bytes(image))
         return path
 
-    def exported(self, dialogue: Dialogue) -> dict[str, Any]:
+    def exported(self, dialogue: Dialogue) -> dict[str, object]:
         """The download button for a dialogue."""
         if not dialogue.turns:
             return gr.update(value=None, interactive=False)
@@ -99,8 +99,8 @@ class ChatPage:
     # ----------------------------------------------------------------------------------------------------- what happens
 
     def say(
-        self, message: dict[str, Any], dialogue: Dialogue, *controls: Any
-    ) -> Iterator[tuple[Any, Dialogue, Any]]:
+        self, message: dict[str, Any], dialogue: Dialogue, *controls: object
+    ) -> Iterator[tuple[object, Dialogue, object]]:
         """A new message: -> (Chatbot, dialogue, text box), again and again while the reply grows."""
         paths = message.get("files") or []
         if not paths and not message["text"].strip():
@@ -119,8 +119,8 @@ class ChatPage:
             yield shown, state, gr.update(value=EMPTY, **BUSY)
 
     def retry(
-        self, dialogue: Dialogue, seed: float, event: gr.RetryData, *controls: Any
-    ) -> Iterator[tuple[Any, Dialogue, Any, int]]:
+        self, dialogue: Dialogue, seed: float, event: gr.RetryData, *controls: object
+    ) -> Iterator[tuple[object, Dialogue, object, int]]:
         """Another reply, with the next seed: -> (Chatbot, dialogue, text box, seed)."""
         number = _turn_number(event.index) // 2 * 2
         seed = int(seed) + 1
@@ -130,8 +130,8 @@ class ChatPage:
             yield shown, state, gr.update(**BUSY), seed
 
     def edit(
-        self, dialogue: Dialogue, event: gr.EditData, *controls: Any
-    ) -> Iterator[tuple[Any, Dialogue, Any]]:
+        self, dialogue: Dialogue, event: gr.EditData, *controls: object
+    ) -> Iterator[tuple[object, Dialogue, object]]:
         """A user turn said differently; what came after it is gone: -> (Chatbot, dialogue, text box)."""
         text, before = (html.unescape(str(value)) for value in (event.value, event.previous_value))
         try:
@@ -143,14 +143,14 @@ class ChatPage:
         for shown, state in self._reply(asked, controls):
             yield shown, state, gr.update(**BUSY)
 
-    def undo(self, dialogue: Dialogue, event: gr.UndoData) -> tuple[Any, Dialogue, Any]:
+    def undo(self, dialogue: Dialogue, event: gr.UndoData) -> tuple[object, Dialogue, object]:
         """Take back a user turn and all after it; its text returns to the box."""
         number = _turn_number(event.index) // 2 * 2
         text = dialogue.turns[number].text if number < len(dialogue.turns) else ""
         kept = dialogue.up_to(number)
         return self.shown(kept), kept, {"text": text, "files": []}
 
-    def load(self, path: str, dialogue: Dialogue) -> tuple[Any, Dialogue]:
+    def load(self, path: str, dialogue: Dialogue) -> tuple[object, Dialogue]:
         """Go on with an exported dialogue."""
         try:
             found = files.from_zip(Path(path).read_bytes())
@@ -159,7 +159,7 @@ class ChatPage:
             return gr.skip(), dialogue
         return self.shown(found), found
 
-    def _reply(self, asked: Dialogue, controls: Sequence[Any]) -> Iterator[tuple[Any, Dialogue]]:
+    def _reply(self, asked: Dialogue, controls: Sequence[Any]) -> Iterator[tuple[object, Dialogue]]:
         """The dialogue with the reply as far as it has come; a reply that is stopped stays as it is."""
         events: queue.Queue[Event] = queue.Queue()
         yield self.shown(asked), asked
@@ -265,7 +265,7 @@ class ChatPage:
             self._connect(state, chatbot, box, controls, new=new, load=load, export=export)
         return blocks
 
-    def _controls(self) -> list[Any]:
+    def _controls(self) -> list[gr.components.Component]:
         """In the order of `_settings`, from the seed on."""
         most = self.max_new_tokens
         with gr.Accordion("Settings", open=False, elem_id="settings"):
@@ -284,7 +284,15 @@ class ChatPage:
         return [seed, temperature, top_p, length, max_images, visual, decoder]
 
     def _connect(
-        self, state: Any, chatbot: Any, box: Any, controls: list[Any], *, new: Any, load: Any, export: Any
+        self,
+        state: gr.State,
+        chatbot: gr.Chatbot,
+        box: gr.MultimodalTextbox,
+        controls: Sequence[gr.components.Component],
+        *,
+        new: gr.Button,
+        load: gr.UploadButton,
+        export: gr.DownloadButton,
     ) -> None:
         hidden: Any = {"api_visibility": "private", "show_progress": "hidden"}
         replying = [chatbot, state, box]
@@ -323,7 +331,7 @@ def _settled(dialogue: Dialogue) -> Dialogue:
 
 def _turn_number(index: int | tuple[int, int] | list[int]) -> int:
     """Chatbots tell the message, and for some of its parts the place inside."""
-    return int(index if isinstance(index, (int, float)) else cast(Any, index)[0])
+    return int(index if isinstance(index, (int, float)) else index[0])
 
 
 def refuse_addresses(component: Any) -> None:

@@ -56,7 +56,7 @@ class Buffers:
                 "lower data.prefetch_batches or micro_batch"
             ) from error
 
-    def put(self, number: int, value: Any) -> Any:
+    def put(self, number: int, value: object) -> Any:
         """Copy the tensors of a (nested) dataclass into a buffer: -> the same with what `take` needs in their place.
 
         Raises ValueError when they do not fit.
@@ -74,7 +74,7 @@ class Buffers:
 
         return _map(value, Tensor, store)
 
-    def take(self, value: Any, *, pin_memory: bool) -> Any:
+    def take(self, value: object, *, pin_memory: bool) -> Any:
         """Copy what `put` stored into tensors of their own, in pinned memory if CUDA is to fetch them from there.
 
         Pinned memory is torch's, which gives a block again once it is free and the copies from it are done.

@@ -302,7 +302,7 @@ class Loader:
                 f"go on from there (of the next {SLOTS} samples some may come twice or not at all)"
             )
 
-    def statistics(self) -> dict[str, Any]:
+    def statistics(self) -> dict[str, object]:
         """Counts of this rank since the loader was made, time waited for data, planning time per window."""
         skipped = {source.name: source.shards.skipped for source in self.sources if source.shards.skipped}
         return {**self._tally.statistics(), "skipped": skipped, **self._waits.statistics()}

@@ -44,13 +44,17 @@ class SlotPlan(Protocol):
 
     num_windows: int | None
 
-    def num_slots(self, window: int) -> int: ...
+    def num_slots(self, window: int) -> int:
+        """Slots of a window: SLOTS, fewer only at the end of a finite pass."""
 
-    def slots(self, window: int, redrawn: Redrawn = ()) -> Slots: ...
+    def slots(self, window: int, redrawn: Redrawn = ()) -> Slots:
+        """All slots of a window; `redrawn` counts the earlier draws by source that replaced rejected ones."""
 
-    def redraw(self, window: int, source: np.ndarray, *, redrawn: Redrawn, attempt: int) -> Slots | None: ...
+    def redraw(self, window: int, source: np.ndarray, *, redrawn: Redrawn, attempt: int) -> Slots | None:
+        """One new draw for every rejected slot of these sources, (n,) -> Slots of n; None when they stay empty."""
 
-    def epoch(self, window: int, redrawn: Redrawn = ()) -> int: ...
+    def epoch(self, window: int, redrawn: Redrawn = ()) -> int:
+        """Complete passes over the data before a window."""
 
 
 class Purpose:
@@ -276,6 +280,7 @@ class Mixture:
         return before
 
     def num_slots(self, window: int) -> int:
+        """SLOTS in every window, since the stream is endless."""
         return SLOTS
 
     def slots(self, window: int, redrawn: Redrawn = ()) -> Slots:
@@ -323,9 +328,11 @@ class OnePass:
         self.num_windows: int | None = -(-self.num_samples // SLOTS)
 
     def num_slots(self, window: int) -> int:
+        """SLOTS, fewer in the last window."""
         return min(SLOTS, self.num_samples - window * SLOTS)
 
     def slots(self, window: int, redrawn: Redrawn = ()) -> Slots:
+        """The samples of a window, in the order of the data sets."""
         places = np.arange(window * SLOTS, window * SLOTS + self.num_slots(window))
         position = np.searchsorted(self._starts, places, side="right") - 1
         key = slot_keys(self.seed, window, SLOTS)[: len(places)]
@@ -335,4 +342,5 @@ class OnePass:
         """Nothing takes the place of a sample."""
 
     def epoch(self, window: int, redrawn: Redrawn = ()) -> int:
+        """0 until all windows are read, then 1."""
         return int(window >= (self.num_windows or 0))

@@ -7,7 +7,7 @@ from base64 import b64encode
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import numpy as np
 
@@ -206,6 +206,6 @@ def feature_dtype(sources: Sequence[OpenSource], name: str) -> np.dtype:
     return np.dtype(np.float16 if stored == {"float16"} else np.float32)
 
 
-def _meaning(spec: FeatureSpec) -> dict[str, Any]:
+def _meaning(spec: FeatureSpec) -> dict[str, object]:
     """What must agree between sources; storage type and number of views may differ."""
     return {key: value for key, value in spec.model_dump().items() if key not in ("dtype", "views")}

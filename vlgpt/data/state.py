@@ -9,6 +9,7 @@ from vlgpt.data.mixture import SLOTS
 from vlgpt.data.sources import OpenSource, SourceState
 from vlgpt.data.stream import Position
 from vlgpt.errors import UserError
+from vlgpt.files import JsonObject
 from vlgpt.log import get_logger
 from vlgpt.settings import DataSettings
 
@@ -25,14 +26,14 @@ class LoaderState(TypedDict):
     schema: int
     kind: str
     seed: int
-    position: dict[str, Any]
+    position: JsonObject
     total_windows: int | None
     tokenizer: str
-    plan: dict[str, Any]
+    plan: JsonObject
     sources: dict[str, SourceState]
 
 
-def plan_settings(settings: DataSettings, *, kind: str) -> dict[str, Any]:
+def plan_settings(settings: DataSettings, *, kind: str) -> JsonObject:
     """Every setting that decides which sample is at a position, as flat JSON."""
     names = PLAN_SETTINGS if kind == "packed" else ("mixing", "temperature", "shuffle_shards")
     source_names = SOURCE_PLAN_SETTINGS if kind == "packed" else ("weight", "ramp")
@@ -56,7 +57,7 @@ def make_state(
 ) -> LoaderState:
     """The state at a position. Without packing the position is one sample count."""
     redrawn = {source.name: number for source, number in zip(sources, position.redrawn) if number}
-    where: dict[str, Any] = {"sample": position.window * SLOTS + position.row}
+    where: JsonObject = {"sample": position.window * SLOTS + position.row}
     if kind == "packed":
         where = {"epoch": epoch, "window": position.window, "row": position.row, "redrawn": redrawn}
     return {
@@ -114,7 +115,7 @@ def position_of(state: Mapping[str, Any], sources: Sequence[OpenSource]) -> Posi
     """Raises UserError when the position is not made of non-negative whole numbers."""
     is_packed = state["kind"] == "packed"
     wanted = ("window", "row") if is_packed else ("sample",)
-    where: dict[str, Any] = state["position"] if isinstance(state["position"], dict) else {}
+    where: JsonObject = state["position"] if isinstance(state["position"], dict) else {}
     numbers = [where.get(name, -1) for name in wanted]
     redrawn: Any = where.get("redrawn") if is_packed and state["schema"] == SCHEMA else {}
     counts = redrawn.values() if isinstance(redrawn, dict) else [-1]

@@ -99,9 +99,11 @@ class Delivery:
 class Guard(Protocol):
     """Told before a sample is touched; says which samples killed a worker before."""
 
-    def enter(self, place: Place) -> None: ...
+    def enter(self, place: Place) -> None:
+        """Mark this sample as being read, so that the trainer knows it when it kills the worker."""
 
-    def is_poisoned(self, place: Place) -> bool: ...
+    def is_poisoned(self, place: Place) -> bool:
+        """Whether reading this sample killed a worker before, so that it must be left out."""
 
 
 class Maker(ABC):
@@ -298,16 +300,20 @@ class RowMaker(Maker):
         return self.packer.window(position.window, position.redrawn)
 
     def num_rows(self, position: Position) -> int:
+        """Packed sequences of the window at `position`. Raises UserError when a source gives hardly any."""
         return self.window(position).num_rows
 
     def next_window(self, position: Position) -> Position:
+        """First row of the next window, with the redraws so far counted."""
         return Position(position.window + 1, 0, self.window(position).redrawn)
 
     def places(self, row: Position) -> list[Place]:
+        """Samples that are packed into a row, in sequence order."""
         window = self.window(row)
         return [_place(window.slots, slot) for slot in window.row(row.row)]
 
     def describe(self, rows: Sequence[Position | None], report: Report) -> None:
+        """Add positions and, once for each window, its rejected documents to the report."""
         report.num_positions = len(rows) * self.sequence_length
         # The rank and worker that has the first row of a window reports its rejections: each is counted once.
         for row in rows:
@@ -315,6 +321,9 @@ class RowMaker(Maker):
                 report.rejected.update(self.window(row).rejected)
 
     def collate(self, rows: Loaded, *, with_images: bool) -> Batch:
+        """A padded batch of the rows, (B, sequence_length) tokens; without images only what targets are counted
+        from.
+        """
         shape = {"sequence_length": self.sequence_length, "num_visual": self.loader.num_visual}
         if not with_images:
             return collate_texts(rows, **shape)
@@ -350,21 +359,26 @@ class ConditionMaker(Maker):
         return slots
 
     def num_rows(self, position: Position) -> int:
+        """Samples of the window at `position`: one row holds one sample."""
         return self.plan.num_slots(position.window)
 
     def next_window(self, position: Position) -> Position:
+        """First row of the next window; image stages redraw nothing."""
         return Position(position.window + 1)
 
     def places(self, row: Position) -> list[Place]:
+        """The one sample of a row."""
         return [_place(self._slots(row.window), row.row)]
 
     def describe(self, rows: Sequence[Position | None], report: Report) -> None:
         """Nothing: every slot is a row, none is padded or rejected."""
 
     def collate(self, rows: Loaded, *, with_images: bool) -> ConditionBatch:
+        """A batch of one condition per row, its absent rows marked invalid; without images the arrays are left out."""
         shapes = self._shapes if with_images else {}
         return collate_conditions([row[0] if row else None for row in rows], shapes=shapes)
 
     def max_bytes(self, num_rows: int) -> int:
+        """Upper bound of the memory of a batch, in bytes."""
         arrays = sum(math.prod(shape) * dtype.itemsize for shape, dtype in self._shapes.values())
         return num_rows * (SAMPLE_BYTES + arrays)

@@ -8,7 +8,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from vlgpt.data.stream import Report, SkippedSample
 from vlgpt.log import get_logger
@@ -107,10 +106,10 @@ class Tally:
             result.setdefault(self._names[source], {})[reason] = count
         return result
 
-    def statistics(self) -> dict[str, Any]:
+    def statistics(self) -> dict[str, object]:
         """The counts and shares of this rank so far."""
         num_good, num_tokens = sum(self.good.values()), sum(self.tokens.values())
-        result: dict[str, Any] = {
+        result: dict[str, object] = {
             "samples": {name: self.good[s] for s, name in enumerate(self._names)},
             "mixture": {name: self.good[s] / max(num_good, 1) for s, name in enumerate(self._names)},
             "bad": self.by_source(self.bad),
@@ -131,6 +130,7 @@ class Waits:
         self._wait_s = self._started_s = self._warned_s = self._warned_wait_s = 0.0
 
     def restart(self) -> None:
+        """Start the clock again and forget the waits so far."""
         self._started_s = self._warned_s = time.monotonic()
         self._wait_s = self._warned_wait_s = 0.0
 
@@ -157,6 +157,7 @@ class Waits:
         self._warned_s, self._warned_wait_s = now_s, self._wait_s
 
     def statistics(self) -> dict[str, float]:
+        """`data_wait_s`, seconds waited, and `data_wait_share`, their share of the time since the start."""
         elapsed_s = time.monotonic() - self._started_s if self._started_s else 0.0
         share = self._wait_s / elapsed_s if elapsed_s else 0.0
         return {"data_wait_s": self._wait_s, "data_wait_share": share}

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vlgpt.errors import UserError
+from vlgpt.files import JsonObject
 from vlgpt.models.weights import WEIGHTS_FILE, shape_problems, weight_files
 from vlgpt.registry import dotted_name
 
@@ -33,7 +34,7 @@ class Component(nn.Module):
 
     is_mapped = False
     runtime_arguments: tuple[str, ...] = ()
-    arguments: dict[str, Any]
+    arguments: JsonObject
 
     def __new__(cls, **given: Any) -> Self:
         # `__new__` sees what the constructor gets, so that no subclass has to repeat its parameters for `save`.
@@ -94,7 +95,7 @@ def empty_parameters() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def read_arguments(folder: Path, wanted: str) -> dict[str, Any]:
+def read_arguments(folder: Path, wanted: str) -> JsonObject:
     """Arguments of the saved component. Raises UserError when the folder does not hold a `wanted` (`class_name`)."""
     path = folder / CONFIG_FILE
     if not path.is_file():

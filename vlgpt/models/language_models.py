@@ -193,7 +193,7 @@ class _States(SimpleNamespace):
     def __getattr__(self, name: str) -> None:
         return None
 
-    def __getitem__(self, place: int | slice) -> Any:
+    def __getitem__(self, place: int | slice) -> object:
         return (self.last_hidden_state,)[place]
 
 

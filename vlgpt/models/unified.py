@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vlgpt.errors import UserError
+from vlgpt.files import JsonObject
 from vlgpt.models.component import empty_parameters, load_weights
 from vlgpt.models.image_detokenizer import ImageDetokenizer
 from vlgpt.models.image_tokenizer import ImageTokenizer
@@ -29,10 +30,10 @@ class UnifiedConfig:
     """Everything needed to build a `UnifiedModel` without weights; JSON only."""
 
     # The transformers configuration of the language model, with its model_type.
-    text_config: dict[str, Any]
+    text_config: JsonObject
     # Arguments of ImageTokenizer and ImageDetokenizer.
-    image_tokenizer: dict[str, Any]
-    image_detokenizer: dict[str, Any]
+    image_tokenizer: JsonObject
+    image_detokenizer: JsonObject
     num_tokens: int
     template: str
     # Of text, see DocumentTokenizer. Exports without it are older than the rendering `saved`.
@@ -40,14 +41,14 @@ class UnifiedConfig:
     head: str = "linear"
     is_boundary_target: bool = True
     # Arguments of LoraSettings, and `tokens`, when the adapter is kept apart.
-    lora: dict[str, Any] | None = None
+    lora: JsonObject | None = None
     # EncoderSettings; its path is relative to the export, or a name.
-    image_encoder: dict[str, Any] | None = None
+    image_encoder: JsonObject | None = None
     # {"kind": ..., "path": ...}
-    picture_decoder: dict[str, Any] | None = None
+    picture_decoder: JsonObject | None = None
     base_hashes: dict[str, str] = field(default_factory=dict)
 
-    def to_record(self) -> dict[str, Any]:
+    def to_record(self) -> JsonObject:
         """What config.json holds; fields that are None are left out."""
         record = {k: v for k, v in vars(self).items() if v is not None}
         kind = {"model_type": MODEL_TYPE, "architectures": ["VLGPTForConditionalGeneration"]}

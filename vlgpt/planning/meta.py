@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vlgpt import settings as s
 from vlgpt.errors import UserError
+from vlgpt.files import JsonObject
 from vlgpt.models.component import CONFIG_FILE
 from vlgpt.models.conditions import IpAdapterImageConditioner, image_encoder_of, is_sdxl_pipeline, read_parts
 from vlgpt.models.encoders import OpenClipEncoder, PixelEncoder, TransformersClipEncoder
@@ -284,16 +285,16 @@ def _measured(module: nn.Module, run: Callable[[], Tensor]) -> Tower:
 
 
 @cache
-def published() -> dict[str, dict[str, Any]]:
+def published() -> dict[str, JsonObject]:
     """Configurations as published with the weights, so that no network is needed.
 
     Keys are the last part of the name, lower case, without "-hf", and the subfolder of a part.
     """
-    found: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("shapes.json").read_text("utf-8"))
+    found: dict[str, JsonObject] = json.loads(Path(__file__).with_name("shapes.json").read_text("utf-8"))
     return found
 
 
-def read_export(path: str) -> dict[str, Any] | None:
+def read_export(path: str) -> JsonObject | None:
     """config.json of an export of vlgpt, or None when the folder is none."""
     file = Path(path) / CONFIG_FILE
     record = json.loads(file.read_text()) if file.is_file() else {}

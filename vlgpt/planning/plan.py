@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
 from vlgpt import settings as s
 from vlgpt.errors import UserError
+from vlgpt.files import JsonObject
 from vlgpt.planning.costs import Work, blocks_of
 from vlgpt.planning.memory import FRAGMENTATION, RESERVE_BYTES, ZEROS, Zero, logits_bytes, state_bytes
 from vlgpt.planning.meta import PlannedStage, image_parts_of, planned_stage
@@ -35,7 +35,7 @@ def make_plan(
     nodes: int = 1,
     peak_tflops: float | None = None,
     mfu: float = 0.4,
-) -> dict[str, Any]:
+) -> JsonObject:
     """The plan of a run on `nodes` x `gpus` devices. Raises UserError for unknown shapes and senseless numbers."""
     if gpus < 1 or nodes < 1 or not 0 < mfu <= 1:
         raise UserError(f"--gpus {gpus}, --nodes {nodes}: at least 1 each; --mfu {mfu}: above 0, at most 1")
@@ -131,7 +131,7 @@ def layout(
     world: int,
     gpu_memory: int,
     has_checkpointing: bool,
-) -> dict[str, Any]:
+) -> JsonObject:
     """The largest micro-batch that fits under one ZeRO setting and divides the global batch; 0 when none does."""
     number = planned.number_bytes
     states = sum(state_bytes(planned.parameters, zero, num_gpus=world, number_bytes=number).values())
@@ -156,11 +156,11 @@ def layout(
     return {**facts, **best, "accumulation": accumulation, "fits": best["micro_batch"] > 0}
 
 
-def _ranked(layouts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _ranked(layouts: list[JsonObject]) -> list[JsonObject]:
     """Those that fit, best first: a micro-batch up to 8, then no gathering or offload, then no recomputation."""
     order = ["zero2", "zero1", "zero3", "zero2_offload"]
 
-    def rank(found: dict[str, Any]) -> tuple[int, int, bool]:
+    def rank(found: JsonObject) -> tuple[int, int, bool]:
         place = order.index(found["ds_config"].removeprefix("ds_configs/").removesuffix(".json"))
         return -min(found["micro_batch"], 8), place, found["has_checkpointing"]
 

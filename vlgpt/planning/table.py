@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from vlgpt.files import JsonObject
 
 GIB = 1 << 30
 
 
-def to_text(plan: dict[str, Any]) -> str:
+def to_text(plan: JsonObject) -> str:
     """Several small tables; widths fit a terminal of 100 columns."""
     hardware, schedule, flops = plan["hardware"], plan["schedule"], plan["flops"]
     num_gpus = hardware["nodes"] * hardware["gpus_per_node"]
@@ -36,7 +36,7 @@ def to_text(plan: dict[str, Any]) -> str:
     return "\n".join([*lines, "", "Assumed:", *(f"- {text}" for text in plan["assumptions"])])
 
 
-def _advice(plan: dict[str, Any]) -> str:
+def _advice(plan: JsonObject) -> str:
     """Why this layout, in words."""
     best = plan["recommended"]
     if best is None:
@@ -59,7 +59,7 @@ def _advice(plan: dict[str, Any]) -> str:
     )
 
 
-def _alternatives(plan: dict[str, Any], best: dict[str, Any]) -> str:
+def _alternatives(plan: JsonObject, best: JsonObject) -> str:
     """Why neither the other checkpointing nor ZeRO-3."""
     words = ""
     for found in plan["layouts"]:

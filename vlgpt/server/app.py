@@ -20,11 +20,12 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from vlgpt.chat.batching import Batcher, QueueFull, ShuttingDown
-from vlgpt.chat.dialogue import MAX_PIXELS
-from vlgpt.chat.reply import Drawn, Event, Failed, Finished, Notice, TextPiece
+from vlgpt.chat.dialogue import MAX_PIXELS, Dialogue
+from vlgpt.chat.reply import Drawn, Event, Failed, Finished, Notice, ReplySettings, TextPiece
 from vlgpt.chat.reply import Request as ReplyRequest
 from vlgpt.decoding.generator import Generator
 from vlgpt.errors import UserError
+from vlgpt.files import JsonObject
 from vlgpt.server import protocol
 from vlgpt.server.metrics import Metrics
 
@@ -54,6 +55,7 @@ class HTTPFailure(Exception):
         self.status, self.message, self.code, self.headers = status, message, code, headers
 
     def response(self) -> JSONResponse:
+        """JSON error in OpenAI's form, with the status and the headers of this failure."""
         kind = "invalid_request_error" if self.status < 500 else "server_error"
         record = protocol.error_record(self.message, kind=kind, code=self.code)
         return JSONResponse(record, status_code=self.status, headers=dict(self.headers or {}))
@@ -115,7 +117,7 @@ class ChatServer:
             raise HTTPFailure(503, str(closed), "unavailable", {"Retry-After": "30"}) from closed
         return asked, pending
 
-    def _read(self, body: bytes) -> tuple[protocol.ChatRequest, Any, Any]:
+    def _read(self, body: bytes) -> tuple[protocol.ChatRequest, Dialogue, ReplySettings]:
         limits = self.limits
         try:
             asked = protocol.read_request(body)
@@ -190,7 +192,7 @@ class ChatServer:
             is_whole = isinstance(last, (Failed, Finished))
             self._count(last if is_whole and last else Failed("cancelled", ""), pending)
 
-    def _chunk(self, name: str, delta: dict[str, Any], *, finish_reason: str | None = None) -> bytes:
+    def _chunk(self, name: str, delta: JsonObject, *, finish_reason: str | None = None) -> bytes:
         return _event(protocol.chunk(name, self.model_name, delta, finish_reason=finish_reason))
 
     def _count(self, event: Event, pending: Pending) -> None:
@@ -214,6 +216,7 @@ class Pending:
         self._queue: asyncio.Queue[Event] = asyncio.Queue()
 
     def emit(self, event: Event) -> None:
+        """Pass an event from the decoding thread to the request's event loop; a closed loop drops it."""
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
             self._loop.call_soon_threadsafe(self._queue.put_nowait, event)
 
@@ -247,7 +250,7 @@ class Pending:
                 yield None
 
 
-def _event(record: dict[str, Any]) -> bytes:
+def _event(record: JsonObject) -> bytes:
     return b"data: " + json.dumps(record, ensure_ascii=False).encode() + b"\n\n"
 
 

@@ -48,8 +48,10 @@ class Metrics:
         Gauge(name, about, registry=self.registry).set_function(value)
 
     def observe_batch(self, size: int, seconds: float) -> None:
+        """Count one decoded batch: `size` requests in `seconds`."""
         self.batch_size.observe(size)
         self.batch_seconds.observe(seconds)
 
     def text(self) -> bytes:
+        """All metrics in Prometheus' text format, as UTF-8."""
         return generate_latest(self.registry)

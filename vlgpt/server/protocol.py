@@ -19,6 +19,7 @@ from vlgpt.chat.dialogue import Content, Dialogue, Picture, Speaker, Turn
 from vlgpt.chat.reply import Finished, ReplySettings
 from vlgpt.decoding.api import DecodeSettings
 from vlgpt.errors import UserError
+from vlgpt.files import JsonObject
 
 DATA_URL = re.compile(r"data:image/(?:png|jpeg|jpg|webp|gif|bmp|tiff);base64,", re.ASCII)
 FINISH_REASONS = {"end": "stop", "stop": "stop", "length": "length"}
@@ -195,7 +196,7 @@ def _read_picture(url: str, where: str, max_pixels: int) -> Picture:
     return Picture.read(data, name=where, max_pixels=max_pixels)
 
 
-def picture_part(picture: Picture, **more: Any) -> dict[str, Any]:
+def picture_part(picture: Picture, **more: Any) -> JsonObject:
     """An image of a reply as a content part."""
     url = "data:image/png;base64," + base64.b64encode(picture.data).decode()
     return {"type": "image_url", **more, "image_url": {"url": url}}
@@ -207,7 +208,7 @@ def usage(finished: Finished) -> dict[str, int]:
     return {"prompt_tokens": prompt, "completion_tokens": reply, "total_tokens": prompt + reply}
 
 
-def completion(name: str, model: str, finished: Finished, notices: Sequence[str]) -> dict[str, Any]:
+def completion(name: str, model: str, finished: Finished, notices: Sequence[str]) -> JsonObject:
     """The reply to a request that does not stream."""
     turn = finished.turn
     parts = [
@@ -232,9 +233,7 @@ def completion(name: str, model: str, finished: Finished, notices: Sequence[str]
     }
 
 
-def chunk(
-    name: str, model: str, delta: dict[str, Any], *, finish_reason: str | None = None
-) -> dict[str, Any]:
+def chunk(name: str, model: str, delta: JsonObject, *, finish_reason: str | None = None) -> JsonObject:
     """One piece of a streamed reply."""
     choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
     return {
@@ -246,6 +245,6 @@ def chunk(
     }
 
 
-def error_record(message: str, *, kind: str, code: str) -> dict[str, Any]:
+def error_record(message: str, *, kind: str, code: str) -> JsonObject:
     """OpenAI's form of an error."""
     return {"error": {"message": message, "type": kind, "param": None, "code": code}}

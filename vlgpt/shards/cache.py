@@ -32,9 +32,11 @@ class LocalFolder:
         self._folder, self.where = folder, str(folder)
 
     def path(self, name: str) -> Path:
+        """Path of a file of the data set, whether it exists or not."""
         return self._folder / name
 
     def read(self, name: str) -> bytes:
+        """Content of a small file. Raises FileNotFoundError when it is missing."""
         return self.path(name).read_bytes()
 
     def expect(self, sha256: Mapping[str, str]) -> None:

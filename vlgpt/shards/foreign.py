@@ -55,10 +55,12 @@ class ForeignFolder:
             get_logger(__name__).warning("%s: left out of the index: %s", self.where, self.skipped)
 
     def path(self, name: str) -> Path:
+        """Path of a shard's tar, which may lie outside the data set's folder, or of any other file in it."""
         stem, _, suffix = name.rpartition(".")
         return self._tars[stem] if suffix == "tar" and stem in self._tars else Path(self.where) / name
 
     def index_path(self, shard: int) -> Path:
+        """Path of the index that was written for a shard, by shard number."""
         return self._index_path(self._tars[self.records[shard].name])
 
     def _index_path(self, tar: Path) -> Path:

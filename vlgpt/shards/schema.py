@@ -53,7 +53,8 @@ class TextTokenizer(Protocol):
     @property
     def fingerprint(self) -> str: ...
 
-    def encode_text(self, text: str, place: TextPlace) -> list[int]: ...
+    def encode_text(self, text: str, place: TextPlace) -> list[int]:
+        """Token ids of a text, which depend on where the text stands in the document."""
 
 
 @dataclass(frozen=True)

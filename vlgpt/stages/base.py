@@ -74,9 +74,11 @@ class Stage(nn.Module, ABC):
         return self
 
     def frozen_hashes(self) -> dict[str, str]:
+        """Hash of the weights of each frozen module, by name; training must not change them."""
         return {name: hash_weights(module) for name, module in self.frozen_modules().items()}
 
     def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names and parameters that the optimizer changes, in the module's order."""
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
                 yield name, parameter

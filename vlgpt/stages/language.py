@@ -77,18 +77,22 @@ class LanguageStage(Stage):
 
     @classmethod
     def from_settings(cls, run: RunSettings, *, num_sources: int) -> LanguageStage:
+        """The stage with language model, tokenizers and encoder loaded. Raises UserError when one does not fit."""
         assert isinstance(run.stage, LanguageStageSettings)
         stage = build_language_stage(run.stage, num_sources=num_sources, dtype=dtype_of(run))
         stage.run = run
         return stage
 
     def settle(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Choose the attention kernel of the language model for this device and precision."""
         self.model.lm.settle_attention(device, dtype)
 
     def check(self) -> None:
+        """Raise UserError when a token can see another document of its row, or later tokens."""
         self.model.lm.check_isolation()
 
     def frozen_modules(self) -> dict[str, nn.Module]:
+        """The image tokenizer, the detokenizer and the encoder, as far as the stage has them."""
         parts: dict[str, nn.Module | None] = {
             "image_tokenizer": self.model.image_tokenizer,
             "image_detokenizer": self.model.image_detokenizer,
@@ -127,6 +131,7 @@ class LanguageStage(Stage):
         return visual
 
     def count_targets(self, batch: Batch) -> dict[str, float]:
+        """`text` tokens and `visual` embeddings that have a loss in this batch."""
         return {name: float(count) for name, count in count_targets(batch).items()}
 
     def forward(self, batch: Batch) -> dict[str, LossTerm]:

@@ -53,10 +53,12 @@ class ImageTokenizerStage(Stage):
 
     @classmethod
     def from_settings(cls, run: RunSettings, *, num_sources: int) -> ImageTokenizerStage:
+        """The stage with encoder and diffusion conditions loaded. Raises UserError when a part does not fit."""
         assert isinstance(run.stage, TokenizerStageSettings)
         return build_image_tokenizer_stage(run.stage, num_sources=num_sources)
 
     def frozen_modules(self) -> dict[str, torch.nn.Module]:
+        """The image encoder and the conditioner, as far as the stage has them."""
         parts = {"encoder": self.encoder, "conditioner": self.conditioner}
         return {name: module for name, module in parts.items() if module is not None}
 
@@ -81,6 +83,7 @@ class ImageTokenizerStage(Stage):
         return image, text
 
     def count_targets(self, batch: ConditionBatch) -> dict[str, float]:
+        """Valid images, and those of them with a text condition."""
         valid, with_text = batch.is_valid, batch.is_valid & batch.has_text
         return {"image": float(valid.sum()), "text": float(with_text.sum())}
 
@@ -141,6 +144,7 @@ class ImageTokenizerStage(Stage):
         self.tokenizer.standardiser.set_statistics(all_sum(moments))
 
     def save(self, folder: Path) -> None:
+        """Write tokenizer and detokenizer as two components, `image_tokenizer` and `image_detokenizer`."""
         self.tokenizer.save(folder / "image_tokenizer")
         self.detokenizer.save(folder / "image_detokenizer")
 

@@ -20,7 +20,7 @@ from vlgpt.errors import UserError
 POLL_S = 0.1
 
 
-def join_ranks(facts: Mapping[str, Any], *, timeout_s: float) -> tuple[Store, int, int]:
+def join_ranks(facts: Mapping[str, object], *, timeout_s: float) -> tuple[Store, int, int]:
     """Meet the other processes at MASTER_ADDR:MASTER_PORT and compare `facts`: -> store, rank, world size.
 
     A rank that finds a contradiction tells the others at once; only late processes are waited for, `timeout_s`. Raises

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from vlgpt import seeds
 from vlgpt.commits import TRAINABLE_FILE
 from vlgpt.errors import UserError
+from vlgpt.files import JsonObject
 from vlgpt.log import get_logger
 from vlgpt.train import together
 from vlgpt.train.engine import Engine, convert_to_universal
@@ -33,8 +34,8 @@ class Resumed:
     """Where a run goes on: after `step`, with the loader's state."""
 
     step: int
-    data: dict[str, Any]
-    facts: dict[str, Any]
+    data: JsonObject
+    facts: JsonObject
     tag: str
     is_elastic: bool = False  # written by another number of processes
 
@@ -47,8 +48,8 @@ def save(
     root: Path,
     *,
     step: int,
-    data: Mapping[str, Any],
-    facts: Mapping[str, Any],
+    data: Mapping[str, object],
+    facts: Mapping[str, object],
     keep: int,
     observers: Observer = NO_OBSERVER,
 ) -> Path:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vlgpt.errors import UserError
+from vlgpt.files import JsonObject
 from vlgpt.settings import RunSettings
 
 # What a JSON may hold beside what the run's YAML decides. DeepSpeed itself silently ignores misspelt keys.
@@ -36,7 +37,7 @@ ELSEWHERE = {
 
 def merge_config(
     settings: RunSettings, ds_config: Mapping[str, Any], *, world_size: int, source: str
-) -> dict[str, Any]:
+) -> JsonObject:
     """DeepSpeed's configuration: the run's facts and the JSON's ZeRO settings.
 
     Raises UserError when the JSON sets a fact of the run to another value, naming both.
@@ -45,7 +46,7 @@ def merge_config(
         accumulation = settings.accumulation(world_size)
     except ValueError as error:
         raise UserError(str(error)) from error
-    facts: dict[str, Any] = {
+    facts: JsonObject = {
         "train_batch_size": settings.global_batch,
         "train_micro_batch_size_per_gpu": settings.micro_batch,
         "gradient_accumulation_steps": accumulation,
@@ -70,13 +71,13 @@ def merge_config(
     return merged
 
 
-def read_config(path: str | Path) -> dict[str, Any]:
+def read_config(path: str | Path) -> JsonObject:
     """Read a DeepSpeed JSON. Raises UserError for bad JSON, FileNotFoundError when it is missing."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"DeepSpeed configuration {path} does not exist (see ds_configs/)")
     try:
-        config: dict[str, Any] = json.loads(path.read_text())
+        config: JsonObject = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error
     return config
@@ -116,7 +117,7 @@ def lint_zero(merged: Mapping[str, Any], known: Iterable[str], *, source: str) -
     _refuse_unknown(merged.get("zero_optimization", {}), known, f"{source}: zero_optimization")
 
 
-def _refuse_unknown(found: Mapping[str, Any], known: Iterable[str], where: str) -> None:
+def _refuse_unknown(found: Mapping[str, object], known: Iterable[str], where: str) -> None:
     known = sorted(known)
     for key in found:
         if key not in known:

@@ -38,7 +38,7 @@ class StepResult:
     is_skipped: bool
 
 
-def start_process_group(*, timeout_s: float, facts: Mapping[str, Any] | None = None) -> None:
+def start_process_group(*, timeout_s: float, facts: Mapping[str, object] | None = None) -> None:
     """Join the processes of the launcher (environment variables), or start a group of one.
 
     `facts` must be equal on all ranks. Raises UserError at once when they differ, or a rank is wrong or taken twice.
@@ -80,7 +80,7 @@ def _skip_shared_memory_extension() -> None:
 class Engine:
     """A stage under DeepSpeed. All methods but the properties are collective: every rank calls them."""
 
-    def __init__(self, stage: Stage, settings: RunSettings, ds_config: Mapping[str, Any]):
+    def __init__(self, stage: Stage, settings: RunSettings, ds_config: Mapping[str, object]):
         import deepspeed
         from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
@@ -147,11 +147,12 @@ class Engine:
         return values
 
     def all_max(self, values: Tensor) -> Tensor:
+        """Elementwise maximum over all ranks, on the engine's device (collective)."""
         values = values.to(self.device)
         dist.all_reduce(values, op=dist.ReduceOp.MAX)
         return values
 
-    def forward(self, batch: Any) -> dict[str, LossTerm]:
+    def forward(self, batch: object) -> dict[str, LossTerm]:
         """Losses of one micro-batch, as sums."""
         return self._engine(batch)
 
@@ -165,6 +166,7 @@ class Engine:
             self._engine.step()
 
     def set_learning_rate(self, lr: float) -> None:
+        """Set the learning rate of all parameter groups for the next update."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
 
@@ -175,6 +177,7 @@ class Engine:
         return StepResult(float("nan") if norm is None else float(norm), is_skipped)
 
     def train(self, mode: bool = True) -> None:
+        """Switch between training and evaluation mode; frozen parts stay in evaluation mode."""
         self._engine.train(mode)
 
     @contextlib.contextmanager
@@ -286,6 +289,7 @@ class Engine:
         return state
 
     def barrier(self) -> None:
+        """Wait until every rank is here (collective)."""
         dist.barrier()
 
     def gather_objects(self, value: T) -> list[T]:
@@ -317,7 +321,7 @@ def failures_kept(engine: Any) -> Iterator[list[str]]:
     failures: list[str] = []
     writer, write = engine.checkpoint_engine, engine.checkpoint_engine.save
 
-    def save(state_dict: Any, path: str) -> None:
+    def save(state_dict: object, path: str) -> None:
         try:
             write(state_dict, path)
         except (OSError, RuntimeError) as error:  # torch's zip writer raises RuntimeError on a full disk

@@ -134,7 +134,7 @@ def part_of(name: str) -> str:
     return name.removeprefix("model.").removeprefix("lm.").split(".")[0]
 
 
-def record_run(settings: RunSettings, merged: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+def record_run(settings: RunSettings, merged: Mapping[str, object], facts: Mapping[str, object]) -> None:
     """Save the resolved configuration, the merged DeepSpeed one and versions before step 1; say what changed since."""
     folder = settings.run_dir
     folder.mkdir(parents=True, exist_ok=True)

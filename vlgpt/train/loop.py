@@ -36,12 +36,23 @@ class TrainingLoader(Protocol):
     source_names: tuple[str, ...]
 
     def __iter__(self) -> Iterator[Any]: ...
-    def targets(self, num_batches: int) -> list[Mapping[str, float]]: ...
-    def advance(self, num_micro_batches: int) -> None: ...
-    def state_dict(self) -> Mapping[str, Any]: ...
-    def statistics(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
-    def close(self) -> None: ...
+    def targets(self, num_batches: int) -> list[Mapping[str, float]]:
+        """Number of targets by term, for each of the next micro-batches."""
+
+    def advance(self, num_micro_batches: int) -> None:
+        """Count micro-batches as trained, so that a resume starts behind them."""
+
+    def state_dict(self) -> Mapping[str, object]:
+        """Position in the data and the settings that it depends on, JSON-ready."""
+
+    def statistics(self) -> dict[str, object]:
+        """What was read so far: samples by source, bad and rejected ones by reason, waits."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue at a stored position. Raises UserError when the data or its settings changed."""
+
+    def close(self) -> None:
+        """End the workers and free their buffers."""
 
 
 Validate = Callable[[int, Callable[[], None]], dict[str, float]]
@@ -75,7 +86,7 @@ class Run:
     settings: RunSettings
     engine: Engine
     loader: TrainingLoader
-    facts: dict[str, Any]
+    facts: Mapping[str, object]
     log: MetricsSink = field(default_factory=MetricsSink)
     observers: Observer = field(default_factory=Observer)
     # validate(step, on_batch) -> numbers, collective; None when nothing is to be measured
@@ -195,7 +206,7 @@ def note_losses(state: RunState, losses: dict[str, Tensor]) -> None:
         state.sums[name] = state.sums[name] + value if name in state.sums else value
 
 
-def after_skip(run: Run, state: RunState, result: StepResult, contents: Iterable[Any]) -> None:
+def after_skip(run: Run, state: RunState, result: StepResult, contents: Iterable[Content]) -> None:
     """Count a non-finite step (skipped on all ranks alike), name its documents, stop after too many in a row."""
     if not result.is_skipped:
         state.num_skipped_in_row = 0
@@ -216,7 +227,7 @@ def after_skip(run: Run, state: RunState, result: StepResult, contents: Iterable
 
 
 def roll_back_after_spike(
-    run: Run, state: RunState, losses: dict[str, Tensor], contents: Iterable[Any]
+    run: Run, state: RunState, losses: dict[str, Tensor], contents: Iterable[Content]
 ) -> bool:
     """Log a loss far above its moving mean; if asked for, load the newest commit and skip the data since then."""
     assert state.spikes is not None
@@ -266,7 +277,7 @@ def check_replicas(run: Run, step: int) -> None:
         )
 
 
-def _documents(content: Any) -> Iterator[str]:
+def _documents(content: Content) -> Iterator[str]:
     for item in content.documents:
         yield from (item,) if isinstance(item, str) else item
 
@@ -275,7 +286,7 @@ def write_log(run: Run, state: RunState, progress: Progress, result: StepResult,
     """One record for programs, one line for people: losses per term and source, speed, waits."""
     sums = {name: run.engine.all_sum(state.sums[name].clone()) for name in sorted(state.sums)}
     state.sums.clear()
-    values: dict[str, Any] = {}
+    values: dict[str, object] = {}
     for name, (totals, counts) in sums.items():
         values[f"loss/{name}"] = _ratio(float(totals.sum()), float(counts.sum()))
         if len(run.loader.source_names) > 1:

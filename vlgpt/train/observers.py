@@ -69,6 +69,7 @@ class Observers(Observer):
         self._all = tuple(observers)
 
     def before_step(self, step: int) -> None:
+        """Passes the call to every observer in order, like all methods of this class."""
         for observer in self._all:
             observer.before_step(step)
 
@@ -85,6 +86,7 @@ class Observers(Observer):
             observer.heartbeat(step)
 
     def tensors(self, *, is_kept: bool) -> dict[str, dict[str, Tensor]]:
+        """Files of all observers together; their names must differ."""
         found: dict[str, dict[str, Tensor]] = {}
         for observer in self._all:
             found |= observer.tensors(is_kept=is_kept)
@@ -124,12 +126,15 @@ class Watchdog(Observer):
         self._thread.start()
 
     def heartbeat(self, step: int) -> None:
+        """The process is alive: the time limit starts again."""
         self._last_s, self._step = time.monotonic(), step
 
     def after_step(self, step: int) -> None:
+        """The step counts as a sign of life."""
         self.heartbeat(step)
 
     def before_result(self) -> None:
+        """Stop watching before the result is written."""
         # Statistics over data and the export may take longer than a step may.
         self.close()
 
@@ -180,6 +185,7 @@ class ProfileWindow(Observer):
         self._profiler: torch.profiler.profile | None = None
 
     def before_step(self, step: int) -> None:
+        """Start the profiler at the first step of the window."""
         if self.settings.num_steps and step == self.settings.start_step:
             activities = [torch.profiler.ProfilerActivity.CPU]
             if torch.cuda.is_available():
@@ -190,6 +196,7 @@ class ProfileWindow(Observer):
             self._profiler.start()
 
     def after_step(self, step: int) -> None:
+        """Stop after the last step of the window and write a Chrome trace for each rank."""
         if self._profiler is None or step < self.settings.start_step + self.settings.num_steps - 1:
             return
         self._profiler.stop()
@@ -208,6 +215,7 @@ class Uploader(Observer):
         self._thread: threading.Thread | None = None
 
     def after_commit(self, folder: Path) -> None:
+        """Start the upload of a commit in a thread, after the previous one has ended."""
         self.close()
         self._thread = threading.Thread(target=self._run, args=(folder,), name="upload")
         self._thread.start()
@@ -256,6 +264,7 @@ class MovingAverage(Observer):
 
     @torch.no_grad()
     def after_update(self, step: int) -> None:
+        """Move the averages towards the fp32 weights; the decay grows with the step, up to its setting."""
         rate = min(self.decay, (1 + step) / (10 + step))
         for average, master in zip(self._averages, self.engine.masters()):
             average.lerp_(master, 1 - rate)
@@ -266,6 +275,7 @@ class MovingAverage(Observer):
             return self.engine.trainable_state(is_kept=is_kept)
 
     def tensors(self, *, is_kept: bool) -> dict[str, dict[str, Tensor]]:
+        """The averaged weights as one file of the commit (collective)."""
         return {AVERAGE_FILE: self.state(is_kept=is_kept)}
 
     def resume(self, folder: Path, trained: Mapping[str, Tensor]) -> None:

@@ -122,6 +122,7 @@ class Progress:
             get_logger().info(text)
 
     def close(self) -> None:
+        """Stop the meter and leave the progress bar."""
         self.meter.close()
         if self._bar is not None:
             self._bar.close()

@@ -9,7 +9,7 @@ import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TypeVar
 
 import torch
 
@@ -28,9 +28,11 @@ from vlgpt.train.loop import Run, RunState, TrainingStopped, train
 from vlgpt.train.observers import MovingAverage, Observer, Observers, ProfileWindow, Uploader, Watchdog
 from vlgpt.train.validation import Probe, validator, watched
 
+T = TypeVar("T")
+
 
 def run_training(
-    settings: RunSettings, ds_config: Mapping[str, Any], *, ds_source: str, probe: Probe | None = None
+    settings: RunSettings, ds_config: Mapping[str, object], *, ds_source: str, probe: Probe | None = None
 ) -> int:
     """Train one stage; returns the process's exit code. Collective over the launcher's processes.
 
@@ -45,7 +47,7 @@ def run_training(
 
 
 def _run_together(
-    settings: RunSettings, ds_config: Mapping[str, Any], *, ds_source: str, probe: Probe | None
+    settings: RunSettings, ds_config: Mapping[str, object], *, ds_source: str, probe: Probe | None
 ) -> int:
     torch.set_num_threads(settings.threads)
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -89,7 +91,7 @@ def close(run: Run) -> None:
 
 
 def build_run(
-    settings: RunSettings, merged: Mapping[str, Any], *, probe: Probe | None = None
+    settings: RunSettings, merged: Mapping[str, object], *, probe: Probe | None = None
 ) -> tuple[Run, RunState]:
     """Everything before step 1: loader, stage, engine, resume or statistics, and the record of what runs."""
     num_sources = max(len(settings.data.sources), len(settings.validation.sources))
@@ -127,6 +129,7 @@ def build_run(
 
 
 def mirrors_of(settings: RunSettings) -> list[log.MetricsSink]:
+    """Services beside the metrics file that the settings ask for: Weights & Biases or none."""
     if settings.wandb_project is None:
         return []
     config = settings.model_dump(mode="json")
@@ -188,7 +191,7 @@ def begin(run: Run, open_loader: Callable[..., Loader]) -> RunState:
     return state
 
 
-def placed(engine: Engine, batches: Iterable[Any]) -> Iterator[Any]:
+def placed(engine: Engine, batches: Iterable[T]) -> Iterator[T]:
     """A loader's batches on the engine's device."""
     for batch in batches:
         yield engine.place(batch)

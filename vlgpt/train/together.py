@@ -12,10 +12,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, cast
+from typing import Protocol, TypeVar, cast
 
 from vlgpt import commits
 from vlgpt.errors import UserError
+from vlgpt.files import JsonObject
 from vlgpt.log import get_logger
 
 T = TypeVar("T")
@@ -39,6 +40,7 @@ class Alone:
     rank, world_size = 0, 1
 
     def gather_objects(self, value: T) -> list[T]:
+        """A list of the value alone, since there is one process."""
         return [value]
 
 
@@ -68,7 +70,7 @@ def save(
     owned: Callable[[Path], list[Path]],
     keep: int,
     first_estimate: int,
-    facts: dict[str, Any] | None = None,
+    facts: JsonObject | None = None,
 ) -> Path:
     """Commit what `write(folder)` writes on every rank (collective), prune old tags, return the folder.
 
@@ -87,7 +89,7 @@ def save(
     return folder
 
 
-def _seal(group: Group, folder: Path, marker: dict[str, Any]) -> None:
+def _seal(group: Group, folder: Path, marker: JsonObject) -> None:
     if group.rank == 0:
         commits.commit(folder, world_size=group.world_size, facts=marker, patience_s=PATIENCE_S)
 
@@ -132,7 +134,7 @@ class Found:
     """The newest good checkpoint, its marker, and what was passed over and why."""
 
     tag: str
-    marker: dict[str, Any]
+    marker: JsonObject
     skipped: tuple[tuple[str, str], ...]
 
 
@@ -163,7 +165,7 @@ def newest(root: Path, group: Group | None = None) -> Found | None:
     return None
 
 
-def _examine(folder: Path, share: tuple[int, int]) -> dict[str, Any]:
+def _examine(folder: Path, share: tuple[int, int]) -> JsonObject:
     """The marker, or the damage that this rank found in its share of the files."""
     is_committed = (folder / commits.MARKER).exists()
     try:
