@@ -29,10 +29,10 @@ def export_model(
     folder: Path,
     *,
     tokenizer: DocumentTokenizer,
-    encoder: Mapping[str, object] | None = None,
+    encoder: Mapping[str, Any] | None = None,
     picture_decoder: str | Path | None = None,
     merge_lora: bool = True,
-    card: Mapping[str, object] | None = None,
+    card: Mapping[str, Any] | None = None,
 ) -> None:
     """Write an export; config.json comes last, so that a folder without it is known to be incomplete.
 
@@ -107,7 +107,7 @@ def carry(reference: str | Path, folder: Path, name: str) -> str:
     return name
 
 
-def _carry_decoder(path: Path, folder: Path) -> dict[str, object]:
+def _carry_decoder(path: Path, folder: Path) -> dict[str, Any]:
     """The record of an image decoder, its small local parts copied."""
     description = path if path.is_file() else path / DIFFUSION_FILE
     if description.is_file():

@@ -301,7 +301,8 @@ class ChatPage:
         edited = chatbot.edit(self.edit, [state, *controls], replying, **hidden)
         undone = chatbot.undo(self.undo, [state], replying, **hidden)
         cleared = chatbot.clear(lambda: ([], Dialogue()), None, [chatbot, state], **hidden)
-        running = [said, again, edited]
+        # Gradio's stubs give `cancels` a narrower type than its code takes.
+        running: list[Any] = [said, again, edited]
         renewed = new.click(lambda: ([], Dialogue()), None, [chatbot, state], cancels=running, **hidden)
         opened = load.upload(self.load, [load, state], [chatbot, state], **hidden)
         stopped = box.stop(lambda: gr.update(**IDLE), None, [box], cancels=running, **hidden)
