@@ -30,7 +30,7 @@ LAYERS: list[list[list[str]]] = [
             "config",
         ]
     ],
-    [["images", "turns", "tokens", "batch", "shards"]],
+    [["image_formats", "images", "turns", "tokens", "batch", "shards"]],
     [["data"], ["models"]],
     [["model_card", "decoding", "export", "stages", "chat", "hf"]],
     [["planning", "train"]],

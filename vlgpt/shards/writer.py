@@ -169,7 +169,7 @@ def load_tar_writer() -> type[TarWriter]:
 def _record_bytes(document: Document) -> bytes:
     try:
         return json.dumps(document.to_record(), ensure_ascii=False, separators=(",", ":")).encode()
-    except (UnicodeEncodeError, TypeError, ValueError) as error:
+    except (UnicodeEncodeError, TypeError, ValueError, RecursionError) as error:
         raise UnstorableDocument(f"document {document.id!r}: {error}") from error
 
 
