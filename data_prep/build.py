@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -45,6 +45,7 @@ from vlgpt.registry import is_dotted
 from vlgpt.shards import Manifest, ShardReport, write_manifest
 from vlgpt.shards.manifest import MANIFEST, SUCCESS, read_manifest, read_report
 from vlgpt.shards.schema import MAX_RECORDS_PER_SHARD
+from vlgpt.shards.tars import expand_paths
 from vlgpt.shards.writer import load_tar_writer
 
 MIN_RECORDS_TO_JUDGE = 1000
@@ -71,12 +72,17 @@ class BuildOptions(ArrayOptions, TokenizerOptions):
     max_bad_fraction: float = Field(0.01, description="of all records")
     verify: Literal["hash", "size"] = Field("hash", description="how shards are verified at the end")
 
-    @model_validator(mode="after")
-    def _check_inputs(self) -> BuildOptions:
-        for path in self.input:
+    @field_validator("input")
+    @classmethod
+    def _find_inputs(cls, given: tuple[Path, ...]) -> tuple[Path, ...]:
+        """Braces and stars that the shell did not expand are expanded here."""
+        found = [path for name in given for path in ([name] if "://" in str(name) else expand_paths(name))]
+        for path in found:
             if not path.exists() and "://" not in str(path):
                 raise UserError(f"--input {path} does not exist")
-        return self
+        if len(found) < len(given):
+            raise UserError(f"--input {' '.join(map(str, given))}: no file is called so")
+        return tuple(found)
 
 
 class TooManyBad(Exception):

@@ -109,6 +109,14 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def file_stamp(path: Path) -> str:
+    """Changes whenever the file does: its time of change cannot be set, as `cp -p` and `rsync -t` set that of its
+    content.
+    """
+    stat = path.stat()
+    return f"{stat.st_size}.{stat.st_mtime_ns}.{stat.st_ctime_ns}"
+
+
 def open_locked(path: Path) -> BinaryIO:
     """An empty file for one process at a time: other processes that open it wait until it is closed.
 

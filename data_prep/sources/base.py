@@ -9,6 +9,7 @@ from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 from vlgpt.document import Document
 from vlgpt.images import BadImage
+from vlgpt.shards.samples import BadText, clean_text
 
 ImageOpener = bytes | Path | Callable[[], bytes]
 Columns = Mapping[str, Any]
@@ -141,11 +142,10 @@ def text(value: Columns, *names: str, word: str) -> str:
     found = next((value[name] for name in names if value.get(name) is not None), None)
     if found is None:
         raise BadRecord(f"no_{word}")
-    if not isinstance(found, str):
-        raise BadRecord(f"bad_{word}")
-    if not found.strip():
-        raise BadRecord(f"empty_{word}")
-    return found.strip()
+    try:
+        return clean_text(found, word=word)
+    except BadText as error:
+        raise BadRecord(error.reason) from error
 
 
 def number(value: Columns, *names: str) -> float | int | None:

@@ -7,14 +7,10 @@ from pathlib import Path
 from typing import Annotated
 
 from data_prep.sources.base import BadRecord, Columns, ConvertingSource, Info, Record, number, numbers, text
-from data_prep.sources.img2dataset_shards import (
-    CAPTION_COLUMNS,
-    FILTER_COLUMNS,
-    DownloadedImage,
-    open_shards,
-)
+from data_prep.sources.img2dataset_shards import FILTER_COLUMNS, DownloadedImage, open_shards
 from data_prep.sources.records import Concatenation
 from vlgpt.document import Document, ImagePart, Part, TextPart
+from vlgpt.shards.samples import CAPTION_NAMES
 
 
 class Img2datasetSource(ConvertingSource[DownloadedImage]):
@@ -34,9 +30,9 @@ class Img2datasetSource(ConvertingSource[DownloadedImage]):
         ] = None,
         require_caption: Annotated[bool, "drop images without one (stage 1 can do without)"] = True,
     ):
-        self._captions = (caption_column,) if caption_column else CAPTION_COLUMNS
+        self._captions = (caption_column,) if caption_column else CAPTION_NAMES
         self._require_caption = require_caption
-        self.records = Concatenation(list(open_shards(inputs, self._captions)))
+        self.records = Concatenation(open_shards(inputs, self._captions))
 
     def make(self, raw: DownloadedImage) -> Record:
         """A pair of image and caption."""

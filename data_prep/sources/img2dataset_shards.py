@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,19 +14,18 @@ from data_prep.sources.base import (
     Columns,
     Dropped,
     ImageOpener,
-    Info,
     Numbered,
-    mapping,
     table_image,
 )
 from data_prep.sources.fetch import fetch_commands
-from data_prep.sources.inputs import list_files
+from data_prep.sources.inputs import InputFile, list_files
 from data_prep.sources.records import RawRecord, TableRows, table_layout
 from data_prep.sources.sample_tar import SampleTar, open_sample_tar
 from vlgpt.errors import UserError
 from vlgpt.log import get_logger
+from vlgpt.shards.samples import CAPTION_NAMES, BadText, SampleTexts, listed, names_found, read_texts
+from vlgpt.shards.tars import TAR_SUFFIXES
 
-CAPTION_COLUMNS = ("top_caption", "caption", "txt", "text", "TEXT")
 IMAGE_COLUMNS = ("jpg", "png", "webp")
 FILTER_COLUMNS = {
     "similarity": ("similarity",),
@@ -38,7 +37,7 @@ LAION_COCO_COLUMNS = ("TEXT", "top_caption", "all_captions", "all_similarities")
 OTHER_COLUMNS = ("url", "original_width", "original_height", "sha256", *LAION_COCO_COLUMNS)
 URL_LISTS = (".tsv", ".csv", ".txt")
 FAILURES = ("failed_to_download", "failed_to_resize")
-MAX_TEXT_BYTES = 1 << 20
+NUM_SAMPLES_TRIED = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,85 +89,102 @@ class TableShard:
         if self._image_column is not None:
             return table_image(row.value[self._image_column])
         assert self._tar is not None  # checked above
-        samples = open_sample_tar(self._tar)
-        number = samples.number(str(row.value["key"]))
-        place = None if number is None else samples.place(number, "image")
-        if place is None:
-            raise BadRecord("missing_in_tar" if samples.is_complete else "truncated_tar")
-        return place
+        tar = open_sample_tar(self._tar)
+        number = tar.number(str(row.value["key"]))
+        reason = "missing_in_tar" if number is None else tar.samples.reason(number)
+        if number is None or reason:
+            raise BadRecord("truncated_tar" if tar.samples.problems else reason)
+        return tar.image(number)
 
 
 class TarShard:
-    """A tar without table: captions and scores come from its .txt and .json members.
+    """A tar without table: captions and scores come from its texts and JSON members.
 
-    A cut tar gives what lies before the cut, and one drop `truncated_tar`.
+    A damaged tar gives what is whole, and a drop for each kind of its damage.
     """
 
     def __init__(self, tar: Path, name: str):
         self._tar, self._name = tar, name
-        samples = SampleTar(tar)
-        self._num_samples, self._is_complete = len(samples), samples.is_complete
+        samples = SampleTar(tar).samples
+        self._num_samples, self._problems = len(samples), samples.problems
+        self.passed_over = samples.passed_over
 
     def __len__(self) -> int:
-        return self._num_samples + (not self._is_complete)
+        return self._num_samples + len(self._problems)
 
     def read(self, start: int, stop: int) -> Iterator[DownloadedImage | Dropped]:
         """Samples `start ... stop - 1`."""
-        samples = open_sample_tar(self._tar)
-        for place in range(start, stop):
-            if place == self._num_samples:
-                yield Dropped("truncated_tar", self._name)
+        tar = open_sample_tar(self._tar)
+        for number in range(start, stop):
+            if number >= self._num_samples:
+                yield Dropped(self._problems[number - self._num_samples], self._name)
                 continue
-            key = f"{self._name}/{samples.keys[place]}"
+            key = f"{self._name}/{tar.samples.keys[number]}"
+            if reason := tar.samples.reason(number):
+                yield Dropped(reason, key)
+                continue
             try:
-                yield _tar_sample(samples, place, key)
-            except BadRecord as error:
+                value = read_texts(tar.samples, number, tar.read).values
+            except BadText as error:
                 yield Dropped(error.reason, key)
+                continue
+            except OSError as error:
+                raise UserError(f"{self._tar} cannot be read: {error}") from error
+            yield DownloadedImage(key, value, tar.image(number))
 
 
-def _tar_sample(samples: SampleTar, number: int, key: str) -> DownloadedImage:
-    if samples.is_duplicate(number):
-        raise BadRecord("duplicate_key")
-    image = samples.place(number, "image")
-    if image is None:
-        raise BadRecord("no_image")
-    value: Info = {}
-    if (caption := samples.place(number, "txt")) is not None:
-        value["txt"] = _text(caption.size, caption())
-    if (record := samples.place(number, "json")) is not None:
-        try:
-            value |= mapping(json.loads(_text(record.size, record())))
-        except (ValueError, RecursionError) as error:
-            raise BadRecord("bad_json") from error
-    return DownloadedImage(key, value, image)
+def warn_without_captions(shards: Sequence[TarShard], captions: Sequence[str]) -> None:
+    """Say which names there are when none of the first samples has a caption."""
+    items = itertools.chain.from_iterable(shard.read(0, len(shard)) for shard in shards)
+    found = [item for item in itertools.islice(items, NUM_SAMPLES_TRIED) if isinstance(item, DownloadedImage)]
+    if found and not any(item.value.get(name) is not None for item in found for name in captions):
+        names = [SampleTexts({}, {}), *(SampleTexts(dict(item.value), {}) for item in found)]
+        others = itertools.chain.from_iterable(shard.passed_over for shard in shards)
+        get_logger(__name__).warning(
+            "no caption among the first %d images, names found: %s; captions are read from %s (--caption-column NAME)",
+            *(len(found), names_found(names, others), ", ".join(captions)),
+        )
 
 
-def _text(size: int, data: bytes) -> str:
-    if size > MAX_TEXT_BYTES:
-        raise BadRecord("text_too_long")
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise BadRecord("text_not_utf8") from error
-
-
-def open_shards(inputs: Sequence[Path], captions: Sequence[str]) -> Iterator[Numbered[DownloadedImage]]:
+def open_shards(inputs: Sequence[Path], captions: Sequence[str]) -> Sequence[Numbered[DownloadedImage]]:
     """One shard per name, in order. Raises UserError for lists of URLs that were never downloaded."""
     for path in inputs:
         if path.suffix in URL_LISTS:
             raise UserError(_list_not_downloaded(path))
-    tars = {file.name: file.path for file in list_files(inputs, (".tar",)) if file.path.suffix == ".tar"}
     # NAME_stats.json and the images' own texts belong to img2dataset's output
-    found = list_files(inputs, (".parquet",), others=(".tar", ".json"))
-    tables = {file.name: file.path for file in found if file.path.suffix == ".parquet"}
+    found = list_files(inputs, (*TAR_SUFFIXES, ".parquet"), others=(".json",))
+    tables = _by_name([file for file in found if file.path.name.lower().endswith(".parquet")])
+    tars = _by_name([file for file in found if file.path.name.lower().endswith(TAR_SUFFIXES)])
     if not tars and not tables:
         raise UserError(f"no .tar or .parquet of img2dataset in {', '.join(map(str, inputs))}")
+    shards: list[TableShard | TarShard] = []
     for name in sorted({*tars, *tables}):
         tar, table = tars.get(name), tables.get(name)
         if table is not None and (tar is None or _is_table(table)):
-            yield TableShard(table, name, tar, captions)
+            shards.append(TableShard(table, name, tar, captions))
         elif tar is not None:
-            yield TarShard(tar, name)
+            shards.append(TarShard(tar, name))
+    alone = [shard for shard in shards if isinstance(shard, TarShard)]
+    warn_without_captions(alone, captions)
+    passed_over: Counter[str] = Counter()
+    for shard in alone:
+        passed_over.update(shard.passed_over)
+    if passed_over:
+        get_logger(__name__).info("members of tars passed over: %s", listed(passed_over))
+    return shards
+
+
+def _by_name(files: Sequence[InputFile]) -> dict[str, Path]:
+    """Raises UserError for two files of one name: their documents would have the same ids."""
+    found: dict[str, Path] = {}
+    for file in files:
+        if file.name in found:
+            raise UserError(
+                f"source img2dataset: {found[file.name]} and {file.path} would give documents the same ids; "
+                "rename one, or build them as two data sets"
+            )
+        found[file.name] = file.path
+    return found
 
 
 def _is_table(path: Path) -> bool:
@@ -183,7 +199,7 @@ def _is_table(path: Path) -> bool:
 
 def _not_downloaded(table: Path, columns: Sequence[str]) -> str:
     url = next((column for column in ("url", "URL") if column in columns), "url")
-    caption = next((column for column in CAPTION_COLUMNS if column in columns), "caption")
+    caption = next((column for column in CAPTION_NAMES if column in columns), "caption")
     wanted = (*itertools.chain.from_iterable(FILTER_COLUMNS.values()), *LAION_COCO_COLUMNS)
     more = [column for column in wanted if column in columns and column != caption]
     commands = fetch_commands(

@@ -8,7 +8,6 @@ import bisect
 import hashlib
 import os
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,10 +16,10 @@ from pathlib import Path
 import numpy as np
 
 from vlgpt.errors import UserError
-from vlgpt.files import replacing
+from vlgpt.files import file_stamp, replacing
 from vlgpt.image_formats import IMAGE_SUFFIXES
 from vlgpt.log import get_logger
-from vlgpt.shards.foreign import INDEX_FOLDER
+from vlgpt.shards.tars import INDEX_FOLDER, index_folder, make_index_folder
 
 SHOWN_KEYS = 40
 SMALL_BYTES = 4 << 20
@@ -216,12 +215,11 @@ def kept_arrays(
     maps, so that processes share them. For small files they are made every time.
     """
     if not stamp:
-        stat = file.stat()
-        if stat.st_size < SMALL_BYTES:
+        if file.stat().st_size < SMALL_BYTES:
             return list(make())
-        stamp = f"{stat.st_size}.{stat.st_mtime_ns}"
+        stamp = file_stamp(file)
     digest = hashlib.blake2b(f"{kind}|{stamp}".encode(), digest_size=6).hexdigest()
-    folder = _index_folder(file.parent)
+    folder = index_folder(file.parent)
     paths = [folder / f"{file.name}.{kind}.{digest}.{name}.npy" for name in names]
     try:
         return [np.load(path, mmap_mode="r", allow_pickle=False) for path in paths]
@@ -231,7 +229,7 @@ def kept_arrays(
         get_logger(__name__).warning("%s is made again: %s", paths[0], error)
     arrays = list(make())
     try:
-        folder.mkdir(mode=0o700 if folder.parent != file.parent else 0o777, parents=True, exist_ok=True)
+        make_index_folder(file.parent)
         for path, array in zip(paths, arrays):
             with replacing(path) as temporary, temporary.open("wb") as opened:
                 np.save(opened, array, allow_pickle=False)
@@ -241,10 +239,3 @@ def kept_arrays(
             "the index of %s cannot be kept and is made again next time: %s", file, error
         )
     return arrays
-
-
-def _index_folder(parent: Path) -> Path:
-    if os.access(parent, os.W_OK):
-        return parent / INDEX_FOLDER
-    place = hashlib.blake2b(str(parent.resolve()).encode(), digest_size=8).hexdigest()
-    return Path(tempfile.gettempdir()) / f"vlgpt-index-{os.getuid()}" / place

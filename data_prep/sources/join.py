@@ -19,10 +19,18 @@ from data_prep.sources.base import ImageOpener
 from data_prep.sources.inputs import kept_arrays
 from data_prep.sources.records import table_batches, table_layout
 from vlgpt.errors import UserError
+from vlgpt.files import file_stamp
 from vlgpt.image_formats import IMAGE_SUFFIXES
 from vlgpt.images import BadImage
 from vlgpt.log import get_logger
-from vlgpt.shards.index import TarMembers, list_tar_members, read_tar_member
+from vlgpt.shards.tars import (
+    TAR_SUFFIXES,
+    TarMembers,
+    find_tars,
+    list_tar_members,
+    plain_tar,
+    read_tar_member,
+)
 
 
 class ImageFinder:
@@ -35,13 +43,13 @@ class ImageFinder:
         self._folders: list[Path] = []
         self._tables: list[ImageTable] = []
         for path in paths:
-            tars = sorted(path.glob("*.tar")) if path.is_dir() else [path]
-            if path.is_dir() and not tars:
+            tars = find_tars(path) if path.is_dir() else [path]
+            if path.is_dir():
                 self._folders.append(path)
-            elif path.is_dir() or (path.suffix == ".tar" and path.is_file()):
-                self._tables.append(ImageTable(tars))
-            else:
+            elif not (path.name.lower().endswith(TAR_SUFFIXES) and path.is_file()):
                 raise UserError(f"pictures are looked up in folders and .tar files; {path} is neither")
+            if tars:
+                self._tables.append(ImageTable(tars))
 
     def by_name(self, *names: str) -> ImageOpener:
         """The image under the first of these names that is there; leading folders of a name may be missing.
@@ -78,7 +86,7 @@ class ImageTable:
     """Where the images of some tars lie, by the hash of their names and URLs."""
 
     def __init__(self, tars: Sequence[Path]):
-        self._tars = tars
+        self._tars, self._plain = tars, [plain_tar(tar) for tar in tars]
         self._arrays = self._kept()  # before any process is forked, so that all share it
 
     def find(self, name: str) -> ImageOpener | None:
@@ -88,14 +96,13 @@ class ImageTable:
         place = int(np.searchsorted(hashes, wanted))
         if place == len(hashes) or hashes[place] != wanted:
             return None
-        return partial(read_tar_member, self._tars[tar[place]], int(offset[place]), int(size[place]))
+        return partial(read_tar_member, self._plain[tar[place]], int(offset[place]), int(size[place]))
 
     def _kept(self) -> list[np.ndarray]:
         digest = hashlib.blake2b(digest_size=12)
         for tar in self._tars:
             for file in (tar, tar.with_suffix(".parquet")):
-                stat = file.stat() if file.is_file() else None
-                digest.update(f"{file.name}|{stat and (stat.st_size, stat.st_mtime_ns)}\n".encode())
+                digest.update(f"{file}|{file_stamp(file) if file.is_file() else None}\n".encode())
         return kept_arrays(
             self._tars[0].parent / "pictures",
             kind="table",
@@ -107,11 +114,12 @@ class ImageTable:
     def _scan(self) -> list[np.ndarray]:
         get_logger(__name__).info("looking through %d tars of images once", len(self._tars))
         columns: list[list[np.ndarray]] = [[], [], [], []]
-        for number, tar in enumerate(self._tars):
-            members = list_tar_members(tar)
-            if not members.is_complete:
-                get_logger(__name__).warning("%s is cut; what lies before the cut is used", tar)
-            known, places = _names_of(tar, members)
+        for number, (tar, plain) in enumerate(zip(self._tars, self._plain)):
+            members = list_tar_members(plain)
+            if members.problems:
+                problems = ", ".join(members.problems)
+                get_logger(__name__).warning("%s: %s; the pictures that can be found are used", tar, problems)
+            known, places = _names_of(plain, members, table=tar.with_suffix(".parquet"))
             columns[0].append(np.array(known, np.uint64))
             columns[1].append(np.full(len(known), number, np.uint32))
             columns[2].append(members.offsets[places])
@@ -121,7 +129,7 @@ class ImageTable:
         return [hashes, *(column[first] for column in joined[1:])]
 
 
-def _names_of(tar: Path, members: TarMembers) -> tuple[list[int], list[int]]:
+def _names_of(tar: Path, members: TarMembers, *, table: Path) -> tuple[list[int], list[int]]:
     """Hash of every name and URL of the images in one tar, and the number of its member."""
     hashes, places, place_of = [], [], {}
     for place, name in enumerate(members.names):
@@ -131,16 +139,15 @@ def _names_of(tar: Path, members: TarMembers) -> tuple[list[int], list[int]]:
             for known_as in {name.removeprefix("./"), name.rpartition("/")[2]}:
                 hashes.append(_hash(f"name:{known_as}"))
                 places.append(place)
-    for key, url in _urls(tar, members):
+    for key, url in _urls(tar, members, table):
         if key in place_of:
             hashes.append(_hash(f"url:{url}"))
             places.append(place_of[key])
     return hashes, places
 
 
-def _urls(tar: Path, members: TarMembers) -> Iterator[tuple[str, str]]:
+def _urls(tar: Path, members: TarMembers, table: Path) -> Iterator[tuple[str, str]]:
     """(key, url) of img2dataset's samples: from the table beside the tar, else from the JSON members."""
-    table = tar.with_suffix(".parquet")
     if table.is_file():
         if {"key", "url"} <= set(table_layout(table)[0]):
             for batch in table_batches(table, ("key", "url")):

@@ -82,11 +82,12 @@ def captions(shards: ShardSet) -> list[str]:
             794,
             {
                 "duplicate_key": 5,
+                "empty_tar": 1,
                 "no_caption": 5,
                 "not_an_image": 5,
                 "text_not_utf8": 5,
                 "truncated": 10,
-                "truncated_tar": 3,
+                "truncated_tar": 2,
             },
         ),
         (True, 804, {"not_an_image": 5, "truncated": 10, "truncated_tar": 181}),
@@ -121,6 +122,6 @@ def test_hostile_tars_write_nothing_outside_and_allocate_nothing(tmp_path):
         add(archive, "huge.jpg", b"", claim=2 << 30)
     shards = build(folder, tmp_path / "out")
     assert captions(shards) == ["text of ../../outside", "text of /absolute", "text of café", "text of good"]
-    assert shards.manifest.dropped == {"truncated_tar": 1}
+    assert shards.manifest.dropped == {"not_a_file": 3, "truncated_tar": 1}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
     assert [path.name for path in folder.iterdir() if not path.name.startswith(".")] == ["a.tar"]

@@ -6,7 +6,7 @@ import tarfile
 
 import pytest
 
-from vlgpt.shards.index import list_tar_members, read_tar_member
+from vlgpt.shards.tars import list_tar_members, read_tar_member
 
 FILES = {"a.jpg": b"x" * 700, "../b.txt": b"", "c/d.json": b"{}" * 300}
 

@@ -1,138 +1,236 @@
 """Foreign webdataset tars (image + caption per key): indexed once and then read like our own shards, or streamed.
 
-Only members named `KEY.jpg|jpeg|png|webp`, `KEY.txt` and `KEY.json` are looked at; nothing is extracted, unpickled or
-decoded here, and keys are never used as paths. As in webdataset, a key ends at the first dot of the base name.
+Their samples are judged when they are indexed, by the rules of `samples`, which are the build's: what an index holds
+can be read. Nothing is extracted, unpickled or decoded here, and keys are never used as paths.
 """
 
 from __future__ import annotations
 
-import json
+import gzip
 import os
-import tarfile
-import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
+from pydantic import ValidationError
 
 from vlgpt.document import Document, ImagePart, Part, TextPart
 from vlgpt.errors import UserError
-from vlgpt.files import sha256_file, write_atomic
+from vlgpt.files import file_stamp, sha256_file, write_atomic
 from vlgpt.log import get_logger
-from vlgpt.shards.index import IndexBuilder, Member, crc32, tar_headers
-from vlgpt.shards.schema import IMAGE_SUFFIXES, BadSample, Sample, ShardIndex, ShardRecord
+from vlgpt.shards.index import IndexBuilder, Member, crc32
+from vlgpt.shards.samples import (
+    CAPTION_NAMES,
+    BadText,
+    TarSamples,
+    choose_fields,
+    list_samples,
+    listed,
+    names_found,
+    pair_document,
+    read_texts,
+    split_name,
+)
+from vlgpt.shards.schema import BadSample, Sample, ShardIndex, ShardRecord, StoredModel
+from vlgpt.shards.tars import index_folder, make_index_folder, plain_tar, without_suffix
 
-TEXT_SUFFIXES = ("txt", "json")
-CAPTION_KEYS = ("caption", "text")
-MAX_TEXT_BYTES = 1 << 20
-INDEX_FOLDER = ".vlgpt-index"
+RULES = 2  # indexes made by other rules are made again
+NUM_SAMPLES_SHOWN = 100
 STREAM_PROTOCOLS = ("http", "https", "s3", "gs", "hf")
 
 
-class ForeignFolder:
-    """A list of tars without manifest. `skipped` counts samples that cannot be used, by reason."""
+class TarReport(StoredModel):
+    """What is kept beside the index of a foreign tar."""
 
-    def __init__(self, tars: list[Path], *, index_dir: Path | None):
-        stems = [tar.stem for tar in tars]
-        if len(set(stems)) != len(stems):
-            raise UserError(
-                "foreign tars must have different names, found twice: "
-                f"{Counter(stems).most_common(1)[0][0]}.tar"
-            )
-        self._tars = dict(zip(stems, tars))
-        self._index_dir = index_dir
-        self.where = str(tars[0].parent)
-        self.skipped: dict[str, int] = {}
-        self.records: list[ShardRecord] = []
+    rules: int
+    stamp: str
+    """Of the file, see `file_stamp`; when it differs, the hash decides."""
+    record: ShardRecord
+    skipped: dict[str, int]
+    passed_over: dict[str, int]
+    names: str
+    """Where no sample has a caption: the names that might hold one."""
+
+
+class ForeignFolder:
+    """A list of tars without manifest. `skipped` counts samples that cannot be used, by reason.
+
+    A shard is called by the path of its tar below `root`, without suffix. Raises UserError for two tars of one name,
+    and when none has a usable sample.
+    """
+
+    def __init__(self, tars: Sequence[Path], *, root: Path, cache_dir: Path | None):
+        self.where, self._cache_dir = str(root), cache_dir
+        self._tars: dict[str, Path] = {}  # as found, by name
+        for tar in tars:
+            name = without_suffix(os.fsencode(tar.relative_to(root)).decode("utf-8", "backslashreplace"))
+            if name in self._tars:
+                raise UserError(
+                    f"foreign tars must have different names, found twice: {self._tars[name]} and {tar}"
+                )
+            self._tars[name] = tar
+        self._plain = {name: plain_tar(tar, cache_dir=cache_dir) for name, tar in self._tars.items()}
+        reports = [self._report(name) for name in self._tars]
+        self.records = [report.record for report in reports]
         skipped: Counter[str] = Counter()
-        for stem, tar in self._tars.items():
-            record, reasons = self._record(stem, tar)
-            self.records.append(record)
-            skipped.update(reasons)
+        for report in reports:
+            skipped.update(report.skipped)
         self.skipped = dict(sorted(skipped.items()))
         if not any(record.num_samples for record in self.records):
             raise UserError(f"{self.where}: no tar holds a usable image; skipped {self.skipped}")
         if self.skipped:
             get_logger(__name__).warning("%s: left out of the index: %s", self.where, self.skipped)
+        if all(report.names for report in reports if report.record.num_samples):
+            get_logger(__name__).warning(
+                "%s: no image has a caption, names found: %s; captions are read from %s",
+                *(self.where, reports[0].names, ", ".join(CAPTION_NAMES)),
+            )
 
     def path(self, name: str) -> Path:
         """Path of a shard's tar, which may lie outside the data set's folder, or of any other file in it."""
-        stem, _, suffix = name.rpartition(".")
-        return self._tars[stem] if suffix == "tar" and stem in self._tars else Path(self.where) / name
+        return self._plain.get(name.removesuffix(".tar"), Path(self.where) / name)
 
     def index_path(self, shard: int) -> Path:
         """Path of the index that was written for a shard, by shard number."""
         return self._index_path(self._tars[self.records[shard].name])
 
+    def index_again(self, shard: int) -> ShardIndex:
+        """A damaged or lost index, made anew. Raises UserError when the tar is another one by now."""
+        record = self.records[shard]
+        if self._make(record.name).record != record:
+            raise UserError(f"{self._tars[record.name]} has changed since it was opened; start again")
+        return ShardIndex.load(self.index_path(shard))
+
     def _index_path(self, tar: Path) -> Path:
-        """In a hidden folder beside the tar, or in the cache folder when given or when the tar's folder is read-only.
+        """Never in the tar's folder itself: img2dataset takes every `*.json` there for a finished shard of its own."""
+        return index_folder(tar.parent, cache_dir=self._cache_dir) / f"{tar.name}.idx"
 
-        Never in the tar's folder itself: img2dataset takes every `*.json` there for a finished shard of its own.
-        """
-        folder = self._index_dir
-        if folder is None:
-            writable = os.access(tar.parent, os.W_OK)
-            temporary = Path(tempfile.gettempdir()) / f"vlgpt-index-{os.getuid()}"
-            folder = tar.parent / INDEX_FOLDER if writable else temporary
-        return folder / f"{tar.name}.idx"
-
-    def _record(self, stem: str, tar: Path) -> tuple[ShardRecord, dict[str, int]]:
-        """The manifest line of one tar; read again only when size or time changed."""
-        stat, path = tar.stat(), self._index_path(tar)
-        stamp = {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-        report = path.with_suffix(".idx.json")
+    def _report(self, name: str) -> TarReport:
+        """What is known about one tar, which is read again only when its content changed."""
+        tar = self._tars[name]
+        path = self._index_path(tar)
         try:
-            stored = json.loads(report.read_text())
-            if stored["stamp"] == stamp and path.is_file():
-                return ShardRecord.model_validate(stored["record"]), stored["skipped"]
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
-            pass
-        index, skipped = index_foreign_tar(tar)
+            report = TarReport.model_validate_json(path.with_suffix(".idx.json").read_bytes())
+        except (FileNotFoundError, ValidationError):
+            return self._make(name)
+        stamp = file_stamp(tar)
+        is_same = report.stamp == stamp or report.record.sha256 == sha256_file(self._plain[name])
+        if report.rules != RULES or not is_same or not path.is_file():
+            return self._make(name)
+        record = report.record.model_copy(update={"name": name})
+        found = report.model_copy(update={"stamp": stamp, "record": record})
+        if report.stamp != stamp:
+            write_atomic(path.with_suffix(".idx.json"), found.model_dump_json())
+        return found
+
+    def _make(self, name: str) -> TarReport:
+        tar, plain = self._tars[name], self._plain[name]
+        path, stamp = self._index_path(tar), file_stamp(tar)
+        found = index_foreign_tar(plain)
         record = ShardRecord(
-            name=stem,
-            num_samples=index.num_samples,
-            num_images=index.num_images,
-            num_bytes=stat.st_size,
-            sha256=index.tar_sha256,
+            name=name,
+            num_samples=found.index.num_samples,
+            num_images=found.index.num_images,
+            num_bytes=plain.stat().st_size,
+            sha256=found.index.tar_sha256,
         )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, index.save_bytes())
-        body = {"stamp": stamp, "record": record.model_dump(), "skipped": skipped}
-        write_atomic(report, json.dumps(body).encode())
-        return record, skipped
+        report = TarReport(
+            rules=RULES,
+            stamp=stamp,
+            record=record,
+            skipped=found.skipped,
+            passed_over=found.passed_over,
+            names=found.names,
+        )
+        if found.passed_over:
+            get_logger(__name__).info("%s: members passed over: %s", tar, listed(found.passed_over))
+        try:
+            make_index_folder(tar.parent, cache_dir=self._cache_dir)
+            write_atomic(path, found.index.save_bytes())
+            write_atomic(path.with_suffix(".idx.json"), report.model_dump_json())
+        except OSError as error:
+            raise UserError(f"the index of {tar} cannot be written ({error}); set data.cache_dir") from error
+        return report
 
 
-def foreign_document(text: bytes | None, suffix: str, *, key: str, source: str) -> Document:
-    """The pair (image, caption), or the image alone. Raises UnicodeDecodeError and ValueError for a bad caption."""
-    parts: tuple[Part, ...] = (ImagePart(0),)
-    if text is not None:
-        caption = text.decode("utf-8").strip() if suffix == "txt" else _json_caption(text)
-        parts = (*parts, TextPart(caption))
-    return Document(key, source, parts)
+@dataclass(frozen=True)
+class IndexedTar:
+    """The index of a foreign tar, and what is not in it; see `TarReport`."""
+
+    index: ShardIndex
+    skipped: dict[str, int]
+    passed_over: dict[str, int]
+    names: str
 
 
-def _json_caption(text: bytes) -> str:
-    record = json.loads(text)
-    for name in CAPTION_KEYS:
-        if isinstance(record, dict) and isinstance(record.get(name), str):
-            return str(record[name]).strip()
-    raise ValueError(f"the JSON holds none of {', '.join(CAPTION_KEYS)}")
+def index_foreign_tar(tar: Path) -> IndexedTar:
+    """Index every usable sample, in order of first appearance, and count the others by reason.
+
+    Usable: it has one image, and a caption (none is needed if no sample of the tar has one). Damage of the tar itself
+    counts once for each kind.
+    """
+    samples = list_samples(tar)
+    skipped = Counter(samples.problems)
+    with tar.open("rb") as file:
+
+        def read(offset: int, size: int) -> bytes:
+            return os.pread(file.fileno(), size, offset)
+
+        captions, bad = _find_captions(samples, read)
+        skipped.update(filter(None, map(samples.reason, range(len(samples)))))
+        skipped.update(bad)
+        has_captions = bool(bad) or any(captions.values())
+        names = ""
+        if captions and not has_captions:
+            texts = [read_texts(samples, number, read) for number in list(captions)[:NUM_SAMPLES_SHOWN]]
+            names = names_found(texts, samples.passed_over)
+        builder = IndexBuilder()
+        for number, role in captions.items():
+            if has_captions and not role:
+                skipped["no_caption"] += 1
+                continue
+            key = samples.keys[number]
+            parts: tuple[Part, ...] = (ImagePart(0), TextPart("")) if role else (ImagePart(0),)
+            members = []
+            for field in (role, "image") if role else ("image",):
+                place = samples.place(number, field)
+                assert place is not None  # it was found by `caption`, or the sample would have a reason
+                members.append(Member(field, *place, crc32(read(*place))))
+            builder.add(key, Document(key, "", parts), members)
+    index = builder.build(tar_sha256=sha256_file(tar))
+    return IndexedTar(index, dict(skipped), samples.passed_over, names)
+
+
+def _find_captions(
+    samples: TarSamples, read: Callable[[int, int], bytes]
+) -> tuple[dict[int, str], Counter[str]]:
+    """Sample -> which of its texts holds the caption, "" if none does; and the reasons of those with bad texts."""
+    found: dict[int, str] = {}
+    bad: Counter[str] = Counter()
+    for number in np.flatnonzero(samples.reasons == 0).tolist():
+        try:
+            found[number] = read_texts(samples, number, read).caption()[0]
+        except BadText as error:
+            if error.reason == "no_caption":
+                found[number] = ""
+            else:
+                bad[error.reason] += 1
+    return found, bad
 
 
 def foreign_sample(fields: Mapping[str, bytes], *, key: str, source: str) -> Sample:
-    """The sample of members grouped by key (suffix -> bytes). Raises BadSample, with the reasons of the index."""
-    image = next((fields[suffix] for suffix in IMAGE_SUFFIXES if suffix in fields), None)
-    suffix = next((suffix for suffix in TEXT_SUFFIXES if suffix in fields), "")
-    text = fields.get(suffix)
-    if image is None:
-        raise BadSample("no_image", key, source)
-    if text is not None and len(text) > MAX_TEXT_BYTES:
-        raise BadSample("caption_too_long", key, source)
+    """The sample of members grouped by key (field -> bytes). Raises BadSample, with the reasons of the index."""
+    reason, chosen = choose_fields(fields)
+    if reason:
+        raise BadSample(reason, key, source)
+    texts = {role: fields[field] for role, field in chosen.items() if role != "image"}
     try:
-        return Sample(foreign_document(text, suffix, key=key, source=source), (image,), key)
-    except UnicodeDecodeError as error:
-        raise BadSample("text_not_utf8", key, source) from error
-    except ValueError as error:
-        raise BadSample("bad_record", key, source) from error
+        document = pair_document(texts, key=key, source=source)
+    except BadText as error:
+        raise BadSample(error.reason, key, source) from error
+    return Sample(document, (fields[chosen["image"]],), key)
 
 
 class ForeignStream:
@@ -165,9 +263,11 @@ class ForeignStream:
         from webdataset.tariterators import group_by_keys, tar_file_expander
 
         members = tar_file_expander(self._open(), handler=self._skip)
-        for fields in group_by_keys(members, handler=self._skip):
+        for sample in group_by_keys(members, handler=self._skip):
+            fields = {field: data for field, data in sample.items() if not field.startswith("__")}
+            key, _ = split_name(f"{sample['__key__']}.jpg") or ("", "")
             try:
-                yield foreign_sample(fields, key=fields["__key__"], source=self.name)
+                yield foreign_sample(fields, key=key, source=self.name)
             except BadSample as error:
                 self.skipped[error.reason] += 1
 
@@ -192,66 +292,12 @@ class ForeignStream:
 
     def _skip(self, error: Exception) -> bool:
         """Count damage and go on behind it. Raises UserError for anything else, such as a broken connection."""
-        if isinstance(error, tarfile.TarError):
+        if isinstance(error, OSError) and not isinstance(error, gzip.BadGzipFile):
+            raise UserError(f"{self._url} cannot be fetched: {error}") from error
+        if isinstance(error, ValueError) and "duplicate" in str(error):
+            self.skipped["duplicate_key"] += 1
+        else:
             # webdataset reports the same damage for the member and for the tar
             self.skipped["truncated_tar"] += not self._is_damaged
             self._is_damaged = True
-        elif isinstance(error, ValueError) and "duplicate" in str(error):
-            self.skipped["duplicate"] += 1
-        else:
-            raise UserError(f"{self._url} cannot be fetched: {error}") from error
         return True
-
-
-def index_foreign_tar(tar: Path) -> tuple[ShardIndex, dict[str, int]]:
-    """Index every usable sample, in order of first appearance, and count the others by reason.
-
-    Usable: it has an image, and a caption of at most 1 MiB (none is needed if the whole tar has no text).
-    A tar that is cut keeps what lies before the cut, and counts once as `truncated_tar`.
-    """
-    samples, skipped = _scan(tar)
-    has_text = any(suffix in TEXT_SUFFIXES for fields in samples.values() for suffix in fields)
-    builder = IndexBuilder()
-    for key, fields in samples.items():
-        image = next((fields[suffix] for suffix in IMAGE_SUFFIXES if suffix in fields), None)
-        text = next((fields[suffix] for suffix in TEXT_SUFFIXES if suffix in fields), None)
-        if image is None:
-            skipped["no_image"] += 1
-        elif text is None and has_text:
-            skipped["no_caption"] += 1
-        elif text is not None and text.size > MAX_TEXT_BYTES:
-            skipped["caption_too_long"] += 1
-        else:
-            parts: tuple[Part, ...] = (ImagePart(0),) if text is None else (ImagePart(0), TextPart(""))
-            builder.add(key, Document(key, "", parts), [image] if text is None else [text, image])
-    return builder.build(tar_sha256=sha256_file(tar)), dict(skipped)
-
-
-def _scan(tar: Path) -> tuple[dict[str, dict[str, Member]], Counter[str]]:
-    samples: dict[str, dict[str, Member]] = {}
-    skipped: Counter[str] = Counter()
-    size = tar.stat().st_size
-    try:
-        with tar.open("rb") as file:
-            for info in tar_headers(tar):
-                key, _, suffix = info.name.rpartition("/")[2].partition(".")
-                key, suffix = f"{info.name.rpartition('/')[0]}/{key}".lstrip("/"), suffix.lower()
-                if info.issparse() or not info.isreg():
-                    skipped["not_a_file"] += not info.isdir()
-                elif suffix.rpartition(".")[2] in IMAGE_SUFFIXES and "." in suffix:
-                    skipped["dots_in_key"] += 1
-                elif suffix in (*IMAGE_SUFFIXES, *TEXT_SUFFIXES):
-                    if info.offset_data + info.size > size:
-                        break
-                    fields = samples.setdefault(key, {})
-                    if suffix in fields:
-                        skipped["duplicate"] += suffix in IMAGE_SUFFIXES
-                    else:
-                        data = os.pread(file.fileno(), info.size, info.offset_data)
-                        fields[suffix] = Member(suffix, info.offset_data, info.size, crc32(data))
-            else:
-                return samples, skipped
-    except tarfile.TarError:
-        pass
-    skipped["truncated_tar" if size else "empty_tar"] += 1
-    return samples, skipped

@@ -1,4 +1,4 @@
-"""Builds, rebuilds and retokenises the index of a tar, and lists the members of any tar from its headers."""
+"""Builds, rebuilds and retokenises the index of one of our own tars."""
 
 from __future__ import annotations
 
@@ -22,8 +22,6 @@ try:  # the same checksum, an order of magnitude faster
     from isal.isal_zlib import crc32 as _crc32
 except ImportError:
     from zlib import crc32 as _crc32
-
-END_MARK = bytes(1024)
 
 
 @dataclass(frozen=True)
@@ -125,7 +123,7 @@ def _samples(tar: Path, descriptor: int) -> Iterator[tuple[str, list[Member]]]:
     """(key, [record, images in order]) of every sample."""
     key = ""
     members: list[Member] = []
-    for info in tar_headers(tar):
+    for info in _headers(tar):
         stem, _, suffix = info.name.partition(".")
         data = os.pread(descriptor, info.size, info.offset_data)
         member = Member(suffix.rpartition(".")[2], info.offset_data, info.size, crc32(data))
@@ -141,61 +139,10 @@ def _samples(tar: Path, descriptor: int) -> Iterator[tuple[str, list[Member]]]:
         yield key, members
 
 
-def tar_headers(tar: Path) -> Iterator[tarfile.TarInfo]:
+def _headers(tar: Path) -> Iterator[tarfile.TarInfo]:
     """The headers of an uncompressed tar, in order. Raises OSError, and tarfile.TarError where the tar is damaged."""
     with tarfile.open(tar, mode="r:") as archive:
         for info in archive:
             yield info
             # tarfile remembers every member: memory stays flat without
             archive.members = []  # type: ignore[attr-defined]
-
-
-@dataclass(frozen=True)
-class TarMembers:
-    """The complete regular files of one tar, in order. `names` are never to be used as paths."""
-
-    names: tuple[str, ...]
-    offsets: np.ndarray  # (n,) int64
-    sizes: np.ndarray  # (n,) int64
-    is_complete: bool
-    """False for a tar that is cut or damaged: the members before the damage are listed. A tar without its end mark
-    (two empty blocks) counts as cut: it may have been cut between two members.
-    """
-
-
-def list_tar_members(tar: Path) -> TarMembers:
-    """Scan the headers of an uncompressed tar. Raises OSError when the file cannot be read."""
-    names: list[str] = []
-    places: list[tuple[int, int]] = []
-    is_complete = True
-    size = tar.stat().st_size
-    try:
-        for info in tar_headers(tar):
-            if info.isreg() and not info.issparse():
-                if info.offset_data + info.size > size:
-                    is_complete = False
-                    break
-                names.append(info.name)
-                places.append((info.offset_data, info.size))
-    except (tarfile.TarError, EOFError):
-        is_complete = False
-    offsets, sizes = np.array(places, np.int64).reshape(-1, 2).T
-    return TarMembers(tuple(names), offsets, sizes, is_complete and _has_end_mark(tar, size))
-
-
-def _has_end_mark(tar: Path, size: int) -> bool:
-    with tar.open("rb") as file:
-        file.seek(max(0, size - len(END_MARK)))
-        return file.read() == END_MARK
-
-
-def read_tar_member(tar: Path, offset: int, size: int) -> bytes:
-    """The bytes of one member. Raises OSError when the tar is gone or shorter than it was."""
-    descriptor = os.open(tar, os.O_RDONLY)
-    try:
-        data = os.pread(descriptor, size, offset)
-    finally:
-        os.close(descriptor)
-    if len(data) != size:
-        raise OSError(f"{tar} ends inside a member: {len(data)} of {size} bytes at offset {offset}")
-    return data

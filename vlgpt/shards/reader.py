@@ -7,7 +7,6 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING
@@ -19,10 +18,12 @@ from vlgpt.errors import UserError
 from vlgpt.images import decode_image
 from vlgpt.shards.cache import DEFAULT_CACHE_BYTES, LocalFolder, RemoteFolder, is_url
 from vlgpt.shards.features import FeatureReader
-from vlgpt.shards.foreign import TEXT_SUFFIXES, ForeignFolder, foreign_document, foreign_sample
+from vlgpt.shards.foreign import ForeignFolder
 from vlgpt.shards.index import crc32
 from vlgpt.shards.manifest import MANIFEST, SUCCESS, Manifest, fingerprint, read_manifest
+from vlgpt.shards.samples import BadText, pair_document
 from vlgpt.shards.schema import BadSample, Sample, ShardIndex, ShardRecord, ShardReport
+from vlgpt.shards.tars import TAR_SUFFIXES, expand_paths, find_tars
 
 if TYPE_CHECKING:
     from webdataset.compat import FluidWrapper
@@ -75,24 +76,34 @@ class ShardSet:
             if is_url(str(path)):
                 return cls._open_sealed(RemoteFolder(str(path), cache_dir=cache_dir, cache_bytes=cache_bytes))
             local = Path(path)
-            if not local.exists():
-                raise FileNotFoundError(
-                    f"data set {local} does not exist; build it with python -m data_prep.build"
-                )
             if (local / MANIFEST).is_file():
                 return cls._open_sealed(LocalFolder(local))
             if (local / "build.json").is_file():
                 raise UserError(
                     f"{local} is not finished (no {MANIFEST}); run its python -m data_prep.build again"
                 )
-            tars = sorted(local.glob("*.tar")) if local.is_dir() else [local]
+            given = expand_paths(local)
         else:
-            tars = [Path(tar) for tar in path]
-            local = tars[0].parent if tars else Path()
+            given = [Path(os.path.abspath(tar)) for tar in path]
+            local = Path(os.path.commonpath([tar.parent for tar in given])) if given else Path()
+        for place in given:
+            if not place.exists():
+                raise FileNotFoundError(
+                    f"data set {place} does not exist; build it with python -m data_prep.build"
+                )
+        tars = [tar for place in given for tar in (find_tars(place) if place.is_dir() else [place])]
         if not tars:
-            raise UserError(f"{local} holds neither a {MANIFEST} nor a *.tar; it is not a data set")
-        foreign = ForeignFolder(tars, index_dir=cache_dir)
-        return cls(foreign, name=local.name, shards=foreign.records, manifest=None)
+            raise UserError(
+                f"{local} holds neither a {MANIFEST} nor a tar ({', '.join(TAR_SUFFIXES)}); it is not a data set"
+            )
+        root = local if local.is_dir() else Path(os.path.commonpath([tar.parent for tar in tars]))
+        foreign = ForeignFolder(tars, root=root, cache_dir=cache_dir)
+        return cls(
+            foreign,
+            name=(local if local.exists() else root).name or root.resolve().name,
+            shards=foreign.records,
+            manifest=None,
+        )
 
     @classmethod
     def _open_sealed(cls, folder: LocalFolder | RemoteFolder) -> ShardSet:
@@ -121,18 +132,27 @@ class ShardSet:
                 self._opened.move_to_end(shard)
                 return opened
         record = self.shards[shard]
-        index = ShardIndex.load(self.index_path(shard))
-        if index.tar_sha256 != record.sha256 or index.num_samples != record.num_samples:
-            raise UserError(
-                f"{self.folder.where}: the index of shard {record.name} belongs to another tar; run python "
-                f"-m data_prep.index {self.folder.where}"
-            )
+        try:
+            index = self._load(shard)
+        except (UserError, FileNotFoundError):
+            if not isinstance(self.folder, ForeignFolder):
+                raise
+            index = self.folder.index_again(shard)
         opened = index, Layout.of(index, num_bytes=record.num_bytes)
         with self._lock:
             self._opened[shard] = opened
             while len(self._opened) > MAX_CACHED_INDEXES:
                 self._opened.popitem(last=False)
         return opened
+
+    def _load(self, shard: int) -> ShardIndex:
+        record, index = self.shards[shard], ShardIndex.load(self.index_path(shard))
+        if index.tar_sha256 != record.sha256 or index.num_samples != record.num_samples:
+            raise UserError(
+                f"{self.folder.where}: the index of shard {record.name} belongs to another tar; run python "
+                f"-m data_prep.index {self.folder.where}"
+            )
+        return index
 
     def index_path(self, shard: int) -> Path:
         """Where the index file of a shard lies locally."""
@@ -159,11 +179,14 @@ class ShardSet:
         images = tuple(data[1:])
         try:
             if isinstance(self.folder, ForeignFolder):
-                suffix = str(index.member_suffix[index.member_start[sample]])
-                caption, images = (data[0], images) if suffix in TEXT_SUFFIXES else (None, tuple(data))
-                document = foreign_document(caption, suffix, key=key, source=self.name)
+                first, end = index.member_start[sample : sample + 2].tolist()
+                roles = index.member_suffix[first:end].tolist()
+                texts = {role: text for role, text in zip(roles, data) if role != "image"}
+                document, images = pair_document(texts, key=key, source=self.name), tuple(data[len(texts) :])
             else:
                 document = Document.from_record(json.loads(data[0]))
+        except BadText as error:
+            raise BadSample(error.reason, key, record.name) from error
         except UnicodeDecodeError as error:
             raise BadSample("text_not_utf8", key, record.name) from error
         except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -188,23 +211,27 @@ class ShardSet:
         It gives dictionaries with `__key__`, `document` and `images` (PIL, RGB, in document order); shards are split
         over ranks and DataLoader workers. Go on with `.shuffle(1000).map(...)`. Samples of foreign tars
         that have no place in the index are left out. `handler` decides about damaged samples, as
-        `webdataset.warn_and_continue` does; without it BadImage or ValueError is raised.
+        `webdataset.warn_and_continue` does; without it BadImage or BadSample is raised.
         """
         import webdataset
         from webdataset.compat import FluidWrapper
-        from webdataset.tariterators import group_by_keys, tar_file_expander
 
-        source = webdataset.SimpleShardList([f"{shard.name}.tar" for shard in self.shards])
         options = {} if handler is None else {"handler": handler}
-        is_foreign = isinstance(self.folder, ForeignFolder)
         return (
-            FluidWrapper(source)
-            .compose(
-                webdataset.split_by_node, webdataset.split_by_worker, partial(_open_streams, self.folder)
-            )
-            .compose(partial(tar_file_expander, **options), partial(group_by_keys, **options))
-            .map(partial(_decoded, is_foreign=is_foreign, source=self.name), **options)
+            FluidWrapper(webdataset.SimpleShardList([str(shard) for shard in range(len(self.shards))]))
+            .compose(webdataset.split_by_node, webdataset.split_by_worker, self._places)
+            .map(self._decoded, **options)
         )
+
+    def _places(self, shards: Iterable[dict[str, str]]) -> Iterator[tuple[int, int]]:
+        """(shard, sample) of all samples of shards, which webdataset names by their `url`."""
+        for shard in (int(shard["url"]) for shard in shards):
+            yield from ((shard, sample) for sample in range(self.shards[shard].num_samples))
+
+    def _decoded(self, place: tuple[int, int]) -> dict[str, object]:
+        sample = self.read(*place)
+        images = [decode_image(data) for data in sample.images]
+        return {"__key__": sample.key, "document": sample.document, "images": images}
 
     def _open_tar(self, shard: int) -> _OpenTar:
         with self._lock:
@@ -253,30 +280,6 @@ class _OpenTar:
     def __del__(self) -> None:
         if hasattr(self, "descriptor"):
             os.close(self.descriptor)
-
-
-def _open_streams(
-    folder: LocalFolder | RemoteFolder | ForeignFolder, shards: Iterable[dict[str, str]]
-) -> Iterator[dict[str, object]]:
-    for shard in shards:
-        with folder.path(shard["url"]).open("rb") as stream:
-            yield {"url": shard["url"], "stream": stream}
-
-
-def _decoded(fields: dict[str, bytes], *, is_foreign: bool, source: str) -> dict[str, object] | None:
-    """Members grouped by key -> a document and its decoded images; None for what the index leaves out."""
-    key = str(fields["__key__"])
-    if is_foreign:
-        try:
-            sample = foreign_sample(fields, key=key, source=source)
-        except BadSample:
-            return None
-        document, images = sample.document, list(sample.images)
-    else:
-        document = Document.from_record(json.loads(fields["json"]))
-        numbered = {name.partition(".")[0]: data for name, data in fields.items() if name[0].isdigit()}
-        images = [numbered[str(number)] for number in range(document.num_images)]
-    return {"document": document, "images": [decode_image(data) for data in images]}
 
 
 class BadMember(ValueError):
