@@ -76,12 +76,13 @@ class BuildOptions(ArrayOptions, TokenizerOptions):
     @classmethod
     def _find_inputs(cls, given: tuple[Path, ...]) -> tuple[Path, ...]:
         """Braces and stars that the shell did not expand are expanded here."""
-        found = [path for name in given for path in ([name] if "://" in str(name) else expand_paths(name))]
-        for path in found:
-            if not path.exists() and "://" not in str(path):
-                raise UserError(f"--input {path} does not exist")
-        if len(found) < len(given):
-            raise UserError(f"--input {' '.join(map(str, given))}: no file is called so")
+        found: list[Path] = []
+        for name in given:
+            paths = [name] if "://" in str(name) else expand_paths(name)
+            missing = [path for path in paths if "://" not in str(path) and not path.exists()]
+            if missing or not paths:
+                raise UserError(f"--input {missing[0] if missing else name} does not exist")
+            found += paths
         return tuple(found)
 
 

@@ -20,6 +20,7 @@ from pydantic import Field
 from rich.console import Console
 from rich.progress import track
 
+from data_prep.job import SETTINGS
 from data_prep.options import Folders, TokenizerOptions
 from data_prep.report import write_report
 from vlgpt.document import ROLES, Document
@@ -27,9 +28,10 @@ from vlgpt.errors import UserError, run_command
 from vlgpt.images import BadImage, decode_image
 from vlgpt.log import configure
 from vlgpt.options import parse
-from vlgpt.shards import FeatureSpec, Manifest, ShardIndex, ShardSet, read_spec
+from vlgpt.shards import BadSample, FeatureSpec, Manifest, ShardIndex, ShardSet, read_spec
 from vlgpt.shards.index import crc32
 from vlgpt.shards.manifest import MANIFEST, SUCCESS, read_manifest, read_report
+from vlgpt.shards.tars import find_tars
 
 BLOCK_BYTES = 512
 
@@ -78,6 +80,9 @@ def check_folder(
     folder: Path, *, decode: bool = False, statistics: Statistics | None = None
 ) -> Iterator[str]:
     """Every problem found, as `shard: reason`; nothing for a complete data set."""
+    if not any((folder / name).exists() for name in (MANIFEST, SETTINGS)) and find_tars(folder):
+        yield from _check_foreign(folder, decode, statistics)
+        return
     try:
         manifest = read_manifest((folder / MANIFEST).read_bytes(), where=str(folder / MANIFEST))
     except (UserError, FileNotFoundError) as error:
@@ -100,6 +105,29 @@ def check_folder(
                 for problem in check_shard(folder, record.name, record.sha256, decode, statistics)
             )
     yield from _check_features(folder, manifest)
+
+
+def _check_foreign(folder: Path, decode: bool, statistics: Statistics | None) -> Iterator[str]:
+    """Samples of foreign tars that the index holds and that cannot be read; what it leaves out is counted there."""
+    try:
+        shards = ShardSet.open(folder)
+    except UserError as error:
+        yield f"tars: {error}"
+        return
+    for number, record in enumerate(
+        track(shards.shards, description=folder.name, console=Console(stderr=True))
+    ):
+        if statistics is not None:
+            statistics.add(shards.index(number))
+        for sample in range(record.num_samples):
+            try:
+                for data in shards.read(number, sample).images:
+                    if decode:
+                        decode_image(data)
+            except BadSample as error:
+                yield f"{record.name}: sample {error.key}: {error.reason}"
+            except BadImage as error:
+                yield f"{record.name}: sample {shards.index(number).keys[sample]}: {error}"
 
 
 def _check_names(folder: Path, manifest: Manifest) -> Iterator[str]:
@@ -264,15 +292,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _print_summary(console: Console, folder: Path, statistics: Statistics) -> None:
-    manifest = ShardSet.open(folder).manifest
-    if manifest is None:
-        return
-    dropped = {**manifest.dropped, **{f"image {k}": v for k, v in manifest.dropped_images.items()}}
+    shards = ShardSet.open(folder)
+    manifest, dropped = shards.manifest, shards.skipped
+    if manifest is not None:
+        dropped = {**manifest.dropped, **{f"image {k}": v for k, v in manifest.dropped_images.items()}}
     listed = ", ".join(f"{reason} {count}" for reason, count in dropped.items()) or "nothing"
+    what = (
+        "left out of these foreign tars" if manifest is None else f"of {manifest.num_records} records dropped"
+    )
     console.print(
-        f"OK {folder}: {manifest.num_samples} documents, {manifest.num_images} images, "
-        f"{len(manifest.shards)} shards, "
-        f"{manifest.num_bytes / 1e6:.1f} MB; of {manifest.num_records} records dropped: {listed}",
+        f"OK {folder}: {shards.num_samples} documents, {shards.num_images} images, {len(shards.shards)} shards, "
+        f"{sum(shard.num_bytes for shard in shards.shards) / 1e6:.1f} MB; {what}: {listed}",
         *statistics.lines(),
         sep="\n  ",
         markup=False,

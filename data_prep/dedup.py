@@ -65,9 +65,9 @@ def hash_folder(folder: Path, share: Share) -> int:
     made = 0
     mine = share.of(len(shards.shards))
     for shard in track(mine, description=f"hash {folder.name}", console=console):
-        record = shards.shards[shard]
-        if load_hashes(folder, record.name, tar_sha256=record.sha256) is None:
-            store_hashes(folder, record.name, hash_shard(shards, shard), tar_sha256=record.sha256)
+        record, place = shards.shards[shard], Path(shards.folder.where)
+        if load_hashes(place, record.name, tar_sha256=record.sha256) is None:
+            store_hashes(place, record.name, hash_shard(shards, shard), tar_sha256=record.sha256)
             made += 1
     return made
 

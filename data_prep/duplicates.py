@@ -55,7 +55,7 @@ def load_corpus(folders: Sequence[Path], *, against: Sequence[Path] = ()) -> Cor
         shards = ShardSet.open(folder)
         sets.append(shards)
         for record in shards.shards:
-            hashes = load_hashes(folder, record.name, tar_sha256=record.sha256)
+            hashes = load_hashes(Path(shards.folder.where), record.name, tar_sha256=record.sha256)
             if hashes is None:
                 raise UserError(
                     f"{folder}: shard {record.name} has no hashes; run python -m data_prep.dedup hash "

@@ -179,7 +179,7 @@ def read_images(shards: ShardSet, shard: int, size_px: int) -> Iterator[np.ndarr
                 yield read_square(data, size_px=size_px, decoder="pillow")
         except (BadSample, BadImage) as error:
             where = f"{shards.folder.where}: shard {shards.shards[shard].name}, sample {sample}"
-            raise UserError(f"{where}: {error}; run python -m data_prep.check") from error
+            raise UserError(f"{where}: {error}; {shards.repair}") from error
 
 
 def read_texts(shards: ShardSet, shard: int) -> Iterator[str]:
@@ -188,7 +188,7 @@ def read_texts(shards: ShardSet, shard: int) -> Iterator[str]:
         try:
             parts = shards.read(shard, sample, with_images=False).document.parts
         except BadSample as error:
-            raise UserError(f"{shards.folder.where}: {error}; run python -m data_prep.check") from error
+            raise UserError(f"{shards.folder.where}: {error}; {shards.repair}") from error
         yield from (part.text for part in parts if isinstance(part, TextPart))
 
 

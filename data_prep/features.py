@@ -119,9 +119,10 @@ def compute_share(options: FeatureOptions, worker: int) -> Iterator[FeatureCost]
         shards = ShardSet.open(folder)
         for job in jobs:
             name, num_rows, started = job.spec.name, 0, time.monotonic()
-            write_spec(folder, job.spec)
+            place = Path(shards.folder.where)  # for one tar, the folder that holds it
+            write_spec(place, job.spec)
             for shard in share.of(len(shards.shards)):
-                num_rows += compute_shard(job, shards, shard, folder=folder, batch_size=options.batch_size)
+                num_rows += compute_shard(job, shards, shard, folder=place, batch_size=options.batch_size)
             seconds = time.monotonic() - started
             yield FeatureCost(folder, name, num_rows, seconds, job.bytes_per_row, flops[name])
 

@@ -52,7 +52,7 @@ def hash_shard(shards: ShardSet, shard: int) -> Hashes:
         try:
             read = shards.read(shard, sample)
         except BadSample as error:
-            raise UserError(f"{shards.folder.where}: {error}; run python -m data_prep.check") from error
+            raise UserError(f"{shards.folder.where}: {error}; {shards.repair}") from error
         if not read.images:
             rows.append((sample, TEXT, hashlib.sha256(read.document.text.encode()).digest(), 0))
         stored = read.document.info.get("images", [{}] * len(read.images))

@@ -23,7 +23,7 @@ from vlgpt.files import write_atomic
 from vlgpt.log import configure
 from vlgpt.options import ArrayOptions, parse
 from vlgpt.processes import run_workers
-from vlgpt.shards import ShardIndex, ShardSet
+from vlgpt.shards import BadSample, ShardIndex, ShardSet
 from vlgpt.shards.index import rebuild_index, retokenise
 from vlgpt.shards.manifest import MANIFEST, read_manifest
 from vlgpt.shards.schema import TextTokenizer
@@ -45,7 +45,7 @@ def reindex_shard(shards: ShardSet, shard: int, *, folder: Path, tokenizer: Text
     """Rebuild a missing or unfit index from its tar, or recount its tokens when another tokenizer made it.
 
     `tokenizer=None`: never recounted. True when it was written. Raises UserError when the tar is damaged or does not
-    match the manifest; the index of a foreign tar is not rebuilt, its error is raised.
+    match the manifest. An index of a foreign tar was made anew, where that was needed, when it was opened.
     """
     record, path = shards.shards[shard], shards.index_path(shard)
     try:
@@ -65,7 +65,10 @@ def reindex_shard(shards: ShardSet, shard: int, *, folder: Path, tokenizer: Text
     documents = (
         shards.read(shard, sample, with_images=False).document for sample in range(index.num_samples)
     )
-    write_atomic(path, retokenise(index, documents, tokenizer=tokenizer).save_bytes())
+    try:
+        write_atomic(path, retokenise(index, documents, tokenizer=tokenizer).save_bytes())
+    except BadSample as error:
+        raise UserError(f"{folder}: {error}; {shards.repair}") from error
     return True
 
 

@@ -29,12 +29,15 @@ Verdicts = Mapping[int, str]
 
 def require_copyable(folder: Path, output: Path) -> Manifest:
     """The manifest of `folder`. Raises UserError for foreign tars and for a copy onto itself."""
-    manifest = ShardSet.open(folder).manifest
-    if manifest is None or output.resolve() == folder.resolve():
+    shards = ShardSet.open(folder)
+    if shards.manifest is None:
         raise UserError(
-            f"a copy needs a data set of data_prep and another folder for --output, found {folder} and {output}"
+            f"{folder} holds foreign tars, a copy needs a data set of data_prep; make one: python -m data_prep.build "
+            f"img2dataset --input {folder} --output NEW"
         )
-    return manifest
+    if output.resolve() == folder.resolve():
+        raise UserError(f"--output {output} is the data set itself; give another folder")
+    return shards.manifest
 
 
 def copy_without(

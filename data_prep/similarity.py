@@ -141,16 +141,17 @@ def score(options: SimilarityOptions) -> None:
     scorer = Scorer(options)
     for folder in options.folders:
         shards, started, num_images = ShardSet.open(folder), time.monotonic(), 0
+        place = Path(shards.folder.where)
         for shard in options.share.of(len(shards.shards)):
             record = shards.shards[shard]
-            found = ShardSimilarity.load(folder, record.name, tar_sha256=record.sha256)
+            found = ShardSimilarity.load(place, record.name, tar_sha256=record.sha256)
             if found is not None and found.encoder != scorer.name:
                 raise UserError(
                     f"{folder}: shard {record.name} was scored by {found.encoder}, this run has {scorer.name}; "
-                    f"remove {folder / 'similarity'} to score again"
+                    f"remove {place / 'similarity'} to score again"
                 )
             if found is None:
-                scorer.score(shards, shard).store(folder, record.name)
+                scorer.score(shards, shard).store(place, record.name)
                 num_images += record.num_images
         speed = num_images / max(time.monotonic() - started, 1e-9)
         get_logger().info("%s: %d pictures scored, %.1f pictures/s", folder, num_images, speed)

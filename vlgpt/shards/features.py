@@ -120,6 +120,8 @@ class _NpyFile:
 
     def __init__(self, path: Path, shape: tuple[int, ...], dtype: str):
         self._path, self._partial = path, path.with_name(f".{path.name}.partial")
+        # shards of foreign tars at several depths are called by their paths
+        path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open_locked(self._partial)
         description = np.lib.format.dtype_to_descr(np.dtype(dtype))
         header = {"descr": description, "fortran_order": False, "shape": shape}

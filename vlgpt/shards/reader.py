@@ -122,6 +122,14 @@ class ShardSet:
         """Samples of foreign tars that have no place in the index, by reason; empty for our own data sets."""
         return self.folder.skipped if isinstance(self.folder, ForeignFolder) else {}
 
+    @property
+    def repair(self) -> str:
+        """For people: what to do about a sample that cannot be read."""
+        where = self.folder.where
+        if isinstance(self.folder, ForeignFolder):
+            return f"leave it out: python -m data_prep.build img2dataset --input {where} --output NEW"
+        return f"run python -m data_prep.check {where}"
+
     def index(self, shard: int) -> ShardIndex:
         """The index of a shard (cached). Raises UserError when it does not fit the manifest."""
         return self._open(shard)[0]
