@@ -17,6 +17,7 @@ from vlgpt.planning.meta import image_parts_of, planned_stage
 from vlgpt.planning.plan import feature_sizes, make_plan
 from vlgpt.shards.features import MAX_OPEN_ARRAYS
 from vlgpt.shards.reader import MAX_OPEN_TARS
+from vlgpt.shards.tars import tars_of
 
 GIB = 1 << 30
 OWN_FILES = 256  # of a process without its data: libraries, devices, sockets, logs, pipes of workers
@@ -155,7 +156,7 @@ def _open_files(run: s.RunSettings) -> Iterator[Finding]:
     """Every process that reads keeps the tars and feature files that it met last open."""
     needed = OWN_FILES
     for source in (*run.data.sources, *run.validation.sources):
-        num_shards = len(list(Path(source.path).glob("*.tar"))) or MAX_OPEN_ARRAYS  # unknown of remote shards
+        num_shards = len(tars_of(Path(source.path))) or MAX_OPEN_ARRAYS  # unknown of remote shards
         features = len(run.data.features) * 2 * min(num_shards, MAX_OPEN_ARRAYS)  # int8 has a file of scales
         needed += min(num_shards, MAX_OPEN_TARS) + features
     limit, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -13,6 +13,7 @@ from vlgpt import settings as s
 from vlgpt.config import load_run
 from vlgpt.errors import UserError
 from vlgpt.planning.meta import image_arguments, image_tower, read_export
+from vlgpt.shards.tars import tars_of
 from vlgpt.turns import OWN, TEMPLATES
 
 
@@ -127,21 +128,22 @@ def _folders(run: s.RunSettings, _: int) -> Iterator[Finding]:
         folder = Path(source.path)
         if "://" in source.path:
             continue
-        if not folder.exists():
-            yield _error(f"source {source.name!r}: {folder} does not exist", "build it: see docs/datasets.md")
-        elif not any(folder.rglob("*.tar")):
-            yield _error(
-                f"source {source.name!r}: {folder} holds no shards (*.tar)",
-                f"write them: python -m data_prep.build ... --output {folder}",
-            )
-        else:
+        if tars_of(folder):
+            root = folder if folder.is_dir() else folder.parent
             for name in run.data.features:
-                if not any(folder.rglob(f"*{name}*")):
+                if not any(root.rglob(f"*{name}*")):
                     encoder = "diffusion.json --library ip_adapter" if name.endswith("condition") else "CLIP"
                     command = f"python -m data_prep.features {folder} --features {name} --encoder {encoder}"
                     yield _error(
                         f"source {source.name!r}: feature {name!r} is not computed", f"run {command}"
                     )
+        elif folder.exists():
+            yield _error(
+                f"source {source.name!r}: {folder} holds no shards (*.tar)",
+                f"write them: python -m data_prep.build ... --output {folder}",
+            )
+        else:
+            yield _error(f"source {source.name!r}: {folder} does not exist", "build it: see docs/datasets.md")
     done = run.run_dir / "result" / "done.json"
     if done.is_file() and json.loads(done.read_text()).get("settings") != run.model_dump(mode="json"):
         yield _warning(

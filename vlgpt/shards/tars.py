@@ -278,10 +278,15 @@ def find_tars(folder: Path) -> list[Path]:
     while folders or links:
         parent = folders.pop() if folders else links.pop(0)
         stat = parent.stat()
-        if (stat.st_dev, stat.st_ino) in entered or not os.access(parent, os.R_OK | os.X_OK):
+        if (stat.st_dev, stat.st_ino) in entered:
             continue
         entered.add((stat.st_dev, stat.st_ino))
-        for path in sorted(parent.iterdir()):
+        try:
+            paths = sorted(parent.iterdir())
+        except PermissionError as error:
+            get_logger(__name__).warning("passed over: %s", error)
+            continue
+        for path in paths:
             if path.name.startswith("."):
                 continue
             if path.is_dir():
@@ -289,6 +294,12 @@ def find_tars(folder: Path) -> list[Path]:
             elif path.name.lower().endswith(TAR_SUFFIXES) and path.is_file():
                 found.append(path)
     return sorted(found, key=lambda tar: tar.relative_to(folder).as_posix())
+
+
+def tars_of(path: Path) -> list[Path]:
+    """All tars that the path of a data set means: a folder, a tar, or a name with braces and stars."""
+    places = [place for place in expand_paths(path) if place.exists()]
+    return [tar for place in places for tar in (find_tars(place) if place.is_dir() else [place])]
 
 
 def without_suffix(name: str) -> str:

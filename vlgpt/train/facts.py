@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import subprocess
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from vlgpt.errors import UserError
 from vlgpt.files import write_atomic
 from vlgpt.settings import RunSettings
 from vlgpt.shards import FeatureSpec
+from vlgpt.shards.tars import expand_paths, find_tars
 from vlgpt.stages.base import Stage
 
 RESULT = "result"
@@ -59,13 +59,18 @@ def missing_inputs(settings: RunSettings) -> list[tuple[str, str]]:
     paths += [(f"stage.{key}", stage.get(key) or "") for key in STAGE_PATHS]
     for key in ("encoder", "conditioner"):
         paths.append((f"stage.{key}.path", (stage.get(key) or {}).get("path", "")))
-    return [(key, path) for key, path in paths if _must_be_here(key, path) and not Path(path).exists()]
+    return [(key, path) for key, path in paths if _must_be_here(key, path) and not _is_here(path)]
 
 
 def _must_be_here(key: str, path: str) -> bool:
     is_model = key.startswith("stage.")
     may_be_hub_name = is_model and path.count("/") < 2 and not path.startswith(("/", "."))
     return path != "" and "://" not in path and not may_be_hub_name
+
+
+def _is_here(path: str) -> bool:
+    found = expand_paths(Path(path))
+    return bool(found) and all(place.exists() for place in found)
 
 
 def data_facts(settings: RunSettings) -> dict[str, str]:
@@ -80,8 +85,7 @@ def data_facts(settings: RunSettings) -> dict[str, str]:
         if manifest.is_file():
             content = manifest.read_bytes()
         else:
-            names = sorted(entry.name for entry in os.scandir(folder) if entry.name.endswith(".tar"))
-            content = "\n".join(names).encode()
+            content = "\n".join(str(tar.relative_to(folder)) for tar in find_tars(folder)).encode()
         found[source.path] = hashlib.sha256(content).hexdigest()[:16]
     return found
 
