@@ -18,6 +18,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from glob import escape, glob, has_magic
+from io import BufferedIOBase
 from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
@@ -25,7 +26,7 @@ from typing import BinaryIO
 import numpy as np
 
 from vlgpt.errors import UserError
-from vlgpt.files import CHUNK_BYTES, Readable, file_stamp, open_locked
+from vlgpt.files import CHUNK_BYTES, file_stamp, open_locked
 from vlgpt.log import get_logger
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
@@ -374,11 +375,12 @@ def plain_tar(tar: Path, *, cache_dir: Path | None = None) -> Path:
     return whole if whole.is_file() else damaged
 
 
-def _unpack(source: Readable, target: BinaryIO, *, limit: int) -> bool:
+def _unpack(source: BufferedIOBase, target: BinaryIO, *, limit: int) -> bool:
     """Copy until the end, damage or the limit: -> whether it was the end. Raises OSError for a disk that fails."""
     is_whole = False
     try:
-        while limit > 0 and (chunk := source.read(CHUNK_BYTES)):
+        # not `read`: it keeps what it has for itself when it meets damage
+        while limit > 0 and (chunk := source.read1(CHUNK_BYTES)):
             target.write(chunk)
             limit -= len(chunk)
         is_whole = limit > 0
