@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,6 +164,21 @@ def numbers(value: Columns, wanted: Mapping[str, tuple[str, ...]]) -> dict[str, 
     """Filter values for `Document.info`: name there -> fields accepted for it; only numbers are taken."""
     found = {name: number(value, *fields) for name, fields in wanted.items()}
     return {name: amount for name, amount in found.items() if amount is not None}
+
+
+def storable(value: object) -> Any:
+    """A value of a table as JSON can hold it, for `Document.info`: dates and the like become text, bytes and numbers
+    that are not finite become null.
+    """
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(name): storable(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [storable(item) for item in value]
+    return None if isinstance(value, bytes) else str(value)
 
 
 def table_image(value: object) -> ImageOpener:
