@@ -231,7 +231,7 @@ def _not_downloaded(table: Path, columns: Sequence[str]) -> str:
 def caption_column(columns: Sequence[str]) -> str | None:
     """Which of these columns of text holds captions, by its name."""
     likely = (column for column in columns if "caption" in column.lower() or "text" in column.lower())
-    return next((column for column in CAPTION_COLUMNS if column in columns), next(likely, None))
+    return next((column for column in CAPTION_NAMES if column in columns), next(likely, None))
 
 
 def _list_not_downloaded(path: Path) -> str:
