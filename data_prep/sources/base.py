@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
@@ -36,10 +37,13 @@ class Record:
 
 @dataclass(frozen=True)
 class Dropped:
-    """An input record that gives no document: `reason` is one word with underscores, `key` names the record."""
+    """An input record that gives no document: `reason` is one word with underscores, `key` names the record, `detail`
+    tells people more.
+    """
 
     reason: str
     key: str
+    detail: str = field(default="", compare=False)
 
 
 @runtime_checkable
@@ -61,9 +65,9 @@ class Source(Protocol):
 class BadRecord(Exception):
     """An input record that gives no document: `reason` is one word to count by."""
 
-    def __init__(self, reason: str):
+    def __init__(self, reason: str, detail: str = ""):
         super().__init__(reason)
-        self.reason = reason
+        self.reason, self.detail = reason, detail
 
 
 class HasKey(Protocol):
@@ -128,7 +132,7 @@ def convert(items: Iterable[Raw | Dropped], make: Callable[[Raw], Made]) -> Iter
         try:
             yield make(item)
         except (BadRecord, BadImage) as error:
-            yield Dropped(error.reason, item.key)
+            yield Dropped(error.reason, item.key, error.detail)
 
 
 def mapping(value: object) -> Columns:
@@ -143,10 +147,16 @@ def text(value: Columns, *names: str, word: str) -> str:
     found = next((value[name] for name in names if value.get(name) is not None), None)
     if found is None:
         raise BadRecord(f"no_{word}")
+    return cleaned(found, word=word)
+
+
+def cleaned(value: object, *, word: str) -> str:
+    """A text by the rules of `clean_text`. Raises BadRecord(`bad_` or `empty_` word), and quotes what it found."""
     try:
-        return clean_text(found, word=word)
+        return clean_text(value, word=word)
     except BadText as error:
-        raise BadRecord(error.reason) from error
+        found = reprlib.repr(value) if isinstance(value, str) else type(value).__name__
+        raise BadRecord(error.reason, f"found {found}") from error
 
 
 def number(value: Columns, *names: str) -> float | int | None:

@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
-from data_prep.sources.base import BadRecord, ConvertingSource, Numbered, Record, mapping, storable
+from data_prep.sources.base import BadRecord, ConvertingSource, Numbered, Record, mapping, storable, text
 from data_prep.sources.csv_rows import ROW_SUFFIXES, CsvFile, open_rows
 from data_prep.sources.inputs import inside, list_files
 from data_prep.sources.records import FIRST_RECORDS, Concatenation, RawRecord
@@ -53,18 +53,17 @@ class FolderSource(ConvertingSource[RawRecord]):
     def make(self, raw: RawRecord) -> Record:
         """A pair of image and caption."""
         columns = mapping(raw.value)
-        name, text = columns.get(self._file_column), columns.get(self._text_column)
+        name = columns.get(self._file_column)
         if not isinstance(name, str) or not name:
             raise BadRecord("no_file_name")
-        if not isinstance(text, str):
-            raise BadRecord("no_text")
+        caption = text(columns, self._text_column, word="caption")
         info = {
             key: _number(value) if key in NUMBERS else storable(value)
             for key, value in columns.items()
             if key not in (self._file_column, self._text_column)
         }
         path = find_image(raw.file.path.parent, name)
-        return Record(Document(name, "folder", (ImagePart(0), TextPart(text.strip())), info), (path,))
+        return Record(Document(name, "folder", (ImagePart(0), TextPart(caption)), info), (path,))
 
     def _check(self, path: Path, table: Numbered[RawRecord]) -> None:
         """Look at the first rows. Raises UserError for a column that is not there, or when all names lead nowhere."""
