@@ -519,7 +519,7 @@ def image_columns(schema: pa.Schema) -> list[str]:
 
 def text_columns(schema: pa.Schema) -> list[str]:
     """Columns of strings, or lists of strings."""
-    return [field.name for field in schema if _is_string(_item_type(field.type))]
+    return [field.name for field in schema if is_string(_item_type(field.type))]
 
 
 def is_list(kind: pa.DataType) -> bool:
@@ -531,7 +531,8 @@ def _item_type(kind: pa.DataType) -> pa.DataType:
     return kind.value_type if is_list(kind) or pa.types.is_dictionary(kind) else kind
 
 
-def _is_string(kind: pa.DataType) -> bool:
+def is_string(kind: pa.DataType) -> bool:
+    """Whether a column holds text."""
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
