@@ -8,6 +8,7 @@ and seals the folder.
 from __future__ import annotations
 
 import argparse
+import itertools
 import signal
 import sys
 from collections import Counter
@@ -51,6 +52,7 @@ from vlgpt.shards.writer import load_tar_writer
 MIN_RECORDS_TO_JUDGE = 1000
 CRASH_SIGNALS = {signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL}
 MAX_CRASHES = 100
+NUM_BAD_SHOWN = 3
 console = Console(stderr=True)
 
 
@@ -160,8 +162,15 @@ def _judge(reports: Sequence[ShardReport], max_bad_fraction: float, *, at_least:
     listed = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common())
     raise TooManyBad(
         f"{failed} of {records} records are bad ({listed}), more than --max-bad-fraction {max_bad_fraction}; "
+        f"the first: {_first_bad(reports)}; "
         "repair the input and run with --retry-failed, or allow more"
     )
+
+
+def _first_bad(reports: Sequence[ShardReport]) -> str:
+    ordered = sorted(reports, key=lambda report: report.first_record)
+    drops = (drop for report in ordered for drop in report.drops().values() if is_failure(drop[0]))
+    return ", ".join(f"{reason} ({name})" for reason, name in itertools.islice(drops, NUM_BAD_SHOWN))
 
 
 def _progress() -> Progress:
@@ -306,7 +315,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             hash_tars=options.verify == "hash",
         )
     except (TooManyBad, WorkerDied) as error:
-        console.print(f"error: {error}", style="red", highlight=False, soft_wrap=True)
+        help_ = f"; list them: python -m data_prep.check --bad {options.output}" * isinstance(error, TooManyBad)
+        console.print(f"error: {error}{help_}", style="red", markup=False, highlight=False, soft_wrap=True)
         return 1
     except (Stopped, KeyboardInterrupt):
         console.print("stopped; run the same command again to continue", highlight=False, soft_wrap=True)

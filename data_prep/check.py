@@ -1,7 +1,8 @@
-"""python -m data_prep.check DIR [--html FILE]: is this data set complete, and what is in it?
+"""python -m data_prep.check DIR [--bad] [--html FILE]: is this data set complete, and what is in it?
 
 Verifies manifest, reports, hashes, indexes, tar structure and every document; counts; writes a page of random
-documents. The exit code is 1 on any damage, each named by shard and reason.
+documents. The exit code is 1 on any damage, each named by shard and reason. With --bad it only lists the records that
+the build could not use; the build need not be finished.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pydantic import Field
 from rich.console import Console
 from rich.progress import track
 
-from data_prep.job import SETTINGS
+from data_prep.job import SETTINGS, is_failure
 from data_prep.options import Folders, TokenizerOptions
 from data_prep.report import write_report
 from vlgpt.document import ROLES, Document
@@ -29,9 +30,10 @@ from vlgpt.images import BadImage, decode_image
 from vlgpt.log import configure
 from vlgpt.options import parse
 from vlgpt.shards import BadSample, FeatureSpec, Manifest, ShardIndex, ShardSet, read_spec
+from vlgpt.shards.foreign import index_foreign_tar
 from vlgpt.shards.index import crc32
 from vlgpt.shards.manifest import MANIFEST, SUCCESS, read_manifest, read_report
-from vlgpt.shards.tars import find_tars
+from vlgpt.shards.tars import find_tars, plain_tar
 
 BLOCK_BYTES = 512
 
@@ -105,6 +107,26 @@ def check_folder(
                 for problem in check_shard(folder, record.name, record.sha256, decode, statistics)
             )
     yield from _check_features(folder, manifest)
+
+
+def bad_records(folder: Path) -> Iterator[str]:
+    """A line for every record that was lost to damage: its shard, its number in the input, reason, key and detail.
+
+    Foreign tars are judged as their index is made. Raises UserError for a folder that holds neither.
+    """
+    if (folder / SETTINGS).is_file() or (folder / MANIFEST).is_file():
+        for path in sorted(folder.glob("[0-9]" * 5 + ".json")):
+            if (report := read_report(folder, int(path.stem))) is None:
+                continue
+            for place, (reason, name) in report.drops().items():
+                if is_failure(reason):
+                    yield f"{report.name}: input record {report.first_record + place}: {reason}: {name}"
+        return
+    if not (tars := find_tars(folder)):
+        raise UserError(f"{folder} is no data set: it holds neither {SETTINGS} nor tars")
+    for tar in tars:
+        for reason, key in index_foreign_tar(plain_tar(tar)).left_out:
+            yield f"{tar.relative_to(folder)}: {reason}: {key}"
 
 
 def _check_foreign(folder: Path, decode: bool, statistics: Statistics | None) -> Iterator[str]:
@@ -253,6 +275,7 @@ class CheckOptions(TokenizerOptions):
     """The command line."""
 
     folders: Folders = Field(description="data set folders")
+    bad: bool = Field(False, description="list the records that were dropped as bad, and nothing else")
     decode: bool = Field(False, description="decode every image too")
     html: Path | None = Field(None, description="write a page of random documents")
     num_documents: int = Field(40, ge=1, description="on the page")
@@ -272,6 +295,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for folder in options.folders:
         if not folder.is_dir():
             raise UserError(f"{folder} is not a folder")
+        if options.bad:
+            for line in bad_records(folder):
+                console.print(line, markup=False, highlight=False, soft_wrap=True)
+            continue
         statistics = Statistics()
         problems = list(check_folder(folder, decode=options.decode, statistics=statistics))
         for problem in problems:

@@ -30,6 +30,7 @@ from vlgpt.shards.schema import TextTokenizer, UnstorableDocument
 
 SETTINGS = "build.json"
 FILTERED = "filtered:"
+MAX_NAME_CHARS = 300
 PER_IMAGE_INFO = ("image_urls", "similarities")
 LIBRARIES = ("pillow", "numpy")
 FAST_LIBRARIES = ("simplejpeg", "opencv-python-headless")
@@ -164,27 +165,22 @@ class ShardBuilder:
             self._on_record(number)
             item = next(items)
             if number in self._job.crashed:
-                writer.drop("decoder_crash")
+                writer.drop("decoder_crash", drop_name(item))
             else:
                 self._records.write(item, writer)
 
     def _write_again(self, writer: ShardWriter, records: range, report: ShardReport) -> None:
         """Copy what is good, keep what filters decided, read the rest again."""
         samples = read_stored_samples(self._job.folder, report)
-        decided = {
-            place: reason
-            for reason, places in report.dropped_records.items()
-            for place in places
-            if not is_failure(reason)
-        }
+        decided = {place: drop for place, drop in report.drops().items() if not is_failure(drop[0])}
         for place, number in enumerate(records):
             self._on_record(number)
             if place in samples:
                 writer.add(*samples[place])
             elif place in decided:
-                writer.drop(decided[place])
+                writer.drop(*decided[place])
             elif number in self._job.crashed:
-                writer.drop("decoder_crash")
+                writer.drop("decoder_crash", f"input record {number}")
             else:
                 self._records.write(next(self._read(range(number, number + 1))), writer)
 
@@ -201,7 +197,7 @@ class ShardBuilder:
             except (UserError, OSError):  # the whole input, or the disk
                 raise
             except Exception as error:
-                yield Dropped(_unforeseen(error, f"input record {number}"), str(number))
+                yield _unforeseen(error, f"input record {number}")
                 number += 1
 
 
@@ -234,41 +230,41 @@ class _RecordWriter:
         try:
             document, images, lost = self._prepare(item)
         except BadRecord as error:
-            writer.drop(error.reason)
+            writer.drop(error.reason, drop_name(item, error.detail))
             return
         except UserError:
             raise
         except Exception as error:
-            key = item.key if isinstance(item, Dropped) else item.document.id
-            writer.drop(_unforeseen(error, key))
+            drop = _unforeseen(error, _key(item))
+            writer.drop(drop.reason, drop_name(drop))
             return
         try:
             writer.add(document, images, dropped_images=lost)
-        except UnstorableDocument:
-            writer.drop("bad_text")
+        except UnstorableDocument as error:
+            writer.drop("bad_text", drop_name(item, str(error)))
 
     def _prepare(self, item: Record | Dropped) -> tuple[Document, list[tuple[str, bytes]], list[str]]:
         """-> what to store, and why images were lost. Raises BadRecord."""
         if isinstance(item, Dropped):
-            raise BadRecord(item.reason)
+            raise BadRecord(item.reason, item.detail)
         if reason := self._filter.reason(item):
             raise BadRecord(reason)
         record = self._filter.crop(item)
         kept: list[StoredImage | None] = []
-        lost = list(record.lost)
+        lost = [BadImage(reason) for reason in record.lost]
         for opener in record.images:
             try:
                 kept.append(self._image(opener))
             except BadImage as error:
                 kept.append(None)
-                lost.append(error.reason)
+                lost.append(error)
         stored = [(image.suffix, image.data) for image in kept if image is not None]
         if lost and not (self._is_image_optional and stored):
-            raise BadRecord(lost[0])
+            raise BadRecord(lost[0].reason, lost[0].detail)
         document = _with_images(record.document, kept)
         if document.num_images != len(stored):
             raise ValueError(f"{document.num_images} image parts, but {len(stored)} images")
-        return document, stored, lost
+        return document, stored, [error.reason for error in lost]
 
     def _image(self, opener: ImageOpener) -> StoredImage:
         stored = self._images.prepare(_open(opener, max_bytes=self._max_file_bytes))
@@ -277,10 +273,21 @@ class _RecordWriter:
         return stored
 
 
-def _unforeseen(error: Exception, key: str) -> str:
-    """The reason of a record that made our code or a library fail; the log says how."""
+def _unforeseen(error: Exception, key: str) -> Dropped:
+    """The drop of a record that made our code or a library fail; the log says how."""
     get_logger(__name__).warning("%r is dropped: %s: %s", key, type(error).__name__, error)
-    return "unforeseen_error"
+    return Dropped("unforeseen_error", key, f"{type(error).__name__}: {error}")
+
+
+def _key(item: Record | Dropped) -> str:
+    return item.key if isinstance(item, Dropped) else item.document.id
+
+
+def drop_name(item: Record | Dropped, detail: str = "") -> str:
+    """One line for people: which record was dropped, and what was wrong with it."""
+    detail = detail or (item.detail if isinstance(item, Dropped) else "")
+    name = " ".join(f"{_key(item)}: {detail}".split() if detail else _key(item).split())
+    return name[:MAX_NAME_CHARS].encode("utf-8", "backslashreplace").decode()
 
 
 def _open(opener: ImageOpener, *, max_bytes: int) -> bytes:

@@ -84,8 +84,7 @@ def _copy_shard(folder: Path, output: Path, shards: ShardSet, shard: int, verdic
             f"{folder}: shard {shard:05d} is missing or incomplete; run python -m data_prep.check {folder}"
         )
     index, stored = shards.index(shard), read_stored_samples(folder, report, with_incomplete=True)
-    dropped = _by_place(report.dropped_records)
-    lost = _by_place(report.dropped_images)
+    dropped, lost = report.drops(), _by_place(report.dropped_images)
     samples = {int(str(key)[-5:]): number for number, key in enumerate(index.keys)}
     writer = ShardWriter(
         output,
@@ -97,9 +96,9 @@ def _copy_shard(folder: Path, output: Path, shards: ShardSet, shard: int, verdic
     try:
         for place in range(report.num_records):
             if place in dropped:
-                writer.drop(dropped[place][0])
+                writer.drop(*dropped[place])
             elif reason := verdicts.get(samples[place]):
-                writer.drop(reason)
+                writer.drop(reason, stored[place][0].id)
             else:
                 writer.add(*stored[place], dropped_images=lost.get(place, ()))
         writer.close()

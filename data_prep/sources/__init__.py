@@ -17,6 +17,7 @@ __all__ = ["SOURCES", "Dropped", "ImageOpener", "Record", "Source", "source_clas
 SOURCES: dict[str, str] = {
     "folder": "data_prep.sources.folder:FolderSource",
     "images": "data_prep.sources.images:ImagesSource",
+    "parquet": "data_prep.sources.parquet:ParquetSource",
     "text": "data_prep.sources.text:TextSource",
     "img2dataset": "data_prep.sources.img2dataset:Img2datasetSource",
     "mmc4": "data_prep.sources.mmc4:Mmc4Source",

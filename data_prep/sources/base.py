@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
@@ -35,10 +37,13 @@ class Record:
 
 @dataclass(frozen=True)
 class Dropped:
-    """An input record that gives no document: `reason` is one word with underscores, `key` names the record."""
+    """An input record that gives no document: `reason` is one word with underscores, `key` names the record, `detail`
+    tells people more.
+    """
 
     reason: str
     key: str
+    detail: str = field(default="", compare=False)
 
 
 @runtime_checkable
@@ -60,9 +65,9 @@ class Source(Protocol):
 class BadRecord(Exception):
     """An input record that gives no document: `reason` is one word to count by."""
 
-    def __init__(self, reason: str):
+    def __init__(self, reason: str, detail: str = ""):
         super().__init__(reason)
-        self.reason = reason
+        self.reason, self.detail = reason, detail
 
 
 class HasKey(Protocol):
@@ -127,7 +132,7 @@ def convert(items: Iterable[Raw | Dropped], make: Callable[[Raw], Made]) -> Iter
         try:
             yield make(item)
         except (BadRecord, BadImage) as error:
-            yield Dropped(error.reason, item.key)
+            yield Dropped(error.reason, item.key, error.detail)
 
 
 def mapping(value: object) -> Columns:
@@ -142,10 +147,16 @@ def text(value: Columns, *names: str, word: str) -> str:
     found = next((value[name] for name in names if value.get(name) is not None), None)
     if found is None:
         raise BadRecord(f"no_{word}")
+    return cleaned(found, word=word)
+
+
+def cleaned(value: object, *, word: str) -> str:
+    """A text by the rules of `clean_text`. Raises BadRecord(`bad_` or `empty_` word), and quotes what it found."""
     try:
-        return clean_text(found, word=word)
+        return clean_text(value, word=word)
     except BadText as error:
-        raise BadRecord(error.reason) from error
+        found = reprlib.repr(value) if isinstance(value, str) else type(value).__name__
+        raise BadRecord(error.reason, f"found {found}") from error
 
 
 def number(value: Columns, *names: str) -> float | int | None:
@@ -163,6 +174,21 @@ def numbers(value: Columns, wanted: Mapping[str, tuple[str, ...]]) -> dict[str, 
     """Filter values for `Document.info`: name there -> fields accepted for it; only numbers are taken."""
     found = {name: number(value, *fields) for name, fields in wanted.items()}
     return {name: amount for name, amount in found.items() if amount is not None}
+
+
+def storable(value: object) -> Any:
+    """A value of a table as JSON can hold it, for `Document.info`: dates and the like become text, bytes and numbers
+    that are not finite become null.
+    """
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(name): storable(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [storable(item) for item in value]
+    return None if isinstance(value, bytes) else str(value)
 
 
 def table_image(value: object) -> ImageOpener:

@@ -6,12 +6,12 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from data_prep.sources.base import Columns, Dropped, Record, convert, mapping, text
 from data_prep.sources.inputs import find_files
-from data_prep.sources.join import ImageFinder
+from data_prep.sources.join import ImageFinder, coco_names
 from data_prep.sources.templates import caption_chat, generation_chat
 from vlgpt.document import Document, ImagePart, Part, TextPart
 from vlgpt.errors import UserError
@@ -41,7 +41,7 @@ class CocoSource:
         inputs: Sequence[Path],
         *,
         images: Annotated[
-            tuple[Path, ...] | None, "folder that holds train2014 and val2014, or tars; else beside the input"
+            tuple[Path, ...] | None, "folder that holds COCO's folders of 2014 or 2017, or tars; else beside the input"
         ] = None,
         direction: Annotated[Direction, "chats to make; `pair` is the plain image and caption"] = "both",
         split: Annotated[
@@ -78,13 +78,10 @@ class CocoSource:
 
 
 def _image_names(image: Columns) -> tuple[str, ...]:
-    """Where the image may lie: as named, in its year's folder, and under its name of 2017."""
+    """Where the image may lie: in the folder that Karpathy's file names, as named, and under COCO's other names."""
     name = text(image, "file_name", "filename", "image", word="image_name")
-    folder, base = image.get("filepath"), PurePosixPath(name).name
-    year = next((part for part in base.split("_") if part.startswith(("train20", "val20"))), None)
-    names = [f"{folder}/{name}"] if isinstance(folder, str) else [f"{year}/{base}"] if year else []
-    number = base.rpartition("_")[2]
-    return (*names, name, *([f"train2017/{number}", f"val2017/{number}"] if year else []))
+    folder = image.get("filepath")
+    return (*([f"{folder}/{name}"] if isinstance(folder, str) and folder else []), *coco_names(name))
 
 
 def _read_file(path: Path, split: str) -> list[Caption]:

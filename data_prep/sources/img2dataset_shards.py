@@ -19,7 +19,14 @@ from data_prep.sources.base import (
 )
 from data_prep.sources.fetch import fetch_commands
 from data_prep.sources.inputs import InputFile, list_files
-from data_prep.sources.records import RawRecord, TableRows, table_layout
+from data_prep.sources.records import (
+    RawRecord,
+    TableRows,
+    image_columns,
+    table_layout,
+    table_schema,
+    text_columns,
+)
 from data_prep.sources.sample_tar import SampleTar, open_sample_tar
 from vlgpt.errors import UserError
 from vlgpt.log import get_logger
@@ -198,8 +205,18 @@ def _is_table(path: Path) -> bool:
 
 
 def _not_downloaded(table: Path, columns: Sequence[str]) -> str:
-    url = next((column for column in ("url", "URL") if column in columns), "url")
-    caption = next((column for column in CAPTION_NAMES if column in columns), "caption")
+    """What to do with a table that img2dataset did not write."""
+    schema = table_schema(table)
+    if held := image_columns(schema):
+        return (
+            f"{table} is no output of img2dataset, but holds images (in {', '.join(held)}): read it with the source "
+            f"parquet: python -m data_prep.build parquet --input {quote(str(table))} --output DIR"
+        )
+    strings = text_columns(schema)
+    url = next((column for column in strings if "url" in column.lower()), None)
+    if url is None:
+        return f"{table} holds neither images nor URLs of images (columns: {', '.join(columns)})"
+    caption = caption_column(strings)
     wanted = (*itertools.chain.from_iterable(FILTER_COLUMNS.values()), *LAION_COCO_COLUMNS)
     more = [column for column in wanted if column in columns and column != caption]
     commands = fetch_commands(
@@ -209,6 +226,12 @@ def _not_downloaded(table: Path, columns: Sequence[str]) -> str:
         f"{table} holds no pictures (columns: {', '.join(columns)}). Download them first, then give the "
         f"output folder as --input:\n{commands}"
     )
+
+
+def caption_column(columns: Sequence[str]) -> str | None:
+    """Which of these columns of text holds captions, by its name."""
+    likely = (column for column in columns if "caption" in column.lower() or "text" in column.lower())
+    return next((column for column in CAPTION_NAMES if column in columns), next(likely, None))
 
 
 def _list_not_downloaded(path: Path) -> str:

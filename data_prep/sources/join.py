@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -31,6 +32,8 @@ from vlgpt.shards.tars import (
     plain_tar,
     read_tar_member,
 )
+
+COCO_NAME = re.compile(r"(^|/)(COCO_(?P<year>(train|val|test)20\d\d)_)?(?P<number>\d{12}\.\w+)$")
 
 
 class ImageFinder:
@@ -72,6 +75,24 @@ class ImageFinder:
             if (found := table.find(f"url:{url}")) is not None:
                 return found
         return None
+
+
+def coco_names(name: str) -> tuple[str, ...]:
+    """An image's name, and those under which COCO of 2014 and of 2017 keep it, with and without their folders.
+
+    `train2014/COCO_train2014_000000000009.jpg` of 2014 is `train2017/000000000009.jpg` or `val2017/...` of 2017.
+    """
+    found = COCO_NAME.search(name)
+    if not found:
+        return (name,)
+    number, kept = found["number"], found["year"]
+    years = [kept] if kept else ["train2014", "val2014"]
+    return (
+        *([f"{kept}/{PurePosixPath(name).name}"] if kept else []),
+        name,
+        *(f"{split}/{number}" for split in ("train2017", "val2017")),
+        *(f"{year}/COCO_{year}_{number}" for year in years),
+    )
 
 
 def _tails(name: str) -> Iterator[str]:

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from pathlib import PurePosixPath
+import re
+from collections.abc import Iterator
 from typing import ClassVar
 
-from data_prep.sources.base import BadRecord, Columns, ImageOpener, Info, Record, mapping
+from data_prep.sources.base import BadRecord, Columns, Info, Record, mapping
 from data_prep.sources.dialogue import dialogue_parts
-from data_prep.sources.join import ImageFinder
+from data_prep.sources.join import coco_names
 from data_prep.sources.json_source import JsonSource
 from data_prep.sources.records import RawRecord
 from vlgpt.document import Document
+from vlgpt.image_formats import IMAGE_SUFFIXES
 
-COCO_2014_FOLDERS = ("train2014", "val2014")
+IMAGE_FIELDS = ("image", "images")
+OTHER_MEDIA_FIELD = re.compile(r"video|audio|speech|sound|music|point_?cloud|frames", re.IGNORECASE)
+OTHER_IMAGE_FIELD = re.compile(r"(^|_)(image|img|picture|photo|pixel)", re.IGNORECASE)
+OTHER_MEDIA_SUFFIXES = (".mp4", ".webm", ".mkv", ".avi", ".mov", ".wav", ".mp3", ".flac", ".ogg", ".m4a")
 
 
 class LlavaSource(JsonSource):
-    """Dialogues `{"id", "image", "conversations"}`, as a JSON list or JSON Lines; dialogues without an image
-    stay text. Images are looked up as named and by their last names, also under their names of COCO 2014.
+    """Dialogues `{"id", "image", "conversations"}`, as a JSON list or JSON Lines; `image` (or `images`) is a name or
+    a list, and dialogues without it stay text. Images are looked up as named and by their last names, also under
+    COCO's names of 2014 and 2017. Dialogues about films, sounds, and images under other fields are dropped.
     """
 
     licence = "LLaVA-Instruct-150K: CC BY 4.0 (older copies: CC BY-NC 4.0), OpenAI's terms; pictures: COCO"
@@ -33,7 +39,7 @@ class LlavaSource(JsonSource):
         value = mapping(raw.value)
         names = image_names(value)
         parts = dialogue_parts(value.get("conversations"), num_images=len(names))
-        images = tuple(find_coco(self.images, name) for name in names)
+        images = tuple(self.images.by_name(*coco_names(name)) for name in names)
         info: Info = {"record_id": str(value.get("id", ""))}
         if names:
             info["image_names"] = list(names)
@@ -41,21 +47,28 @@ class LlavaSource(JsonSource):
 
 
 def image_names(value: Columns) -> tuple[str, ...]:
-    """The images of a dialogue, if it has any. Raises BadRecord(`bad_image_name`)."""
-    image = value.get("image")
-    names = image if isinstance(image, list) else [] if image is None else [image]
+    """The images of a dialogue, if it has any.
+
+    Raises BadRecord: `bad_image_name`; `other_media` for a film or a sound; `unknown_image_field` when the dialogue has
+    no image but a field that looks as if it named one.
+    """
+    given = [value[field] for field in IMAGE_FIELDS if value.get(field) is not None]
+    if len(given) == 2 and given[0] != given[1]:
+        raise BadRecord("bad_image_name", "image and images differ")
+    names = given[0] if given and isinstance(given[0], list) else given[:1]
     if not all(isinstance(name, str) and name for name in names):
         raise BadRecord("bad_image_name")
+    for field, found in value.items():
+        if not found or field in (*IMAGE_FIELDS, "conversations"):
+            continue
+        if OTHER_MEDIA_FIELD.search(field) or any(_ends_with(found, OTHER_MEDIA_SUFFIXES)):
+            raise BadRecord("other_media", field)
+        if not names and (OTHER_IMAGE_FIELD.search(field) or any(_ends_with(found, IMAGE_SUFFIXES))):
+            raise BadRecord("unknown_image_field", field)
     return tuple(names)
 
 
-def find_coco(images: ImageFinder, name: str) -> ImageOpener:
-    """An image under its name as given. A name of digits is also tried in train2017, then under its COCO 2014 name.
-
-    Raises BadImage when none is there.
-    """
-    base = PurePosixPath(name).name
-    if not base[:1].isdigit():
-        return images.by_name(name)
-    older = (f"{folder}/COCO_{folder}_{base}" for folder in COCO_2014_FOLDERS)
-    return images.by_name(name, f"train2017/{base}", *older)
+def _ends_with(found: object, suffixes: tuple[str, ...]) -> Iterator[bool]:
+    """For a string, or every item of a list: is it a name with one of these suffixes?"""
+    for item in found if isinstance(found, list) else [found]:
+        yield isinstance(item, str) and item.lower().endswith(suffixes)

@@ -11,6 +11,7 @@ import numpy as np
 from data_prep.sources.assignment import best_assignment
 from data_prep.sources.base import BadRecord, Columns, number
 from vlgpt.document import ImagePart, Part, TextPart
+from vlgpt.shards.samples import visible
 
 Matching = Literal["recomputed", "stored"]
 
@@ -57,8 +58,8 @@ def page_parts(sentences: Sequence[str], matches: Sequence[Match]) -> tuple[Part
             parts.append(ImagePart(num_images))
             num_images += 1
             pending.pop(0)
-        if sentence.strip():
-            parts.append(TextPart(sentence.strip()))
+        if shown := visible(sentence):
+            parts.append(TextPart(shown))
     return tuple(parts)
 
 

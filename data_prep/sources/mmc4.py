@@ -92,7 +92,9 @@ class Mmc4Source(JsonSource):
     def _image(self, entry: Columns, file: InputFile) -> ImageOpener:
         if isinstance(entry.get("image_base64"), str):
             try:
-                return base64.b64decode(entry["image_base64"], validate=True)
+                # MIME breaks lines after 76 letters, and web pages name the format first
+                letters = entry["image_base64"].rpartition(";base64,")[2]
+                return base64.b64decode("".join(letters.split()), validate=True)
             except (binascii.Error, ValueError) as error:
                 raise BadRecord("bad_base64") from error
         images = self._given or _images_beside(file.path, file.name)

@@ -1,24 +1,25 @@
-"""Records of files by number: JSON Lines and JSON lists (also .zip and .gz), CSV, TSV, Parquet and Arrow.
+"""Records of files by number: JSON in its many layouts (also .zip and .gz), Parquet and Arrow.
 
-A text file is read once to find where its records lie; for JSON these offsets are kept beside it, so that any range is
-then read with one seek. Tables are read in small batches of rows.
+A JSON file is read once to find where its records lie; these offsets are kept beside it, so that any range is then
+read with one seek. Tables are read in small batches of rows. CSV is in csv_rows.py.
 """
 
 from __future__ import annotations
 
 import bisect
 import codecs
-import csv
 import gzip
-import io
 import itertools
 import json
+import re
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from string import whitespace
 from typing import IO, Any, Generic
 
 import numpy as np
@@ -30,7 +31,7 @@ from data_prep.sources.inputs import InputFile, find_files, kept_arrays, require
 from vlgpt.errors import UserError
 
 LINES = (".jsonl", ".ndjson")
-"""Files with these names hold one value per line, whatever the first line begins with."""
+"""Files with these names hold one value per line, if they do not begin with a list of objects."""
 JSON_SUFFIXES = tuple(f"{kind}{packing}" for packing in ("", ".zip", ".gz") for kind in (*LINES, ".json"))
 TABLE_SUFFIXES = (".parquet", ".arrow")
 FIRST_RECORDS = 100
@@ -41,6 +42,14 @@ MAX_VALUE_CHARS = 128 << 20
 IN_MEMORY_BYTES = 64 << 20
 BATCH_ROWS = 32
 """Of a table: rows with images weigh megabytes each."""
+SHOWN_BYTES = 40
+SEPARATORS = ",\ufeff"
+"""What may stand between the values of a file, besides white space."""
+JSON = json.JSONDecoder()
+NUMBER = re.compile(r"[-+.\w]*")
+LETTER = re.compile(r"\s*(\S)")
+BRACKETS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]', re.DOTALL)
+"""A string, or a bracket outside of strings."""
 IS_SPACE = np.isin(np.arange(256), list(b" \t\n\r\v\f"))
 
 
@@ -91,10 +100,13 @@ class JsonRecords(Concatenation[RawRecord]):
 
     def first(self) -> RawRecord:
         """The first record that is JSON. Raises UserError when there is none among the first hundred."""
-        for item in self.read(0, min(FIRST_RECORDS, len(self))):
+        items = list(self.read(0, min(FIRST_RECORDS, len(self))))
+        for item in items:
             if isinstance(item, RawRecord):
                 return item
-        raise UserError(f"{self.files[0].path} holds no JSON records")
+        why = f": the first is dropped as {items[0].reason}" if items else ", it is empty"
+        start = "" if not items else f"; it begins with {_beginning(self.files[0].path)!r}"
+        raise UserError(f"{self.files[0].path} holds no JSON records{why}{start}")
 
 
 class JsonFile:
@@ -106,7 +118,8 @@ class JsonFile:
         self.file = file
         arrays = kept_arrays(
             file.path,
-            kind=kind,
+            # the number changes when other records are found in the same file
+            kind=f"{kind}.2",
             names=("start", "stop", "first_record"),
             make=partial(_index, file.path, count=count),
         )
@@ -121,7 +134,7 @@ class JsonFile:
     def read(self, start: int, stop: int) -> Iterator[RawRecord | Dropped]:
         """Records `start ... stop - 1`."""
         value_number = int(np.searchsorted(self._first_record, start, side="right")) - 1
-        with open_binary(self.file.path) as stream:
+        with open_text(self.file.path) as stream:
             while start < stop:
                 first, after = self._first_record[value_number : value_number + 2].tolist()
                 value, reason = _read_value(
@@ -150,17 +163,46 @@ def _read_value(stream: IO[bytes], start: int, stop: int) -> tuple[object, str]:
 def open_binary(path: Path) -> IO[bytes]:
     """The bytes of a file, unpacked if its name ends in .gz or .zip (one file inside). Raises UserError."""
     try:
-        if path.suffix == ".gz":
+        if path.suffix.lower() == ".gz":
             return gzip.open(path, "rb")  # type: ignore[return-value]
-        if path.suffix != ".zip":
+        if path.suffix.lower() != ".zip":
             return path.open("rb")
         with zipfile.ZipFile(path) as archive:
-            names = [name for name in archive.namelist() if not name.endswith("/")]
+            names = [name for name in archive.namelist() if not name.endswith("/") and not _is_mac(name)]
             if len(names) != 1:
                 raise UserError(f"{path} must hold one file, found {len(names)}: {', '.join(names[:5])}")
             return archive.open(names[0])
-    except zipfile.BadZipFile as error:
-        raise UserError(f"{path} is no zip file or is cut: {error}; download it again") from error
+    except (zipfile.BadZipFile, RuntimeError) as error:  # the second: one with a password
+        raise UserError(f"{path} is no zip file that can be read, or is cut: {error}; download it again") from error
+
+
+def _is_mac(name: str) -> bool:
+    """Whether macOS added this member to an archive."""
+    return name.startswith("__MACOSX/") or PurePosixPath(name).name.startswith("._")
+
+
+@contextmanager
+def open_text(path: Path) -> Iterator[IO[bytes]]:
+    """`open_binary` for a file that should be UTF-8. Raises UserError for UTF-16, and while a packed file that is cut
+    or damaged is read.
+    """
+    try:
+        with open_binary(path) as stream:
+            start = stream.read(2)
+            if start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or b"\0" in start:
+                raise UserError(
+                    f"{path} is not UTF-8 text, it begins as UTF-16 does ({start!r}); write it again as UTF-8: "
+                    f"iconv -f UTF-16 -t UTF-8 {path.name} > NEW"
+                )
+            stream.seek(0)
+            yield stream
+    except (EOFError, gzip.BadGzipFile, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"{path} is cut or damaged: {error}; download it again") from error
+
+
+def _beginning(path: Path) -> str:
+    with open_text(path) as stream:
+        return stream.read(SHOWN_BYTES).decode("utf-8", "replace").lstrip("\ufeff").strip()
 
 
 def _index(path: Path, *, count: Callable[[object], int] | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -170,23 +212,18 @@ def _index(path: Path, *, count: Callable[[object], int] | None) -> tuple[np.nda
         # what is no JSON counts as one record, so that it can be dropped
         return 1 if count is None or value is None else count(value)
 
-    try:
-        with open_binary(path) as stream:
-            is_list = not has_lines(path) and _first_byte(stream) == b"["
+    with open_text(path) as stream:
+        # lines are found without parsing them, and a damaged one does not hide the others
+        if _is_lines(stream, path):
+            starts, stops = find_lines(stream)
+            counts = np.ones(len(starts), np.int64)
+            for number in range(len(starts)) if count is not None else ():
+                value, _ = _read_value(stream, int(starts[number]), int(stops[number]))
+                counts[number] = num_records(value)
+        else:
             stream.seek(0)
-            if is_list:
-                places = [
-                    (start, stop, num_records(value)) for start, stop, value in _list_values(stream, path)
-                ]
-                starts, stops, counts = np.array(places, np.int64).reshape(-1, 3).T
-            else:
-                starts, stops = _lines(stream)
-                counts = np.ones(len(starts), np.int64)
-                for number in range(len(starts)) if count is not None else ():
-                    value, _ = _read_value(stream, int(starts[number]), int(stops[number]))
-                    counts[number] = num_records(value)
-    except (EOFError, gzip.BadGzipFile, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{path} is cut or damaged: {error}; download it again") from error
+            places = [(start, stop, num_records(value)) for start, stop, value in _values(stream, path)]
+            starts, stops, counts = np.array(places, np.int64).reshape(-1, 3).T
     return starts, stops, np.concatenate([[0], np.cumsum(counts)])
 
 
@@ -195,20 +232,40 @@ def has_lines(path: Path) -> bool:
     return path.name.lower().removesuffix(".zip").removesuffix(".gz").endswith(LINES)
 
 
-def _first_byte(stream: IO[bytes]) -> bytes:
-    while (byte := stream.read(1)) and (byte.isspace() or byte in b"\xef\xbb\xbf"):
-        continue
-    return byte
+def _is_lines(stream: IO[bytes], path: Path) -> bool:
+    """Whether each line holds one value: else values stand one after the other, in a list or with line breaks inside.
+
+    The file's name and its first value decide.
+    """
+    head = stream.read(BLOCK_BYTES).decode("utf-8", "replace").lstrip(SEPARATORS + whitespace)
+    if head.startswith("["):
+        return has_lines(path) and re.match(r"\[\s*{", head) is None
+    try:
+        _, end = JSON.raw_decode(head)
+    except (ValueError, RecursionError):
+        return True
+    same_line = re.split(r"[\r\n]", head[end : end + SHOWN_BYTES])[0].strip()
+    return re.search(r"[\r\n]", head[:end]) is None and same_line[:1] not in ("{", "[", ",")
 
 
-def _lines(stream: IO[bytes]) -> tuple[np.ndarray, np.ndarray]:
+def line_end(stream: IO[bytes]) -> bytes:
+    """What the first line ends with, CR (old Macs) or LF. Reads from the start of the stream, and goes back there."""
+    stream.seek(0)
+    start = stream.read(CHUNK_BYTES)
+    stream.seek(0)
+    place = start.find(b"\r")
+    return b"\r" if place >= 0 and b"\n" not in start[: place + 2] else b"\n"
+
+
+def find_lines(stream: IO[bytes]) -> tuple[np.ndarray, np.ndarray]:
     """Where the lines lie that are not blank, found by array operations, a chunk at a time. -> (n,), (n,) int64"""
+    end = line_end(stream)
     ends, letters = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     position = num_letters = 0
     while chunk := stream.read(CHUNK_BYTES):
         values = np.frombuffer(chunk, np.uint8)
         running = np.cumsum(~IS_SPACE[values], dtype=np.int32)
-        breaks = np.flatnonzero(values == ord("\n"))
+        breaks = np.flatnonzero(values == ord(end))
         ends.append(breaks + position + 1)
         letters.append(running[breaks].astype(np.int64) + num_letters)
         position, num_letters = position + len(chunk), num_letters + int(running[-1])
@@ -219,28 +276,32 @@ def _lines(stream: IO[bytes]) -> tuple[np.ndarray, np.ndarray]:
     return starts[is_filled], stops[is_filled]
 
 
-def _list_values(stream: IO[bytes], path: Path) -> Iterator[tuple[int, int, object]]:
-    """The values of one long JSON list with their byte ranges, parsed block by block: no more of the file is held.
+def _values(stream: IO[bytes], path: Path) -> Iterator[tuple[int, int, object]]:
+    """The values of a JSON file with their byte ranges, parsed block by block: no more of the file is held.
 
-    Raises UserError where the list is no JSON.
+    Lists are opened: a list in a list if it holds lists or objects. Several lists or objects may follow each other, as
+    `cat` joins them, and commas may be too many or too few. Raises UserError where the text is no JSON or ends
+    within a list.
     """
-    decoder, pending = json.JSONDecoder(), _Pending(stream, path)
-    pending.skip("[\ufeff")
+    pending, depth = _Pending(stream, path), 0
     while True:
-        pending.skip(",")
-        if pending.text.startswith("]", pending.at):
+        pending.skip(SEPARATORS)
+        letter = pending.text[pending.at : pending.at + 1]
+        if not letter:
+            if depth:
+                raise UserError(f"{path} is cut: it ends at byte {pending.offset} within a list; download it again")
             return
-        try:
-            value, end = decoder.raw_decode(pending.text, pending.at)
-        except (json.JSONDecodeError, RecursionError) as error:
-            if not pending.read_more():
-                raise UserError(
-                    f"{path} is no JSON list: at byte {pending.offset}: {error}; download it again"
-                ) from error
-            continue
-        start = pending.offset
-        pending.move(end)
-        yield start, pending.offset, value
+        if letter == "]" and depth:
+            depth -= 1
+            pending.move(pending.at + 1)
+        elif letter == "[" and (depth == 0 or pending.after_bracket() in ("[", "{")):
+            depth += 1
+            pending.move(pending.at + 1)
+        else:
+            start = pending.offset
+            value, end = pending.parse()
+            pending.move(end)
+            yield start, pending.offset, value
 
 
 class _Pending:
@@ -250,6 +311,7 @@ class _Pending:
         self.text, self.at, self.offset = "", 0, 0
         self._stream, self._path = stream, path
         self._decoder = codecs.getincrementaldecoder("utf-8")()
+        self._num_bytes = 0
         self._is_ascii = True
 
     def skip(self, separators: str) -> None:
@@ -267,85 +329,64 @@ class _Pending:
         passed = at - self.at if self._is_ascii else len(self.text[self.at : at].encode())
         self.at, self.offset = at, self.offset + passed
 
+    def after_bracket(self) -> str:
+        """The first letter within the list that begins here."""
+        while (found := LETTER.match(self.text, self.at + 1)) is None and self.read_more():
+            continue
+        return found[1] if found else ""
+
+    def parse(self) -> tuple[object, int]:
+        """The value that begins here and the character after it; a value that Python refuses (numbers of thousands of
+        digits, lists in thousands of lists) is None. Raises UserError when there is no whole value.
+        """
+        while True:
+            error: Exception | None = None
+            try:
+                value, end = JSON.raw_decode(self.text, self.at)
+            except json.JSONDecodeError as refusal:
+                error, value, end = refusal, None, 0
+            except (ValueError, RecursionError) as refusal:
+                error, value, end = refusal, None, _end_of_value(self.text, self.at)
+            # a number may go on in the next block
+            if (end and end < len(self.text)) or not self.read_more():
+                break
+        if end:
+            return value, end
+        found = self.text[self.at : self.at + SHOWN_BYTES]
+        reason = "is cut or no JSON" if len(self.text) - self.at <= MAX_VALUE_CHARS else "holds a value too long"
+        raise UserError(
+            f"{self._path} {reason}: {found!r} at byte {self.offset}: {error}; repair it there, or download it again"
+        ) from error
+
     def read_more(self) -> bool:
         """Append a block; False at the end of the file, or when a value is larger than any record can be."""
         if len(self.text) - self.at > MAX_VALUE_CHARS:
             return False
+        block = self._stream.read(BLOCK_BYTES)
+        kept = len(self._decoder.getstate()[0])
         try:
-            block = self._stream.read(BLOCK_BYTES)
             more = self._decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
-            raise UserError(
-                f"{self._path} is not UTF-8 text near byte {self.offset}: {error.reason}"
-            ) from error
+            place = self._num_bytes - kept + error.start
+            raise UserError(f"{self._path} is not UTF-8 text at byte {place}: {error.reason}") from error
+        if not block:
+            return False
+        self._num_bytes += len(block)
         self.text, self.at = self.text[self.at :] + more, 0
         self._is_ascii = self.text.isascii()
-        return bool(block)
+        return True
 
 
-# --- CSV and TSV
-
-
-class CsvFile:
-    """The rows of a CSV or TSV file with a header line. Quoted fields may hold line breaks."""
-
-    def __init__(self, path: Path):
-        self.file = InputFile(path, path.name)
-        self._delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-        rows = self._scan()
-        header, _, _ = next(rows, ([], 0, 0))
-        self._columns = [name.strip().removeprefix("\ufeff") for name in header]
-        self._places = [(first, end) for row, first, end in rows if row]
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    def read(self, start: int, stop: int) -> Iterator[RawRecord | Dropped]:
-        """Rows `start ... stop - 1`; one with another number of fields than the header is dropped as `bad_row`."""
-        with self.file.path.open("rb") as file:
-            for number in range(start, stop):
-                key = f"{self.file.name}:{number}"
-                first, end = self._places[number]
-                file.seek(first)
-                data = file.read(end - first)
-                try:
-                    lines = io.StringIO(data.decode("utf-8"), newline="")
-                    values = next(csv.reader(lines, delimiter=self._delimiter), [])
-                except UnicodeDecodeError:
-                    yield Dropped("text_not_utf8", key)
-                    continue
-                except csv.Error:
-                    values = []
-                if len(values) == len(self._columns):
-                    yield RawRecord(key, dict(zip(self._columns, values)), self.file)
-                else:
-                    yield Dropped("bad_row", key)
-
-    def _scan(self) -> Iterator[tuple[list[str], int, int]]:
-        """Every row with the place of its first byte and the one after its last; empty lines are empty rows."""
-        with self.file.path.open("rb") as file:
-            lines = (line.decode("utf-8", "replace") for line in iter(file.readline, b""))
-            reader = csv.reader(lines, delimiter=self._delimiter)
-            first = 0
-            while True:
-                try:
-                    row = next(reader, None)
-                except csv.Error:
-                    # not empty, so that it counts: it is read again, and dropped, when its turn comes
-                    row = ["damaged"]
-                if row is None:
-                    return
-                yield row, first, file.tell()
-                first = file.tell()
-
-
-def open_rows(path: Path) -> Numbered[RawRecord]:
-    """A table in a text file, by suffix. Raises UserError for another one."""
-    if has_lines(path):
-        return JsonRecords([path], source="table")
-    if path.suffix.lower() in (".csv", ".tsv"):
-        return CsvFile(path)
-    raise UserError(f"{path}: tables end in .jsonl, .csv or .tsv, found {path.suffix!r}")
+def _end_of_value(text: str, start: int) -> int:
+    """The character after the object, list or number that begins at `start`; 0 if it has no end."""
+    if text[start] not in "[{":
+        return NUMBER.match(text, start).end()  # type: ignore[union-attr]
+    depth = 0
+    for found in BRACKETS.finditer(text, start):
+        depth += (found[0] in "[{") - (found[0] in "]}")
+        if depth == 0:
+            return found.end()
+    return 0
 
 
 # --- Parquet and Arrow
@@ -407,6 +448,11 @@ class TableFile:
                 if start >= stop:
                     return
             group += 1
+            if row != self._group_starts[group]:
+                raise UserError(
+                    f"{self.file.path}, row group {group - 1}, ends {self._group_starts[group] - row} rows before its "
+                    "stated size; download the file again"
+                )
 
     def _row(self, batch: pa.RecordBatch, place: int, number: int) -> RawRecord | Dropped:
         key = f"{self.file.name}:{number}"
@@ -414,6 +460,8 @@ class TableFile:
             return RawRecord(key, batch.slice(place, 1).to_pylist()[0], self.file)
         except UnicodeDecodeError:
             return Dropped("text_not_utf8", key)
+        except (ValueError, OverflowError):  # a date that Python does not have
+            return Dropped("bad_row", key)
 
 
 class RowCursor:
@@ -439,7 +487,7 @@ class RowCursor:
 def table_layout(path: Path) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """Column names and rows per row group (or Arrow batch). Raises UserError for a file that is no table."""
     try:
-        if path.suffix == ".arrow":
+        if path.suffix.lower() == ".arrow":
             batches, schema = _arrow_batches(path)
             return tuple(schema.names), tuple(batch.num_rows for batch in batches)
         with pq.ParquetFile(path) as file:
@@ -448,6 +496,48 @@ def table_layout(path: Path) -> tuple[tuple[str, ...], tuple[int, ...]]:
     except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path} is no Parquet or Arrow table, or is cut: {reason}") from error
+
+
+@lru_cache(maxsize=1024)
+def table_schema(path: Path) -> pa.Schema:
+    """Column names and types. Raises UserError for a file that is no table."""
+    table_layout(path)
+    return _arrow_batches(path)[1] if path.suffix.lower() == ".arrow" else pq.read_schema(path)
+
+
+def image_columns(schema: pa.Schema) -> list[str]:
+    """Columns that hold images: `{"bytes", "path"}` as `datasets` writes it, else bytes, or lists of either."""
+    held = {field.name: _item_type(field.type) for field in schema}
+    structs = [
+        name
+        for name, kind in held.items()
+        if pa.types.is_struct(kind)
+        and any(kind.field(place).name == "bytes" for place in range(kind.num_fields))
+    ]
+    return structs or [name for name, kind in held.items() if _is_bytes(kind)]
+
+
+def text_columns(schema: pa.Schema) -> list[str]:
+    """Columns of strings, or lists of strings."""
+    return [field.name for field in schema if is_string(_item_type(field.type))]
+
+
+def is_list(kind: pa.DataType) -> bool:
+    """Whether a column holds lists."""
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+
+
+def _item_type(kind: pa.DataType) -> pa.DataType:
+    return kind.value_type if is_list(kind) or pa.types.is_dictionary(kind) else kind
+
+
+def is_string(kind: pa.DataType) -> bool:
+    """Whether a column holds text."""
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
 
 
 def _arrow_batches(path: Path) -> tuple[list[pa.RecordBatch], pa.Schema]:
@@ -470,7 +560,7 @@ def table_batches(path: Path, columns: Sequence[str]) -> Iterator[pa.RecordBatch
 def _batches(path: Path, group: int, columns: Sequence[str], rows: int) -> Iterator[pa.RecordBatch]:
     """The rows of one row group. Raises UserError when the data are damaged."""
     try:
-        if path.suffix == ".arrow":
+        if path.suffix.lower() == ".arrow":
             batch = _arrow_batches(path)[0][group].select(list(columns))
             yield from (batch.slice(start, rows) for start in range(0, batch.num_rows, rows))
             return

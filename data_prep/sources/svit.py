@@ -8,8 +8,9 @@ from typing import ClassVar
 
 from data_prep.sources.base import BadRecord, Columns, ImageOpener, Info, Record, mapping
 from data_prep.sources.dialogue import dialogue_parts
+from data_prep.sources.join import coco_names
 from data_prep.sources.json_source import JsonSource
-from data_prep.sources.llava import find_coco, image_names
+from data_prep.sources.llava import image_names
 from data_prep.sources.records import JsonRecords, RawRecord
 from vlgpt.document import Document
 
@@ -49,7 +50,7 @@ class SvitSource(JsonSource):
                 info["topic"] = dialogue["topic"]
         else:
             found = image_names(value)
-            images = tuple(find_coco(self.images, name) for name in found)
+            images = tuple(self.images.by_name(*coco_names(name)) for name in found)
             turns = value.get("conversations")
             info = {"image_names": list(found)} if found else {}
         parts = dialogue_parts(turns, num_images=len(images))

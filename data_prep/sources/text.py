@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-from data_prep.sources.base import BadRecord, ConvertingSource, Record, mapping
+from data_prep.sources.base import ConvertingSource, Record, mapping, storable, text
 from data_prep.sources.inputs import list_files
 from data_prep.sources.records import LINES, JsonRecords, RawRecord
 from vlgpt.document import Document, TextPart
@@ -36,8 +36,6 @@ class TextSource(ConvertingSource[RawRecord]):
     def make(self, raw: RawRecord) -> Record:
         """A document of one text part."""
         columns = mapping(raw.value)
-        text = columns.get(self._text_column)
-        if not isinstance(text, str) or not text.strip():
-            raise BadRecord("no_text")
-        info = {name: columns[name] for name in ("url", "id", "licence") if name in columns}
-        return Record(Document(raw.key, "text", (TextPart(text.strip()),), info))
+        found = text(columns, self._text_column, word="text")
+        info = {name: storable(columns[name]) for name in ("url", "id", "licence") if name in columns}
+        return Record(Document(raw.key, "text", (TextPart(found),), info))

@@ -7,10 +7,11 @@ from corpus import picture
 
 from data_prep.sources import Dropped, Record
 from data_prep.sources.base import convert, mapping
+from data_prep.sources.csv_rows import open_rows
 from data_prep.sources.folder import FolderSource
 from data_prep.sources.images import ImagesSource
 from data_prep.sources.inputs import inside
-from data_prep.sources.records import Concatenation, open_rows
+from data_prep.sources.records import Concatenation
 from data_prep.sources.text import TextSource
 from vlgpt.errors import UserError
 

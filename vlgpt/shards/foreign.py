@@ -160,9 +160,15 @@ class IndexedTar:
     """The index of a foreign tar, and what is not in it; see `TarReport`."""
 
     index: ShardIndex
-    skipped: dict[str, int]
+    left_out: tuple[tuple[str, str], ...]
+    """(reason, key) of what cannot be used, and (reason, "") of damage of the tar itself."""
     passed_over: dict[str, int]
     names: str
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """How many, by reason."""
+        return dict(Counter(reason for reason, _ in self.left_out))
 
 
 def index_foreign_tar(tar: Path) -> IndexedTar:
@@ -172,15 +178,17 @@ def index_foreign_tar(tar: Path) -> IndexedTar:
     counts once for each kind.
     """
     samples = list_samples(tar)
-    skipped = Counter(samples.problems)
+    left_out = [(problem, "") for problem in samples.problems]
     with tar.open("rb") as file:
 
         def read(offset: int, size: int) -> bytes:
             return os.pread(file.fileno(), size, offset)
 
         captions, bad = _find_captions(samples, read)
-        skipped.update(filter(None, map(samples.reason, range(len(samples)))))
-        skipped.update(bad)
+        left_out += [
+            (samples.reason(number), samples.keys[number]) for number in np.flatnonzero(samples.reasons)
+        ]
+        left_out += [(reason, samples.keys[number]) for number, reason in bad.items()]
         has_captions = bool(bad) or any(captions.values())
         names = ""
         if captions and not has_captions:
@@ -189,7 +197,7 @@ def index_foreign_tar(tar: Path) -> IndexedTar:
         builder = IndexBuilder()
         for number, role in captions.items():
             if has_captions and not role:
-                skipped["no_caption"] += 1
+                left_out.append(("no_caption", samples.keys[number]))
                 continue
             key = samples.keys[number]
             parts: tuple[Part, ...] = (ImagePart(0), TextPart("")) if role else (ImagePart(0),)
@@ -200,15 +208,15 @@ def index_foreign_tar(tar: Path) -> IndexedTar:
                 members.append(Member(field, *place, crc32(read(*place))))
             builder.add(key, Document(key, "", parts), members)
     index = builder.build(tar_sha256=sha256_file(tar))
-    return IndexedTar(index, dict(skipped), samples.passed_over, names)
+    return IndexedTar(index, tuple(left_out), samples.passed_over, names)
 
 
 def _find_captions(
     samples: TarSamples, read: Callable[[int, int], bytes]
-) -> tuple[dict[int, str], Counter[str]]:
-    """Sample -> which of its texts holds the caption, "" if none does; and the reasons of those with bad texts."""
+) -> tuple[dict[int, str], dict[int, str]]:
+    """Sample -> which of its texts holds the caption, "" if none does; and sample -> reason of those with bad texts."""
     found: dict[int, str] = {}
-    bad: Counter[str] = Counter()
+    bad: dict[int, str] = {}
     for number in np.flatnonzero(samples.reasons == 0).tolist():
         try:
             found[number] = read_texts(samples, number, read).caption()[0]
@@ -216,7 +224,7 @@ def _find_captions(
             if error.reason == "no_caption":
                 found[number] = ""
             else:
-                bad[error.reason] += 1
+                bad[number] = error.reason
     return found, bad
 
 

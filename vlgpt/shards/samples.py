@@ -38,7 +38,12 @@ KNOWN = (*IMAGES, *FIELDS[1:])
 NAMES_SHOWN, NAMES_KEPT = 12, 100
 NO_PLACE = -1
 SURROGATE = re.compile("[\ud800-\udfff]")
-VISIBLE = re.compile("[^\\s\\x00-\\x1f\\x7f\\xad\\u180e\\u200b-\\u200f\\u2028-\\u202e\\u2060-\\u2064\\ufeff]")
+VISIBLE = re.compile(
+    "[^\\s\\x00-\\x1f\\x7f-\\x9f\\xad\\u034f\\u061c\\u115f\\u1160\\u17b4\\u17b5\\u180b-\\u180f\\u200b-\\u200f\\u2028-\\u202e"
+    "\\u2060-\\u206f\\u2800\\u3164\\ufe00-\\ufe0f\\ufeff\\uffa0\\ufff9-\\ufffb\\U000e0000-\\U000e0fff]"
+)
+EDGES = "".join(filter(str.isspace, map(chr, range(0x3001)))) + "\ufeff\u200b\u2060"
+"""Blanks of all widths, and byte-order marks: they are cut where a text begins and ends."""
 Place = tuple[int, int]
 """Offset and size of a member's bytes."""
 
@@ -210,16 +215,21 @@ def _decoded(data: bytes) -> str:
 
 
 def clean_text(value: object, *, word: str) -> str:
-    """A caption or another text as it is kept: without the byte-order mark and the blanks around it.
+    """A caption or another text as it is kept; see `visible`. Every reader takes its texts through here.
 
     Raises BadText: `bad_` word for what is no text, or holds half a surrogate pair; `empty_` word when nothing is to be
     seen.
     """
     if not isinstance(value, str) or SURROGATE.search(value):
         raise BadText(f"bad_{word}")
-    if not VISIBLE.search(value):
+    if not (text := visible(value)):
         raise BadText(f"empty_{word}")
-    return value.removeprefix("\ufeff").strip()
+    return text
+
+
+def visible(text: str) -> str:
+    """Without NULs, and without the blanks and byte-order marks around it; "" when nothing is to be seen."""
+    return text.replace("\0", "").strip(EDGES) if VISIBLE.search(text) else ""
 
 
 def pair_document(texts: Mapping[str, bytes], *, key: str, source: str) -> Document:

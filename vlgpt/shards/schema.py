@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import zipfile
 import zlib
 from dataclasses import dataclass, fields
@@ -94,6 +95,8 @@ class ShardReport(StoredModel):
     dropped: dict[str, int]
     dropped_records: dict[str, tuple[int, ...]]
     """Record numbers inside the shard, by reason: what `--retry-failed` reads again."""
+    dropped_names: dict[str, tuple[str, ...]] = {}
+    """The same records for people: `key` or `key: what was wrong`, in the order of `dropped_records`."""
     dropped_images: dict[str, tuple[int, ...]] = {}
     """Images that written documents lost on the way: by reason, the record number of each."""
     num_bytes: int
@@ -113,6 +116,15 @@ class ShardReport(StoredModel):
         if {reason: len(records) for reason, records in self.dropped_records.items()} != self.dropped:
             raise ValueError(f"shard {self.name}: dropped_records do not match the counts {self.dropped}")
         return self
+
+    def drops(self) -> dict[int, tuple[str, str]]:
+        """Record number inside the shard -> reason and name, ascending; reports of older builds have no names."""
+        found = {
+            place: (reason, name)
+            for reason, places in self.dropped_records.items()
+            for place, name in zip(places, itertools.chain(self.dropped_names.get(reason, ()), itertools.repeat("")))
+        }
+        return dict(sorted(found.items()))
 
     def record(self) -> ShardRecord:
         """The line of this shard in the manifest."""

@@ -65,7 +65,7 @@ class ShardWriter:
         self.folder, self.shard, self.name = folder, shard, shard_name(shard)
         self.first_record, self.build = first_record, build
         self.num_records = 0
-        self._dropped: dict[str, list[int]] = {}
+        self._dropped: dict[str, list[tuple[int, str]]] = {}
         self._dropped_images: dict[str, list[int]] = {}
         self._index = IndexBuilder(tokenizer)
         self._partial = folder / f".{self.name}.tar.partial"
@@ -105,9 +105,9 @@ class ShardWriter:
         self.num_records += 1
         return key
 
-    def drop(self, reason: str) -> None:
-        """Count the next record as dropped."""
-        self._dropped.setdefault(reason, []).append(self.num_records)
+    def drop(self, reason: str, name: str = "") -> None:
+        """Count the next record as dropped; `name` tells people which one, and what was wrong with it."""
+        self._dropped.setdefault(reason, []).append((self.num_records, name))
         self.num_records += 1
 
     def close(self) -> ShardReport:
@@ -115,14 +115,16 @@ class ShardWriter:
         self._tar.close()
         num_bytes, sha256 = self._file.finish()
         index = self._index.build(tar_sha256=sha256)
+        dropped = sorted(self._dropped.items())
         report = ShardReport(
             name=self.name,
             first_record=self.first_record,
             num_records=self.num_records,
             num_samples=index.num_samples,
             num_images=index.num_images,
-            dropped={reason: len(records) for reason, records in sorted(self._dropped.items())},
-            dropped_records={reason: tuple(records) for reason, records in sorted(self._dropped.items())},
+            dropped={reason: len(records) for reason, records in dropped},
+            dropped_records={reason: tuple(place for place, _ in records) for reason, records in dropped},
+            dropped_names={reason: tuple(name for _, name in records) for reason, records in dropped},
             dropped_images={name: tuple(records) for name, records in sorted(self._dropped_images.items())},
             num_bytes=num_bytes,
             sha256=sha256,
