@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, ClassVar
@@ -10,6 +11,7 @@ from data_prep.sources.base import ConvertingSource
 from data_prep.sources.inputs import require_keys
 from data_prep.sources.join import ImageFinder
 from data_prep.sources.records import JsonRecords, RawRecord
+from vlgpt.errors import UserError
 
 
 class JsonSource(ConvertingSource[RawRecord]):
@@ -43,6 +45,21 @@ class JsonSource(ConvertingSource[RawRecord]):
     ) -> JsonRecords:
         records = JsonRecords(inputs, source=self.name, kind=kind, count=count)
         first = records.first()
-        found = first.value if isinstance(first.value, dict) else {}
-        require_keys(found, self.wanted, where=first.file.path, what=self.what)
+        try:
+            require_keys(first.value, self.wanted, where=first.file.path, what=self.what)
+        except UserError as error:
+            raise UserError(f"{error}{_unwrap_help(first)}") from error
         return records
+
+
+def _unwrap_help(record: RawRecord) -> str:
+    """How to get at records that a file keeps within one object; empty where it does not."""
+    path = record.file.path
+    for name, value in record.value.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            return (
+                f"; if the records are the list under {name!r}: jq '.[{json.dumps(name)}]' {path} > NEW.json"
+            )
+    if len(record.value) > 1 and all(isinstance(value, dict) for value in record.value.values()):
+        return f"; if the records are its values: jq '[.[]]' {path} > NEW.json"
+    return ""
