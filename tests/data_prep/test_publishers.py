@@ -4,6 +4,7 @@ images that a reader does not know become chats without images.
 
 import base64
 import json
+import zipfile
 
 import pyarrow as pa
 import pytest
@@ -20,6 +21,8 @@ from source_files import (
 )
 
 from data_prep.sources import Dropped
+from vlgpt.errors import UserError
+from vlgpt.images import BadImage
 
 MARK = "END_OF_DOCUMENT_TOKEN_TO_BE_REPLACED"
 URLS = [f"https://ex.org/{number}.jpg" for number in range(4)]
@@ -157,3 +160,27 @@ def test_base64_of_mmc4_may_be_broken_into_lines(tmp_path, form):
     (tmp_path / "shard.jsonl").write_text(json.dumps(record))
     (page,) = read_all(open_source("mmc4", tmp_path / "shard.jsonl"))
     assert 3 in contents(page)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2])
+def test_images_of_dialogues_may_lie_in_one_zip_file(tmp_path, method):
+    """As those of LLaVA-Pretrain, 558k."""
+    with zipfile.ZipFile(tmp_path / "images.zip", "w", method) as archive:
+        for number in range(3):
+            archive.writestr(f"0000{number}/0000{number}5.jpg", picture(number))
+    turns = [{"from": "human", "value": "<image>\nQ"}, {"from": "gpt", "value": "A"}]
+    names = ["00001/000015.jpg", "00002/000025.jpg", "00003/000035.jpg"]
+    records = [{"id": name[6:12], "image": name, "conversations": turns} for name in names]
+    (tmp_path / "blip_laion_cc_sbu_558k.json").write_text(json.dumps(records))
+    for images in ((tmp_path / "images.zip",), (tmp_path,)):
+        source = open_source("llava", tmp_path / "blip_laion_cc_sbu_558k.json", images=images)
+        first, second, missing = source.read(0, 3)
+        assert missing.reason == "missing_file"
+        if method == zipfile.ZIP_BZIP2:
+            with pytest.raises(BadImage, match="unreadable_file"):
+                first.images[0]()
+        else:
+            assert [contents(first), contents(second)] == [[1, "Q", "A"], [2, "Q", "A"]]
+    (tmp_path / "cut.zip").write_bytes((tmp_path / "images.zip").read_bytes()[:-30])
+    with pytest.raises(UserError, match=r"cut\.zip"):
+        open_source("llava", tmp_path / "blip_laion_cc_sbu_558k.json", images=(tmp_path / "cut.zip",))
