@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar
 from data_prep.sources.base import ConvertingSource
 from data_prep.sources.inputs import require_keys
 from data_prep.sources.join import ImageFinder
-from data_prep.sources.records import JsonRecords, RawRecord
+from data_prep.sources.records import JsonRecords, RawRecord, TableRows
 from vlgpt.errors import UserError
 
 
@@ -33,7 +33,7 @@ class JsonSource(ConvertingSource[RawRecord]):
             tuple[Path, ...] | None, "folders or tars with the images; else beside the input"
         ] = None,
     ):
-        self.records: JsonRecords = self._open(inputs)
+        self.records: JsonRecords | TableRows = self._open(inputs)
         self.images = ImageFinder(images or sorted({file.path.parent for file in self.records.files}))
 
     def _open(
@@ -42,7 +42,7 @@ class JsonSource(ConvertingSource[RawRecord]):
         *,
         kind: str = "records",
         count: Callable[[object], int] | None = None,
-    ) -> JsonRecords:
+    ) -> JsonRecords | TableRows:
         records = JsonRecords(inputs, source=self.name, kind=kind, count=count)
         first = records.first()
         try:

@@ -184,3 +184,24 @@ def test_images_of_dialogues_may_lie_in_one_zip_file(tmp_path, method):
     (tmp_path / "cut.zip").write_bytes((tmp_path / "images.zip").read_bytes()[:-30])
     with pytest.raises(UserError, match=r"cut\.zip"):
         open_source("llava", tmp_path / "blip_laion_cc_sbu_558k.json", images=(tmp_path / "cut.zip",))
+
+
+def held(number):
+    return {"bytes": picture(number), "path": f"{number}.jpg"}
+
+
+def test_dialogues_of_finevision_and_onevision_lie_in_tables_with_their_images(tmp_path):
+    pairs = [{"user": "Q", "assistant": "A"}, {"user": "R", "assistant": "B"}]
+    ratings = {"source": "x", "relevance_ratings": [5, 4], "image_correspondence_ratings": [5, 4], "relevance_min": 4}
+    fine = [{"images": [held(1), held(2)], "texts": pairs} | ratings, {"images": [], "texts": pairs[:1]} | ratings]
+    found = read_all(open_source("llava", write_table(tmp_path / "fine" / "train-0.parquet", fine)))
+    assert list(map(contents, found)) == [[1, 2, "Q", "A", "R", "B"], ["Q", "A"]]
+    turns = [{"from": "human", "value": "<image>\nQ"}, {"from": "gpt", "value": "A"}]
+    text = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]
+    one = [
+        {"id": "0", "image": held(3), "conversations": turns, "data_source": "chartqa"},
+        {"id": "1", "image": None, "conversations": text, "data_source": "magpie"},
+        {"id": "2", "image": None, "conversations": turns, "data_source": "magpie"},
+    ]
+    found = read_all(open_source("llava", write_table(tmp_path / "one" / "train-0.parquet", one).parent))
+    assert list(map(contents, found)) == [[3, "Q", "A"], ["Q", "A"], ["image_tokens"]]
