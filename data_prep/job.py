@@ -69,7 +69,9 @@ class BuildJob:
     def settings(self) -> dict[str, object]:
         """What `build.json` records: a restart with anything else is refused."""
         options = {name: _plain(value) for name, value in sorted(self.source_options.items())}
+        recipe = getattr(self.source, "recipe", None)
         return {
+            **({} if recipe is None else {"recipe": json.loads(json.dumps(recipe))}),
             "source": self.source_name,
             "inputs": [str(path.resolve()) for path in self.inputs],
             "options": options,

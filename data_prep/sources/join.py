@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from data_prep.sources.base import ImageOpener
+from data_prep.sources.base import BadRecord, ImageOpener
 from data_prep.sources.inputs import kept_arrays
 from data_prep.sources.records import JSON_SUFFIXES, table_batches, table_layout
 from data_prep.sources.zips import ZIP, list_zip_members, read_zip_member
@@ -70,12 +70,24 @@ class ImageFinder:
                         return found
         raise BadImage("missing_file", " or ".join(names))
 
+    def open(self, image: str | bytes) -> ImageOpener:
+        """An image by its reference in a record; see `by_name` for errors."""
+        return image if isinstance(image, bytes) else self.by_name(*coco_names(image))
+
     def find_url(self, url: str) -> ImageOpener | None:
         """The image that img2dataset downloaded from this URL, None if there is none."""
         for table in self._tables:
             if (found := table.find(f"url:{url}")) is not None:
                 return found
         return None
+
+
+def image_reference(value: object) -> str | bytes:
+    """An image as a record holds it: its name, or its bytes in a table. Raises BadRecord(`bad_image_name`)."""
+    found = value.get("bytes") or value.get("path") if isinstance(value, dict) else value
+    if not isinstance(found, (str, bytes)) or not found:
+        raise BadRecord("bad_image_name", f"found {type(found).__name__}")
+    return found
 
 
 def coco_names(name: str) -> tuple[str, ...]:

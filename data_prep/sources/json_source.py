@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Annotated, ClassVar
 
 from data_prep.sources.base import ConvertingSource
-from data_prep.sources.inputs import require_keys
+from data_prep.sources.inputs import list_files, require_keys
 from data_prep.sources.join import ImageFinder
-from data_prep.sources.records import JsonRecords, RawRecord, TableRows
+from data_prep.sources.records import TABLE_SUFFIXES, JsonRecords, RawRecord, TableRows, table_layout
 from vlgpt.errors import UserError
 
 
@@ -43,13 +43,41 @@ class JsonSource(ConvertingSource[RawRecord]):
         kind: str = "records",
         count: Callable[[object], int] | None = None,
     ) -> JsonRecords | TableRows:
-        records = JsonRecords(inputs, source=self.name, kind=kind, count=count)
-        first = records.first()
-        try:
-            require_keys(first.value, self.wanted, where=first.file.path, what=self.what)
-        except UserError as error:
-            raise UserError(f"{error}{_unwrap_help(first)}") from error
-        return records
+        return open_json(inputs, self.wanted, source=self.name, what=self.what, kind=kind, count=count)
+
+
+def open_records(
+    inputs: Sequence[Path], wanted: Mapping[str, Sequence[str]], *, source: str, what: str
+) -> JsonRecords | TableRows:
+    """The records of Parquet or Arrow files where there are any, with all their columns; else of JSON files."""
+    tables = [file.path for file in list_files(inputs, TABLE_SUFFIXES)]
+    columns = {name for path in tables if _is_table(path) for name in table_layout(path)[0]}
+    if not columns:
+        return open_json(inputs, wanted, source=source, what=what)
+    return TableRows(inputs, wanted, optional=sorted(columns), source=source, what=what)
+
+
+def _is_table(path: Path) -> bool:
+    return path.name.lower().endswith(TABLE_SUFFIXES)
+
+
+def open_json(
+    inputs: Sequence[Path],
+    wanted: Mapping[str, Sequence[str]],
+    *,
+    source: str,
+    what: str,
+    kind: str = "records",
+    count: Callable[[object], int] | None = None,
+) -> JsonRecords:
+    """The records of JSON files. Raises UserError when the first has not the keys that are wanted."""
+    records = JsonRecords(inputs, source=source, kind=kind, count=count)
+    first = records.first()
+    try:
+        require_keys(first.value, wanted, where=first.file.path, what=what)
+    except UserError as error:
+        raise UserError(f"{error}{_unwrap_help(first)}") from error
+    return records
 
 
 def _unwrap_help(record: RawRecord) -> str:

@@ -7,12 +7,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import ClassVar
 
-from data_prep.sources.base import BadRecord, Columns, ImageOpener, Info, Record, mapping
+from data_prep.sources.base import BadRecord, Columns, Info, Record, mapping
 from data_prep.sources.dialogue import dialogue_parts
-from data_prep.sources.inputs import list_files
-from data_prep.sources.join import ImageFinder, coco_names
-from data_prep.sources.json_source import JsonSource
-from data_prep.sources.records import TABLE_SUFFIXES, JsonRecords, RawRecord, TableRows, table_layout
+from data_prep.sources.join import image_reference
+from data_prep.sources.json_source import JsonSource, open_records
+from data_prep.sources.records import JsonRecords, RawRecord, TableRows
 from vlgpt.document import Document
 from vlgpt.image_formats import IMAGE_SUFFIXES
 
@@ -40,11 +39,7 @@ class LlavaSource(JsonSource):
         kind: str = "records",
         count: Callable[[object], int] | None = None,
     ) -> JsonRecords | TableRows:
-        tables = list_files(inputs, TABLE_SUFFIXES)
-        if not any(file.path.name.lower().endswith(TABLE_SUFFIXES) for file in tables):
-            return super()._open(inputs, kind=kind, count=count)
-        columns = {name for file in tables for name in table_layout(file.path)[0]}
-        return TableRows(inputs, self.wanted, optional=sorted(columns), source=self.name, what=self.what)
+        return open_records(inputs, self.wanted, source=self.name, what=self.what)
 
     def make(self, raw: RawRecord) -> Record:
         """A dialogue with the images that it names.
@@ -55,7 +50,7 @@ class LlavaSource(JsonSource):
         value = mapping(raw.value)
         images = dialogue_images(value)
         parts = dialogue_parts(_turns(value), num_images=len(images))
-        openers = tuple(find_dialogue_image(self.images, image) for image in images)
+        openers = tuple(map(self.images.open, images))
         info: Info = {"record_id": str(value.get("id", ""))}
         if names := [image for image in images if isinstance(image, str)]:
             info["image_names"] = names
@@ -83,9 +78,7 @@ def dialogue_images(value: Columns) -> tuple[str | bytes, ...]:
     if len(given) == 2 and given[0] != given[1]:
         raise BadRecord("bad_image_name", "image and images differ")
     listed = given[0] if given and isinstance(given[0], list) else given[:1]
-    held = [image.get("bytes") or image.get("path") if isinstance(image, dict) else image for image in listed]
-    if not all(isinstance(image, (str, bytes)) and image for image in held):
-        raise BadRecord("bad_image_name")
+    held = tuple(map(image_reference, listed))
     for field, found in value.items():
         if field in (*IMAGE_FIELDS, *TURN_FIELDS):
             continue
@@ -96,13 +89,8 @@ def dialogue_images(value: Columns) -> tuple[str | bytes, ...]:
             raise BadRecord("other_media", field)
         if not held and (OTHER_IMAGE_FIELD.search(field) or _have_suffix(items, IMAGE_SUFFIXES)):
             raise BadRecord("unknown_image_field", field)
-    return tuple(held)
+    return held
 
 
 def _have_suffix(items: Sequence[object], suffixes: tuple[str, ...]) -> bool:
     return any(isinstance(item, str) and item.lower().endswith(suffixes) for item in items)
-
-
-def find_dialogue_image(images: ImageFinder, image: str | bytes) -> ImageOpener:
-    """Raises BadImage when there is no image of this name."""
-    return image if isinstance(image, bytes) else images.by_name(*coco_names(image))

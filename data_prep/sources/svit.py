@@ -9,7 +9,7 @@ from typing import ClassVar
 from data_prep.sources.base import BadRecord, Columns, ImageOpener, Info, Record, mapping
 from data_prep.sources.dialogue import dialogue_parts
 from data_prep.sources.json_source import JsonSource
-from data_prep.sources.llava import dialogue_images, find_dialogue_image
+from data_prep.sources.llava import dialogue_images
 from data_prep.sources.records import JsonRecords, RawRecord
 from vlgpt.document import Document
 
@@ -49,7 +49,7 @@ class SvitSource(JsonSource):
                 info["topic"] = dialogue["topic"]
         else:
             found = dialogue_images(value)
-            images = tuple(find_dialogue_image(self.images, image) for image in found)
+            images = tuple(map(self.images.open, found))
             turns = value.get("conversations")
             info = {"image_names": [str(name) for name in found]} if found else {}
         parts = dialogue_parts(turns, num_images=len(images))

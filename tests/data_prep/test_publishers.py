@@ -20,6 +20,7 @@ from source_files import (
     write_table,
 )
 
+from data_prep.build import main as build
 from data_prep.sources import Dropped
 from vlgpt.errors import UserError
 from vlgpt.images import BadImage
@@ -205,3 +206,70 @@ def test_dialogues_of_finevision_and_onevision_lie_in_tables_with_their_images(t
     ]
     found = read_all(open_source("llava", write_table(tmp_path / "one" / "train-0.parquet", one).parent))
     assert list(map(contents, found)) == [[3, "Q", "A"], ["Q", "A"], ["image_tokens"]]
+
+
+RECIPES = {
+    "draw": "parts: [{text: input_prompt, role: user}, {image: output_image, role: assistant}]",
+    "edit": """
+licence: Apache-2.0
+parts:
+- {image: input_image, role: user}
+- {text: input_prompt, role: user}
+- {words: "Here is the edited image:", role: assistant}
+- {image: output_image, role: assistant}
+""",
+}
+
+
+def mapped(folder, recipe, records):
+    write_pictures(folder, ["in/0.png", "in/1.png", "out/2.png"])
+    (folder / "recipe.yaml").write_text(recipe)
+    (folder / "data.json").write_text(json.dumps(records))
+    return open_source("mapped", folder / "data.json", mapping=folder / "recipe.yaml")
+
+
+def test_a_mapping_makes_documents_of_any_records(tmp_path):
+    record = {"input_prompt": " A fox. ", "output_image": "out/2.png", "input_image": ["in/0.png", "in/1.png"]}
+    damaged = [{"input_prompt": "x"}, {"output_image": "out/2.png"}, record | {"output_image": 7}]
+    damaged += [record | {"output_image": "out/9.png"}, record | {"input_prompt": ["x"]}]
+    draw = read_all(mapped(tmp_path, RECIPES["draw"], [record, *damaged]))
+    assert shown(draw[0]) == [("user", "A fox."), ("assistant", 2)]
+    reasons = ["no_image", "no_text", "bad_image_name", "missing_file", "bad_text"]
+    assert [item.reason for item in draw[1:]] == reasons
+    source = mapped(tmp_path, RECIPES["edit"], [record])
+    words = [("assistant", "Here is the edited image:"), ("assistant", 2)]
+    assert shown(read_all(source)[0]) == [("user", 0), ("user", 1), ("user", "A fox."), *words]
+    assert source.licence == "Apache-2.0"
+    table = write_table(tmp_path / "t" / "a.parquet", [{"p": "A fox.", "i": held(3)}])
+    (tmp_path / "r.yaml").write_text("parts: [{image: i}, {text: p}]")
+    (pair,) = read_all(open_source("mapped", table, mapping=tmp_path / "r.yaml"))
+    assert shown(pair) == [("plain", 3), ("plain", "A fox.")]
+
+
+@pytest.mark.parametrize(
+    "recipe, message",
+    [
+        ("parts: []", "parts"),
+        ("parts: [{image: a, text: b}]", "either image, text or words"),
+        ("parts: [{picture: a}]", "picture"),
+        ("parts: [{image: a, role: system}]", "role"),
+        ("parts: [{image: nothing}]", "nothing"),
+        ("- x", "recipe"),
+        (": :", "YAML"),
+    ],
+)
+def test_a_wrong_mapping_is_refused_in_one_line(tmp_path, recipe, message):
+    with pytest.raises(UserError, match=message) as error:
+        mapped(tmp_path, recipe, [{"a": "in/0.png"}])
+    assert "\n" not in str(error.value)
+
+
+def test_another_mapping_is_another_data_set(tmp_path, capsys):
+    record = {"input_prompt": "A fox.", "output_image": "out/2.png"}
+    mapped(tmp_path, RECIPES["draw"], [record])
+    command = ["mapped", "--input", str(tmp_path / "data.json"), "--mapping", str(tmp_path / "recipe.yaml")]
+    command += ["--output", str(tmp_path / "shards"), "--num-workers", "0"]
+    assert build(command) == 0 and build(command) == 0
+    (tmp_path / "recipe.yaml").write_text("parts: [{text: input_prompt}, {image: output_image}]")
+    with pytest.raises(UserError, match=r"is being built with recipe.parts"):
+        build(command)
