@@ -156,7 +156,7 @@ def test_text_needs_text(tmp_path):
     (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
     source = TextSource([tmp_path])
     shown = [item.document.text if isinstance(item, Record) else item.reason for item in everything(source)]
-    assert shown == ["one", "no_text", "no_text", "no_text", "two"]
+    assert shown == ["one", "empty_text", "bad_text", "no_text", "two"]
     assert everything(source)[4].document.info == {"url": "u"}
     assert_any_pieces_give_the_same(source)
     with pytest.raises(UserError, match=r"needs \.jsonl files"):
