@@ -57,3 +57,20 @@ def test_reading_past_the_end_is_an_error_that_names_the_tar(tmp_path):
     tar = write(tmp_path / "a.tar")
     with pytest.raises(OSError, match=r"a\.tar"):
         read_tar_member(tar, tar.stat().st_size - 3, 10)
+
+
+@pytest.mark.parametrize("tar_format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
+def test_members_are_those_of_tarfile(tmp_path, tar_format):
+    names = ["a.jpg", "./b.txt", "d/" * 60 + "e.jpg", "folder/" + "x" * 90 + ".jpg"]
+    if tar_format != tarfile.USTAR_FORMAT:
+        names += ["long/" + "y" * 300 + ".json", "d\u00e9j\u00e0 vu \U0001f98a.png"]
+    with tarfile.open(tmp_path / "a.tar", "w", format=tar_format) as archive:
+        for number, name in enumerate(names):
+            info = tarfile.TarInfo(name)
+            info.size, info.mtime = 700 * number, 1.5 if tar_format == tarfile.PAX_FORMAT else 1
+            archive.addfile(info, io.BytesIO(bytes([number]) * info.size))
+    with tarfile.open(tmp_path / "a.tar") as archive:
+        wanted = [(info.name, info.offset_data, info.size) for info in archive]
+    members = list_tar_members(tmp_path / "a.tar")
+    assert list(zip(members.names, members.offsets.tolist(), members.sizes.tolist())) == wanted
+    assert (members.others, members.problems) == ((), ())

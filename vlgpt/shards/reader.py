@@ -21,7 +21,7 @@ from vlgpt.shards.features import FeatureReader
 from vlgpt.shards.foreign import ForeignFolder
 from vlgpt.shards.index import crc32
 from vlgpt.shards.manifest import MANIFEST, SUCCESS, Manifest, fingerprint, read_manifest
-from vlgpt.shards.samples import BadText, pair_document
+from vlgpt.shards.samples import BadText, caption_of, pair_document
 from vlgpt.shards.schema import BadSample, Sample, ShardIndex, ShardRecord, ShardReport
 from vlgpt.shards.tars import TAR_SUFFIXES, expand_paths, find_tars
 
@@ -187,10 +187,10 @@ class ShardSet:
         images = tuple(data[1:])
         try:
             if isinstance(self.folder, ForeignFolder):
-                first, end = index.member_start[sample : sample + 2].tolist()
-                roles = index.member_suffix[first:end].tolist()
-                texts = {role: text for role, text in zip(roles, data) if role != "image"}
-                document, images = pair_document(texts, key=key, source=self.name), tuple(data[len(texts) :])
+                role = layout.roles[sample]
+                caption = None if role == "image" else caption_of(role, data[0])
+                document = pair_document(caption, key=key, source=self.name)
+                images = images if caption is not None else tuple(data)
             else:
                 document = Document.from_record(json.loads(data[0]))
         except BadText as error:
@@ -301,11 +301,12 @@ class BadMember(ValueError):
 @dataclass(frozen=True)
 class Layout:
     """`samples` (n, 4): first member, end, start of the piece of the tar that holds them, its length.
-    `members` (M, 3): offset, size, crc32.
+    `members` (M, 3): offset, size, crc32. `roles`: what the first member of each sample is.
     """
 
     samples: np.ndarray
     members: np.ndarray
+    roles: list[str]
 
     @staticmethod
     def of(index: ShardIndex, *, num_bytes: int) -> Layout:
@@ -314,13 +315,14 @@ class Layout:
         members = np.stack([offset, size, index.member_crc.astype(np.int64)], axis=1)
         first, end = index.member_start[:-1], index.member_start[1:]
         if index.num_samples == 0:
-            return Layout(np.empty((0, 4), np.int64), members)
+            return Layout(np.empty((0, 4), np.int64), members, [])
         start = np.minimum.reduceat(offset, first)
         span = np.maximum.reduceat(offset + size, first) - start
         is_apart = span > np.add.reduceat(size, first) + MAX_GAP_BYTES * (end - first)
         is_outside = np.logical_or.reduceat((offset < 0) | (size < 0) | (offset + size > num_bytes), first)
         span = np.where(is_outside, _OUTSIDE, np.where(is_apart, _APART, span))
-        return Layout(np.stack([first, end, start, span], axis=1), members)
+        roles = index.member_suffix[first].tolist()
+        return Layout(np.stack([first, end, start, span], axis=1), members, roles)
 
     def read(self, file: int, sample: int, *, with_images: bool) -> list[bytes]:
         """The members of a sample, checked: its record and its images. One request when they lie side by side, as in

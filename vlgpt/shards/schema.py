@@ -122,7 +122,9 @@ class ShardReport(StoredModel):
         found = {
             place: (reason, name)
             for reason, places in self.dropped_records.items()
-            for place, name in zip(places, itertools.chain(self.dropped_names.get(reason, ()), itertools.repeat("")))
+            for place, name in zip(
+                places, itertools.chain(self.dropped_names.get(reason, ()), itertools.repeat(""))
+            )
         }
         return dict(sorted(found.items()))
 
