@@ -244,7 +244,7 @@ def _content_problems(index: ShardIndex, tar: memoryview, *, decode: bool) -> It
 
 def _document_problems(index: ShardIndex, sample: int, record: bytes) -> Iterator[str]:
     try:
-        document = Document.from_record(json.loads(record))
+        document = Document.from_record(json.loads(record, parse_constant=_refuse))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         yield f"no document: {error}"
         return
@@ -254,6 +254,11 @@ def _document_problems(index: ShardIndex, sample: int, record: bytes) -> Iterato
         yield "the index has other parts than the document"
     if document.num_images != int(index.image_start[sample + 1] - index.image_start[sample]):
         yield "the index has another number of images than the document"
+
+
+def _refuse(constant: str) -> None:
+    """Python reads NaN and Infinity, other JSON parsers do not."""
+    raise ValueError(f"{constant} is no JSON")
 
 
 def _check_features(folder: Path, manifest: Manifest) -> Iterator[str]:

@@ -115,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if report is None:
             console.print("other tasks are not done yet")
         else:
-            console.print_json(json.dumps(report["folders"]))
+            console.print_json(json.dumps(report["folders"], allow_nan=False))
         return 0
     if len(options.folders) != 1 or options.output is None:
         raise UserError("apply takes one DIR and --output, the folder of the new data set")

@@ -162,7 +162,7 @@ def find(
         save_arrays(work / f"drops-{shards.fingerprint}.npz", places=places)
         counts = Counter(REASONS[reason] for reason in verdicts.values())
         counted[shards.name] = {"documents": shards.num_samples, **dict(sorted(counts.items()))}
-    write_atomic(work / "report.json", json.dumps(report, indent=1))
+    write_atomic(work / "report.json", json.dumps(report, indent=1, allow_nan=False))
     return report
 
 

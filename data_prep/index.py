@@ -114,7 +114,7 @@ def _note_tokenizer(folder: Path, fingerprint: str) -> None:
     noted = manifest.model_copy(update={"build": {**manifest.build, "tokenizer": fingerprint}})
     write_atomic(manifest_path, noted.model_dump_json(indent=1))
     settings = {**json.loads(settings_path.read_text()), "tokenizer": fingerprint}
-    write_atomic(settings_path, json.dumps(settings, indent=1, sort_keys=True))
+    write_atomic(settings_path, json.dumps(settings, indent=1, sort_keys=True, allow_nan=False))
 
 
 def _index_paths(folder: Path) -> Iterator[Path]:

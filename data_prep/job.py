@@ -69,7 +69,9 @@ class BuildJob:
     def settings(self) -> dict[str, object]:
         """What `build.json` records: a restart with anything else is refused."""
         options = {name: _plain(value) for name, value in sorted(self.source_options.items())}
+        recipe = getattr(self.source, "recipe", None)
         return {
+            **({} if recipe is None else {"recipe": json.loads(json.dumps(recipe))}),
             "source": self.source_name,
             "inputs": [str(path.resolve()) for path in self.inputs],
             "options": options,
@@ -87,7 +89,8 @@ class BuildJob:
         settings = {
             key: value for key, value in self.settings().items() if key not in ("tokenizer", "inputs")
         }
-        return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=12).hexdigest()
+        text = json.dumps(settings, sort_keys=True, allow_nan=False)
+        return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
 
 
 def _plain(value: object) -> object:
@@ -104,7 +107,7 @@ def claim_folder(job: BuildJob) -> None:
     """
     job.folder.mkdir(parents=True, exist_ok=True)
     path = job.folder / SETTINGS
-    wanted = json.dumps(job.settings(), indent=1, sort_keys=True)
+    wanted = json.dumps(job.settings(), indent=1, sort_keys=True, allow_nan=False)
     # of several tasks that start at once the first writes, and the others compare
     write_once(path, wanted.encode())
     try:

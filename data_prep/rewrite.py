@@ -57,7 +57,7 @@ def copy_without(
     settings = {**manifest.build, **note}
     output.mkdir(parents=True, exist_ok=True)
     if not (output / SETTINGS).is_file():
-        write_atomic(output / SETTINGS, json.dumps(settings, indent=1, sort_keys=True))
+        write_atomic(output / SETTINGS, json.dumps(settings, indent=1, sort_keys=True, allow_nan=False))
     elif json.loads((output / SETTINGS).read_text()) != settings:
         raise UserError(f"{output} holds another data set; use another --output")
     mine = share.of(len(shards.shards))

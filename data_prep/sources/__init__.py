@@ -3,8 +3,8 @@
 A source class is made as `SomeSource(inputs, *, option=default, ...)`: `inputs` are the paths after
 `--input`, and every keyword parameter becomes a flag (`Annotated[int, "help text"]`; str, int, float, bool,
 Path, Literal and `X | None` work). Its docstring says what it reads. Apart from the three members of `Source`
-it may set `image_format` ("jpg" or "png", the build's default encoding) and `libraries` (names of packages
-whose version decides its output).
+it may set `image_format` ("jpg" or "png", the build's default encoding) `libraries` (names of packages
+whose version decides its output) and `recipe` (JSON that decides its output beside the options).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ SOURCES: dict[str, str] = {
     "images": "data_prep.sources.images:ImagesSource",
     "parquet": "data_prep.sources.parquet:ParquetSource",
     "text": "data_prep.sources.text:TextSource",
+    "mapped": "data_prep.sources.mapped:MappedSource",
     "img2dataset": "data_prep.sources.img2dataset:Img2datasetSource",
     "mmc4": "data_prep.sources.mmc4:Mmc4Source",
     "obelics": "data_prep.sources.obelics:ObelicsSource",

@@ -16,6 +16,7 @@ from vlgpt.shards.samples import BadText, clean_text
 ImageOpener = bytes | Path | Callable[[], bytes]
 Columns = Mapping[str, Any]
 """A raw record: a JSON object or a row of a table, with values of any type."""
+MAX_DEPTH = 100
 Info = dict[str, Any]
 """`Document.info`, as JSON has it."""
 
@@ -176,18 +177,20 @@ def numbers(value: Columns, wanted: Mapping[str, tuple[str, ...]]) -> dict[str, 
     return {name: amount for name, amount in found.items() if amount is not None}
 
 
-def storable(value: object) -> Any:
+def storable(value: object, *, depth: int = 0) -> Any:
     """A value of a table as JSON can hold it, for `Document.info`: dates and the like become text, bytes and numbers
-    that are not finite become null.
+    that are not finite become null. Raises BadRecord(`bad_json`) for lists in a hundred lists.
     """
+    if depth > MAX_DEPTH:
+        raise BadRecord("bad_json")
     if value is None or isinstance(value, (bool, int, str)):
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {str(name): storable(item) for name, item in value.items()}
+        return {str(name): storable(item, depth=depth + 1) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [storable(item) for item in value]
+        return [storable(item, depth=depth + 1) for item in value]
     return None if isinstance(value, bytes) else str(value)
 
 

@@ -51,22 +51,29 @@ def open_rows(path: Path) -> Numbered[RawRecord]:
     raise UserError(f"{path}: tables end in .parquet, .json, .jsonl, .csv or .tsv, found {path.suffix!r}")
 
 
+def read_header(path: Path) -> tuple[list[str], str]:
+    """The fields of the first line that is not blank, and what separates them: commas (tabs in .tsv) if there are any,
+    else semicolons or tabs.
+    """
+    with open_text(path) as stream:
+        *_, first = [b"", *_blank_and_header(_lines(stream))]
+    header = first.decode("utf-8-sig", "replace").strip("\r\n")
+    usual, *others = "\t,;" if ".tsv" in path.name.lower() else ",;\t"
+    delimiter = next((letter for letter in (usual, *others) if letter in header), usual)
+    names, _ = _fields([header], delimiter)
+    return [name.strip() for name in (header.split(delimiter) if names is None else names)], delimiter
+
+
 class CsvFile:
     """The rows of a CSV or TSV file with a header line. Fields in quotes may hold line breaks.
 
-    Fields are separated by what the header line has: commas (tabs in .tsv), else semicolons or tabs. A row whose
-    quotes do not fit is taken as it stands, if it has as many fields as the header. Raises UserError for a header
-    that names a column twice.
+    A row whose quotes do not fit is taken as it stands, if it has as many fields as the header. Raises UserError for a
+    header that names a column twice.
     """
 
     def __init__(self, path: Path):
         self.file = InputFile(path, path.name)
-        with open_text(path) as stream:
-            header = _header(stream)
-        usual, *others = "\t,;" if ".tsv" in path.name.lower() else ",;\t"
-        self._delimiter = next((letter for letter in (usual, *others) if letter in header), usual)
-        names, _ = _fields([header], self._delimiter)
-        self.columns = [name.strip() for name in names or header.split(self._delimiter)]
+        self.columns, self._delimiter = read_header(path)
         if twice := sorted({name for name in self.columns if self.columns.count(name) > 1}):
             raise UserError(f"{path} names the column {twice[0]!r} twice; rename one")
         self._starts, self._stops = kept_arrays(path, kind="rows", names=("start", "stop"), make=self._scan)
@@ -125,11 +132,6 @@ def _blank_and_header(lines: Iterator[bytes]) -> Iterator[bytes]:
         yield line
         if line.strip(BLANK):
             return
-
-
-def _header(stream: IO[bytes]) -> str:
-    *_, line = [b"", *_blank_and_header(_lines(stream))]
-    return line.decode("utf-8-sig", "replace").strip("\r\n")
 
 
 def _fields(lines: Iterable[str], delimiter: str) -> tuple[list[str] | None, int]:

@@ -10,7 +10,7 @@ from vlgpt.shards.samples import visible
 
 ROLES: dict[str, Role] = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 IMAGE_TOKEN = re.compile(r"<image>|<\|image\|>|<img></img>", re.IGNORECASE)
-OTHER_IMAGE_TOKEN = re.compile(r"<\|?(image|img)[\w-]*\|?>", re.IGNORECASE)
+OTHER_IMAGE_TOKEN = re.compile(r"<\|?(image|img)([\w-]*|\s?\d+)\|?>|\[ImageHere\]", re.IGNORECASE)
 """Numbered images and the like: what they stand for differs from publisher to publisher."""
 OTHER_MEDIA_TOKEN = re.compile(
     r"<\|?(video|audio|speech|sound|music|point_?cloud)(s|_?\d+|_?pad)?\|?>", re.IGNORECASE

@@ -15,7 +15,7 @@ from typing import Annotated
 from data_prep.sources.base import BadRecord, ConvertingSource, Numbered, Record, mapping, storable, text
 from data_prep.sources.csv_rows import ROW_SUFFIXES, CsvFile, open_rows
 from data_prep.sources.inputs import inside, list_files
-from data_prep.sources.records import FIRST_RECORDS, Concatenation, RawRecord
+from data_prep.sources.records import FIRST_RECORDS, TABLE_SUFFIXES, Concatenation, RawRecord
 from vlgpt.document import Document, ImagePart, TextPart
 from vlgpt.errors import UserError
 from vlgpt.image_formats import IMAGE_SUFFIXES
@@ -87,7 +87,9 @@ class FolderSource(ConvertingSource[RawRecord]):
             except BadRecord:
                 pass
         if problems:
-            raise UserError(f"{path}: no image of its first {len(problems)} rows is found: {problems[0].detail}")
+            raise UserError(
+                f"{path}: no image of its first {len(problems)} rows is found: {problems[0].detail}"
+            )
 
 
 def _find_tables(inputs: Sequence[Path]) -> list[Path]:
@@ -112,15 +114,19 @@ def _find_tables(inputs: Sequence[Path]) -> list[Path]:
             tables += found
     if not tables:
         other = f"; a table of another name is given as --input itself: {others[0]}" if others else ""
+        if others and others[0].endswith(TABLE_SUFFIXES):
+            other = f"; if {others[0]} holds the images too, the source parquet reads it"
         shown = ", ".join(map(str, inputs)) or "no --input"
-        raise UserError(f"the folder source needs a metadata.jsonl or metadata.csv, found none in {shown}{other}")
+        raise UserError(
+            f"the folder source needs a metadata.jsonl or metadata.csv, found none in {shown}{other}"
+        )
     if twice := sorted({str(path) for path in tables if tables.count(path) > 1}):
         raise UserError(f"{twice[0]} is given twice as --input; leave one out")
     return tables
 
 
 def find_image(folder: Path, name: str) -> Path:
-    """The file under a name from a table: as written, with `/` for Windows' `\\`, or with its accents composed otherwise.
+    """The file under a name from a table: as written, with `/` for Windows' `\\`, or with accents composed otherwise.
 
     Raises BadImage(`path_outside_folder`), or BadImage(`missing_file`) where a file of nearly that name is there.
     Where none is, opening the path will tell.
@@ -139,7 +145,9 @@ def find_image(folder: Path, name: str) -> Path:
     if hint := _near(folder, slashes):
         raise BadImage("path_outside_folder" if first is None else "missing_file", f"{name!r}: {hint}")
     if first is None:
-        raise BadImage("path_outside_folder", f"{name!r} leads out of {folder}; names are relative to the table")
+        raise BadImage(
+            "path_outside_folder", f"{name!r} leads out of {folder}; names are relative to the table"
+        )
     return first
 
 
@@ -158,7 +166,9 @@ def _near(folder: Path, name: str) -> str:
             break
         place /= known.get(part, known.get(part.casefold(), part))
     else:
-        return f"letters differ, the file is {place.relative_to(folder).as_posix()!r}; write names as files are"
+        return (
+            f"letters differ, the file is {place.relative_to(folder).as_posix()!r}; write names as files are"
+        )
     for below in islice(dict.fromkeys(_names(folder).values()), FIRST_RECORDS):
         if os.path.lexists(folder.joinpath(below, *parts)):
             return f"it lies in {below!r}; put that before the names, or move the table there"

@@ -17,6 +17,7 @@ from data_prep.sources.base import (
     Numbered,
     table_image,
 )
+from data_prep.sources.csv_rows import read_header
 from data_prep.sources.fetch import fetch_commands
 from data_prep.sources.inputs import InputFile, list_files
 from data_prep.sources.records import (
@@ -213,7 +214,7 @@ def _not_downloaded(table: Path, columns: Sequence[str]) -> str:
             f"parquet: python -m data_prep.build parquet --input {quote(str(table))} --output DIR"
         )
     strings = text_columns(schema)
-    url = next((column for column in strings if "url" in column.lower()), None)
+    url = url_column(strings)
     if url is None:
         return f"{table} holds neither images nor URLs of images (columns: {', '.join(columns)})"
     caption = caption_column(strings)
@@ -228,6 +229,12 @@ def _not_downloaded(table: Path, columns: Sequence[str]) -> str:
     )
 
 
+def url_column(columns: Sequence[str]) -> str | None:
+    """Which of these columns of text holds URLs, by its name."""
+    likely = (column for column in columns if "url" in column.lower() and "://" not in column)
+    return next((column for column in ("url", "URL") if column in columns), next(likely, None))
+
+
 def caption_column(columns: Sequence[str]) -> str | None:
     """Which of these columns of text holds captions, by its name."""
     likely = (column for column in columns if "caption" in column.lower() or "text" in column.lower())
@@ -235,12 +242,28 @@ def caption_column(columns: Sequence[str]) -> str | None:
 
 
 def _list_not_downloaded(path: Path) -> str:
-    titled = path.with_name(f"titled-{path.name}")
-    commands = fetch_commands(
-        titled, input_format=path.suffix[1:], url_column="url", caption_column="caption"
-    )
+    fields, delimiter = read_header(path)
+    kind = path.suffix[1:].lower()
+    if kind == "txt":
+        urls, url, caption, first = path, "url", None, ""
+    elif url := url_column(fields):
+        urls, caption, first = path, caption_column(fields), ""
+    else:
+        names = [f"column{place}" for place in range(len(fields))]
+        place = next((place for place, field in enumerate(fields) if "://" in field), len(fields) - 1)
+        names[place - 1], names[place] = "caption", "url"
+        urls, url, caption = (
+            path.with_name(f"titled-{path.name}"),
+            "url",
+            "caption" if len(names) > 1 else None,
+        )
+        title = delimiter.join(names).replace("\t", "\\t")
+        first = (
+            "It has no header line with a url (CC3M's list has none), so add one:\n"
+            f"(printf '{title}\\n'; cat {quote(str(path))}) > {quote(str(urls))}\n"
+        )
+    commands = fetch_commands(urls, input_format=kind, url_column=url, caption_column=caption)
     return (
         f"{path} is a list of URLs. Download the pictures first, then give the output folder as --input. "
-        "CC3M's list has no header line, so add one:\n"
-        f"(printf 'caption\\turl\\n'; cat {quote(str(path))}) > {quote(str(titled))}\n{commands}"
+        f"{first}\n{commands}"
     )

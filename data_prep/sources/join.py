@@ -1,6 +1,6 @@
-"""Images by file name or URL: in folders, in tars, in what img2dataset downloaded.
+"""Images by file name or URL: in folders, in tars and zip files, in what img2dataset downloaded.
 
-Tars are scanned once, by their headers; the table (24 bytes an image, and as much again for URLs) is kept
+Tars and zip files are scanned once, by their headers; the table (24 bytes an image, and as much again for URLs) is kept
 beside them and memory-mapped, so that 10^8 images can be joined and all processes share it.
 """
 
@@ -16,9 +16,10 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from data_prep.sources.base import ImageOpener
+from data_prep.sources.base import BadRecord, ImageOpener
 from data_prep.sources.inputs import kept_arrays
-from data_prep.sources.records import table_batches, table_layout
+from data_prep.sources.records import JSON_SUFFIXES, table_batches, table_layout
+from data_prep.sources.zips import ZIP, list_zip_members, read_zip_member
 from vlgpt.errors import UserError
 from vlgpt.files import file_stamp
 from vlgpt.image_formats import IMAGE_SUFFIXES
@@ -37,7 +38,7 @@ COCO_NAME = re.compile(r"(^|/)(COCO_(?P<year>(train|val|test)20\d\d)_)?(?P<numbe
 
 
 class ImageFinder:
-    """Finds images below these paths: folders of image files, tars, folders of tars.
+    """Finds images below these paths: folders of image files, tars, zip files, folders of these.
 
     Raises UserError for a path that is none of these.
     """
@@ -46,13 +47,13 @@ class ImageFinder:
         self._folders: list[Path] = []
         self._tables: list[ImageTable] = []
         for path in paths:
-            tars = find_tars(path) if path.is_dir() else [path]
+            archives = [*find_tars(path), *_zips(path)] if path.is_dir() else [path]
             if path.is_dir():
                 self._folders.append(path)
-            elif not (path.name.lower().endswith(TAR_SUFFIXES) and path.is_file()):
-                raise UserError(f"pictures are looked up in folders and .tar files; {path} is neither")
-            if tars:
-                self._tables.append(ImageTable(tars))
+            elif not (path.name.lower().endswith((*TAR_SUFFIXES, ZIP)) and path.is_file()):
+                raise UserError(f"images are looked up in folders, .tar and .zip files; {path} is none of them")
+            if archives:
+                self._tables.append(ImageTable(archives))
 
     def by_name(self, *names: str) -> ImageOpener:
         """The image under the first of these names that is there; leading folders of a name may be missing.
@@ -69,12 +70,24 @@ class ImageFinder:
                         return found
         raise BadImage("missing_file", " or ".join(names))
 
+    def open(self, image: str | bytes) -> ImageOpener:
+        """An image by its reference in a record; see `by_name` for errors."""
+        return image if isinstance(image, bytes) else self.by_name(*coco_names(image))
+
     def find_url(self, url: str) -> ImageOpener | None:
         """The image that img2dataset downloaded from this URL, None if there is none."""
         for table in self._tables:
             if (found := table.find(f"url:{url}")) is not None:
                 return found
         return None
+
+
+def image_reference(value: object) -> str | bytes:
+    """An image as a record holds it: its name, or its bytes in a table. Raises BadRecord(`bad_image_name`)."""
+    found = value.get("bytes") or value.get("path") if isinstance(value, dict) else value
+    if not isinstance(found, (str, bytes)) or not found:
+        raise BadRecord("bad_image_name", f"found {type(found).__name__}")
+    return found
 
 
 def coco_names(name: str) -> tuple[str, ...]:
@@ -103,11 +116,16 @@ def _tails(name: str) -> Iterator[str]:
     return ("/".join(parts[start:]) for start in range(len(parts)))
 
 
+def _zips(folder: Path) -> list[Path]:
+    """Zip files in a folder, but those of JSON."""
+    return sorted(path for path in folder.glob("*.[zZ][iI][pP]") if not path.name.lower().endswith(JSON_SUFFIXES))
+
+
 class ImageTable:
-    """Where the images of some tars lie, by the hash of their names and URLs."""
+    """Where the images of some tars and zip files lie, by the hash of their names and URLs."""
 
     def __init__(self, tars: Sequence[Path]):
-        self._tars, self._plain = tars, [plain_tar(tar) for tar in tars]
+        self._tars, self._plain = tars, [tar if _is_zip(tar) else plain_tar(tar) for tar in tars]
         self._arrays = self._kept()  # before any process is forked, so that all share it
 
     def find(self, name: str) -> ImageOpener | None:
@@ -117,7 +135,7 @@ class ImageTable:
         place = int(np.searchsorted(hashes, wanted))
         if place == len(hashes) or hashes[place] != wanted:
             return None
-        return partial(read_tar_member, self._plain[tar[place]], int(offset[place]), int(size[place]))
+        return partial(_read_member, self._plain[tar[place]], int(offset[place]), int(size[place]))
 
     def _kept(self) -> list[np.ndarray]:
         digest = hashlib.blake2b(digest_size=12)
@@ -136,7 +154,7 @@ class ImageTable:
         get_logger(__name__).info("looking through %d tars of images once", len(self._tars))
         columns: list[list[np.ndarray]] = [[], [], [], []]
         for number, (tar, plain) in enumerate(zip(self._tars, self._plain)):
-            members = list_tar_members(plain)
+            members = list_zip_members(plain) if _is_zip(plain) else list_tar_members(plain)
             if members.problems:
                 problems = ", ".join(members.problems)
                 get_logger(__name__).warning("%s: %s; the pictures that can be found are used", tar, problems)
@@ -148,6 +166,14 @@ class ImageTable:
         joined = [np.concatenate(column) for column in columns]
         hashes, first = np.unique(joined[0], return_index=True)  # of equal ones the first
         return [hashes, *(column[first] for column in joined[1:])]
+
+
+def _is_zip(path: Path) -> bool:
+    return path.name.lower().endswith(ZIP)
+
+
+def _read_member(archive: Path, offset: int, size: int) -> bytes:
+    return (read_zip_member if _is_zip(archive) else read_tar_member)(archive, offset, size)
 
 
 def _names_of(tar: Path, members: TarMembers, *, table: Path) -> tuple[list[int], list[int]]:
@@ -176,10 +202,9 @@ def _urls(tar: Path, members: TarMembers, table: Path) -> Iterator[tuple[str, st
         return
     for place, name in enumerate(members.names):
         if name.endswith(".json"):
-            data = read_tar_member(tar, int(members.offsets[place]), int(members.sizes[place]))
             try:
-                record = json.loads(data)
-            except (ValueError, RecursionError):
+                record = json.loads(_read_member(tar, int(members.offsets[place]), int(members.sizes[place])))
+            except (ValueError, RecursionError):  # BadImage is a ValueError
                 continue  # an image without its URL can still be found by name
             if isinstance(record, dict):
                 yield from _strings([(name.removesuffix(".json"), record.get("url"))])

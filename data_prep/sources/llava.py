@@ -3,32 +3,43 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import ClassVar
 
 from data_prep.sources.base import BadRecord, Columns, Info, Record, mapping
 from data_prep.sources.dialogue import dialogue_parts
-from data_prep.sources.join import coco_names
-from data_prep.sources.json_source import JsonSource
-from data_prep.sources.records import RawRecord
+from data_prep.sources.join import image_reference
+from data_prep.sources.json_source import JsonSource, open_records
+from data_prep.sources.records import JsonRecords, RawRecord, TableRows
 from vlgpt.document import Document
 from vlgpt.image_formats import IMAGE_SUFFIXES
 
-IMAGE_FIELDS = ("image", "images")
+IMAGE_FIELDS, TURN_FIELDS = ("image", "images"), ("conversations", "texts")
 OTHER_MEDIA_FIELD = re.compile(r"video|audio|speech|sound|music|point_?cloud|frames", re.IGNORECASE)
 OTHER_IMAGE_FIELD = re.compile(r"(^|_)(image|img|picture|photo|pixel)", re.IGNORECASE)
 OTHER_MEDIA_SUFFIXES = (".mp4", ".webm", ".mkv", ".avi", ".mov", ".wav", ".mp3", ".flac", ".ogg", ".m4a")
 
 
 class LlavaSource(JsonSource):
-    """Dialogues `{"id", "image", "conversations"}`, as a JSON list or JSON Lines; `image` (or `images`) is a name or
-    a list, and dialogues without it stay text. Images are looked up as named and by their last names, also under
+    """Dialogues `{"id", "image", "conversations"}`, as a JSON list, JSON Lines, or Parquet with the images inside;
+    `image` (or `images`) is a name or a list, and dialogues without it stay text. Turns may also lie under `texts`
+    as `{"user", "assistant"}` (FineVision). Images are looked up as named and by their last names, also under
     COCO's names of 2014 and 2017. Dialogues about films, sounds, and images under other fields are dropped.
     """
 
     licence = "LLaVA-Instruct-150K: CC BY 4.0 (older copies: CC BY-NC 4.0), OpenAI's terms; pictures: COCO"
     name, what = "llava", "LLaVA dialogue file"
-    wanted: ClassVar = {"turns": ("conversations",)}
+    wanted: ClassVar = {"turns": TURN_FIELDS}
+
+    def _open(
+        self,
+        inputs: Sequence[Path],
+        *,
+        kind: str = "records",
+        count: Callable[[object], int] | None = None,
+    ) -> JsonRecords | TableRows:
+        return open_records(inputs, self.wanted, source=self.name, what=self.what)
 
     def make(self, raw: RawRecord) -> Record:
         """A dialogue with the images that it names.
@@ -37,17 +48,28 @@ class LlavaSource(JsonSource):
         BadImage when an image is not found.
         """
         value = mapping(raw.value)
-        names = image_names(value)
-        parts = dialogue_parts(value.get("conversations"), num_images=len(names))
-        images = tuple(self.images.by_name(*coco_names(name)) for name in names)
+        images = dialogue_images(value)
+        parts = dialogue_parts(_turns(value), num_images=len(images))
+        openers = tuple(map(self.images.open, images))
         info: Info = {"record_id": str(value.get("id", ""))}
-        if names:
-            info["image_names"] = list(names)
-        return Record(Document(raw.key, "llava", parts, info), images)
+        if names := [image for image in images if isinstance(image, str)]:
+            info["image_names"] = names
+        return Record(Document(raw.key, "llava", parts, info), openers)
 
 
-def image_names(value: Columns) -> tuple[str, ...]:
-    """The images of a dialogue, if it has any.
+def _turns(value: Columns) -> object:
+    """The turns of a dialogue, FineVision's pairs as LLaVA has them."""
+    if (turns := value.get("conversations")) is not None:
+        return turns
+    pairs = value.get("texts")
+    if not isinstance(pairs, list) or not all(isinstance(pair, dict) for pair in pairs):
+        return pairs
+    speakers = {"user": "human", "assistant": "gpt"}
+    return [{"from": speaker, "value": pair.get(name)} for pair in pairs for name, speaker in speakers.items()]
+
+
+def dialogue_images(value: Columns) -> tuple[str | bytes, ...]:
+    """The images of a dialogue, if it has any: names, or bytes where a table holds them.
 
     Raises BadRecord: `bad_image_name`; `other_media` for a film or a sound; `unknown_image_field` when the dialogue has
     no image but a field that looks as if it named one.
@@ -55,20 +77,20 @@ def image_names(value: Columns) -> tuple[str, ...]:
     given = [value[field] for field in IMAGE_FIELDS if value.get(field) is not None]
     if len(given) == 2 and given[0] != given[1]:
         raise BadRecord("bad_image_name", "image and images differ")
-    names = given[0] if given and isinstance(given[0], list) else given[:1]
-    if not all(isinstance(name, str) and name for name in names):
-        raise BadRecord("bad_image_name")
+    listed = given[0] if given and isinstance(given[0], list) else given[:1]
+    held = tuple(map(image_reference, listed))
     for field, found in value.items():
-        if not found or field in (*IMAGE_FIELDS, "conversations"):
+        if field in (*IMAGE_FIELDS, *TURN_FIELDS):
             continue
-        if OTHER_MEDIA_FIELD.search(field) or any(_ends_with(found, OTHER_MEDIA_SUFFIXES)):
+        items = [item for item in found if not isinstance(item, (int, float))] if isinstance(found, list) else [found]
+        if not any(items):
+            continue
+        if OTHER_MEDIA_FIELD.search(field) or _have_suffix(items, OTHER_MEDIA_SUFFIXES):
             raise BadRecord("other_media", field)
-        if not names and (OTHER_IMAGE_FIELD.search(field) or any(_ends_with(found, IMAGE_SUFFIXES))):
+        if not held and (OTHER_IMAGE_FIELD.search(field) or _have_suffix(items, IMAGE_SUFFIXES)):
             raise BadRecord("unknown_image_field", field)
-    return tuple(names)
+    return held
 
 
-def _ends_with(found: object, suffixes: tuple[str, ...]) -> Iterator[bool]:
-    """For a string, or every item of a list: is it a name with one of these suffixes?"""
-    for item in found if isinstance(found, list) else [found]:
-        yield isinstance(item, str) and item.lower().endswith(suffixes)
+def _have_suffix(items: Sequence[object], suffixes: tuple[str, ...]) -> bool:
+    return any(isinstance(item, str) and item.lower().endswith(suffixes) for item in items)

@@ -12,7 +12,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data_prep.sources.base import BadRecord, Columns, ConvertingSource, Dropped, ImageOpener, Numbered, Record
+from data_prep.sources.base import (
+    BadRecord,
+    Columns,
+    ConvertingSource,
+    Dropped,
+    ImageOpener,
+    Numbered,
+    Record,
+)
 from data_prep.sources.fetch import fetch_help
 from data_prep.sources.inputs import InputFile, kept_arrays
 from data_prep.sources.join import ImageFinder

@@ -9,6 +9,7 @@ from typing import Annotated
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from pyarrow import types
 
 from data_prep.sources.base import (
     BadRecord,
@@ -48,7 +49,9 @@ class ParquetSource(ConvertingSource[RawRecord]):
         self,
         inputs: Sequence[Path],
         *,
-        image_column: Annotated[str | None, "column with the images; else the only one that holds any"] = None,
+        image_column: Annotated[
+            str | None, "column with the images; else the only one that holds any"
+        ] = None,
         text_column: Annotated[str | None, "column with the caption; else found by its name"] = None,
         require_caption: Annotated[bool, "drop images without one (stage 1 can do without)"] = True,
         licence: Annotated[str, "licence of the data, for the manifest"] = "unknown",
@@ -63,10 +66,22 @@ class ParquetSource(ConvertingSource[RawRecord]):
                 f"{first} has no column that is known to hold captions; found {_shown(first)}: name it with "
                 "--text-column, or give --no-require-caption"
             )
-        wanted = {name: (name,) for name in (self._image, self._text) if name is not None}
         for file in files:
-            require_keys(table_schema(file.path).names, wanted, where=file.path, what="table like the first")
+            self._check(file.path)
         self.records = Concatenation([CaptionRows(file, self._image, self._text) for file in files])
+
+    def _check(self, path: Path) -> None:
+        """Raises UserError for a table that lacks a column, or holds something else in it."""
+        schema = table_schema(path)
+        wanted = {name: (name,) for name in (self._image, self._text) if name is not None}
+        require_keys(schema.names, wanted, where=path, what="table with the columns asked for")
+        held = {"images": (self._image, image_columns(schema)), "text": (self._text, text_columns(schema))}
+        for what, (name, possible) in held.items():
+            if name is not None and name not in possible:
+                raise UserError(
+                    f"{path}: column {name} holds no {what}, but {schema.field(name).type}; columns that can: "
+                    f"{', '.join(possible) or 'none'}"
+                )
 
     def make(self, raw: RawRecord) -> Record:
         """The images of a row, and one caption."""
@@ -81,7 +96,9 @@ class ParquetSource(ConvertingSource[RawRecord]):
             if self._require_caption or error.reason == "bad_caption":
                 raise
         info: Info = {
-            name: storable(value) for name, value in raw.value.items() if name not in (self._image, self._text)
+            name: storable(value)
+            for name, value in raw.value.items()
+            if name not in (self._image, self._text)
         }
         info |= numbers(raw.value, FILTER_COLUMNS)
         if isinstance(info.get("URL"), str):
@@ -133,7 +150,10 @@ class CaptionRows:
 
 def _only_images(path: Path) -> str:
     """The column that holds images. Raises UserError when none does, or several do."""
-    found = image_columns(table_schema(path))
+    schema = table_schema(path)
+    found = image_columns(schema)
+    # bytes may be anything where the images have their own form
+    found = [name for name in found if not types.is_binary(schema.field(name).type)] or found
     if len(found) == 1:
         return found[0]
     if found:
@@ -146,13 +166,8 @@ def _only_images(path: Path) -> str:
 
 def _kept(schema: pa.Schema) -> list[str]:
     """Columns that become `info`: numbers, strings, booleans."""
-    types = pa.types
-    return [
-        field.name
-        for field in schema
-        if not (types.is_nested(field.type) or field.name in image_columns(schema))
-        and not (types.is_binary(field.type) or types.is_large_binary(field.type))
-    ]
+    images = image_columns(schema)
+    return [field.name for field in schema if not types.is_nested(field.type) and field.name not in images]
 
 
 def _shown(path: Path) -> str:

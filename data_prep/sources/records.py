@@ -99,14 +99,16 @@ class JsonRecords(Concatenation[RawRecord]):
         super().__init__([JsonFile(file, kind=kind, count=count) for file in self.files])
 
     def first(self) -> RawRecord:
-        """The first record that is JSON. Raises UserError when there is none among the first hundred."""
+        """The first record that is an object. Raises UserError when there is none among the first hundred."""
         items = list(self.read(0, min(FIRST_RECORDS, len(self))))
         for item in items:
-            if isinstance(item, RawRecord):
+            if isinstance(item, RawRecord) and isinstance(item.value, dict):
                 return item
-        why = f": the first is dropped as {items[0].reason}" if items else ", it is empty"
-        start = "" if not items else f"; it begins with {_beginning(self.files[0].path)!r}"
-        raise UserError(f"{self.files[0].path} holds no JSON records{why}{start}")
+        path = self.files[0].path
+        if not items:
+            raise UserError(f"{path} holds no JSON records: it is empty")
+        reason = items[0].reason if isinstance(items[0], Dropped) else "no object"
+        raise UserError(f"{path} holds no JSON records: it begins with {_beginning(path)!r} ({reason})")
 
 
 class JsonFile:
@@ -173,7 +175,9 @@ def open_binary(path: Path) -> IO[bytes]:
                 raise UserError(f"{path} must hold one file, found {len(names)}: {', '.join(names[:5])}")
             return archive.open(names[0])
     except (zipfile.BadZipFile, RuntimeError) as error:  # the second: one with a password
-        raise UserError(f"{path} is no zip file that can be read, or is cut: {error}; download it again") from error
+        raise UserError(
+            f"{path} is no zip file that can be read, or is cut: {error}; download it again"
+        ) from error
 
 
 def _is_mac(name: str) -> bool:
@@ -289,7 +293,9 @@ def _values(stream: IO[bytes], path: Path) -> Iterator[tuple[int, int, object]]:
         letter = pending.text[pending.at : pending.at + 1]
         if not letter:
             if depth:
-                raise UserError(f"{path} is cut: it ends at byte {pending.offset} within a list; download it again")
+                raise UserError(
+                    f"{path} is cut: it ends at byte {pending.offset} within a list; download it again"
+                )
             return
         if letter == "]" and depth:
             depth -= 1
@@ -353,7 +359,9 @@ class _Pending:
         if end:
             return value, end
         found = self.text[self.at : self.at + SHOWN_BYTES]
-        reason = "is cut or no JSON" if len(self.text) - self.at <= MAX_VALUE_CHARS else "holds a value too long"
+        reason = (
+            "is cut or no JSON" if len(self.text) - self.at <= MAX_VALUE_CHARS else "holds a value too long"
+        )
         raise UserError(
             f"{self._path} {reason}: {found!r} at byte {self.offset}: {error}; repair it there, or download it again"
         ) from error
@@ -489,13 +497,17 @@ def table_layout(path: Path) -> tuple[tuple[str, ...], tuple[int, ...]]:
     try:
         if path.suffix.lower() == ".arrow":
             batches, schema = _arrow_batches(path)
-            return tuple(schema.names), tuple(batch.num_rows for batch in batches)
-        with pq.ParquetFile(path) as file:
-            groups = (file.metadata.row_group(group).num_rows for group in range(file.num_row_groups))
-            return tuple(file.schema_arrow.names), tuple(groups)
+            groups = [batch.num_rows for batch in batches]
+        else:
+            with pq.ParquetFile(path) as file:
+                schema = file.schema_arrow
+                groups = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
     except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path} is no Parquet or Arrow table, or is cut: {reason}") from error
+    if twice := sorted({name for name in schema.names if schema.names.count(name) > 1}):
+        raise UserError(f"{path} names the column {twice[0]!r} twice; rename one")
+    return tuple(schema.names), tuple(groups)
 
 
 @lru_cache(maxsize=1024)
@@ -506,20 +518,23 @@ def table_schema(path: Path) -> pa.Schema:
 
 
 def image_columns(schema: pa.Schema) -> list[str]:
-    """Columns that hold images: `{"bytes", "path"}` as `datasets` writes it, else bytes, or lists of either."""
-    held = {field.name: _item_type(field.type) for field in schema}
-    structs = [
-        name
-        for name, kind in held.items()
-        if pa.types.is_struct(kind)
-        and any(kind.field(place).name == "bytes" for place in range(kind.num_fields))
+    """Columns that can hold images: `{"bytes", "path"}` as `datasets` writes it, bytes, or lists of either."""
+    return [
+        field.name
+        for field in schema
+        if _has_bytes(_item_type(field.type)) or _is_bytes(_item_type(field.type))
     ]
-    return structs or [name for name, kind in held.items() if _is_bytes(kind)]
 
 
 def text_columns(schema: pa.Schema) -> list[str]:
     """Columns of strings, or lists of strings."""
     return [field.name for field in schema if is_string(_item_type(field.type))]
+
+
+def _has_bytes(kind: pa.DataType) -> bool:
+    return pa.types.is_struct(kind) and any(
+        kind.field(place).name == "bytes" for place in range(kind.num_fields)
+    )
 
 
 def is_list(kind: pa.DataType) -> bool:

@@ -8,9 +8,8 @@ from typing import ClassVar
 
 from data_prep.sources.base import BadRecord, Columns, ImageOpener, Info, Record, mapping
 from data_prep.sources.dialogue import dialogue_parts
-from data_prep.sources.join import coco_names
 from data_prep.sources.json_source import JsonSource
-from data_prep.sources.llava import image_names
+from data_prep.sources.llava import dialogue_images
 from data_prep.sources.records import JsonRecords, RawRecord
 from vlgpt.document import Document
 
@@ -49,10 +48,10 @@ class SvitSource(JsonSource):
             if isinstance(dialogue, dict) and isinstance(dialogue.get("topic"), str):
                 info["topic"] = dialogue["topic"]
         else:
-            found = image_names(value)
-            images = tuple(self.images.by_name(*coco_names(name)) for name in found)
+            found = dialogue_images(value)
+            images = tuple(map(self.images.open, found))
             turns = value.get("conversations")
-            info = {"image_names": list(found)} if found else {}
+            info = {"image_names": [str(name) for name in found]} if found else {}
         parts = dialogue_parts(turns, num_images=len(images))
         return Record(Document(raw.key, "svit", parts, info), images)
 

@@ -4,6 +4,7 @@ images that a reader does not know become chats without images.
 
 import base64
 import json
+import zipfile
 
 import pyarrow as pa
 import pytest
@@ -19,7 +20,10 @@ from source_files import (
     write_table,
 )
 
+from data_prep.build import main as build
 from data_prep.sources import Dropped
+from vlgpt.errors import UserError
+from vlgpt.images import BadImage
 
 MARK = "END_OF_DOCUMENT_TOKEN_TO_BE_REPLACED"
 URLS = [f"https://ex.org/{number}.jpg" for number in range(4)]
@@ -157,3 +161,115 @@ def test_base64_of_mmc4_may_be_broken_into_lines(tmp_path, form):
     (tmp_path / "shard.jsonl").write_text(json.dumps(record))
     (page,) = read_all(open_source("mmc4", tmp_path / "shard.jsonl"))
     assert 3 in contents(page)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2])
+def test_images_of_dialogues_may_lie_in_one_zip_file(tmp_path, method):
+    """As those of LLaVA-Pretrain, 558k."""
+    with zipfile.ZipFile(tmp_path / "images.zip", "w", method) as archive:
+        for number in range(3):
+            archive.writestr(f"0000{number}/0000{number}5.jpg", picture(number))
+    turns = [{"from": "human", "value": "<image>\nQ"}, {"from": "gpt", "value": "A"}]
+    names = ["00001/000015.jpg", "00002/000025.jpg", "00003/000035.jpg"]
+    records = [{"id": name[6:12], "image": name, "conversations": turns} for name in names]
+    (tmp_path / "blip_laion_cc_sbu_558k.json").write_text(json.dumps(records))
+    for images in ((tmp_path / "images.zip",), (tmp_path,)):
+        source = open_source("llava", tmp_path / "blip_laion_cc_sbu_558k.json", images=images)
+        first, second, missing = source.read(0, 3)
+        assert missing.reason == "missing_file"
+        if method == zipfile.ZIP_BZIP2:
+            with pytest.raises(BadImage, match="unreadable_file"):
+                first.images[0]()
+        else:
+            assert [contents(first), contents(second)] == [[1, "Q", "A"], [2, "Q", "A"]]
+    (tmp_path / "cut.zip").write_bytes((tmp_path / "images.zip").read_bytes()[:-30])
+    with pytest.raises(UserError, match=r"cut\.zip"):
+        open_source("llava", tmp_path / "blip_laion_cc_sbu_558k.json", images=(tmp_path / "cut.zip",))
+
+
+def held(number):
+    return {"bytes": picture(number), "path": f"{number}.jpg"}
+
+
+def test_dialogues_of_finevision_and_onevision_lie_in_tables_with_their_images(tmp_path):
+    pairs = [{"user": "Q", "assistant": "A"}, {"user": "R", "assistant": "B"}]
+    ratings = {"source": "x", "relevance_ratings": [5, 4], "image_correspondence_ratings": [5, 4], "relevance_min": 4}
+    fine = [{"images": [held(1), held(2)], "texts": pairs} | ratings, {"images": [], "texts": pairs[:1]} | ratings]
+    found = read_all(open_source("llava", write_table(tmp_path / "fine" / "train-0.parquet", fine)))
+    assert list(map(contents, found)) == [[1, 2, "Q", "A", "R", "B"], ["Q", "A"]]
+    turns = [{"from": "human", "value": "<image>\nQ"}, {"from": "gpt", "value": "A"}]
+    text = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]
+    one = [
+        {"id": "0", "image": held(3), "conversations": turns, "data_source": "chartqa"},
+        {"id": "1", "image": None, "conversations": text, "data_source": "magpie"},
+        {"id": "2", "image": None, "conversations": turns, "data_source": "magpie"},
+    ]
+    found = read_all(open_source("llava", write_table(tmp_path / "one" / "train-0.parquet", one).parent))
+    assert list(map(contents, found)) == [[3, "Q", "A"], ["Q", "A"], ["image_tokens"]]
+
+
+RECIPES = {
+    "draw": "parts: [{text: input_prompt, role: user}, {image: output_image, role: assistant}]",
+    "edit": """
+licence: Apache-2.0
+parts:
+- {image: input_image, role: user}
+- {text: input_prompt, role: user}
+- {words: "Here is the edited image:", role: assistant}
+- {image: output_image, role: assistant}
+""",
+}
+
+
+def mapped(folder, recipe, records):
+    write_pictures(folder, ["in/0.png", "in/1.png", "out/2.png"])
+    (folder / "recipe.yaml").write_text(recipe)
+    (folder / "data.json").write_text(json.dumps(records))
+    return open_source("mapped", folder / "data.json", mapping=folder / "recipe.yaml")
+
+
+def test_a_mapping_makes_documents_of_any_records(tmp_path):
+    record = {"input_prompt": " A fox. ", "output_image": "out/2.png", "input_image": ["in/0.png", "in/1.png"]}
+    damaged = [{"input_prompt": "x"}, {"output_image": "out/2.png"}, record | {"output_image": 7}]
+    damaged += [record | {"output_image": "out/9.png"}, record | {"input_prompt": ["x"]}]
+    draw = read_all(mapped(tmp_path, RECIPES["draw"], [record, *damaged]))
+    assert shown(draw[0]) == [("user", "A fox."), ("assistant", 2)]
+    reasons = ["no_image", "no_text", "bad_image_name", "missing_file", "bad_text"]
+    assert [item.reason for item in draw[1:]] == reasons
+    source = mapped(tmp_path, RECIPES["edit"], [record])
+    words = [("assistant", "Here is the edited image:"), ("assistant", 2)]
+    assert shown(read_all(source)[0]) == [("user", 0), ("user", 1), ("user", "A fox."), *words]
+    assert source.licence == "Apache-2.0"
+    table = write_table(tmp_path / "t" / "a.parquet", [{"p": "A fox.", "i": held(3)}])
+    (tmp_path / "r.yaml").write_text("parts: [{image: i}, {text: p}]")
+    (pair,) = read_all(open_source("mapped", table, mapping=tmp_path / "r.yaml"))
+    assert shown(pair) == [("plain", 3), ("plain", "A fox.")]
+
+
+@pytest.mark.parametrize(
+    "recipe, message",
+    [
+        ("parts: []", "parts"),
+        ("parts: [{image: a, text: b}]", "either image, text or words"),
+        ("parts: [{picture: a}]", "picture"),
+        ("parts: [{image: a, role: system}]", "role"),
+        ("parts: [{image: nothing}]", "nothing"),
+        ("- x", "recipe"),
+        (": :", "YAML"),
+    ],
+)
+def test_a_wrong_mapping_is_refused_in_one_line(tmp_path, recipe, message):
+    with pytest.raises(UserError, match=message) as error:
+        mapped(tmp_path, recipe, [{"a": "in/0.png"}])
+    assert "\n" not in str(error.value)
+
+
+def test_another_mapping_is_another_data_set(tmp_path, capsys):
+    record = {"input_prompt": "A fox.", "output_image": "out/2.png"}
+    mapped(tmp_path, RECIPES["draw"], [record])
+    command = ["mapped", "--input", str(tmp_path / "data.json"), "--mapping", str(tmp_path / "recipe.yaml")]
+    command += ["--output", str(tmp_path / "shards"), "--num-workers", "0"]
+    assert build(command) == 0 and build(command) == 0
+    (tmp_path / "recipe.yaml").write_text("parts: [{text: input_prompt}, {image: output_image}]")
+    with pytest.raises(UserError, match=r"is being built with recipe.parts"):
+        build(command)

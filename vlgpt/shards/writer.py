@@ -170,7 +170,8 @@ def load_tar_writer() -> type[TarWriter]:
 
 def _record_bytes(document: Document) -> bytes:
     try:
-        return json.dumps(document.to_record(), ensure_ascii=False, separators=(",", ":")).encode()
+        record = document.to_record()
+        return json.dumps(record, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
     except (UnicodeEncodeError, TypeError, ValueError, RecursionError) as error:
         raise UnstorableDocument(f"document {document.id!r}: {error}") from error
 
