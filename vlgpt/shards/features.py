@@ -42,7 +42,7 @@ def write_spec(folder: Path, spec: FeatureSpec) -> None:
             f"{path.parent} holds features with another {', '.join(changed)}; remove that folder to rebuild"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, spec.model_dump_json(indent=1).encode())
+    write_atomic(path, spec.model_dump_json(indent=1))
 
 
 def read_spec(path: Path) -> FeatureSpec:

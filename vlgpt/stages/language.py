@@ -5,7 +5,6 @@ Stage 3 is stage 2 on chats, whose targets are the replies only: the difference 
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from vlgpt.config import load_run
 from vlgpt.decoding.load import cast_parameters
 from vlgpt.errors import UserError
 from vlgpt.export import export_model
+from vlgpt.files import replacing_folder
 from vlgpt.log import get_logger
 from vlgpt.models.component import load_weights, read_arguments
 from vlgpt.models.encoders import ClipEncoder
@@ -347,17 +347,13 @@ def export_run(
     load_trainable(stage, trained)
     cast_parameters(stage.model.lm, dtype_of(settings))  # as at the end of training
     assert stage.document_tokenizer is not None
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    export_with_settings(
-        stage.model,
-        partial,
-        run=settings,
-        tokenizer=stage.document_tokenizer,
-        tag=trained.tag,
-        merge_lora=merge_lora,
-        picture_decoder=picture_decoder,
-    )
-    if folder.exists():
-        shutil.rmtree(folder)
-    partial.replace(folder)
+    with replacing_folder(folder) as new:
+        export_with_settings(
+            stage.model,
+            new,
+            run=settings,
+            tokenizer=stage.document_tokenizer,
+            tag=trained.tag,
+            merge_lora=merge_lora,
+            picture_decoder=picture_decoder,
+        )

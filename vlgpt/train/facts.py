@@ -148,8 +148,8 @@ def record_run(settings: RunSettings, merged: Mapping[str, object], facts: Mappi
     _note_changes(folder / "facts.json", facts)
     write_atomic(path, text.encode())
     log.get_logger().info("DeepSpeed gets %s", json.dumps(merged))
-    write_atomic(folder / "deepspeed.json", json.dumps(merged, indent=1).encode())
-    write_atomic(folder / "facts.json", json.dumps(facts, indent=1).encode())
+    write_atomic(folder / "deepspeed.json", json.dumps(merged, indent=1))
+    write_atomic(folder / "facts.json", json.dumps(facts, indent=1))
 
 
 def _note_changes(path: Path, facts: Mapping[str, Any]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from vlgpt import commits, log, seeds
 from vlgpt.data.loader import Loader
 from vlgpt.errors import UserError
-from vlgpt.files import write_atomic
+from vlgpt.files import replacing_folder, write_atomic
 from vlgpt.settings import DataSettings, RunSettings
 from vlgpt.stages.build import build_stage
 from vlgpt.train import checkpoint, faults
@@ -237,20 +236,9 @@ def finish(run: Run) -> None:
 
 def write_result(settings: RunSettings, engine: Engine) -> None:
     """The result folder, written beside its place and moved there when it is whole."""
-    partial, result = settings.run_dir / f".{RESULT}.partial", settings.run_dir / RESULT
-    shutil.rmtree(partial, ignore_errors=True)
-    engine.stage.save(partial)
-    done = {"settings": settings.model_dump(mode="json")}
-    write_atomic(partial / "done.json", json.dumps(done, indent=1).encode())
-    replace_folder(partial, result)
+    result = settings.run_dir / RESULT
+    with replacing_folder(result) as folder:
+        engine.stage.save(folder)
+        done = {"settings": settings.model_dump(mode="json")}
+        write_atomic(folder / "done.json", json.dumps(done, indent=1))
     log.get_logger().info("result written to %s", result)
-
-
-def replace_folder(new: Path, target: Path) -> None:
-    """Put a finished folder in the place of an older one. After a kill in between, the next call goes on."""
-    old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        target.replace(old)
-    new.replace(target)
-    shutil.rmtree(old, ignore_errors=True)
