@@ -12,17 +12,14 @@ from torch import Tensor, nn
 
 from vlgpt import seeds
 from vlgpt.batch import ConditionBatch, to_device
-from vlgpt.decoding.load import load_decoder
+from vlgpt.decoding.load import describe_decoder, load_decoder
 from vlgpt.errors import UserError
 from vlgpt.log import MetricsSink, get_logger
-from vlgpt.models.conditions import read_parts
 from vlgpt.models.decoders import ImageDecoder
 from vlgpt.models.encoders import load_clip
 from vlgpt.settings import PictureCheckSettings
 from vlgpt.stages.tokenizer import ImageTokenizerStage
 from vlgpt.train.engine import Engine
-
-DIFFUSION_FILE = "diffusion.json"
 
 
 class ReconstructionCheck:
@@ -98,17 +95,8 @@ class ReconstructionCheck:
 
 def open_decoder(path: str, engine: Engine) -> ImageDecoder:
     """An image decoder as `vlgpt export` takes it: a saved component, a diffusion.json or a folder with one."""
-    place = Path(path)
-    description = place if place.is_file() else place / DIFFUSION_FILE
-    if description.is_file():
-        record = {"kind": "diffusion", **read_parts(description)}
-    elif (place / "config.json").is_file():
-        record = {"kind": "component", "path": str(place.resolve())}
-    else:
-        raise UserError(
-            f"validation.pictures.picture_decoder {path} is neither a saved decoder nor a folder with {DIFFUSION_FILE}"
-        )
-    decoder = load_decoder(description.parent, record, dtype=engine.dtype)
+    record = describe_decoder(path, key="validation.pictures.picture_decoder")
+    decoder = load_decoder(Path(), record, dtype=engine.dtype)
     assert decoder is not None
     if isinstance(decoder, nn.Module):
         decoder.to(engine.device).eval()
