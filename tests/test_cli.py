@@ -30,7 +30,7 @@ CONFIG = "demo/configs/pretrain.yaml"
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(arguments, words, capsys):
-    code = launch_training(default_config=CONFIG, argv=["--deepspeed", ZERO2, *arguments])
+    code = launch_training(argv=["--deepspeed", ZERO2, "--config", CONFIG, *arguments])
     message = capsys.readouterr().err
     assert code == 2
     assert message.count("\n") == 1
@@ -39,10 +39,18 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, words, capsys):
 
 
 def test_a_missing_configuration_or_deepspeed_file_is_named(capsys):
-    assert launch_training(default_config="no.yaml", argv=["--deepspeed", ZERO2]) == 2
+    assert launch_training(argv=["--deepspeed", ZERO2, "--config", "no.yaml"]) == 2
     assert "no.yaml" in capsys.readouterr().err
-    assert launch_training(default_config=CONFIG, argv=["--deepspeed", "no.json"]) == 2
+    assert launch_training(argv=["--deepspeed", "no.json", "--config", CONFIG]) == 2
     assert "no.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["generate", "chat", "serve", "reconstruct", "inspect"])
+def test_a_command_names_what_it_reads(command, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main([command])
+    needed = "--config" if command == "inspect" else "--model"
+    assert needed in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_marks_say_where_images_stand_and_without_marks_they_come_first():
