@@ -83,7 +83,7 @@ def _train(options: TrainOptions, make_probe: MakeProbe | None) -> int:
     if is_finished(settings):
         sys.stderr.write(f"{settings.run_dir} is complete: nothing to do\n")
         return 0
-    if missing := missing_inputs(settings):
+    if missing := list(missing_inputs(settings)):
         names = ", ".join(f"{key} = {path}" for key, path in missing)
         raise FileNotFoundError(
             f"{names} does not exist: run the step that makes it first: docs/training.md, or `make demo` for the demo"
