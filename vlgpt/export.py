@@ -77,6 +77,7 @@ def config_of(model: UnifiedModel, tokenizer: DocumentTokenizer, *, merge_lora: 
         template=tokenizer.template_name,
         rendering="parts" if tokenizer.rendering == "parts" else "saved",
         head=lm.head_name,
+        head_options=lm.head_options or None,
         is_boundary_target=tokenizer.is_boundary_target,
         lora=lora,
     )

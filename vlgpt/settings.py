@@ -172,7 +172,6 @@ class StageSettings(Settings):
 class TokenizerStageSettings(StageSettings):
     """Stage 1: image tokenizer and detokenizer, L = image_weight * MSE(z_v, e_v) + text_weight * MSE(z_t, e_t)."""
 
-    kind: Literal["image_tokenizer"]
     shapes: ConditionShapes = ConditionShapes()
     num_visual: Positive = 32
     visual_width: Positive = 4096
@@ -206,7 +205,6 @@ class TokenizerStageSettings(StageSettings):
 class LanguageStageSettings(StageSettings):
     """Stages 2 and 3: the multimodal language model. Which data it reads makes the difference between the two."""
 
-    kind: Literal["language"]
     # An export of vlgpt, or any causal language model of transformers.
     language_model: ModelPath
     # A stage-1 result; None: the tokenizer inside the vlgpt export.
@@ -222,8 +220,9 @@ class LanguageStageSettings(StageSettings):
     # Not trained. `token_rows` goes with trained=lora, `embeddings` with trained=all.
     frozen: tuple[Literal["regression_head", "input_projection", "token_rows", "embeddings"], ...] = ()
     lora: LoraSettings = LoraSettings()
-    # The regression head: linear (paper), mlp, or `package.module:Class` of your own.
+    # The regression head: linear (paper), mlp, or `package.module:Class` of your own; and options of its constructor.
     head: str = "linear"
+    head_options: dict[str, str | int | float | bool] = {}
     objective: Literal["mse", "mse_cosine", "smooth_l1"] = "mse"
     text_weight: NotNegative = 1.0
     visual_weight: NotNegative = 1.0

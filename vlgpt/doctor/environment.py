@@ -13,7 +13,7 @@ from pathlib import Path
 from vlgpt import settings as s
 from vlgpt.doctor.lint import Finding
 from vlgpt.errors import UserError
-from vlgpt.planning.meta import image_parts_of, planned_stage
+from vlgpt.planning.meta import planned_stage
 from vlgpt.planning.plan import feature_sizes, make_plan
 from vlgpt.shards.features import MAX_OPEN_ARRAYS
 from vlgpt.shards.reader import MAX_OPEN_TARS
@@ -145,7 +145,7 @@ def batch_bytes(run: s.RunSettings) -> int | None:
     if not planned.length:
         names = [*data.features, *(["pixels"] if data.pixels else [])]
         return run.micro_batch * (SAMPLE_BYTES + sum(sizes[name] for name in names))
-    num_images = data.sequence_length // (image_parts_of(planned.stage)[0].num_visual + 2)
+    num_images = data.sequence_length // (planned.stage.image_parts[0].num_visual + 2)
     kind = image_kind(data)
     images = 0 if kind is None else num_images * sizes[kind]
     return run.micro_batch * (POSITION_BYTES * data.sequence_length + images)

@@ -7,7 +7,7 @@ reading images, `image_encoder/` and `picture_decoder/` or references to them. N
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ class UnifiedConfig:
     # Of text, see DocumentTokenizer. Exports without it are older than the rendering `saved`.
     rendering: Rendering = "parts"
     head: str = "linear"
+    head_options: JsonObject | None = None
     is_boundary_target: bool = True
     # Arguments of LoraSettings, and `tokens`, when the adapter is kept apart.
     lora: JsonObject | None = None
@@ -46,7 +47,6 @@ class UnifiedConfig:
     image_encoder: JsonObject | None = None
     # {"kind": ..., "path": ...}
     picture_decoder: JsonObject | None = None
-    base_hashes: dict[str, str] = field(default_factory=dict)
 
     def to_record(self) -> JsonObject:
         """What config.json holds; fields that are None are left out."""
@@ -96,6 +96,7 @@ class UnifiedModel(nn.Module):
             num_visual=tokenizer.num_visual,
             visual_width=tokenizer.visual_width,
             head=config.head,
+            head_options=config.head_options,
         )
         if config.lora is not None:
             settings = {name: value for name, value in config.lora.items() if name != "tokens"}

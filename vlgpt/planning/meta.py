@@ -26,8 +26,9 @@ from vlgpt.models.language_models import check_parts, from_configuration
 from vlgpt.models.multimodal_lm import MultimodalLM
 from vlgpt.models.unified import UnifiedModel
 from vlgpt.planning.costs import Cost, StageCosts, attend_in_plan, costs_of
-from vlgpt.stages.language import LanguageStage, assemble
-from vlgpt.stages.tokenizer import ImageTokenizerStage, build_image_tokenizer_stage
+from vlgpt.stages.base import dtype_of
+from vlgpt.stages.language import LanguageStage
+from vlgpt.stages.tokenizer import ImageTokenizerStage
 from vlgpt.tokens import MODEL_TYPE
 
 if TYPE_CHECKING:
@@ -91,13 +92,6 @@ class PlannedStage:
         return next(self.stage.parameters()).element_size()
 
 
-def image_parts_of(stage: LanguageStage | ImageTokenizerStage) -> tuple[ImageTokenizer, ImageDetokenizer]:
-    """The two parts that every stage has."""
-    if isinstance(stage, LanguageStage):
-        return stage.model.image_tokenizer, stage.model.image_detokenizer
-    return stage.tokenizer, stage.detokenizer
-
-
 def parameters_of(stage: nn.Module) -> dict[str, tuple[int, int]]:
     """Component -> (all, trained), counted on the real stage; tied weights once."""
     found: dict[str, tuple[int, int]] = {}
@@ -113,7 +107,7 @@ def parameters_of(stage: nn.Module) -> dict[str, tuple[int, int]]:
 def planned_stage(run: s.RunSettings) -> PlannedStage:
     """The parts of a run, in its precision. Raises UserError for an unknown shape or kind of stage."""
     settings = run.stage
-    dtype = torch.bfloat16 if run.precision == "bf16" else torch.float32
+    dtype = dtype_of(run)
     if isinstance(settings, s.TokenizerStageSettings):
         towers = {"image_encoder": image_tower(settings.encoder)} if settings.encoder else {}
         towers |= conditioner_towers(settings.conditioner) if settings.conditioner else {}
@@ -139,7 +133,7 @@ def _image_tokenizer_stage(settings: s.TokenizerStageSettings) -> ImageTokenizer
     }
     changes |= {"attention": "sdpa", "has_checkpointing": False}
     with torch.device("meta"):
-        return build_image_tokenizer_stage(settings.model_copy(update=changes), num_sources=1)
+        return ImageTokenizerStage.build(settings.model_copy(update=changes), num_sources=1)
 
 
 def _language_stage(
@@ -158,11 +152,14 @@ def _language_stage(
             num_visual=tokenizer.num_visual,
             visual_width=tokenizer.visual_width,
             head=settings.head,
+            head_options=settings.head_options,
         )
         model = UnifiedModel(lm=lm, image_tokenizer=tokenizer, image_detokenizer=detokenizer)
         image_tokens = [config.vocab_size - 2, config.vocab_size - 1]
-        changes = {"encoder": None, "attention": "sdpa", "has_checkpointing": False}
-        return assemble(model, settings.model_copy(update=changes), image_tokens=image_tokens, num_sources=1)
+        chosen = settings.model_copy(
+            update={"encoder": None, "attention": "sdpa", "has_checkpointing": False}
+        )
+        return LanguageStage.assemble(model, chosen, image_tokens=image_tokens, num_sources=1)
 
 
 def meta_language_model(config: PreTrainedConfig) -> PreTrainedModel:

@@ -84,6 +84,11 @@ class Stage(nn.Module, ABC):
                 yield name, parameter
 
 
+def dtype_of(run: RunSettings) -> torch.dtype:
+    """The type in which a run computes, and holds its language model."""
+    return torch.bfloat16 if run.precision == "bf16" else torch.float32
+
+
 def load_encoder(settings: EncoderSettings | None) -> ClipEncoder | None:
     """The frozen CLIP that settings name; None when they name none. Raises UserError when it cannot be loaded."""
     if settings is None:

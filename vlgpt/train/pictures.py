@@ -18,7 +18,6 @@ from vlgpt.log import MetricsSink, get_logger
 from vlgpt.models.decoders import ImageDecoder
 from vlgpt.models.encoders import load_clip
 from vlgpt.settings import PictureCheckSettings
-from vlgpt.stages.tokenizer import ImageTokenizerStage
 from vlgpt.train.engine import Engine
 
 
@@ -29,8 +28,10 @@ class ReconstructionCheck:
     """
 
     def __init__(self, settings: PictureCheckSettings, *, engine: Engine):
-        if not isinstance(engine.stage, ImageTokenizerStage):
-            raise UserError("validation.pictures is for stage.kind=image_tokenizer: remove it from this run")
+        if not hasattr(engine.stage, "reconstruct"):
+            raise UserError(
+                "validation.pictures is for stages that reconstruct images: remove it from this run"
+            )
         self.settings, self.engine = settings, engine
         self.decoder = open_decoder(settings.picture_decoder, engine)
         drawing = (settings.picture_decoder, self.decoder.guidance, self.decoder.image_scale)
@@ -71,8 +72,7 @@ class ReconstructionCheck:
     def draw(self, batch: ConditionBatch) -> Tensor:
         """Reconstructions: -> (B, 3, H, W) in [-1, 1]; noise is addressed by document, so only weights change them."""
         stage: Any = self.engine.stage
-        placed = self.engine.place(batch)
-        image, text = stage.detokenizer.decode(stage.tokenizer(stage.patches_of(placed)))
+        image, text = stage.reconstruct(self.engine.place(batch))
         generators = [seeds.torch_generator("contact sheet", name) for name in batch.documents]
         return self.decoder.decode(image.float(), text.float(), generators=generators)
 
