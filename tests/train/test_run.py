@@ -57,6 +57,7 @@ def test_a_bad_sample_that_statistics_meet_too_is_written_to_the_quarantine_once
         world_size=1,
         device=torch.device("cpu"),
         place=lambda batch: batch,
+        gather_objects=lambda value: [value],
         all_sum=lambda values: values,
     )
     quarantine = tmp_path / "run" / "bad.jsonl"
