@@ -38,9 +38,7 @@ class ReconstructionCheck:
         get_logger().info("validation images: decoder %s, guidance %g, image scale %g", *drawing)
         self.judge = None
         if settings.judge is not None:
-            judge = settings.judge
-            self.judge = load_clip(judge.path, library=judge.library, pretrained=judge.pretrained)
-            self.judge.to(engine.device)
+            self.judge = load_clip(**settings.judge.model_dump()).to(engine.device)
 
     @torch.no_grad()
     def __call__(self, batches: Iterator[Any], *, step: int, log: MetricsSink) -> dict[str, float]:
