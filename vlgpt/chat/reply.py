@@ -10,10 +10,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from vlgpt.chat.dialogue import Dialogue, Picture, Turn, num_exchanges, reply_turn
+from vlgpt.chat.dialogue import Dialogue, Picture, Turn, reply_turn
 from vlgpt.decoding.api import DecodeSettings, Finish, Prompt
 from vlgpt.decoding.generator import Generator
-from vlgpt.decoding.prompts import prompt_length
+from vlgpt.decoding.prompts import prompt_length, split_exchanges
 from vlgpt.errors import UserError
 from vlgpt.log import get_logger
 
@@ -174,8 +174,8 @@ def _prepare(generator: Generator, request: Request) -> Prompt | None:
         logger.exception("a prompt could not be prepared")
         request.emit(Failed("internal", "the reply failed; the server's log tells why"))
         return None
-    num_dropped = num_exchanges(whole.document) - num_exchanges(prompt.document)
-    if num_dropped:
+    num_exchanges, num_kept = (len(split_exchanges(p.document.parts)) for p in (whole, prompt))
+    if num_dropped := num_exchanges - num_kept:
         request.emit(Notice(f"The context is full: the oldest {num_dropped} exchanges are no longer read."))
     return prompt
 

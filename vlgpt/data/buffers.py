@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vlgpt.batch import map_parts
 from vlgpt.errors import UserError
 
 ALIGNMENT = 64  # bytes, a cache line
@@ -72,7 +72,7 @@ class Buffers:
             start = -(-(start + tensor.nbytes) // ALIGNMENT) * ALIGNMENT
             return stored
 
-        return _map(value, Tensor, store)
+        return map_parts(value, Tensor, store)
 
     def take(self, value: object, *, pin_memory: bool) -> Any:
         """Copy what `put` stored into tensors of their own, in pinned memory if CUDA is to fetch them from there.
@@ -84,7 +84,7 @@ class Buffers:
             tensor = torch.empty(stored.shape, dtype=stored.dtype, pin_memory=pin_memory)
             return tensor.copy_(self._view(stored))
 
-        return _map(value, _Stored, load)
+        return map_parts(value, _Stored, load)
 
     def _view(self, stored: _Stored) -> Tensor:
         count = math.prod(stored.shape)
@@ -92,12 +92,3 @@ class Buffers:
             return torch.empty(stored.shape, dtype=stored.dtype)
         flat = torch.frombuffer(self._memory, dtype=stored.dtype, count=count, offset=stored.offset)
         return flat.view(stored.shape)
-
-
-def _map(value: Any, kind: type, function: Callable[[Any], Any]) -> Any:
-    """Replace every part of this kind in a (nested) dataclass."""
-    if isinstance(value, kind):
-        return function(value)
-    if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{f.name: _map(getattr(value, f.name), kind, function) for f in fields(value)})
-    return value

@@ -11,7 +11,8 @@ from typing import Literal
 from vlgpt import settings as s
 from vlgpt.config import load_run
 from vlgpt.errors import UserError
-from vlgpt.planning.meta import image_arguments, image_tower, read_export
+from vlgpt.models.unified import is_export
+from vlgpt.planning.meta import image_arguments, image_tower
 from vlgpt.train.facts import RESULT, is_finished, missing_inputs
 from vlgpt.turns import OWN, TEMPLATES
 
@@ -181,11 +182,10 @@ def _language(run: s.RunSettings, _: int) -> Iterator[Finding]:
         yield _error(
             f"stage.template {stage.template!r} is unknown", f"choose one of: {', '.join(TEMPLATES)}, {OWN}"
         )
-    is_export = read_export(stage.language_model) is not None
     for key, path in missing_inputs(stage, prefix="stage."):
         fix = "run the stage before, or correct the path (hub names have one slash)"
         yield _error(f"{key}: {path} does not exist", fix)
-    if stage.image_tokenizer is None and not is_export:
+    if stage.image_tokenizer is None and not is_export(stage.language_model):
         yield _error(
             f"stage.image_tokenizer is not set, and {stage.language_model} is a plain language model",
             "set stage.image_tokenizer to the result folder of stage 1",

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlgpt.batch import Batch
+from vlgpt.batch import Batch, segment_starts
 from vlgpt.errors import UserError
 from vlgpt.log import get_logger
 from vlgpt.models.heads import new_head
@@ -297,19 +297,12 @@ def forward_with_rows(
 # ----------------------------------------------------------------------------------------------------- packed attention
 
 
-def _starts(segment_ids: Tensor) -> Tensor:
-    """Where a document or the padding begins: (B, L) -> (B, L) bool. Rows never share a document."""
-    is_start = torch.ones_like(segment_ids, dtype=torch.bool)
-    is_start[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
-    return is_start
-
-
 def varlen_arguments(segment_ids: Tensor) -> dict[str, Any]:
     """Bounds of documents for flash-attn's varlen path over the flattened batch: (B, L) -> cu_seq_lens, max_length.
 
     Padding is a document of its own.
     """
-    starts = _starts(segment_ids).flatten().nonzero().squeeze(1)
+    starts = segment_starts(segment_ids).flatten().nonzero().squeeze(1)
     bounds = torch.cat([starts, torch.tensor([segment_ids.numel()], device=starts.device)])
     cumulative, longest = bounds.to(torch.int32), int((bounds[1:] - bounds[:-1]).max())
     return {
@@ -323,7 +316,7 @@ def varlen_arguments(segment_ids: Tensor) -> dict[str, Any]:
 def packed_lengths(segment_ids: Tensor) -> Lengths:
     """Lengths of the runs of equal ids: (B, L) -> B lists."""
     rows = []
-    for is_start in _starts(segment_ids):
+    for is_start in segment_starts(segment_ids):
         bounds = [*is_start.nonzero().squeeze(1).tolist(), len(is_start)]
         rows.append([stop - start for start, stop in pairwise(bounds)])
     return rows

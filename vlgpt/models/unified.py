@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vlgpt.errors import UserError
 from vlgpt.files import JsonObject
-from vlgpt.models.component import empty_parameters, load_weights
+from vlgpt.models.component import CONFIG_FILE, empty_parameters, load_weights
 from vlgpt.models.image_detokenizer import ImageDetokenizer
 from vlgpt.models.image_tokenizer import ImageTokenizer
 from vlgpt.models.language_models import Attention, build_language_model
@@ -57,22 +57,28 @@ class UnifiedConfig:
     @staticmethod
     def from_folder(folder: Path) -> UnifiedConfig:
         """Raises UserError when the folder is no export of vlgpt."""
-        path = folder / "config.json"
+        path = folder / CONFIG_FILE
         if not path.is_file():
             raise UserError(
                 f"{folder} is no export of vlgpt: config.json is missing (make one with `vlgpt export RUN`)"
             )
-        record = json.loads(path.read_text())
-        if record.get("model_type") != MODEL_TYPE:
-            raise UserError(f"{path}: model_type is {record.get('model_type')!r}, wanted {MODEL_TYPE!r}")
+        if (record := read_export(folder)) is None:
+            found = json.loads(path.read_text()).get("model_type")
+            raise UserError(f"{path}: model_type is {found!r}, wanted {MODEL_TYPE!r}")
         names = UnifiedConfig.__dataclass_fields__
         return UnifiedConfig(**{key: value for key, value in record.items() if key in names})
 
 
 def is_export(folder: str | Path) -> bool:
     """Whether a folder holds an export of vlgpt (and not, say, a plain language model)."""
-    path = Path(folder) / "config.json"
-    return path.is_file() and json.loads(path.read_text()).get("model_type") == MODEL_TYPE
+    return read_export(folder) is not None
+
+
+def read_export(folder: str | Path) -> JsonObject | None:
+    """config.json of an export of vlgpt, or None when the folder is none."""
+    path = Path(folder) / CONFIG_FILE
+    record: JsonObject = json.loads(path.read_text()) if path.is_file() else {}
+    return record if record.get("model_type") == MODEL_TYPE else None
 
 
 class UnifiedModel(nn.Module):

@@ -24,17 +24,16 @@ from vlgpt.models.image_tokenizer import ImageTokenizer
 from vlgpt.models.ip_adapter import Resampler, load_resampler, read_ip_adapter
 from vlgpt.models.language_models import check_parts, from_configuration
 from vlgpt.models.multimodal_lm import MultimodalLM
-from vlgpt.models.unified import UnifiedModel
+from vlgpt.models.unified import UnifiedModel, read_export
 from vlgpt.planning.costs import Cost, StageCosts, attend_in_plan, costs_of
 from vlgpt.stages.base import dtype_of
 from vlgpt.stages.language import LanguageStage
 from vlgpt.stages.tokenizer import ImageTokenizerStage
-from vlgpt.tokens import MODEL_TYPE
+from vlgpt.tokens import NUM_IMAGE_TOKENS, padded_vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-VOCABULARY_MULTIPLE = 64
 ATTENTION = "vlgpt_plan"  # what transformers calls `attend_in_plan`
 # Component -> what the names of its parameters in a stage contain. The first that fits counts.
 COMPONENTS = {
@@ -142,7 +141,7 @@ def _language_stage(
     """The LM of a configuration, its vocabulary grown by [IMG], [/IMG] and padding unless it is an export's."""
     config = configuration(settings.language_model)
     if read_export(settings.language_model) is None:
-        config.vocab_size = -(-(config.vocab_size + 2) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+        config.vocab_size = padded_vocabulary(config.vocab_size + NUM_IMAGE_TOKENS)
     with torch.device("meta"):
         language_model = meta_language_model(config)
         check_parts(language_model, name=settings.language_model, trained=settings.trained)
@@ -289,13 +288,6 @@ def published() -> dict[str, JsonObject]:
     """
     found: dict[str, JsonObject] = json.loads(Path(__file__).with_name("shapes.json").read_text("utf-8"))
     return found
-
-
-def read_export(path: str) -> JsonObject | None:
-    """config.json of an export of vlgpt, or None when the folder is none."""
-    file = Path(path) / CONFIG_FILE
-    record = json.loads(file.read_text()) if file.is_file() else {}
-    return record if record.get("model_type") == MODEL_TYPE else None
 
 
 def configuration(path: str, subfolder: str = "") -> Any:

@@ -20,6 +20,7 @@ from vlgpt.chat.reply import Finished, ReplySettings
 from vlgpt.decoding.api import DecodeSettings
 from vlgpt.errors import UserError
 from vlgpt.files import JsonObject
+from vlgpt.images import data_uri
 
 DATA_URL = re.compile(r"data:image/(?:png|jpeg|jpg|webp|gif|bmp|tiff);base64,", re.ASCII)
 FINISH_REASONS = {"end": "stop", "stop": "stop", "length": "length"}
@@ -198,8 +199,7 @@ def _read_picture(url: str, where: str, max_pixels: int) -> Picture:
 
 def picture_part(picture: Picture, **more: Any) -> JsonObject:
     """An image of a reply as a content part."""
-    url = "data:image/png;base64," + base64.b64encode(picture.data).decode()
-    return {"type": "image_url", **more, "image_url": {"url": url}}
+    return {"type": "image_url", **more, "image_url": {"url": data_uri(picture.data)}}
 
 
 def usage(finished: Finished) -> dict[str, int]:
@@ -222,27 +222,19 @@ def completion(name: str, model: str, finished: Finished, notices: Sequence[str]
         "parts": parts,
     }
     choice = {"index": 0, "message": message, "finish_reason": FINISH_REASONS[finished.finish]}
-    return {
-        "id": name,
-        "object": "chat.completion",
-        "created": int(time.time()),
-        "model": model,
-        "choices": [choice],
-        "usage": usage(finished),
-        "notices": list(notices),
-    }
+    more = {"usage": usage(finished), "notices": list(notices)}
+    return {**_envelope(name, model, "chat.completion"), "choices": [choice], **more}
 
 
 def chunk(name: str, model: str, delta: JsonObject, *, finish_reason: str | None = None) -> JsonObject:
     """One piece of a streamed reply."""
     choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
-    return {
-        "id": name,
-        "object": "chat.completion.chunk",
-        "created": int(time.time()),
-        "model": model,
-        "choices": [choice],
-    }
+    return {**_envelope(name, model, "chat.completion.chunk"), "choices": [choice]}
+
+
+def _envelope(name: str, model: str, kind: str) -> JsonObject:
+    """What every record of a reply begins with."""
+    return {"id": name, "object": kind, "created": int(time.time()), "model": model}
 
 
 def error_record(message: str, *, kind: str, code: str) -> JsonObject:
