@@ -62,7 +62,7 @@ def to_device(value: T, device: torch.device | str, dtype: torch.dtype | None = 
 
 
 def tensors_of(value: object) -> list[Tensor]:
-    """Every tensor of a (nested) dataclass."""
+    """Every tensor of a (nested) dataclass; lists and dicts are not searched."""
     found: list[Tensor] = []
 
     def note(tensor: Tensor) -> Tensor:
