@@ -13,15 +13,15 @@ from chat_parts import new_generator, picture_bytes
 
 from vlgpt.chat import files
 from vlgpt.chat.dialogue import Dialogue, Picture, Turn, interleave
-from vlgpt.chat.reply import Drawn, Failed, Finished, Notice, ReplySettings, Request, TextPiece, answer
+from vlgpt.chat.reply import Drawn, Failed, Finished, Notice, Request, TextPiece, answer
 from vlgpt.chat.terminal import Terminal, printable
 from vlgpt.decoding.api import DecodeSettings, Prompt
 from vlgpt.decoding.generator import Generator
 from vlgpt.document import ImagePart, TextPart
 from vlgpt.errors import UserError
 
-SETTINGS = ReplySettings(DecodeSettings(max_new_tokens=12))
-DRAW = ReplySettings(DecodeSettings(images="force"))
+SETTINGS = DecodeSettings(max_new_tokens=12)
+DRAW = DecodeSettings(images="force")
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def generator(tmp_path_factory) -> Generator:
     return new_generator(tmp_path_factory.mktemp("parts"))
 
 
-def ask(generator: Generator, dialogue: Dialogue, settings: ReplySettings = SETTINGS) -> list:
+def ask(generator: Generator, dialogue: Dialogue, settings: DecodeSettings = SETTINGS) -> list:
     events: list = []
     answer(generator, [Request(dialogue, settings, events.append)])
     return events
@@ -73,7 +73,7 @@ def test_a_reply_is_what_the_generator_gives_for_the_same_document(generator):
 
 
 def test_replies_and_pictures_do_not_depend_on_who_else_asks(generator):
-    settings = ReplySettings(DecodeSettings(max_new_tokens=10, temperature=1.0, seed=5, max_images=2))
+    settings = DecodeSettings(max_new_tokens=10, temperature=1.0, seed=5, max_images=2)
     dialogues = [Dialogue().asking(picture(n), f"question {'very ' * n} long") for n in range(5)]
     alone = [ask(generator, dialogue, settings)[-1].turn for dialogue in dialogues]
     heard: list[list] = [[] for _ in dialogues]

@@ -142,7 +142,7 @@ class ReplyOptions(ModelOptions):
         from vlgpt.decoding.api import DecodeSettings
 
         names = [name for name in DecodeSettings.__dataclass_fields__ if hasattr(self, name)]
-        return DecodeSettings(**{name: getattr(self, name) for name in names})
+        return DecodeSettings(**{name: getattr(self, name) for name in names}, guidance=self.decoder_guidance)
 
 
 class GenerateOptions(ReplyOptions):
@@ -263,11 +263,10 @@ def reconstruct(options: ReconstructOptions) -> int:
 
 def chat(options: ReplyOptions) -> int:
     """Talk with a model in the terminal, with images on both sides; /help inside lists the commands."""
-    from vlgpt.chat.reply import ReplySettings
     from vlgpt.chat.terminal import Terminal
     from vlgpt.decoding.generator import Generator
 
-    settings = ReplySettings(options.decoding(), decoder_guidance=options.decoder_guidance)
+    settings = options.decoding()
     generator = Generator.load(options.model, device=options.device)
 
     def write(text: str) -> None:

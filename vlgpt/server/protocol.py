@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vlgpt.chat.dialogue import Content, Dialogue, Picture, Speaker, Turn
-from vlgpt.chat.reply import Finished, ReplySettings
+from vlgpt.chat.reply import Finished
 from vlgpt.decoding.api import DecodeSettings
 from vlgpt.errors import UserError
 from vlgpt.files import JsonObject
@@ -115,7 +115,7 @@ class ChatRequest(_Strict):
     def has_usage_chunk(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
-    def settings(self, *, default_tokens: int, max_new_tokens: int, has_decoder: bool) -> ReplySettings:
+    def settings(self, *, default_tokens: int, max_new_tokens: int, has_decoder: bool) -> DecodeSettings:
         """Settings of the reply. Raises UserError for more tokens than allowed or impossible combinations."""
         wanted = self.max_completion_tokens or self.max_tokens or default_tokens
         if wanted > max_new_tokens:
@@ -129,7 +129,7 @@ class ChatRequest(_Strict):
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         if len(stop) > 4:
             raise UserError(f"stop has {len(stop)} strings, wanted at most 4")
-        decode = DecodeSettings(
+        return DecodeSettings(
             max_new_tokens=wanted,
             num_beams=self.num_beams,
             temperature=self.temperature,
@@ -140,8 +140,8 @@ class ChatRequest(_Strict):
             max_images=self.max_images,
             visual_guidance=self.visual_guidance,
             seed=self.seed,
+            guidance=self.decoder_guidance,
         )
-        return ReplySettings(decode, decoder_guidance=self.decoder_guidance)
 
 
 def read_request(body: bytes) -> ChatRequest:
