@@ -53,7 +53,7 @@ def test_the_model_reads_turns_in_order_and_its_own_drawings_as_it_predicted_the
     assert kinds[:2] == [(ImagePart, "user"), (TextPart, "user")]
     assert kinds[-1] == (TextPart, "user")
     drawing = dialogue.turns[3].pictures[0]
-    reply = generator.generate([dialogue.up_to(3).prompt()], DRAW.decode)[0]
+    reply = generator.generate([dialogue.up_to(3).prompt()], DRAW)[0]
     torch.testing.assert_close(drawing.visual, reply.visual[0], atol=1e-5, rtol=0)
     assert prompt.images[-1] == ("visual", drawing.visual)
     assert prompt.images[0] == picture_bytes(1)
@@ -62,7 +62,7 @@ def test_the_model_reads_turns_in_order_and_its_own_drawings_as_it_predicted_the
 def test_a_reply_is_what_the_generator_gives_for_the_same_document(generator):
     dialogue = Dialogue().asking(picture(3), "what is in the picture")
     document = replace(dialogue.prompt().document, id="other")
-    wanted = generator.generate([Prompt(document, (picture_bytes(3),))], SETTINGS.decode)[0]
+    wanted = generator.generate([Prompt(document, (picture_bytes(3),))], SETTINGS)[0]
     events = ask(generator, dialogue)
     assert isinstance(events[-1], Finished)
     assert events[-1].turn.text == wanted.text
