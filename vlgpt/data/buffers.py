@@ -18,16 +18,18 @@ from torch import Tensor
 
 from vlgpt.batch import map_parts
 from vlgpt.errors import UserError
+from vlgpt.settings import DataSettings
 
 ALIGNMENT = 64  # bytes, a cache line
 MAX_TENSORS = 16  # of a batch: what aligning them may cost
 MAX_BUFFERS = 256  # per worker: as many orders fit into a pipe unread
 
 
-def num_buffers(*, prefetch_batches: int, prefetch_bytes: int, num_workers: int, batch_bytes: int) -> int:
+def num_buffers(settings: DataSettings, *, batch_bytes: int) -> int:
     """How many batches a worker may have ready, at least 1: its share of them, limited by its share of the bytes."""
-    share = -(-prefetch_batches // num_workers)
-    return max(1, min(share, prefetch_bytes // num_workers // max(batch_bytes, 1), MAX_BUFFERS))
+    share = -(-settings.prefetch_batches // settings.num_workers)
+    fitting = settings.prefetch_bytes // settings.num_workers // max(batch_bytes, 1)
+    return max(1, min(share, fitting, MAX_BUFFERS))
 
 
 @dataclass(frozen=True)

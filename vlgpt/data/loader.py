@@ -210,11 +210,8 @@ class Loader:
         return WorkerPool(
             produce,
             start=self.position,
-            num_workers=settings.num_workers,
-            prefetch_batches=settings.prefetch_batches,
-            prefetch_bytes=settings.prefetch_bytes,
+            settings=settings,
             batch_bytes=self.maker.max_bytes(self.micro_batch),
-            watchdog_s=settings.watchdog_s,
             on_death=self._on_death,
             num_ahead=num_ahead,
             pin_memory=self._pin_memory,

@@ -116,8 +116,7 @@ def _loader_memory(run: s.RunSettings, num_processes: int) -> Iterator[Finding]:
     data = run.data
     if not data.num_workers or (batch := batch_bytes(run)) is None:
         return
-    limits = {"prefetch_batches": data.prefetch_batches, "prefetch_bytes": data.prefetch_bytes}
-    count = data.num_workers * num_buffers(num_workers=data.num_workers, batch_bytes=batch, **limits)
+    count = data.num_workers * num_buffers(data, batch_bytes=batch)
     here = min(num_processes, torch.cuda.device_count() or num_processes)
     needed = here * count * batch
     text = (
