@@ -52,7 +52,7 @@ class Stage(nn.Module, ABC):
 
     @abstractmethod
     def save(self, folder: Path) -> None:
-        """Write what the next stage starts from (components, or an export)."""
+        """Write what the next stage starts from (components, or an export) into an empty folder."""
 
     def prepare(self, batches: Iterable[Any], all_sum: AllSum) -> None:
         """Take statistics from data before step 1 (every rank calls it; `all_sum` adds over ranks)."""
