@@ -4,7 +4,8 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-TRAIN = ["deepspeed>=0.19.8"]  # before, ZeRO-2 in bf16 sums gradients in bf16, whatever `grad_accum_dtype` says
+# before 0.19.8 ZeRO-2 in bf16 sums gradients in bf16, whatever `grad_accum_dtype` says
+TRAIN = ["deepspeed>=0.19.8"]
 MODELS = ["diffusers>=0.38", "peft>=0.18", "open_clip_torch>=3.2"]
 # nltk before 3.10 stems words with capitals otherwise
 EVAL = ["jinja2>=3.1", "nltk>=3.10.0", "orjson>=3.9", "scipy>=1.13"]
@@ -42,7 +43,7 @@ setup(
         "vlgpt": ["templates/*", "planning/*.json"],
     },
     install_requires=[
-        # before 2.9 layers of experts run on neither CPU nor the planner's meta device
+        # 2.6 cannot plan a mixture of experts; up to 2.8 the grouped products of experts run on Hopper GPUs only
         "torch>=2.9",
         # before 5.21 SDPA drops Gemma 2's cap of attention scores without a word; 5.40 ends `past_key_values`
         "transformers>=5.21,<5.40",

@@ -52,4 +52,5 @@ def test_the_doctor_asks_for_the_lower_bounds(requirements):
     """Else it would call an environment sound that setup.py refuses."""
     for name, oldest, _, _ in PACKAGES:
         requirement = requirements[canonicalize_name(name)]
-        assert Version(oldest) in [Version(s.version) for s in requirement.specifier if s.operator == ">="], name
+        lowest = [Version(s.version) for s in requirement.specifier if s.operator == ">="]
+        assert lowest == [Version(oldest)], name
