@@ -99,7 +99,9 @@ def build(
 ) -> Manifest | None:
     """Build this task's shards; returns the manifest if the data set is now complete, else None.
 
-    Raises UserError (settings, input), TooManyBad (after the shards of this task) and Stopped.
+    A data set that is already complete is not built again, unless `retry_failed`.
+    Raises UserError (settings, input), Stopped, and TooManyBad: between shards once 1,000 records of this task are
+    judged, and at the end over the finished shards of all tasks.
     """
     claim_folder(job)
     if (job.folder / SUCCESS).is_file() and not retry_failed:

@@ -42,7 +42,11 @@ class IndexOptions(ArrayOptions, TokenizerOptions):
 
 
 def reindex_shard(shards: ShardSet, shard: int, *, folder: Path, tokenizer: TextTokenizer | None) -> bool:
-    """Bring one index up to date; True when it was written. Raises UserError when the tar itself is damaged."""
+    """Rebuild a missing or unfit index from its tar, or recount its tokens when another tokenizer made it.
+
+    `tokenizer=None`: never recounted. True when it was written. Raises UserError when the tar is damaged or does not
+    match the manifest; the index of a foreign tar is not rebuilt, its error is raised.
+    """
     record, path = shards.shards[shard], shards.index_path(shard)
     try:
         index = shards.index(shard)

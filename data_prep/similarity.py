@@ -185,7 +185,10 @@ def apply(folder: Path, output: Path, *, min_similarity: float, share: Share) ->
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line: 0 done (or this task's share), 2 wrong use."""
+    """Command line: run the step `score` or `apply`.
+
+    Returns 0 when this task's share is done. Raises UserError for wrong use (exit code 2).
+    """
     options = parse(SimilarityOptions, argv, prog="python -m data_prep.similarity", description=__doc__)
     configure()
     if options.step == "score":

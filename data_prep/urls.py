@@ -58,7 +58,10 @@ URLS: dict[str, Callable[[Sequence[Path]], Iterator[tuple[str, str]]]] = {
 
 
 def write_url_lists(pairs: Iterator[tuple[str, str]], folder: Path) -> tuple[int, int]:
-    """One file of distinct URLs per input file: -> (number of files, number of URLs)."""
+    """Write one parquet file of distinct URLs per input file: -> (number of files, number of URLs).
+
+    `pairs`: (file name, URL), grouped by file.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     num_files = num_urls = 0
     current, urls = "", dict[str, None]()

@@ -88,7 +88,7 @@ def compare(export: Path, base: Path, data: Path, *, template: str) -> dict[str,
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, write the metrics and print them."""
+    """Compare the text NLL of an export with that of its base language model; print and write it as JSON. Returns 0."""
     description = (__doc__ or "").split("\n")[0]
     options = parse(NllOptions, arguments, prog="python -m evaluation.text_nll", description=description)
     configure()

@@ -52,7 +52,7 @@ def to_device(value: T, device: torch.device | str, dtype: torch.dtype | None = 
 
 
 def tensors_of(value: Any) -> Iterator[Tensor]:
-    """Every tensor of a (nested) dataclass."""
+    """Every tensor of a (nested) dataclass; lists and dicts are not searched."""
     if isinstance(value, Tensor):
         yield value
     elif hasattr(value, "__dataclass_fields__"):

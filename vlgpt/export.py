@@ -37,10 +37,10 @@ def export_model(
     """Write an export; config.json comes last, so that a folder without it is known to be incomplete.
 
     The model is not changed: adapters are merged tensor by tensor while writing, or kept apart with `merge_lora=False`
-    (then logits equal the training model's bit by bit). `encoder` holds the fields of EncoderSettings; it and the image
-    decoder are copied when they are local and below 200 MB, else named. `picture_decoder` is the folder of a saved
-    decoder, or a JSON file (or a folder with diffusion.json) with the arguments of `DiffusionDecoder.load`. Raises
-    UserError when one of them cannot be found.
+    (then logits equal the training model's bit by bit). `encoder` holds the fields of EncoderSettings. The image
+    encoder and the parts of the image decoder are each copied when they are local and below 200 MB, else only named.
+    `picture_decoder` is the folder of a saved decoder, or a JSON file (or a folder with diffusion.json) with the
+    arguments of `DiffusionDecoder.load`. Raises UserError when one of them cannot be found.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").unlink(missing_ok=True)

@@ -400,7 +400,7 @@ class VLGPTProcessor(ProcessorMixin):
         return BatchFeature(data)
 
     def decode(self, ids: object, **kwargs: object) -> str:
-        """Text of token ids; image spans are left out."""
+        """Text of one sequence of token ids (L,); spans from [IMG] to [/IMG] are left out. `kwargs` are ignored."""
         kept: list[int] = []
         is_inside = False
         for token in torch.as_tensor(ids).tolist():
@@ -411,7 +411,7 @@ class VLGPTProcessor(ProcessorMixin):
         return self.documents.decode(kept)
 
     def batch_decode(self, sequences: Any, **kwargs: object) -> list[str]:
-        """Texts of several sequences of ids, each decoded as `decode` does."""
+        """Texts of several sequences of ids, each decoded as `decode` does. `kwargs` are ignored."""
         return [self.decode(ids) for ids in sequences]
 
 

@@ -25,7 +25,11 @@ class LlavaSource(JsonSource):
     wanted: ClassVar = {"turns": ("conversations",)}
 
     def make(self, raw: RawRecord) -> Record:
-        """A dialogue and the COCO images that it names. Raises BadRecord when turns or images do not fit."""
+        """A dialogue with the images that it names.
+
+        Raises BadRecord for malformed turns or image names, or when the `<image>` tokens are not as many as the images;
+        BadImage when an image is not found.
+        """
         value = mapping(raw.value)
         names = image_names(value)
         parts = dialogue_parts(value.get("conversations"), num_images=len(names))
@@ -46,7 +50,10 @@ def image_names(value: Columns) -> tuple[str, ...]:
 
 
 def find_coco(images: ImageFinder, name: str) -> ImageOpener:
-    """An image by its name, in COCO's folder of 2017, or by the name of the same image in COCO 2014."""
+    """An image under its name as given. A name of digits is also tried in train2017, then under its COCO 2014 name.
+
+    Raises BadImage when none is there.
+    """
     base = PurePosixPath(name).name
     if not base[:1].isdigit():
         return images.by_name(name)

@@ -39,7 +39,7 @@ class EasyVqa(ShortAnswers):
         return found
 
     def score(self, examples: Sequence[Example], predictions: Predictions, data: Path) -> Scores:
-        """Accuracy in percent, beside that of the most frequent answer."""
+        """Accuracy in percent, beside that of the answer that is most frequent among these examples."""
         scores = super().score(examples, predictions, data)
         ((_, most),) = Counter(example.truth for example in examples).most_common(1)
         scores.metrics["majority_answer"] = metric(100 * most / len(examples), len(examples))

@@ -32,7 +32,10 @@ class Picture:
 
     @classmethod
     def read(cls, data: bytes, *, name: str = "the picture", max_pixels: int = MAX_PIXELS) -> Picture:
-        """An image that a user gives. Raises UserError when it cannot be decoded or is too large."""
+        """A picture from the bytes of a user's image file. They are checked by decoding, but kept as bytes.
+
+        Raises UserError, which calls it `name`, when it cannot be decoded or has too many pixels.
+        """
         try:
             decode_image(data, max_pixels=max_pixels)
         except BadImage as error:

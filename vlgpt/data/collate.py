@@ -17,7 +17,10 @@ from vlgpt.images import planar
 def collate_rows(
     rows: Sequence[Sequence[LoadedSequence]], *, sequence_length: int, kind: ImageKind | None, num_visual: int
 ) -> Batch:
-    """Sequences of every row, one after the other, then padding (segment 0). Raises ValueError (`Batch.validate`)."""
+    """Sequences of every row, one after the other, then padding (segment 0).
+
+    `kind=None`: no images. Raises ValueError when the batch is inconsistent (`Batch.validate`).
+    """
     batch = collate_texts(rows, sequence_length=sequence_length, num_visual=num_visual)
     images = [loaded.images for row in rows for loaded in row if loaded.images is not None]
     batch = replace(batch, images=_image_input(kind, images))

@@ -321,8 +321,9 @@ class RowMaker(Maker):
                 report.rejected.update(self.window(row).rejected)
 
     def collate(self, rows: Loaded, *, with_images: bool) -> Batch:
-        """A padded batch of the rows, (B, sequence_length) tokens; without images only what targets are counted
-        from.
+        """A padded batch of the rows, (B, sequence_length) tokens.
+
+        Without images, pixels and features are left out: the rest is enough to count targets.
         """
         shape = {"sequence_length": self.sequence_length, "num_visual": self.loader.num_visual}
         if not with_images:

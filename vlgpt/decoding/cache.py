@@ -73,7 +73,10 @@ class Rows:
         return output.last_hidden_state[:, -1]
 
     def step(self, embeddings: Tensor, is_moving: Tensor | None = None) -> Tensor:
-        """Feed one position to every row, (R, D) -> (R, D); rows outside `is_moving` (R,) idle."""
+        """Feed one embedding to every row, (R, D), and return the hidden states (R, D).
+
+        A row that is False in `is_moving` (R,) ignores it and keeps its earlier state.
+        """
         # The cache is one tensor, so an idle row gets a slot too. Masked for ever, and not counted in the position of
         # the row, it changes nothing for it: a reply depends on no other row of its batch.
         positions = self.is_seen.sum(1, keepdim=True)

@@ -15,7 +15,7 @@ from vlgpt.tokens import PLACEHOLDER_ID, DocumentTokenizer
 
 @dataclass
 class Hypothesis:
-    """What was chosen so far. An image is open from [IMG] until it has N embeddings; then [/IMG] is forced.
+    """What was chosen so far. An image is open from [IMG] until it has N embeddings; then [/IMG] is appended.
 
     `unread` holds tokens and embeddings that the model has not read yet: it predicts more when there are none.
     """
@@ -112,7 +112,10 @@ class ReplyRules:
             hypothesis.finish = "length"
 
     def add_visual(self, hypothesis: Hypothesis, embedding: Tensor) -> None:
-        """Append one predicted embedding (d,) to the open image; after the last one [/IMG] is forced."""
+        """Append one predicted embedding (d,) to the open image. The last one closes the image with [/IMG] at once.
+
+        With `images="force"` the next image is then opened, or the reply ends. A reply at its length limit ends.
+        """
         assert hypothesis.open_image is not None
         hypothesis.open_image = [*hypothesis.open_image, embedding]
         hypothesis.token_ids.append(PLACEHOLDER_ID)

@@ -96,7 +96,10 @@ def empty_parameters() -> Iterator[None]:
 
 
 def read_arguments(folder: Path, wanted: str) -> JsonObject:
-    """Arguments of the saved component. Raises UserError when the folder does not hold a `wanted` (`class_name`)."""
+    """The constructor arguments of a saved component, from its config.json.
+
+    Raises UserError when the file is missing or names another class than `wanted` (as `class_name()` gives it).
+    """
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise UserError(f"{folder} holds no {CONFIG_FILE}: expected a saved {wanted}")

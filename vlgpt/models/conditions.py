@@ -245,7 +245,7 @@ class DiffusionConditioner(Conditioner):
         return cls(image, text)
 
     def image_condition(self, pixels: Tensor) -> Tensor:
-        """e_v: (B, 3, H, W) -> (B, Kv, Dv)."""
+        """Image condition e_v of pixels (B, 3, H, W) in [-1, 1]: (B, Kv, Dv)."""
         return self.image.condition(pixels)
 
     def text_condition(self, captions: Sequence[str]) -> Tensor:
@@ -302,7 +302,7 @@ class Unconditional:
 
     @classmethod
     def from_file(cls, path: str | Path) -> Unconditional:
-        """Raises UserError when the file is missing, damaged, or lacks one of the two."""
+        """Load both conditions from a safetensors file. Raises UserError when it is missing, damaged, or lacks one."""
         if not Path(path).is_file():
             raise UserError(
                 f"unconditional constants {path} are missing: make them once with "

@@ -78,7 +78,7 @@ class Conditioner(PixelEncoder, ABC):
 
     @abstractmethod
     def image_condition(self, pixels: Tensor) -> Tensor:
-        """e_v of pixels in [-1, 1]: (B, 3, H, W) -> (B, Kv, Dv)."""
+        """Image condition e_v of pixels (B, 3, H, W) in [-1, 1]: (B, Kv, Dv)."""
 
     @abstractmethod
     def text_condition(self, captions: Sequence[str]) -> Tensor:
@@ -111,7 +111,7 @@ class ClipEncoder(Conditioner):
         """Projected text embedding, not normalised: B strings -> (B, E)."""
 
     def image_condition(self, pixels: Tensor) -> Tensor:
-        """e_v: (B, 3, H, W) -> (B, P, C)."""
+        """The patch features are the condition e_v of pixels (B, 3, H, W) in [-1, 1]: (B, P, C)."""
         return self.patches(pixels)
 
     def text_condition(self, captions: Sequence[str]) -> Tensor:

@@ -36,8 +36,10 @@ class StoredTensor:
 
 
 def tensors_of(module: nn.Module, *, merge_lora: bool) -> dict[str, StoredTensor]:
-    """The state of a module by name; shared tensors once. With `merge_lora` as if peft had merged and unloaded.
+    """The tensors of a module's state by name, each computed when it is written.
 
+    Shared tensors come once, but under every name where LoRA is kept apart. With `merge_lora`, names and values are
+    those after peft's merge and unload.
     The module is not changed: merged weights are made one at a time.
     """
     tensors: dict[str, StoredTensor] = {}

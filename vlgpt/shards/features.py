@@ -148,7 +148,10 @@ class _NpyFile:
 def write_feature_rows(
     folder: Path, spec: FeatureSpec, shard: str, rows: np.ndarray, *, tar_sha256: str
 ) -> None:
-    """Store all rows of one shard at once, `(R, views, *shape) float`. Raises ValueError for another shape."""
+    """Store all rows of one shard at once, `(R, views, *shape)` of any float type, as the spec's dtype.
+
+    Raises ValueError for another shape, UserError for values that are not finite or too large for the dtype.
+    """
     writer = FeatureWriter(folder, spec, shard, num_rows=len(rows))
     try:
         writer.add(rows)

@@ -206,6 +206,7 @@ class ForeignStream:
 def index_foreign_tar(tar: Path) -> tuple[ShardIndex, dict[str, int]]:
     """Index every usable sample, in order of first appearance, and count the others by reason.
 
+    Usable: it has an image, and a caption of at most 1 MiB (none is needed if the whole tar has no text).
     A tar that is cut keeps what lies before the cut, and counts once as `truncated_tar`.
     """
     samples, skipped = _scan(tar)

@@ -36,7 +36,11 @@ class Stage(nn.Module, ABC):
     @classmethod
     @abstractmethod
     def from_settings(cls, run: RunSettings, *, num_sources: int) -> Stage:
-        """The stage of a run with its weights loaded. Raises UserError when a part is missing or does not fit."""
+        """Make a stage of this class from a run's settings, with its weights loaded.
+
+        `num_sources`: the data sources that losses are summed by. Raises UserError when a component or checkpoint is
+        missing or does not fit.
+        """
 
     @abstractmethod
     def count_targets(self, batch: Any) -> dict[str, float]:

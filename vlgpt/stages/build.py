@@ -16,7 +16,10 @@ STAGES: Mapping[str, str] = {
 
 
 def build_stage(run: RunSettings, *, num_sources: int) -> Stage:
-    """The stage of a run with its weights loaded. Raises UserError when a part is missing or does not fit."""
+    """The stage that `stage.kind` names, made by its `from_settings`; new weights are drawn from the run's seed.
+
+    Raises UserError when a component or checkpoint is missing or does not fit.
+    """
     stage = load_class(run.stage.kind, Stage, key="stage.kind", known=STAGES)
     # New weights are drawn from torch's global generator: the same on every rank.
     seeds.seed_everything(run.seed, "initialisation")

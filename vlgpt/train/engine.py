@@ -141,13 +141,19 @@ class Engine:
             yield _arrived(*coming.popleft())
 
     def all_sum(self, values: Tensor) -> Tensor:
-        """Sum over ranks, in the precision given."""
+        """Sum over ranks in the dtype of `values`, on the engine's device (collective).
+
+        `values` itself is overwritten when it is already there.
+        """
         values = values.to(self.device)
         dist.all_reduce(values)
         return values
 
     def all_max(self, values: Tensor) -> Tensor:
-        """Elementwise maximum over all ranks, on the engine's device (collective)."""
+        """Elementwise maximum over all ranks, on the engine's device (collective).
+
+        `values` itself is overwritten when it is already there.
+        """
         values = values.to(self.device)
         dist.all_reduce(values, op=dist.ReduceOp.MAX)
         return values
@@ -386,7 +392,10 @@ def convert_to_universal(source: Path, target: Path) -> None:
 
 
 def stop_process_group() -> None:
-    """Leave the group in order: without it the launcher may report a crash after success."""
+    """Wait for every rank, then destroy the process group (collective); does nothing without a group.
+
+    Without it the launcher may report a crash after success.
+    """
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
