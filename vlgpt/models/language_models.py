@@ -73,6 +73,7 @@ def from_configuration(config: PreTrainedConfig, attention: str) -> PreTrainedMo
     """
     from transformers import AutoModelForCausalLM
 
+    # A training step reuses no keys, and with a cache transformers would not look at the positions of packed rows.
     config.use_cache = False
     reasons = []
     for implementation in implementations(attention):
@@ -137,6 +138,7 @@ def load_language_model(
             str(path),
             dtype=dtype,
             attn_implementation=skeleton.config._attn_implementation,
+            # nothing is ignored: only then does transformers list such tensors, and `load_whole` refuses them
             ignore_mismatched_sizes=True,
         )
     except LOADING_ERRORS as error:
@@ -181,6 +183,7 @@ class _FixedStates(nn.Module):
         return _States(self.hidden)
 
     def __getattr__(self, name: str) -> Any:
+        # OPT's head calls `model.decoder`, not `model`.
         return self if name == "decoder" else super().__getattr__(name)
 
 
@@ -194,6 +197,7 @@ class _States(SimpleNamespace):
         return None
 
     def __getitem__(self, place: int | slice) -> object:
+        # Some classes take `outputs[0]` instead of the field.
         return (self.last_hidden_state,)[place]
 
 
@@ -217,6 +221,7 @@ def check_logits(model: PreTrainedModel, *, name: str) -> None:
     finally:
         model._modules[place] = body
     found = LogitRule.of(model.config)(head(hidden)).float()
+    # 2 %: a head in bf16, which keeps 8 bits, rounds by 0.4 %.
     if found.shape != own.shape or not torch.allclose(found, own, rtol=0.02, atol=0.02 * float(own.std())):
         raise UserError(
             f"{name} is a {type(model).__name__}, which does more to its logits than a scale and a soft cap: its head "

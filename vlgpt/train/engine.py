@@ -218,6 +218,7 @@ class Engine:
     def load(self, root: Path, tag: str) -> None:
         """Load what `save` wrote, at the same world size. Raises UserError when DeepSpeed finds nothing."""
         with frozen_parts_out(self.stage):
+            # Not strict: `save` leaves the frozen parameters out.
             path, _ = self._engine.load_checkpoint(str(root), tag=tag, load_module_strict=False)
         if path is None:
             raise UserError(f"DeepSpeed found no checkpoint {tag} under {root}")
@@ -387,6 +388,7 @@ def convert_to_universal(source: Path, target: Path) -> None:
     except (AssertionError, KeyError, IndexError, ValueError, OSError, NotImplementedError) as error:
         raise RuntimeError(f"{type(error).__name__}: {error}") from error
     finally:
+        # DeepSpeed's note of the newest one. Here the marker of a commit says so, and nothing else may.
         (target.parent / "latest_universal").unlink(missing_ok=True)
 
 
