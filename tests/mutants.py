@@ -203,8 +203,8 @@ MUTANTS = [
     ),
     Mutant(
         "vlgpt/models/standardise.py",
-        "return (x * cast(Tensor, self.std) + cast(Tensor, self.mean)).to(x.dtype)",
-        "return (x * cast(Tensor, self.std)).to(x.dtype)",
+        "return (x * self.std + self.mean).to(x.dtype)",
+        "return (x * self.std).to(x.dtype)",
         "tests/stages/test_tokenizer.py::test_statistics_standardise_and_invert_and_add_up_over_batches",
         "The inverse of a standardiser gives back what went in.",
     ),

@@ -74,7 +74,8 @@ class WindowPlan:
 
     def row(self, row: int) -> list[int]:
         """Slots of a row."""
-        return self.members[self.starts[row] : self.starts[row + 1]].tolist()
+        slots: list[int] = self.members[self.starts[row] : self.starts[row + 1]].tolist()
+        return slots
 
 
 def mean_length(

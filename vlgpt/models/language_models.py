@@ -78,7 +78,9 @@ def from_configuration(config: PreTrainedConfig, attention: str) -> PreTrainedMo
     reasons = []
     for implementation in implementations(attention):
         try:
-            model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, attn_implementation=implementation
+            )
         except LOADING_ERRORS as error:
             reasons.append(f"{implementation}: {str(error).splitlines()[0]}")
             continue
@@ -133,7 +135,7 @@ def load_language_model(
         skeleton = from_configuration(config, attention)
     check_parts(skeleton, name=str(path), trained=trained)
     try:
-        model = load_whole(
+        model: PreTrainedModel = load_whole(
             AutoModelForCausalLM,
             str(path),
             dtype=dtype,
@@ -244,7 +246,8 @@ def embedding_scale(language_model: PreTrainedModel) -> Tensor:
         # Gemma scales inside its embedding layer: a few rows are looked up and compared with the table.
         rows = torch.arange(min(16, table.num_embeddings), device=table.weight.device)
         raw, entered = table.weight[rows].float(), table(rows).float()
-        return scale * (entered.square().mean() / raw.square().mean().clamp_min(1e-20)).sqrt()
+        ratio: Tensor = entered.square().mean() / raw.square().mean().clamp_min(1e-20)
+        return scale * ratio.sqrt()
 
 
 def resize_vocabulary(language_model: PreTrainedModel, tokenizer: DocumentTokenizer) -> None:

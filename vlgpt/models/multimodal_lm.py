@@ -101,7 +101,8 @@ class MultimodalLM(KeepsBuffers):
     def causal_lm(self) -> PreTrainedModel:
         """The transformers model, without the adapters around it."""
         model: Any = self.language_model
-        return model.get_base_model() if self.has_lora else model
+        plain: PreTrainedModel = model.get_base_model() if self.has_lora else model
+        return plain
 
     @property
     def dtype(self) -> torch.dtype:

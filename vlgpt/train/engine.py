@@ -159,7 +159,8 @@ class Engine:
 
     def forward(self, batch: object) -> dict[str, LossTerm]:
         """Losses of one micro-batch, as sums."""
-        return self._engine(batch)
+        terms: dict[str, LossTerm] = self._engine(batch)
+        return terms
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate gradients. DeepSpeed divides by the accumulation and averages over ranks."""
@@ -270,7 +271,10 @@ class Engine:
             return contextlib.nullcontext()
         import deepspeed
 
-        return deepspeed.zero.GatheredParameters(list(self.stage.parameters()), modifier_rank=None)
+        gathered: AbstractContextManager[object] = deepspeed.zero.GatheredParameters(
+            list(self.stage.parameters()), modifier_rank=None
+        )
+        return gathered
 
     def whole(self, parameter: Tensor) -> AbstractContextManager[object]:
         """Context in which one parameter is whole and may be changed on rank 0 (ZeRO-3 keeps it in pieces)."""
@@ -278,7 +282,10 @@ class Engine:
             return contextlib.nullcontext()
         import deepspeed
 
-        return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
+        gathered: AbstractContextManager[object] = deepspeed.zero.GatheredParameters(
+            [parameter], modifier_rank=0
+        )
+        return gathered
 
     def trainable_state(self, *, is_kept: bool = True) -> dict[str, Tensor]:
         """fp32 master weights of everything trained, gathered to the CPU of the ranks that say `is_kept`."""

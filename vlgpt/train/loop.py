@@ -186,7 +186,7 @@ def train_step(
             terms = engine.forward(placed)
         # At least 1: a step without images has no visual targets, and a sum of 0.
         loss = sum(terms[name].weight * terms[name].total / max(counts[name], 1.0) for name in stage.terms)
-        engine.backward(loss * undo_means)  # type: ignore[arg-type]
+        engine.backward(loss * undo_means)  # type: ignore[arg-type]  # the int 0 is a sum of no terms
         for name in stage.terms:
             found = terms[name].by_source
             if found is not None:
