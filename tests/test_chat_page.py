@@ -14,7 +14,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from chat_parts import picture_bytes, save_export
+
+from tests.helpers.chat_parts import picture_bytes, save_export
 
 pytest.importorskip("gradio", reason="the page needs gradio: pip install 'vlgpt[chat]'")
 

@@ -7,20 +7,16 @@ decoder, its export draws, and the benchmark asks it. All in miniature.
 import ast
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-sys.path += [str(Path(__file__).parent / folder) for folder in ("data", "models", "train", "evaluation")]
-
-from forks import Forks
-from miniatures import SIZE_PX, write_clip
-from official_files import save_picture, write_json
-from small_data import write_feature
-from tiny_unified import new_document_tokenizer, new_model
-
+from tests.helpers.forks import Forks
+from tests.helpers.miniatures import SIZE_PX, write_clip
+from tests.helpers.official_files import save_picture, write_json
+from tests.helpers.small_data import write_feature
+from tests.helpers.tiny_unified import new_document_tokenizer, new_model
 from vlgpt.config import load_run
 from vlgpt.decoding.load import load_component_decoder
 from vlgpt.document import Document, ImagePart, TextPart

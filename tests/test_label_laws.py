@@ -12,9 +12,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from chat_tokenizers import SMOLLM2
-from tiny_unified import NUM_VISUAL, TEXTS, VISUAL_WIDTH, new_document_tokenizer
 
+from tests.helpers.chat_tokenizers import SMOLLM2
+from tests.helpers.tiny_unified import NUM_VISUAL, TEXTS, VISUAL_WIDTH, new_document_tokenizer
 from vlgpt.data.collate import collate_rows
 from vlgpt.data.samples import LoadedSequence
 from vlgpt.document import Document, ImagePart, Part, TextPart, text_places

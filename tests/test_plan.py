@@ -8,16 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from batches import pack, random_document
-from tiny_unified import NUM_PATCHES, PATCH_WIDTH, new_document_tokenizer
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModel, LlamaConfig
 
-sys.path.append(str(Path(__file__).parent / "models"))
-import miniatures as mini
-
+from tests.helpers import miniatures as mini
+from tests.helpers.batches import pack, random_document
+from tests.helpers.tiny_unified import NUM_PATCHES, PATCH_WIDTH, new_document_tokenizer
 from vlgpt.batch import ConditionBatch
 from vlgpt.errors import UserError
 from vlgpt.models.image_detokenizer import ImageDetokenizer
@@ -270,7 +268,6 @@ def test_the_plan_and_mfu_count_a_step_of_stage_one_alike(frozen):
 
 
 def paper_run(stage="pretrain", *overrides):
-    from pathlib import Path
 
     from vlgpt.config import load_run
 
@@ -458,7 +455,6 @@ def test_total_is_a_key_of_parameters_only(capsys):
 @pytest.mark.slow
 def test_a_plan_of_a_7b_reads_no_weights_and_needs_little_memory():
     import subprocess
-    import sys
 
     code = (
         "from vlgpt.cli import main\n"
@@ -511,7 +507,6 @@ def test_sharding_divides_states_and_checkpointing_shrinks_activations():
 def test_planned_states_are_within_two_percent_of_what_deepspeed_keeps(size, trained, precision):
     import os
     import subprocess
-    import sys
     from pathlib import Path
 
     folder = Path(__file__).parent

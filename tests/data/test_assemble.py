@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_data import NUM_VISUAL, WORDS, chat, make_tokenizer, page, pair
 
+from tests.helpers.small_data import NUM_VISUAL, WORDS, chat, make_tokenizer, page, pair
 from vlgpt.data.assemble import Assembler, LengthMismatch, PartLengths, SequencePlan, ShardLengths
 from vlgpt.data.mixture import Draws
 from vlgpt.document import ROLES, Document, ImagePart, Part, TextPart

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_data import NUM_VISUAL, chat, make_tokenizer, page, pair, write_dataset
 
+from tests.helpers.small_data import NUM_VISUAL, chat, make_tokenizer, page, pair, write_dataset
 from vlgpt.data.inspect import Inspection, LossWeights, inspect, token_text
 from vlgpt.data.inspect_page import to_html, to_text
 from vlgpt.data.loader import Loader

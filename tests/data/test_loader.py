@@ -13,8 +13,16 @@ from typing import Any
 
 import pytest
 import torch
-from small_data import NUM_VISUAL, chat, make_tokenizer, page, pair, write_dataset, write_feature
 
+from tests.helpers.small_data import (
+    NUM_VISUAL,
+    chat,
+    make_tokenizer,
+    page,
+    pair,
+    write_dataset,
+    write_feature,
+)
 from vlgpt.batch import Batch, ConditionBatch, tensors_of
 from vlgpt.data.loader import Loader
 from vlgpt.data.mixture import SLOTS

@@ -7,10 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from small_data import write_dataset
-from tiny_unified import NUM_PATCHES, PATCH_WIDTH, new_document_tokenizer, new_model
 from torch import Tensor
 
+from tests.helpers.small_data import write_dataset
+from tests.helpers.tiny_unified import NUM_PATCHES, PATCH_WIDTH, new_document_tokenizer, new_model
 from vlgpt.batch import Batch, ImageInput
 from vlgpt.data.loader import Loader
 from vlgpt.document import Document, ImagePart, Part, TextPart

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_data import WORDS, make_tokenizer
 
+from tests.helpers.small_data import WORDS, make_tokenizer
 from vlgpt.data.assemble import Assembler, ShardLengths
 from vlgpt.data.mixture import SLOTS, Mixture, SourceOrder
 from vlgpt.data.packing import Packer, best_fit

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from small_data import NUM_VISUAL, WORDS, chat, make_tokenizer, page, pair
 
+from tests.helpers.small_data import NUM_VISUAL, WORDS, chat, make_tokenizer, page, pair
 from vlgpt.data.assemble import Assembler, ShardLengths
 from vlgpt.data.mixture import SLOTS, Mixture, Slots, SourceOrder, base_weights
 from vlgpt.data.packing import Packer, WindowPlan

@@ -21,9 +21,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_data import make_tokenizer, page, pair, picture, write_dataset
 
 import vlgpt.images
+from tests.helpers.small_data import make_tokenizer, page, pair, picture, write_dataset
 from vlgpt.data.buffers import Buffers
 from vlgpt.data.loader import Loader
 from vlgpt.data.tally import TooManyBadSamples

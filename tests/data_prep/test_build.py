@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from corpus import encode, picture
 from PIL import Image, ImageDraw
 
 from data_prep.build import main
 from data_prep.images import ImageSettings
+from tests.helpers.corpus import encode, picture
 from vlgpt.errors import run_command
 from vlgpt.images import decode_image
 from vlgpt.shards import ShardSet

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from corpus import picture
-from source_files import asset, write_table
 
 from data_prep.build import main
+from tests.helpers.corpus import picture
+from tests.helpers.source_files import asset, write_table
 from vlgpt.shards import ShardSet
 
 KINDS = {"half": 10, "garbage": 5, "no_text": 5, "latin": 5, "twice": 5, "JPG": 5}

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from corpus import encode
 from PIL import Image
 
 from data_prep import check, dedup
 from data_prep.build import main as build
 from data_prep.hashes import near_pairs
+from tests.helpers.corpus import encode
 from vlgpt.errors import run_command
 from vlgpt.processes import Share
 from vlgpt.shards import ShardSet

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from corpus import encode, pixels
 from PIL import Image
 
 from data_prep import check, index
 from data_prep.build import main as build
 from data_prep.report import ShownPart
+from tests.helpers.corpus import encode, pixels
 from vlgpt.document import Document, ImagePart, TextPart
 from vlgpt.errors import run_command
 from vlgpt.shards import FeatureSpec, ShardSet, ShardWriter, write_manifest

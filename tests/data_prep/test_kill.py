@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 
 import pytest
-from corpus import picture
 
+from tests.helpers.corpus import picture
 from vlgpt.files import sha256_file
 from vlgpt.shards import ShardReport
 

@@ -4,9 +4,9 @@ import os
 from pathlib import Path
 
 import pytest
-from corpus import picture
 
 from data_prep.build import main
+from tests.helpers.corpus import picture
 from vlgpt.files import sha256_file
 from vlgpt.shards import ShardReport
 from vlgpt.shards.manifest import MANIFEST, SUCCESS, read_manifest

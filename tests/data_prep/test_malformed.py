@@ -9,7 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from corpus import (
+from PIL import GifImagePlugin, Image, ImageFile
+
+from data_prep.build import main
+from data_prep.sources import Dropped
+from data_prep.sources.text import TextSource
+from tests.helpers.corpus import (
     PER_KIND,
     claims,
     damaged_pictures,
@@ -20,11 +25,6 @@ from corpus import (
     pixels,
     write_corpus,
 )
-from PIL import GifImagePlugin, Image, ImageFile
-
-from data_prep.build import main
-from data_prep.sources import Dropped
-from data_prep.sources.text import TextSource
 from vlgpt.images import FORMATS, BadImage, decode_image, open_image
 from vlgpt.shards import ShardSet
 

@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from corpus import picture
-from tiny_clip import save_tiny_clip
 
 from data_prep import check, features
 from data_prep.build import main as build
 from data_prep.feature_jobs import compute_shard, make_job
+from tests.helpers.corpus import picture
+from tests.helpers.tiny_clip import save_tiny_clip
 from vlgpt.batch import to_pixels
 from vlgpt.errors import UserError, run_command
 from vlgpt.images import read_square

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from corpus import picture
-from tiny_clip import save_tiny_clip
 
 from data_prep import check, similarity
+from tests.helpers.corpus import picture
+from tests.helpers.tiny_clip import save_tiny_clip
 from vlgpt.batch import to_pixels
 from vlgpt.document import Document, ImagePart, TextPart
 from vlgpt.errors import run_command

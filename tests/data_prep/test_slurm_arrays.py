@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from corpus import picture
+
+from tests.helpers.corpus import picture
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted((ROOT / "data_prep" / "slurm").glob("*.sbatch"))

@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from source_files import (
+
+from tests.helpers.source_files import (
     ASSETS,
     asset,
     describe,
@@ -14,7 +15,6 @@ from source_files import (
     write_pictures,
     write_tar,
 )
-
 from vlgpt.errors import UserError
 
 BUS = [

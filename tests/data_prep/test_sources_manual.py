@@ -5,7 +5,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from source_files import ASSETS, open_source, picture, read_all, shown
+
+from tests.helpers.source_files import ASSETS, open_source, picture, read_all, shown
 
 SCRIPT = Path(__file__).parents[2] / "data_prep" / "fetch_gimp_help.sh"
 

@@ -9,7 +9,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from source_files import (
+
+from data_prep.build import main as build_main
+from data_prep.sources import Dropped
+from data_prep.sources.assignment import best_assignment
+from data_prep.sources.matching import match_images
+from data_prep.urls import main as urls_main
+from tests.helpers.source_files import (
     asset,
     open_source,
     picture,
@@ -20,12 +26,6 @@ from source_files import (
     write_table,
     write_tar,
 )
-
-from data_prep.build import main as build_main
-from data_prep.sources import Dropped
-from data_prep.sources.assignment import best_assignment
-from data_prep.sources.matching import match_images
-from data_prep.urls import main as urls_main
 from vlgpt.errors import UserError
 from vlgpt.shards import ShardSet
 

@@ -5,7 +5,11 @@ import os
 import shutil
 
 import pytest
-from source_files import (
+
+from data_prep.build import main as build_main
+from data_prep.filters import FilterSettings, RecordFilter
+from data_prep.sources import Record
+from tests.helpers.source_files import (
     ASSETS,
     asset,
     describe,
@@ -18,10 +22,6 @@ from source_files import (
     write_table,
     write_tar,
 )
-
-from data_prep.build import main as build_main
-from data_prep.filters import FilterSettings, RecordFilter
-from data_prep.sources import Record
 from vlgpt.errors import UserError
 from vlgpt.shards import ShardSet
 

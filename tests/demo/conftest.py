@@ -1,14 +1,11 @@
 """Small stand-ins for the emoji shards, a tiny CLIP as the judge, and a whole evaluation answered by the oracle."""
 
-import sys
 from pathlib import Path
 
-import emoji_shards
 import pytest
-
-sys.path += [str(Path(__file__).parents[1] / name) for name in ("evaluation", "models")]
-import official_files
 from test_model import export  # noqa: F401 - a fixture
+
+from tests.helpers import emoji_shards, official_files
 
 
 @pytest.fixture(scope="session")

@@ -6,10 +6,10 @@ import shlex
 from pathlib import Path
 
 import pytest
-from tiny_unified import NUM_VISUAL, new_document_tokenizer, new_model
 
 from demo import chats, run, run_lm
 from evaluation import text_nll
+from tests.helpers.tiny_unified import NUM_VISUAL, new_document_tokenizer, new_model
 from vlgpt.config import load_run
 from vlgpt.errors import UserError
 from vlgpt.settings import LoraSettings

@@ -2,10 +2,8 @@
 
 import json
 
-import emoji_shards
 import numpy as np
 import pytest
-from emoji_shards import JOBS
 
 from demo.benchmarks.images import draw_candidates
 from demo.benchmarks.text import ATTRIBUTES
@@ -16,6 +14,8 @@ from evaluation.responders import OracleResponder
 from evaluation.run import run
 from evaluation.run_all import Models, RunAllOptions, jobs, run_job
 from evaluation.score import score_folder
+from tests.helpers import emoji_shards
+from tests.helpers.emoji_shards import JOBS
 from vlgpt.document import ImagePart
 from vlgpt.errors import UserError
 

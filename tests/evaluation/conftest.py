@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-import official_files
 import pytest
+
+from tests.helpers import official_files
 
 
 @pytest.fixture(scope="session")

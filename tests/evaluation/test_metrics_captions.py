@@ -4,9 +4,9 @@ import random
 
 import numpy as np
 import pytest
-from metric_golden import load
 
 from evaluation.metrics.captions import score_captions, score_tokenized
+from tests.helpers.metric_golden import load
 
 NAMES = ["Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L", "CIDEr"]
 

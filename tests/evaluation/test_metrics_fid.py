@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from metric_golden import FOLDER, load
 
 from evaluation.metrics import fid
 from evaluation.metrics.fid import (
@@ -12,6 +11,7 @@ from evaluation.metrics.fid import (
     moments,
     polynomial_mmd,
 )
+from tests.helpers.metric_golden import FOLDER, load
 
 
 def golden_features(name):

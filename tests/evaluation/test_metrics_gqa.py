@@ -1,9 +1,9 @@
 """GQA scores equal the official script's."""
 
 import pytest
-from metric_golden import load
 
 from evaluation.metrics.gqa import gqa_scores, normalise_answer
+from tests.helpers.metric_golden import load
 
 
 @pytest.fixture(scope="module")

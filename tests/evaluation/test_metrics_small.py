@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
-from metric_golden import load
 
 from evaluation.metrics.bootstrap import paired_bootstrap
 from evaluation.metrics.clip_score import mean_wrong_cosine, pair_cosines
 from evaluation.metrics.postprocess import cut_answer, cut_caption
+from tests.helpers.metric_golden import load
 
 
 def golden_embeddings():

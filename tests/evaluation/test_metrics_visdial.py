@@ -4,9 +4,9 @@ import math
 
 import numpy as np
 import pytest
-from metric_golden import load
 
 from evaluation.metrics.visdial import ndcg_scores, ranks_of, sparse_scores, submission_record
+from tests.helpers.metric_golden import load
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """Laws of VQA accuracy: equal to the official evaluators on golden cases, and known bugs would show."""
 
 import pytest
-from metric_golden import load
 
 from evaluation.core import mean_by
 from evaluation.metrics.vqa import (
@@ -19,6 +18,7 @@ from evaluation.metrics.vqa_text import (
     punctuation,
     punctuation_step,
 )
+from tests.helpers.metric_golden import load
 
 GOLDEN_NAMES = {
     "official_2021": "official_2021",

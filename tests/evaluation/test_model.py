@@ -5,15 +5,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from chat_parts import save_parts
-from official_files import ALL
-from tiny_unified import new_document_tokenizer, new_model
 
 from evaluation import benchmarks
 from evaluation.predictions import read_jsonl
 from evaluation.responders import ModelResponder
 from evaluation.run import run
 from evaluation.run_all import main as run_all
+from tests.helpers.chat_parts import save_parts
+from tests.helpers.official_files import ALL
+from tests.helpers.tiny_unified import new_document_tokenizer, new_model
 from vlgpt.errors import UserError
 
 JOBS = """

@@ -4,7 +4,6 @@ import json
 from html.parser import HTMLParser
 from pathlib import Path
 
-import official_files
 import pytest
 import yaml
 
@@ -17,6 +16,7 @@ from evaluation.run import run
 from evaluation.run_all import JOBS, jobs
 from evaluation.run_all import main as run_all
 from evaluation.score import read_predictions, score, write_results
+from tests.helpers import official_files
 
 HOSTILE = '<script>alert(1)</script><img src=x onerror="alert(2)"> </p>"\'&{{ 7*7 }} javascript:alert(3)'
 

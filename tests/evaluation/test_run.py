@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from official_files import picture
 
 from evaluation import benchmarks, manifest
 from evaluation.predictions import PredictionLog, check_ids, merge, process_of, read_jsonl, read_shards
@@ -19,6 +18,7 @@ from evaluation.run import run, select
 from evaluation.run_all import main as run_all_main
 from evaluation.score import main as score_main
 from evaluation.score import read_predictions, score
+from tests.helpers.official_files import picture
 from vlgpt import seeds
 from vlgpt.decoding.api import DecodeSettings
 from vlgpt.errors import UserError

@@ -4,9 +4,7 @@ import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
-import miniatures as mini
 import pytest
-import tiny_diffusion_parts as tiny
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from transformers import (
@@ -18,6 +16,8 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
+from tests.helpers import miniatures as mini
+from tests.helpers import tiny_diffusion_parts as tiny
 from vlgpt.errors import UserError
 from vlgpt.files import write_once
 from vlgpt.models import conditions

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_unified import new_document_tokenizer, new_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.helpers.tiny_unified import new_document_tokenizer, new_model
 from vlgpt.export import export_model
 from vlgpt.models.multimodal_lm import MultimodalLM
 from vlgpt.models.unified import UnifiedModel

@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 import torch
-from batches import pack, random_document
-from tiny_unified import new_document_tokenizer, new_model
 
+from tests.helpers.batches import pack, random_document
+from tests.helpers.tiny_unified import new_document_tokenizer, new_model
 from vlgpt.batch import ImageInput
 from vlgpt.models.losses import targets_of
 from vlgpt.models.multimodal_lm import varlen_arguments

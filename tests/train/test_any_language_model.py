@@ -1,25 +1,22 @@
 """Real transformers classes live their whole life: 1 -> 2 -> 1 ranks, result, export from a commit, reload, a reply."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_unified import NUM_PATCHES, PATCH_WIDTH, new_document_tokenizer, new_model
+from test_training import run_script
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from tests.helpers.small_data import chat, page, write_dataset, write_feature
+from tests.helpers.tiny_unified import NUM_PATCHES, PATCH_WIDTH, new_document_tokenizer, new_model
 from vlgpt import hf
 from vlgpt.decoding.api import DecodeSettings, Prompt
 from vlgpt.decoding.generator import Generator
 from vlgpt.document import Document, ImagePart, TextPart
 from vlgpt.stages.language import export_run
 from vlgpt.tokens import DocumentTokenizer
-
-sys.path.append(str(Path(__file__).parents[1] / "data"))
-from small_data import chat, page, write_dataset, write_feature
-from test_training import run_script
 
 pytestmark = pytest.mark.timeout(900)  # the fixture lives all lives, on machines that may be busy
 TOKENIZER = new_document_tokenizer()

@@ -9,8 +9,8 @@ import threading
 from pathlib import Path
 
 import pytest
-from protocol_driver import Pair
 
+from tests.helpers.protocol_driver import Pair
 from vlgpt import commits, files
 from vlgpt.errors import UserError
 from vlgpt.train import together

@@ -14,10 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-sys.path.append(str(Path(__file__).parents[1] / "data"))
-from protocol_driver import DAMAGES
-from small_data import pair, write_dataset, write_feature
-
+from tests.helpers.protocol_driver import DAMAGES
+from tests.helpers.small_data import pair, write_dataset, write_feature
 from vlgpt import commits
 from vlgpt.log import read_metrics
 from vlgpt.train.supervise import with_fresh_port

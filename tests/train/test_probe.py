@@ -1,15 +1,7 @@
 """The probe during training is the evaluation of the export, on fewer examples."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from probe_clip import CLIP
-from tiny_unified import new_document_tokenizer, new_model
-
-sys.path.append(str(Path(__file__).parents[1] / "evaluation"))
-from official_files import write_coco, write_easy_vqa
 
 from evaluation import benchmarks
 from evaluation.predictions import read_jsonl
@@ -17,6 +9,9 @@ from evaluation.responders import ModelResponder
 from evaluation.run import run, select
 from evaluation.score import score
 from evaluation.training_probe import make_probe
+from tests.helpers.official_files import write_coco, write_easy_vqa
+from tests.helpers.probe_clip import CLIP
+from tests.helpers.tiny_unified import new_document_tokenizer, new_model
 from vlgpt.config import validate
 from vlgpt.errors import UserError
 from vlgpt.settings import RunSettings

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from forks import Forks, free_port
 from safetensors.torch import load_file
-from shipped_parts import CONFIGS, DECODER, ROOT, command_of, jpeg, sizes, write_workspace
 from transformers import AutoModel
 
+from tests.helpers.forks import Forks, free_port
+from tests.helpers.shipped_parts import CONFIGS, DECODER, ROOT, command_of, jpeg, sizes, write_workspace
 from vlgpt import (
     commits,
     hf,  # noqa: F401 - registers our classes

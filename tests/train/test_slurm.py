@@ -7,8 +7,9 @@ import time
 from pathlib import Path
 
 import pytest
-from slurm_node import call
 from test_launchers import arguments, assert_equal, write_shards
+
+from tests.helpers.slurm_node import call
 
 ROOT = Path(__file__).parents[2]
 TASK = """

@@ -9,13 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_unified import NUM_PATCHES, PATCH_WIDTH, new_document_tokenizer
 
+from tests.helpers.small_data import page, write_dataset, write_feature
+from tests.helpers.small_data import pair as pair_of
+from tests.helpers.tiny_unified import NUM_PATCHES, PATCH_WIDTH, new_document_tokenizer
 from vlgpt.train.supervise import with_fresh_port
-
-sys.path.append(str(Path(__file__).parents[1] / "data"))
-from small_data import page, write_dataset, write_feature
-from small_data import pair as pair_of
 
 TOKENIZER = new_document_tokenizer()
 WORKER = Path(__file__).with_name("worker.py")

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from tiny_unified import new_document_tokenizer, new_model
 
 from demo.clip import new_open_clip, save_open_clip
 from demo.decoder import ConvDecoder
+from tests.helpers.tiny_unified import new_document_tokenizer, new_model
 from vlgpt.decoding.generator import Generator
 from vlgpt.models.encoders import load_clip
 from vlgpt.models.unified import UnifiedModel

@@ -12,15 +12,15 @@ import torch
 
 torch.set_num_threads(1)
 
-from batches import pack, random_document  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
-from tiny_unified import (  # noqa: E402
+
+from tests.helpers.batches import pack, random_document  # noqa: E402
+from tests.helpers.tiny_unified import (  # noqa: E402
     NUM_PATCHES,
     PATCH_WIDTH,
     new_document_tokenizer,
     new_model,
 )
-
 from vlgpt import commits, seeds  # noqa: E402
 from vlgpt.batch import ConditionBatch  # noqa: E402
 from vlgpt.config import parse_yaml, validate  # noqa: E402
@@ -335,7 +335,7 @@ TASKS = (layouts, accumulated, train, several, modalities, poison, poisoned_for_
 
 def main():
     """Run the tasks (names with commas between) one after the other; the last one's exit code is the process's."""
-    import loop_tasks
+    from tests.helpers import loop_tasks
 
     names, folder, options = sys.argv[1].split(","), Path(sys.argv[2]), json.loads(sys.argv[3])
     start_process_group(timeout_s=300)

@@ -10,9 +10,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from batches import pack
-from probe_clip import CLIP
-from worker import (
+
+from tests.helpers.batches import pack
+from tests.helpers.probe_clip import CLIP
+from tests.helpers.worker import (
     LENGTH,
     TOKENIZER,
     condition_sample,
@@ -22,7 +23,6 @@ from worker import (
     rows_of,
     settings_of,
 )
-
 from vlgpt import commits, seeds
 from vlgpt.batch import LossTerm
 from vlgpt.config import parse_yaml, validate

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from tiny_unified import NUM_PATCHES, PATCH_WIDTH
 
+from tests.helpers.tiny_unified import NUM_PATCHES, PATCH_WIDTH
 from vlgpt import seeds
 from vlgpt.batch import Batch, ImageInput
 from vlgpt.document import Document, ImagePart, TextPart
