@@ -2,11 +2,11 @@
 
 import ast
 import re
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from tests.helpers.processes import ROOT
+
 PACKAGES = ("vlgpt", "data_prep", "evaluation", "launchers", "demo")
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 MAX_FUNCTION_LINES = 80
@@ -221,14 +221,14 @@ def test_every_deviation_from_the_paper_names_its_section_and_stands_in_the_docs
     assert marked == listed
 
 
-def test_modules_of_the_tests_have_names_of_their_own():
-    """pytest puts every test folder on the path: of two modules with one name, the second would never be imported."""
-    names = Counter(
-        path.name
-        for path in (ROOT / "tests").rglob("*.py")
-        if path.name not in ("conftest.py", "__init__.py")
-    )
-    assert [name for name, count in names.items() if count > 1] == []
+def test_every_folder_of_tests_is_a_package():
+    """So a module is imported as `tests.folder.name`: two folders may hold the same name, and none is on the path."""
+    folders = {path.parent for path in (ROOT / "tests").rglob("*.py")}
+    assert [folder for folder in folders if not (folder / "__init__.py").is_file()] == []
+    paths = [
+        path for path in (ROOT / "tests").rglob("*.py") if re.search(r"^sys\.path", path.read_text(), re.M)
+    ]
+    assert paths == [], "import from tests.helpers"
 
 
 def test_every_name_of_the_walk_of_one_image_exists():

@@ -15,6 +15,7 @@ import torch
 from tests.helpers.forks import Forks
 from tests.helpers.miniatures import SIZE_PX, write_clip
 from tests.helpers.official_files import save_picture, write_json
+from tests.helpers.processes import ROOT
 from tests.helpers.small_data import write_feature
 from tests.helpers.tiny_unified import new_document_tokenizer, new_model
 from vlgpt.config import load_run
@@ -26,7 +27,6 @@ from vlgpt.models.component import Component
 from vlgpt.shards import ShardSet
 from vlgpt.tokens import DocumentTokenizer, flatten
 
-ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
 FILES = dict(re.findall(r"\*\*`([\w/.]+)`\*\*\n\n```\w+\n(.*?)```", PAGE, flags=re.DOTALL))
 MAX_LINES = 100

@@ -2,12 +2,11 @@
 
 import ast
 from collections import Counter
-from pathlib import Path
 
 import pytest
-from mutants import MUTANTS, Mutant
 
-ROOT = Path(__file__).parents[1]
+from tests.helpers.processes import ROOT
+from tests.mutants import MUTANTS, Mutant
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.law)

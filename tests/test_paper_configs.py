@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.processes import ROOT
 from vlgpt.config import load_run
 from vlgpt.turns import TEMPLATES
 
-CONFIGS = Path(__file__).parents[1] / "launchers" / "configs"
+CONFIGS = ROOT / "launchers" / "configs"
 # stage: (batch, steps, lr, GPUs, warm-up: 3 % to 5 %)
 PAPER = {
     "tokenizer": (1024, 10_000, 2e-4, 8, 500),

@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
+from tests.helpers.processes import ROOT
 from vlgpt.train.supervise import with_fresh_port
 
-ROOT = Path(__file__).parents[1]
 SMALL = [
     "steps=4",
     "log_interval_steps=2",

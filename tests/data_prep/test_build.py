@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw
 from data_prep.build import main
 from data_prep.images import ImageSettings
 from tests.helpers.corpus import encode, picture
+from tests.helpers.processes import ROOT
 from vlgpt.errors import run_command
 from vlgpt.images import decode_image
 from vlgpt.shards import ShardSet
@@ -317,9 +318,7 @@ def test_memory_stays_flat_over_100_000_records(tmp_path):
     script = tmp_path / "run.py"
     script.write_text(MEMORY_SCRIPT)
     command = [sys.executable, str(script), str(tmp_path / "out")]
-    result = subprocess.run(
-        command, capture_output=True, text=True, timeout=1700, cwd=Path(__file__).parents[2]
-    )
+    result = subprocess.run(command, capture_output=True, text=True, timeout=1700, cwd=ROOT)
     assert result.returncode == 0, result.stderr
     growth = int(result.stdout)
     assert growth < 20_000, f"{growth} kB"

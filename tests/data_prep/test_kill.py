@@ -14,10 +14,9 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.corpus import picture
+from tests.helpers.processes import ROOT
 from vlgpt.files import sha256_file
 from vlgpt.shards import ShardReport
-
-ROOT = Path(__file__).parents[2]
 
 
 def command(folder: Path, output: Path, *options: str) -> list[str]:

@@ -5,7 +5,6 @@ import resource
 import subprocess
 import sys
 import tracemalloc
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,6 +24,7 @@ from tests.helpers.corpus import (
     pixels,
     write_corpus,
 )
+from tests.helpers.processes import ROOT
 from vlgpt.images import FORMATS, BadImage, decode_image, open_image
 from vlgpt.shards import ShardSet
 
@@ -324,9 +324,7 @@ def test_a_record_that_kills_its_process_is_dropped_and_the_rest_survives(tmp_pa
     script = tmp_path / "run.py"
     script.write_text(CRASHING_BUILD)
     command = [sys.executable, str(script), str(tmp_path / "out")]
-    result = subprocess.run(
-        command, timeout=600, capture_output=True, text=True, cwd=Path(__file__).parents[2]
-    )
+    result = subprocess.run(command, timeout=600, capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stderr
     shards = ShardSet.open(tmp_path / "out")
     assert shards.manifest.dropped == {"decoder_crash": 1}

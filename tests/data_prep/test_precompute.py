@@ -17,6 +17,7 @@ from data_prep import check, features
 from data_prep.build import main as build
 from data_prep.feature_jobs import compute_shard, make_job
 from tests.helpers.corpus import picture
+from tests.helpers.processes import ROOT
 from tests.helpers.tiny_clip import save_tiny_clip
 from vlgpt.batch import to_pixels
 from vlgpt.errors import UserError, run_command
@@ -24,7 +25,6 @@ from vlgpt.images import read_square
 from vlgpt.models.encoders import load_clip
 from vlgpt.shards import ShardSet, write_spec
 
-ROOT = Path(__file__).parents[2]
 NUM_PICTURES = 14
 
 

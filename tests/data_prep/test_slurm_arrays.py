@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.corpus import picture
+from tests.helpers.processes import ROOT
 
-ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted((ROOT / "data_prep" / "slurm").glob("*.sbatch"))
 OPTIONS = {"--requeue", "--open-mode=append", "--ntasks=1"}
 

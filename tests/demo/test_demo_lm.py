@@ -9,6 +9,7 @@ import pytest
 
 from demo import chats, run, run_lm
 from evaluation import text_nll
+from tests.helpers.processes import ROOT
 from tests.helpers.tiny_unified import NUM_VISUAL, new_document_tokenizer, new_model
 from vlgpt.config import load_run
 from vlgpt.errors import UserError
@@ -16,7 +17,6 @@ from vlgpt.settings import LoraSettings
 from vlgpt.shards import ShardSet
 from vlgpt.tokens import DocumentTokenizer
 
-ROOT = Path(__file__).parents[2]
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ '<s>' + m['role'] + '\n' + m['content'] + '</s>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<s>assistant\n' }}{% endif %}"

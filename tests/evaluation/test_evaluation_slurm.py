@@ -9,8 +9,8 @@ import pytest
 
 from evaluation.predictions import read_jsonl
 from evaluation.run_all import main as run_all
+from tests.helpers.processes import ROOT
 
-ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted((ROOT / "evaluation/slurm").glob("*.sbatch"))
 JOBS = "- {benchmark: vqav2}\n- {benchmark: coco_caption}\n- {benchmark: visdial}\n- {benchmark: gqa}\n"
 

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,39 +18,10 @@ from evaluation.run_all import main as run_all_main
 from evaluation.score import main as score_main
 from evaluation.score import read_predictions, score
 from tests.helpers.official_files import picture
-from vlgpt import seeds
+from tests.helpers.processes import ROOT
+from tests.helpers.word_responder import WordResponder
 from vlgpt.decoding.api import DecodeSettings
 from vlgpt.errors import UserError
-
-ROOT = Path(__file__).parents[2]
-
-
-class WordResponder:
-    """Answers with addressed random words and pictures; counts questions, can break down on purpose."""
-
-    def __init__(self, *, breaks_after: int | None = None, identity=None):
-        self.num_asked, self.num_batches, self.breaks_after = 0, 0, breaks_after
-        self.identity = identity or {"kind": "words"}
-
-    def _ask(self, prompts):
-        if self.num_batches == self.breaks_after:
-            raise KeyboardInterrupt
-        self.num_batches += 1
-        self.num_asked += len(prompts)
-
-    def generate(self, prompts, decoding):
-        self._ask(prompts)
-        return [f"word{seeds.address(decoding.seed, p.id, p.document.text) % 1000}" for p in prompts]
-
-    def rank(self, prompt, candidates, *, normalise):
-        self._ask([prompt])
-        return seeds.generator("rank", prompt.id, normalise).random(len(candidates))
-
-    def draw(self, prompts, decoding):
-        self._ask(prompts)
-        return [None if seeds.address(p.id) % 3 == 0 else picture(seeds.address(p.id)) for p in prompts]
-
-    reconstruct = draw
 
 
 def examples_of(name, data, **options):
@@ -175,10 +145,9 @@ def test_a_restart_with_more_processes_keeps_what_is_done(data, tmp_path):
 
 
 KILLED = """
-import sys, time
+import time
 from pathlib import Path
-sys.path.insert(0, {tests!r})
-from test_run import WordResponder
+from tests.helpers.word_responder import WordResponder
 from evaluation import benchmarks
 from evaluation.run import run
 
@@ -196,7 +165,7 @@ def test_a_kill_signal_loses_no_finished_answer(data, tmp_path):
     benchmark, examples = examples_of("vqav2", data)
     wanted = run(benchmark, WordResponder(), examples=examples, output=tmp_path / "whole").read_bytes()
     output = tmp_path / "killed"
-    code = KILLED.format(tests=str(Path(__file__).parent), data=str(data), output=str(output))
+    code = KILLED.format(data=str(data), output=str(output))
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
     deadline = time.monotonic() + 120
     while process.poll() is None and len(read_shards(output)) < 3 and time.monotonic() < deadline:

@@ -17,6 +17,7 @@ from demo.clip import new_open_clip, save_open_clip
 from demo.decoder import ConvDecoder
 from tests.helpers.tiny_unified import new_document_tokenizer, new_model
 from vlgpt.decoding.generator import Generator
+from vlgpt.export import export_model
 from vlgpt.models.encoders import load_clip
 from vlgpt.models.unified import UnifiedModel
 
@@ -67,14 +68,12 @@ def new_generator(folder: Path, **shape) -> Generator:
     )
 
 
-def save_export(folder: Path) -> Path:
-    """The same as an export folder."""
-    from vlgpt.export import export_model
-
+def save_export(folder: Path, model: UnifiedModel | None = None) -> Path:
+    """The same, or another model, as an export folder with its CLIP and its image decoder."""
     save_parts(folder)
     tokenizer = new_document_tokenizer()
     export_model(
-        new_chat_model(tokenizer),
+        model or new_chat_model(tokenizer),
         folder / "export",
         tokenizer=tokenizer,
         encoder={"path": str(folder / "clip"), "library": "open_clip", "layer": -2, "has_cls": True},

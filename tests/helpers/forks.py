@@ -9,30 +9,22 @@ import json
 import os
 import runpy
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import traceback
-from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
-
-
-def free_port():
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
+from tests.helpers.processes import environment
+from vlgpt.files import free_port
 
 
 class Forks:
     """The process in which everything is imported. `run` is what a launcher does: ranks, and one death ends all."""
 
     def __init__(self):
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         self.process = subprocess.Popen(
             [sys.executable, __file__],
-            env=environment,
+            env=environment(HF_HUB_OFFLINE=1),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -3,9 +3,9 @@
 import json
 import sys
 
-from test_plan import Case, to_dtype
 from torch import Tensor
 
+from tests.helpers.plan_case import Case, to_dtype
 from vlgpt.config import validate
 from vlgpt.settings import RunSettings
 from vlgpt.train.ds_config import merge_config

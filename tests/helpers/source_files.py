@@ -10,9 +10,10 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from data_prep.sources import Dropped, Record, source_class
+from tests.helpers.processes import ROOT
 from vlgpt.document import ImagePart
 
-ASSETS = Path(__file__).parent.parent / "assets" / "sources"
+ASSETS = ROOT / "tests" / "assets" / "sources"
 
 
 def asset(name: str):

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_training import run_script
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from tests.helpers.processes import HELPERS, run_ranks
 from tests.helpers.small_data import chat, page, write_dataset, write_feature
 from tests.helpers.tiny_unified import NUM_PATCHES, PATCH_WIDTH, new_document_tokenizer, new_model
 from vlgpt import hf
@@ -20,7 +20,6 @@ from vlgpt.tokens import DocumentTokenizer
 
 pytestmark = pytest.mark.timeout(900)  # the fixture lives all lives, on machines that may be busy
 TOKENIZER = new_document_tokenizer()
-WORKER = Path(__file__).with_name("life_worker.py")
 BASE = {
     "vocab_size": TOKENIZER.num_tokens + 3,  # more rows than tokens, as many published models have
     "hidden_size": 32,
@@ -130,6 +129,12 @@ def tuned_run(root):
     return {**values, "output_dir": str(root / "broken" / "tuned"), "stage": stage, "precision": "bf16"}
 
 
+def run_lives(folder, stop_after, *, world_size):
+    command = [HELPERS / "life_worker.py", folder, stop_after]
+    outputs, codes = run_ranks([command] * world_size, timeout_s=800)
+    assert codes == [0] * world_size, "\n".join(output[-3000:] for output in outputs)
+
+
 @pytest.fixture(scope="module")
 def lives(tmp_path_factory):
     """What every run did in each phase, and the root of all folders."""
@@ -144,7 +149,7 @@ def lives(tmp_path_factory):
         (root / kind).mkdir()
         (root / kind / "runs.json").write_text(json.dumps(runs))
         for world_size, stop_after in phases:
-            run_script([WORKER, root / kind, stop_after], world_size=world_size, timeout_s=800)
+            run_lives(root / kind, stop_after, world_size=world_size)
             path = root / kind / f"result_{world_size}_{stop_after}_0.json"
             found[kind, stop_after] = json.loads(path.read_text())
     return root, found
@@ -239,7 +244,7 @@ def test_smollm2_lives_as_its_miniatures_do(smollm2_folder, tmp_path):
     (tmp_path / "runs.json").write_text(json.dumps({"smollm2": run}))
     results = []
     for world_size in (1, 2):
-        run_script([WORKER, tmp_path, world_size], world_size=world_size, timeout_s=800)
+        run_lives(tmp_path, world_size, world_size=world_size)
         results.append(
             json.loads((tmp_path / f"result_{world_size}_{world_size}_0.json").read_text())["smollm2"]
         )

@@ -3,14 +3,13 @@
 import ast
 import json
 import re
-from pathlib import Path
 
 import pytest
 
+from tests.helpers.processes import ROOT
 from vlgpt.config import load_run
 from vlgpt.train.ds_config import lint, merge_config, read_config
 
-ROOT = Path(__file__).parents[2]
 PAGE = re.sub(r"\s+", " ", (ROOT / "docs" / "troubleshooting.md").read_text())
 ERRORS = ("UserError", "TrainingStopped", "CommitFailed", "FileNotFoundError", "ValueError", "OSError")
 LOGGED = ("error", "warning")

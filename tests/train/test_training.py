@@ -1,22 +1,17 @@
 """Laws of the loop and the engine, in real DeepSpeed processes: counts, ranks, accumulation, resume, frozen parts."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.helpers.processes import HELPERS, run_ranks
 from tests.helpers.small_data import page, write_dataset, write_feature
 from tests.helpers.small_data import pair as pair_of
 from tests.helpers.tiny_unified import NUM_PATCHES, PATCH_WIDTH, new_document_tokenizer
-from vlgpt.train.supervise import with_fresh_port
 
 TOKENIZER = new_document_tokenizer()
-WORKER = Path(__file__).with_name("worker.py")
 
 
 def run_workers(task, folder, *, world_size=1, timeout_s=600, is_killed=False, code=0, **options):
@@ -25,49 +20,14 @@ def run_workers(task, folder, *, world_size=1, timeout_s=600, is_killed=False, c
     `task` may be several with commas between, run one after the other in the same processes.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    command = [WORKER, task, folder, json.dumps(options)]
-    outputs, codes = run_script(command, world_size=world_size, timeout_s=timeout_s, code=None)
+    command = [HELPERS / "worker.py", task, folder, json.dumps(options)]
+    outputs, codes = run_ranks([command] * world_size, timeout_s=timeout_s)
     if is_killed:
         assert codes[-1] == -9, outputs[-1][-3000:]
         return []
     for found, output in zip(codes, outputs):
         assert found == code, output[-3000:]
     return [json.loads((folder / f"result_{rank}.json").read_text()) for rank in range(world_size)]
-
-
-def run_script(command, *, world_size, timeout_s, code=0):
-    """Start a script `world_size` times side by side, without the launcher; -> outputs, exit codes (`code`: wanted)."""
-    (port,) = with_fresh_port(["{port}"])
-    processes, outputs = [], []
-    for rank in range(world_size):
-        environment = {
-            **os.environ,
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(world_size),
-            "LOCAL_SIZE": str(world_size),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-            "PYTHONPATH": os.pathsep.join([str(WORKER.parents[2]), str(WORKER.parents[1])]),
-        }
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, *map(str, command)],
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-        )
-    try:
-        for process in processes:
-            outputs.append(process.communicate(timeout=timeout_s)[0])
-    finally:
-        for process in processes:
-            process.kill()
-    codes = [process.wait() for process in processes]
-    assert code is None or codes == [code] * world_size, "\n".join(output[-3000:] for output in outputs)
-    return outputs, codes
 
 
 @pytest.fixture(scope="module")
