@@ -5,6 +5,8 @@ mixed.
 import io
 import itertools
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ from PIL import Image, ImageDraw
 from data_prep.build import main
 from data_prep.images import ImageSettings
 from tests.helpers.corpus import encode, picture
-from tests.helpers.processes import ROOT
+from tests.helpers.processes import environment
 from vlgpt.errors import run_command
 from vlgpt.images import decode_image
 from vlgpt.shards import ShardSet
@@ -312,22 +314,18 @@ def test_every_registered_source_has_flags_and_a_description():
 @pytest.mark.timeout(1800)
 def test_memory_stays_flat_over_100_000_records(tmp_path):
     """In a process of its own, no picture twice: after the first tenth, the rest may add 20 MB at most."""
-    import subprocess
-    import sys
-
     script = tmp_path / "run.py"
     script.write_text(MEMORY_SCRIPT)
     command = [sys.executable, str(script), str(tmp_path / "out")]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=1700, cwd=ROOT)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=1700, env=environment())
     assert result.returncode == 0, result.stderr
     growth = int(result.stdout)
     assert growth < 20_000, f"{growth} kB"
 
 
 MEMORY_SCRIPT = """
-import os, resource, sys
+import resource, sys
 from pathlib import Path
-sys.path.insert(0, os.getcwd())
 from benchmarks.data_prep_speed import Stream, builder_of
 builder = builder_of(Path(sys.argv[1]), Stream(100_000), shard_size=2000)
 for shard in range(50):

@@ -24,7 +24,7 @@ from tests.helpers.corpus import (
     pixels,
     write_corpus,
 )
-from tests.helpers.processes import ROOT
+from tests.helpers.processes import environment
 from vlgpt.images import FORMATS, BadImage, decode_image, open_image
 from vlgpt.shards import ShardSet
 
@@ -324,7 +324,7 @@ def test_a_record_that_kills_its_process_is_dropped_and_the_rest_survives(tmp_pa
     script = tmp_path / "run.py"
     script.write_text(CRASHING_BUILD)
     command = [sys.executable, str(script), str(tmp_path / "out")]
-    result = subprocess.run(command, timeout=600, capture_output=True, text=True, cwd=ROOT)
+    result = subprocess.run(command, timeout=600, capture_output=True, text=True, env=environment())
     assert result.returncode == 0, result.stderr
     shards = ShardSet.open(tmp_path / "out")
     assert shards.manifest.dropped == {"decoder_crash": 1}
@@ -335,7 +335,6 @@ def test_a_record_that_kills_its_process_is_dropped_and_the_rest_survives(tmp_pa
 CRASHING_BUILD = """
 import io, os, resource, signal, sys
 from pathlib import Path
-sys.path.insert(0, os.getcwd())
 from PIL import Image
 from data_prep.build import build
 from data_prep.filters import FilterSettings
