@@ -24,6 +24,7 @@ from PIL import Image
 
 import vlgpt.images
 from tests.helpers.small_data import make_tokenizer, page, pair, picture, write_dataset
+from tests.helpers.tars import add
 from vlgpt.data.buffers import Buffers
 from vlgpt.data.loader import Loader
 from vlgpt.data.tally import TooManyBadSamples
@@ -67,12 +68,6 @@ def noise_jpeg(number: int) -> bytes:
 # --- the malformed corpus of foreign tars
 
 
-def add_member(archive: tarfile.TarFile, name: str, data: bytes) -> None:
-    info = tarfile.TarInfo(name)
-    info.size = len(data)
-    archive.addfile(info, io.BytesIO(data))
-
-
 def write_corpus(folder: Path) -> None:
     """Ten tars of 100 pairs: one cut in a member, one cut between samples, one empty, and 35 odd samples
     in the rest.
@@ -91,10 +86,10 @@ def write_corpus(folder: Path) -> None:
                 if kind == "garbage":
                     data = b"<html>not found</html>"
                 for _ in range(2 if kind == "twice" else 1):
-                    add_member(archive, f"{key}.{'JPG' if kind == 'JPG' else 'jpg'}", data)
+                    add(archive, f"{key}.{'JPG' if kind == 'JPG' else 'jpg'}", data)
                     if kind != "no_text":
                         text = f"caption {number}"
-                        add_member(archive, f"{key}.txt", b"caf\xe9" if kind == "latin" else text.encode())
+                        add(archive, f"{key}.txt", b"caf\xe9" if kind == "latin" else text.encode())
     with tarfile.open(folder / "00007.tar") as archive:
         members = archive.getmembers()
         middle, border = members[2 * 57].offset_data + 100, members[2 * 62].offset
@@ -497,8 +492,6 @@ def payloads(canary: Path) -> dict[str, bytes]:
     array = io.BytesIO()
     np.save(array, np.array([Touch()], dtype=object), allow_pickle=True)
     state = io.BytesIO()
-    import torch
-
     torch.save({"x": Touch()}, state)
     return {
         "pyd": pickled,
@@ -518,12 +511,12 @@ def test_no_member_of_a_tar_is_ever_executed(tmp_path: Path) -> None:
     folder.mkdir()
     with tarfile.open(folder / "00000.tar", "w") as archive:
         for number, (suffix, data) in enumerate(payloads(canary).items()):
-            add_member(archive, f"{number:04d}.jpg", noise_jpeg(number))
-            add_member(archive, f"{number:04d}.txt", f"$(touch {canary}); `touch {canary}`".encode())
-            add_member(archive, f"{number:04d}.{suffix}", data)
+            add(archive, f"{number:04d}.jpg", noise_jpeg(number))
+            add(archive, f"{number:04d}.txt", f"$(touch {canary}); `touch {canary}`".encode())
+            add(archive, f"{number:04d}.{suffix}", data)
         for number, (_, data) in enumerate(payloads(canary).items(), start=100):
-            add_member(archive, f"{number:04d}.jpg", data)
-            add_member(archive, f"{number:04d}.txt", b"the picture is the payload")
+            add(archive, f"{number:04d}.jpg", data)
+            add(archive, f"{number:04d}.txt", b"the picture is the payload")
     loader = conditions(settings(folder), is_one_pass=True)
     assert sum(int(batch.is_valid.sum()) for batch in loader) == 9
     assert loader.statistics()["bad"]["evil"] == {"not_an_image": 9}

@@ -1,6 +1,5 @@
 """A damaged download through the whole build: every good pair is written, every other is counted with its reason."""
 
-import io
 import os
 import tarfile
 from pathlib import Path
@@ -8,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep.build import main
+from tests.helpers.builds import build, documents
 from tests.helpers.corpus import picture
 from tests.helpers.source_files import asset, write_table
+from tests.helpers.tars import add, add_special
 from vlgpt.shards import ShardSet
 
 KINDS = {"half": 10, "garbage": 5, "no_text": 5, "latin": 5, "twice": 5, "JPG": 5}
@@ -57,21 +57,13 @@ def write_pair(archive: tarfile.TarFile, key: str, kind: str, *, number: int) ->
             add(archive, f"{key}.txt", b"caf\xe9" if kind == "latin" else f"caption {int(key)}".encode())
 
 
-def add(archive: tarfile.TarFile, name: str, data: bytes, *, claim: int | None = None) -> None:
-    info = tarfile.TarInfo(name)
-    info.size = len(data) if claim is None else claim
-    archive.addfile(info, io.BytesIO(data.ljust(info.size)) if claim is None else None)
-
-
-def build(folder: Path, output: Path) -> ShardSet:
-    arguments = ["img2dataset", "--input", str(folder), "--output", str(output), "--shard-size", "300"]
-    assert main([*arguments, "--max-bad-fraction", "0.5", "--num-workers", "0"]) == 0
+def built(folder: Path, output: Path) -> ShardSet:
+    assert build("img2dataset", folder, output, "--shard-size", 300, "--max-bad-fraction", 0.5) == 0
     return ShardSet.open(output)
 
 
 def captions(shards: ShardSet) -> list[str]:
-    places = [(number, sample) for number, r in enumerate(shards.shards) for sample in range(r.num_samples)]
-    return [shards.read(*place, with_images=False).document.text for place in places]
+    return [document.text for document in documents(shards)]
 
 
 @pytest.mark.parametrize(
@@ -96,7 +88,7 @@ def captions(shards: ShardSet) -> list[str]:
 def test_a_damaged_download_loses_no_good_pair_and_counts_the_rest(tmp_path, has_table, num_good, dropped):
     """The tables know the captions and how many pairs there were; the tars alone know only that they were cut."""
     saved = write_download(tmp_path / "in", has_table=has_table)
-    shards = build(tmp_path / "in", tmp_path / "out")
+    shards = built(tmp_path / "in", tmp_path / "out")
     assert shards.manifest.dropped == dropped
     found = captions(shards)
     assert len(found) == num_good and set(found) == saved
@@ -114,12 +106,10 @@ def test_hostile_tars_write_nothing_outside_and_allocate_nothing(tmp_path):
             ("hard.jpg", tarfile.LNKTYPE),
             ("node.jpg", tarfile.CHRTYPE),
         ):
-            info = tarfile.TarInfo(name)
-            info.type, info.linkname = kind, "/etc/passwd"
-            archive.addfile(info)
+            add_special(archive, name, kind)
         add(archive, "evil.pkl", b"cos\nsystem\n(S'touch x'\ntR.")
         add(archive, "huge.jpg", b"", claim=2 << 30)
-    shards = build(folder, tmp_path / "out")
+    shards = built(folder, tmp_path / "out")
     assert captions(shards) == ["text of ../../outside", "text of /absolute", "text of café", "text of good"]
     assert shards.manifest.dropped == {"truncated_tar": 1}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]

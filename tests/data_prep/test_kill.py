@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.builds import build_arguments
 from tests.helpers.corpus import picture
 from tests.helpers.processes import ROOT
 from vlgpt.files import sha256_file
@@ -20,9 +21,9 @@ from vlgpt.shards import ShardReport
 
 
 def command(folder: Path, output: Path, *options: str) -> list[str]:
-    source = ["images", "--input", str(folder), "--output", str(output)]
-    settings = ["--shard-size", "8", "--num-workers", "2", "--name", "toy", "--max-bad-fraction", "0.05"]
-    return [sys.executable, "-m", "data_prep.build", *source, *settings, *options]
+    settings = ("--shard-size", 8, "--num-workers", 2, "--name", "toy", "--max-bad-fraction", 0.05)
+    arguments = build_arguments("images", folder, output, *settings, *options)
+    return [sys.executable, "-m", "data_prep.build", *arguments]
 
 
 def start(arguments: list[str]) -> subprocess.Popen:

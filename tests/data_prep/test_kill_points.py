@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.build import main
+from tests.helpers.builds import build_arguments
 from tests.helpers.corpus import picture
 from vlgpt.files import sha256_file
 from vlgpt.shards import ShardReport
@@ -18,18 +19,8 @@ DEAD = 86
 
 
 def arguments(folder: Path, output: Path, *options: str) -> list[str]:
-    command = [
-        "images",
-        "--input",
-        str(folder),
-        "--output",
-        str(output),
-        "--name",
-        "toy",
-        "--shard-size",
-        "3",
-    ]
-    return [*command, "--num-workers", "0", "--max-bad-fraction", "0.5", *options]
+    settings = ("--name", "toy", "--shard-size", 3, "--max-bad-fraction", 0.5)
+    return build_arguments("images", folder, output, *settings, *options)
 
 
 def run_until(number: int, *, is_after: bool, command: list[str]) -> bool:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from data_prep import check, similarity
+from tests.helpers.builds import documents
 from tests.helpers.corpus import picture
 from tests.helpers.tiny_clip import save_tiny_clip
 from vlgpt.batch import to_pixels
@@ -90,9 +91,7 @@ def scores(folder: Path) -> list[float]:
 
 
 def ids(folder: Path) -> list[str]:
-    shards = ShardSet.open(folder)
-    places = [(number, sample) for number, r in enumerate(shards.shards) for sample in range(r.num_samples)]
-    return [shards.read(*place).document.id for place in places]
+    return [document.id for document in documents(folder)]
 
 
 @pytest.mark.parametrize("num_tasks", [1, 2])

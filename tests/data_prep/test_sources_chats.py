@@ -13,8 +13,8 @@ from tests.helpers.source_files import (
     read_all,
     shown,
     write_pictures,
-    write_tar,
 )
+from tests.helpers.tars import write_tar
 from vlgpt.errors import UserError
 
 BUS = [

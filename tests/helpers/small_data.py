@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -99,22 +100,19 @@ def write_dataset(
     return folder
 
 
+def feature_spec(**changes: Any) -> FeatureSpec:
+    """How a feature was made; by default one view of a visual embedding per image, in fp16."""
+    made = {"encoder": "e", "weights_hash": "w", "layer": "-2", "preprocessing": "p"}
+    stored = {"name": "visual", "shape": (2, 8), "dtype": "float16", "views": 1, "per": "image"}
+    return FeatureSpec(**{**made, **stored, **changes})
+
+
 def write_feature(
     folder: Path, name: str, *, shape: tuple[int, ...], views: int = 1, dtype: str = "float32"
 ) -> None:
     """Feature rows that say where they come from: every value is `100 * shard + row + 0.25 * view`."""
     per = "text" if name == "text_condition" else "image"
-    spec = FeatureSpec(
-        name=name,
-        encoder="test",
-        weights_hash="0",
-        layer="last",
-        preprocessing="none",
-        shape=shape,
-        dtype=dtype,
-        views=views,
-        per=per,
-    )
+    spec = feature_spec(name=name, shape=shape, dtype=dtype, views=views, per=per)
     write_spec(folder, spec)
     shards = ShardSet.open(folder)
     for number, shard in enumerate(shards.shards):

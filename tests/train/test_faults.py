@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from tests.helpers.processes import ROOT, environment
+from tests.helpers.small_data import feature_spec
 from vlgpt import commits
 from vlgpt.errors import UserError
 from vlgpt.files import free_port
-from vlgpt.shards import FeatureSpec
 from vlgpt.train.agreement import disagreement, replica_digest
 from vlgpt.train.facts import check_features
 from vlgpt.train.faults import SpikeDetector
@@ -254,17 +254,7 @@ def test_after_an_interrupt_nothing_starts_again(tmp_path):
     ],
 )
 def test_cached_features_of_other_weights_than_the_runs_are_refused(feature, weights_hash, layer, reason):
-    spec = FeatureSpec(
-        name=feature,
-        encoder="open_clip:x",
-        weights_hash=weights_hash,
-        layer=layer,
-        preprocessing="",
-        shape=(5, 8),
-        dtype="float16",
-        views=1,
-        per="image",
-    )
+    spec = feature_spec(name=feature, weights_hash=weights_hash, layer=layer)
     stage = SimpleNamespace(encoder=SimpleNamespace(layer_name="-2"))
     frozen = {"encoder": "e", "image_tokenizer": "t"}
     if reason is None:
