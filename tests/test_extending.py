@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers.forks import Forks
 from tests.helpers.miniatures import SIZE_PX, write_clip
 from tests.helpers.official_files import save_picture, write_json
 from tests.helpers.processes import ROOT
@@ -98,58 +97,45 @@ def write_inputs(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory):
+def lab(tmp_path_factory, forks):
     """The folder of a lab with the files of the page, and all of its commands run; -> folder, {name: output}."""
     folder = tmp_path_factory.mktemp("lab")
     write_inputs(folder)
     for name, text in FILES.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text)
-    forks, outputs = Forks(), {}
+    outputs = {}
 
     def run(name: str, *command: str) -> None:
         log = folder / f"{name}.log"
-        assert forks.run([str(part) for part in command], folder=folder, log=log) == [0], log.read_text()[
-            -6000:
-        ]
+        codes = forks.run([str(part) for part in command], folder=folder, log=log)
+        assert codes == [0], log.read_text()[-6000:]
         outputs[name] = log.read_text()
 
-    try:
+    run(
+        "build", "-m", "data_prep.build", "mylab.flickr30k:Flickr30kSource", "--input", "flickr30k/results.token",
+        "--images", "flickr30k/images", "--num-captions", "2", "--output", "data/flickr30k",
+        "--tokenizer", "llm", "--template", "own", "--max-bad-fraction", "0.5",
+    )  # fmt: skip
+    for kind in ("image", "text"):
+        shape = (SHAPES[f"{kind}_tokens"], SHAPES[f"{kind}_width"])
+        write_feature(folder / "data/flickr30k", f"{kind}_condition", shape=shape)
+    sizes = [f"stage.shapes.{name}={value}" for name, value in SHAPES.items()]
+    sizes += ["stage.size_px=32", "stage.patch_px=8", "stage.width=32", "data.image_size_px=32"]
+    launcher = ROOT / "launchers/train_tokenizer.py"
+    run("stage", launcher, *TRAIN, "mylab/decoder.yaml", *SMALL, *sizes)
+    run("inspect", "-m", "vlgpt", "inspect", "--config", "pretrain.yaml", "data.num_workers=0")
+    run("head", ROOT / "launchers/pretrain.py", *TRAIN, "pretrain.yaml", *SMALL)
+    export = ["--model", "runs/pretrain/result"]
+    run("reconstruct", "-m", "vlgpt", "reconstruct", "flickr30k/images/1.jpg", *export)
+    asked = ["--data", "data", "--option", "worst_error=20"]
+    for name, who in (("model", export), ("oracle", ["--responder", "oracle", "--shots", "2"])):
+        run(name, "-m", "evaluation.run", "mylab.counting:Counting", *who, *asked, "--output", f"out/{name}")
+    for name in ("model", "oracle"):
         run(
-            "build", "-m", "data_prep.build", "mylab.flickr30k:Flickr30kSource", "--input", "flickr30k/results.token",
-            "--images", "flickr30k/images", "--num-captions", "2", "--output", "data/flickr30k",
-            "--tokenizer", "llm", "--template", "own", "--max-bad-fraction", "0.5",
+            f"score_{name}", "-m", "evaluation.score", "mylab.counting:Counting", "--data", "data",
+            "--predictions", f"out/{name}", "--output", f"out/{name}.json",
         )  # fmt: skip
-        for kind in ("image", "text"):
-            shape = (SHAPES[f"{kind}_tokens"], SHAPES[f"{kind}_width"])
-            write_feature(folder / "data/flickr30k", f"{kind}_condition", shape=shape)
-        sizes = [f"stage.shapes.{name}={value}" for name, value in SHAPES.items()]
-        sizes += ["stage.size_px=32", "stage.patch_px=8", "stage.width=32", "data.image_size_px=32"]
-        launcher = ROOT / "launchers/train_tokenizer.py"
-        run("stage", launcher, *TRAIN, "mylab/decoder.yaml", *SMALL, *sizes)
-        run("inspect", "-m", "vlgpt", "inspect", "--config", "pretrain.yaml", "data.num_workers=0")
-        run("head", ROOT / "launchers/pretrain.py", *TRAIN, "pretrain.yaml", *SMALL)
-        export = ["--model", "runs/pretrain/result"]
-        run("reconstruct", "-m", "vlgpt", "reconstruct", "flickr30k/images/1.jpg", *export)
-        asked = ["--data", "data", "--option", "worst_error=20"]
-        for name, who in (("model", export), ("oracle", ["--responder", "oracle", "--shots", "2"])):
-            run(
-                name,
-                "-m",
-                "evaluation.run",
-                "mylab.counting:Counting",
-                *who,
-                *asked,
-                "--output",
-                f"out/{name}",
-            )
-        for name in ("model", "oracle"):
-            run(
-                f"score_{name}", "-m", "evaluation.score", "mylab.counting:Counting", "--data", "data",
-                "--predictions", f"out/{name}", "--output", f"out/{name}.json",
-            )  # fmt: skip
-    finally:
-        forks.close()
     return folder, outputs
 
 

@@ -14,6 +14,8 @@ import sys
 import threading
 import traceback
 
+import pytest
+
 from tests.helpers.processes import environment
 from vlgpt.files import free_port
 
@@ -46,6 +48,13 @@ class Forks:
     def close(self):
         self.process.stdin.close()
         self.process.wait(timeout=20)
+
+
+@pytest.fixture(scope="module")
+def forks():
+    forks = Forks()
+    yield forks
+    forks.close()
 
 
 def serve():

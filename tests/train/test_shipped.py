@@ -1,7 +1,8 @@
 """Every shipped configuration lives its whole life: killed, resumed, finished, exported, reloaded, spoken to.
 
 Only sizes change (`shipped_parts.sizes`): command, paths, precision and everything else are those of the YAML. In `make
-test` the ranks are forks of one process that has everything imported; slow, and for one life always, the command runs.
+test` the ranks are forks of one process that has everything imported; slow, the launcher starts them, 16 to 27 s each
+time (tests/test_pipeline.py starts it once in `make test`).
 """
 
 import json
@@ -15,7 +16,6 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel
 
-from tests.helpers.forks import Forks
 from tests.helpers.processes import HELPERS, ROOT, environment
 from tests.helpers.shipped_parts import CONFIGS, DECODER, command_of, jpeg, sizes, write_workspace
 from vlgpt import (
@@ -43,17 +43,6 @@ SIZES = {
     "interval_steps", "num_workers", "image_size_px", "statistics_samples",
 }  # fmt: skip
 LIVES = [(name, zero) for name in CONFIG_OF for zero in ZERO]
-LAUNCHED = [  # a launcher start takes 16 to 27 s
-    pytest.param(*pair, marks=() if pair == ("pretrain/vlgpt_7b", "zero2") else pytest.mark.slow)
-    for pair in LIVES
-]
-
-
-@pytest.fixture(scope="module")
-def forks():
-    forks = Forks()
-    yield forks
-    forks.close()
 
 
 @pytest.fixture(scope="module")
@@ -220,8 +209,9 @@ def test_the_parts_that_the_documentation_offers_live_too(variant, workspace, fo
         speak(run, workspace, forked(forks, workspace))
 
 
+@pytest.mark.slow
 @pytest.mark.launcher
-@pytest.mark.parametrize("name, zero", LAUNCHED)
+@pytest.mark.parametrize("name, zero", LIVES)
 def test_the_deepspeed_command_takes_a_shipped_configuration_through_its_life(name, zero, workspace, lived):
     live_before(name, lived)
     run = live(name, zero, workspace, launched(workspace), f"output_dir=runs/launched/{name}_{zero}")
