@@ -187,7 +187,7 @@ def test_the_stage_trains_a_decoder_that_draws(lab, monkeypatch):
 
 def test_a_decoder_without_an_attribute_is_refused_when_it_is_loaded(tmp_path):
     NoSize().save(tmp_path)
-    with pytest.raises(UserError, match=r"test_extending:NoSize.*has no size_px, guidance"):
+    with pytest.raises(UserError, match=r"tests.test_extending:NoSize.*has no size_px, guidance"):
         load_component_decoder(tmp_path)
 
 

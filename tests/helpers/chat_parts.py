@@ -13,26 +13,19 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from demo.clip import new_open_clip, save_open_clip
 from demo.decoder import ConvDecoder
+from tests.helpers.tiny_clip import save_fitting_clip
 from tests.helpers.tiny_unified import new_document_tokenizer, new_model
 from vlgpt.decoding.generator import Generator
 from vlgpt.export import export_model
 from vlgpt.models.encoders import load_clip
 from vlgpt.models.unified import UnifiedModel
 
-CLIP = {
-    "embed_dim": 16,
-    "vision_cfg": {"image_size": 24, "patch_size": 12, "width": 24, "layers": 2, "head_width": 12},
-    "text_cfg": {"context_length": 8, "vocab_size": 448, "width": 16, "heads": 2, "layers": 1},
-}
-
 
 def save_parts(folder: Path) -> None:
     """clip/ and decoder/ that fit `new_model(tokenizer, num_patches=5)`."""
+    save_fitting_clip(folder / "clip")
     torch.manual_seed(1)
-    save_open_clip(new_open_clip(config=CLIP), config=CLIP, folder=folder / "clip")
-    new_document_tokenizer().save(folder / "clip")
     ConvDecoder(
         image_tokens=3,
         image_width=16,

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from tests.helpers.batches import pack
-from tests.helpers.probe_clip import CLIP
+from tests.helpers.tiny_clip import save_fitting_clip
 from tests.helpers.worker import (
     LENGTH,
     TOKENIZER,
@@ -321,7 +321,6 @@ def pictured(folder, rank, world_size, options):
     """Stage 1 seen: similarity over both ranks' pictures, and the same sheet for the same weights."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    from demo.clip import new_open_clip, save_open_clip
     from demo.decoder import ConvDecoder
     from vlgpt.settings import EncoderSettings, PictureCheckSettings
     from vlgpt.train.pictures import ReconstructionCheck
@@ -330,8 +329,7 @@ def pictured(folder, rank, world_size, options):
     shapes = {"image_tokens": 3, "image_width": 16, "text_tokens": 5, "text_width": 12}
     if rank == 0:
         ConvDecoder(**shapes, size_px=24, width=24, num_heads=2, channels=32).save(folder / "decoder")
-        save_open_clip(new_open_clip(config=CLIP), config=CLIP, folder=folder / "clip")
-        TOKENIZER.save(folder / "clip")
+        save_fitting_clip(folder / "clip")
     settings = settings_of(folder, steps=6, global_batch=world_size, micro_batch=1)
     engine = engine_of(settings, world_size, kind="tokenizer")
     engine.train(False)

@@ -12,9 +12,11 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from vlgpt.data.assemble import ShardLengths
 from vlgpt.document import Document, ImagePart, Part, TextPart
 from vlgpt.seeds import generator
 from vlgpt.shards import FeatureSpec, ShardSet, ShardWriter, write_feature_rows, write_manifest, write_spec
+from vlgpt.shards.index import IndexBuilder
 from vlgpt.tokens import DocumentTokenizer
 
 NUM_VISUAL = 4
@@ -98,6 +100,14 @@ def write_dataset(
     num_shards = len(shard_sizes)
     write_manifest(folder, name=folder.name, licence="none", versions={}, build=build, num_shards=num_shards)
     return folder
+
+
+def lengths_of(documents: Sequence[Document], tokenizer: DocumentTokenizer) -> ShardLengths:
+    """What the loader knows of a shard that holds these documents."""
+    builder = IndexBuilder(tokenizer)
+    for document in documents:
+        builder.add(document.id, document, [])
+    return ShardLengths(builder.build(tar_sha256=""), image_length=tokenizer.image_length)
 
 
 def feature_spec(**changes: Any) -> FeatureSpec:

@@ -10,7 +10,7 @@ from evaluation.run import run, select
 from evaluation.score import score
 from evaluation.training_probe import make_probe
 from tests.helpers.official_files import write_coco, write_easy_vqa
-from tests.helpers.probe_clip import CLIP
+from tests.helpers.tiny_clip import save_fitting_clip
 from tests.helpers.tiny_unified import new_document_tokenizer, new_model
 from vlgpt.config import validate
 from vlgpt.errors import UserError
@@ -20,14 +20,11 @@ from vlgpt.settings import RunSettings
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """An export with its CLIP, and small official files."""
-    from demo.clip import new_open_clip, save_open_clip
     from vlgpt.export import export_model
 
     folder = tmp_path_factory.mktemp("probe")
     tokenizer = new_document_tokenizer()
-    torch.manual_seed(1)
-    save_open_clip(new_open_clip(config=CLIP), config=CLIP, folder=folder / "clip")
-    tokenizer.save(folder / "clip")
+    save_fitting_clip(folder / "clip")
     encoder = {"path": str(folder / "clip"), "library": "open_clip", "layer": -2, "has_cls": True}
     export_model(
         new_model(tokenizer, num_patches=5).eval(), folder / "export", tokenizer=tokenizer, encoder=encoder

@@ -70,6 +70,14 @@ def wait_for(path, *, timeout_s, log):
         time.sleep(0.5)
 
 
+@pytest.mark.parametrize("folder", ["launchers", "data_prep", "evaluation"])
+def test_scripts_are_valid_bash_requeued_and_keep_their_log(folder):
+    scripts = sorted((ROOT / folder / "slurm").glob("*.sbatch"))
+    assert scripts and call("bash", "-n", *scripts).returncode == 0
+    for path in scripts:
+        assert {"#SBATCH --requeue", "#SBATCH --open-mode=append"} <= set(path.read_text().splitlines()), path
+
+
 @pytest.mark.parametrize(
     "visible, local_rank",
     [(None, 3), ("", 3), ("0,1,2,3", 3), ("4,5,6,7", 3), ("0", 0), ("GPU-8f2a", 0), ("0,1", 1)],
