@@ -16,7 +16,7 @@ from tests.helpers.miniatures import SIZE_PX, write_clip
 from tests.helpers.official_files import save_picture, write_json
 from tests.helpers.processes import ROOT
 from tests.helpers.small_data import write_feature
-from tests.helpers.tiny_unified import new_document_tokenizer, new_model
+from tests.helpers.tiny_unified import CONDITION_SHAPES, new_document_tokenizer, new_model
 from vlgpt.config import load_run
 from vlgpt.decoding.load import load_component_decoder
 from vlgpt.document import Document, ImagePart, TextPart
@@ -30,7 +30,6 @@ PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
 FILES = dict(re.findall(r"\*\*`([\w/.]+)`\*\*\n\n```\w+\n(.*?)```", PAGE, flags=re.DOTALL))
 MAX_LINES = 100
 NUM_IMAGES, NUM_PATCHES = 6, (SIZE_PX // 7) ** 2 + 1
-SHAPES = {"image_tokens": 3, "image_width": 16, "text_tokens": 5, "text_width": 12}  # as in tiny_unified
 DEEPSPEED = {
     "zero_optimization": {"stage": 2, "reduce_bucket_size": 1_000_000},
     "zero_force_ds_cpu_optimizer": False,
@@ -118,9 +117,9 @@ def lab(tmp_path_factory, forks):
         "--tokenizer", "llm", "--template", "own", "--max-bad-fraction", "0.5",
     )  # fmt: skip
     for kind in ("image", "text"):
-        shape = (SHAPES[f"{kind}_tokens"], SHAPES[f"{kind}_width"])
+        shape = (CONDITION_SHAPES[f"{kind}_tokens"], CONDITION_SHAPES[f"{kind}_width"])
         write_feature(folder / "data/flickr30k", f"{kind}_condition", shape=shape)
-    sizes = [f"stage.shapes.{name}={value}" for name, value in SHAPES.items()]
+    sizes = [f"stage.shapes.{name}={value}" for name, value in CONDITION_SHAPES.items()]
     sizes += ["stage.size_px=32", "stage.patch_px=8", "stage.width=32", "data.image_size_px=32"]
     launcher = ROOT / "launchers/train_tokenizer.py"
     run("stage", launcher, *TRAIN, "mylab/decoder.yaml", *SMALL, *sizes)

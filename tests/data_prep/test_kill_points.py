@@ -6,10 +6,9 @@ from pathlib import Path
 import pytest
 
 from data_prep.build import main
-from tests.helpers.builds import build_arguments
+from tests.helpers.builds import assert_every_tar_is_whole, build_arguments
 from tests.helpers.corpus import picture
 from vlgpt.files import sha256_file
-from vlgpt.shards import ShardReport
 from vlgpt.shards.manifest import MANIFEST, SUCCESS, read_manifest
 
 # Death before a change leaves the disk as death after the change before it, so one of the two is enough by default.
@@ -59,9 +58,7 @@ def _arm(number: int, is_after: bool) -> None:
 
 
 def assert_nothing_damaged(output: Path) -> None:
-    for tar in output.glob("*.tar"):
-        report = ShardReport.model_validate_json(tar.with_suffix(".json").read_bytes())
-        assert sha256_file(tar) == report.sha256 and tar.with_suffix(".idx").is_file()
+    assert_every_tar_is_whole(output)
     if (output / SUCCESS).exists():
         manifest = read_manifest((output / MANIFEST).read_bytes(), where="")
         assert all(sha256_file(output / f"{shard.name}.tar") == shard.sha256 for shard in manifest.shards)

@@ -38,18 +38,9 @@ def test_predictions_do_not_depend_on_batch_size_or_processes(name, num_processe
     ).read_bytes()
     for batch_size in (3, 8):
         output = tmp_path / f"{batch_size}"
+        options = {"examples": examples, "output": output, "batch_size": batch_size}
         paths = [
-            run(benchmark, WordResponder(), examples=examples, output=output, batch_size=batch_size)
-            if num_processes == 1
-            else run(
-                benchmark,
-                WordResponder(),
-                examples=examples,
-                output=output,
-                batch_size=batch_size,
-                num_processes=2,
-                rank=rank,
-            )
+            run(benchmark, WordResponder(), **options, num_processes=num_processes, rank=rank)
             for rank in range(num_processes)
         ]
         assert paths[-1].read_bytes() == wanted
@@ -78,16 +69,9 @@ def test_pictures_made_together_are_always_made_beside_the_same_others(num_proce
     wanted = {p.name: p.read_bytes() for p in (tmp_path / "one/images").glob("*")}
     assert len(wanted) == len(examples) > 3
     output = tmp_path / "two"
+    options = {"examples": examples, "output": output, "batch_size": 8, "num_processes": num_processes}
     for rank in range(num_processes):
-        run(
-            benchmark,
-            GroupResponder(),
-            examples=examples,
-            output=output,
-            batch_size=8,
-            num_processes=num_processes,
-            rank=rank,
-        )
+        run(benchmark, GroupResponder(), **options, rank=rank)
     assert {p.name: p.read_bytes() for p in (output / "images").glob("*")} == wanted
     (shard, *_) = sorted((output / "shards").iterdir(), key=lambda path: -path.stat().st_size)
     shard.write_bytes(shard.read_bytes()[:-9])  # a kill in the middle of the last group
@@ -182,28 +166,18 @@ def test_a_kill_signal_loses_no_finished_answer(data, tmp_path):
 def test_another_protocol_may_not_continue_a_run(data, tmp_path):
     benchmark, examples = examples_of("vqav2", data)
     run(benchmark, WordResponder(), examples=examples, output=tmp_path)
-    cases = {
-        "prompt.hash": lambda: run(
-            benchmarks.make("vqav2", prompt_file="vlgpt-i"),
-            WordResponder(),
-            examples=examples,
-            output=tmp_path,
-        ),
-        "decoding.num_beams": lambda: run(
-            benchmark,
-            WordResponder(),
-            examples=examples,
-            output=tmp_path,
-            decoding=DecodeSettings(num_beams=3),
-        ),
-        "responder.export_hash": lambda: run(
-            benchmark, WordResponder(identity={"export_hash": "x"}), examples=examples, output=tmp_path
-        ),
-        "questions.n": lambda: run(benchmark, WordResponder(), examples=examples[:3], output=tmp_path),
-    }
-    for key, start in cases.items():
+    other, others = (
+        benchmarks.make("vqav2", prompt_file="vlgpt-i"),
+        WordResponder(identity={"export_hash": "x"}),
+    )
+    for key, asked, responder, changes in (
+        ("prompt.hash", other, WordResponder(), {}),
+        ("decoding.num_beams", benchmark, WordResponder(), {"decoding": DecodeSettings(num_beams=3)}),
+        ("responder.export_hash", benchmark, others, {}),
+        ("questions.n", benchmark, WordResponder(), {"examples": examples[:3]}),
+    ):
         with pytest.raises(UserError, match="another protocol") as error:
-            start()
+            run(asked, responder, **{"examples": examples, "output": tmp_path, **changes})
         assert key in str(error.value)
 
 

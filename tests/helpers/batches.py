@@ -13,7 +13,7 @@ from vlgpt.batch import Batch, ImageInput
 from vlgpt.document import Document, ImagePart, TextPart
 from vlgpt.tokens import DocumentTokenizer, flatten
 
-WORDS = (
+WORDS = [
     "red",
     "blue",
     "green",
@@ -27,7 +27,7 @@ WORDS = (
     "two",
     "lazy",
     "quick",
-)
+]
 
 
 def random_document(number: int, *, num_images: int, is_chat: bool = False) -> Document:

@@ -7,7 +7,8 @@ from pathlib import Path
 from data_prep.build import main
 from vlgpt.document import Document
 from vlgpt.errors import run_command
-from vlgpt.shards import ShardSet
+from vlgpt.files import sha256_file
+from vlgpt.shards import ShardReport, ShardSet
 
 
 def build_arguments(source: str, folder: Path, output: Path, *options: object) -> list[str]:
@@ -31,6 +32,14 @@ def write_imagefolder(folder: Path, files: Iterable[tuple[str, bytes | None, dic
         rows.append(json.dumps({"file_name": name, **columns}) + "\n")
     (folder / "metadata.jsonl").write_text("".join(rows))
     return folder
+
+
+def assert_every_tar_is_whole(output: Path) -> None:
+    """What stands under a final name has its report and its index."""
+    for tar in output.glob("*.tar"):
+        report = ShardReport.model_validate_json(tar.with_suffix(".json").read_bytes())
+        assert sha256_file(tar) == report.sha256, tar.name
+        assert tar.with_suffix(".idx").is_file()
 
 
 def documents(shards: ShardSet | Path) -> list[Document]:

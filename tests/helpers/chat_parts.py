@@ -15,7 +15,7 @@ from PIL import Image
 
 from demo.decoder import ConvDecoder
 from tests.helpers.tiny_clip import save_fitting_clip
-from tests.helpers.tiny_unified import new_document_tokenizer, new_model
+from tests.helpers.tiny_unified import CONDITION_SHAPES, new_document_tokenizer, new_model
 from vlgpt.decoding.generator import Generator
 from vlgpt.export import export_model
 from vlgpt.models.encoders import load_clip
@@ -26,16 +26,7 @@ def save_parts(folder: Path) -> None:
     """clip/ and decoder/ that fit `new_model(tokenizer, num_patches=5)`."""
     save_fitting_clip(folder / "clip")
     torch.manual_seed(1)
-    ConvDecoder(
-        image_tokens=3,
-        image_width=16,
-        text_tokens=5,
-        text_width=12,
-        size_px=24,
-        width=24,
-        num_heads=2,
-        channels=32,
-    ).save(folder / "decoder")
+    ConvDecoder(**CONDITION_SHAPES, size_px=24, width=24, num_heads=2, channels=32).save(folder / "decoder")
 
 
 def new_chat_model(tokenizer, **shape) -> UnifiedModel:

@@ -5,14 +5,13 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.chat_parts import save_export
-from tests.helpers.tiny_clip import save_tiny_clip
+from tests.helpers.tiny_clip import save_judging_clip
 from tests.helpers.tiny_unified import new_document_tokenizer, new_model
 
 
 @pytest.fixture(scope="session")
 def clip_folder(tmp_path_factory) -> Path:
-    sizes = {"size_px": 32, "patch_px": 8, "layers": 1, "text_length": 24}
-    return save_tiny_clip(tmp_path_factory.mktemp("clip"), **sizes)
+    return save_judging_clip(tmp_path_factory.mktemp("clip"))
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ import torch
 from transformers import LlamaConfig
 
 from tests.helpers.batches import pack, random_document
-from tests.helpers.tiny_unified import NUM_PATCHES, PATCH_WIDTH, new_document_tokenizer
+from tests.helpers.tiny_unified import CONDITION_SHAPES, NUM_PATCHES, PATCH_WIDTH, new_document_tokenizer
 from vlgpt.batch import to_device
 from vlgpt.models.image_detokenizer import ImageDetokenizer
 from vlgpt.models.image_tokenizer import ImageTokenizer
@@ -30,8 +30,7 @@ SIZES = {
 
 def image_arguments(width, depth, visual_width, num_visual=4):
     part = {"width": width, "depth": depth, "num_heads": 4, "mlp_ratio": 4.0, "init_std": 1.0}
-    shapes = {"image_tokens": 3, "image_width": 16, "text_tokens": 5, "text_width": 12}
-    shapes |= {"num_patches": NUM_PATCHES, "patch_width": PATCH_WIDTH}
+    shapes = {**CONDITION_SHAPES, "num_patches": NUM_PATCHES, "patch_width": PATCH_WIDTH}
     return {
         **shapes,
         "num_visual": num_visual,

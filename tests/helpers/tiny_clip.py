@@ -18,28 +18,22 @@ def save_clip(folder: Path, tokenizer: PreTrainedTokenizerBase, config: dict, *,
     return folder
 
 
-def save_tiny_clip(
-    folder: Path,
-    *,
-    seed: int = 0,
-    size_px: int = 24,
-    patch_px: int = 12,
-    layers: int = 2,
-    text_length: int = 16,
-) -> Path:
-    """Towers of width 32 for images and of width 16 for text, with a tokenizer of their own."""
-    texts = ["picture number one of a red dog", "a red dog and a blue chair near the house"]
-    tokenizer = train_text_tokenizer(texts, vocabulary_size=300)
-    vision = {"image_size": size_px, "layers": layers, "width": 32, "patch_size": patch_px, "head_width": 16}
-    text = {
-        "context_length": text_length,
-        "vocab_size": len(tokenizer),
-        "width": 16,
-        "heads": 2,
-        "layers": layers,
-    }
+def save_tiny_clip(folder: Path, *, seed: int = 0) -> Path:
+    """24 px, patches of 12, two layers of width 32 for images and of width 16 for text."""
+    tokenizer = train_text_tokenizer(["picture number one of a red dog"], vocabulary_size=300)
+    vision = {"image_size": 24, "patch_size": 12, "layers": 2, "width": 32, "head_width": 16}
+    text = {"context_length": 16, "vocab_size": len(tokenizer), "width": 16, "heads": 2, "layers": 2}
     config = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}
     return save_clip(folder, tokenizer, config, seed=seed)
+
+
+def save_judging_clip(folder: Path) -> Path:
+    """32 px, patches of 8, one layer of width 32 for each; long enough a text for captions."""
+    tokenizer = train_text_tokenizer(["a red dog and a blue chair near the house"], vocabulary_size=300)
+    vision = {"image_size": 32, "patch_size": 8, "layers": 1, "width": 32, "head_width": 16}
+    text = {"context_length": 24, "vocab_size": len(tokenizer), "width": 32, "heads": 2, "layers": 1}
+    config = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}
+    return save_clip(folder, tokenizer, config, seed=0)
 
 
 def save_fitting_clip(folder: Path) -> Path:

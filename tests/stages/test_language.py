@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from tests.helpers.batches import pack, random_document
+from tests.helpers.runs import run_settings
 from tests.helpers.tiny_unified import new_document_tokenizer, new_model
 from vlgpt.batch import ImageInput
-from vlgpt.config import validate
 from vlgpt.models.losses import targets_of
-from vlgpt.settings import LanguageStageSettings, LoraSettings, RunSettings
+from vlgpt.settings import LanguageStageSettings, LoraSettings
 from vlgpt.stages.base import parameter_groups
 from vlgpt.stages.language import LanguageStage
 
@@ -35,9 +35,7 @@ class CappedStage(LanguageStage):
 
 def test_a_stage_of_another_package_may_extend_this_one(tokenizer):
     stage = {"kind": f"{__name__}:CappedStage", "language_model": "none", "cap": 3.0, "text_weight": 0.5}
-    values = {"name": "n", "output_dir": "o", "stage": stage, "steps": 1, "global_batch": 1, "micro_batch": 1}
-    values["data"] = {"sources": [{"name": "s", "path": "p"}]}
-    run = validate(RunSettings, values, where="test")
+    run = run_settings(stage=stage)
     image_tokens = [tokenizer.begin_image_id, tokenizer.end_image_id]
     built = CappedStage.assemble(new_model(tokenizer), run.stage, image_tokens=image_tokens, num_sources=1)
     assert (type(built), built.cap, built.text_weight) == (CappedStage, 3.0, 0.5)

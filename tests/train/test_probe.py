@@ -10,11 +10,10 @@ from evaluation.run import run, select
 from evaluation.score import score
 from evaluation.training_probe import make_probe
 from tests.helpers.official_files import write_coco, write_easy_vqa
+from tests.helpers.runs import run_settings
 from tests.helpers.tiny_clip import save_fitting_clip
 from tests.helpers.tiny_unified import new_document_tokenizer, new_model
-from vlgpt.config import validate
 from vlgpt.errors import UserError
-from vlgpt.settings import RunSettings
 
 
 @pytest.fixture(scope="module")
@@ -37,18 +36,8 @@ def folder(tmp_path_factory):
 def settings_of(folder, *probes, kind="language"):
     stage = {"kind": "language", "language_model": str(folder / "export"), "template": "short"}
     stage["encoder"] = {"path": str(folder / "clip")}
-    values = {
-        "name": "test",
-        "output_dir": str(folder / "run"),
-        "stage": stage if kind == "language" else {"kind": "image_tokenizer"},
-        "data": {"sources": [{"name": "a", "path": "b"}]},
-        "steps": 1,
-        "global_batch": 1,
-        "micro_batch": 1,
-        "precision": "fp32",
-        "validation": {"probes": probes},
-    }
-    return validate(RunSettings, values, where="test")
+    stage = stage if kind == "language" else {"kind": "image_tokenizer"}
+    return run_settings(output_dir=str(folder / "run"), stage=stage, validation={"probes": probes})
 
 
 def questions(folder, name, **more):
