@@ -54,8 +54,8 @@ def training(launcher, config, folder, *overrides):
 
 
 def square(number):
-    picture = np.full((30, 30, 3), 255, np.uint8)
-    picture[5:25, 5:25] = colour = np.random.default_rng(number).integers(0, 255, 3)
+    picture, colour = np.full((30, 30, 3), 255, np.uint8), np.random.default_rng(number).integers(0, 255, 3)
+    picture[5:25, 5:25] = colour
     return png_bytes(Image.fromarray(picture)), f"a square of colour {colour[0]} {colour[1]}"
 
 

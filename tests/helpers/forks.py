@@ -21,7 +21,7 @@ from vlgpt.files import free_port
 
 
 class Forks:
-    """The process in which everything is imported. `run` is what a launcher does: ranks, and one death ends all."""
+    """The process in which everything is imported. `run` does what a launcher does."""
 
     def __init__(self):
         self.process = subprocess.Popen(
@@ -32,15 +32,13 @@ class Forks:
             text=True,
         )
 
-    def run(self, command, *, folder, log, num_ranks=1):
-        """Run a script (or `-m module`) in `folder`, output appended to `log`: -> exit codes, -9 for a killed rank."""
-        act = {
-            "command": command,
-            "folder": str(folder),
-            "log": str(log),
-            "ranks": num_ranks,
-            "port": free_port(),
-        }
+    def run(self, command, *, folder, log, num_ranks=1, is_death_of_all=True):
+        """Run a script (or `-m module`) in `folder`, output appended to `log`: -> exit codes, -9 for a killed rank.
+
+        As under a launcher one rank that fails ends all, unless `is_death_of_all` is false.
+        """
+        act = {"command": [str(part) for part in command], "folder": str(folder), "log": str(log)}
+        act |= {"ranks": num_ranks, "port": free_port(), "is_death_of_all": is_death_of_all}
         self.process.stdin.write(json.dumps(act) + "\n")
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
@@ -84,7 +82,7 @@ def serve():
         while children:
             child, status = os.waitpid(-1, 0)
             codes[children.pop(child)] = code = os.waitstatus_to_exitcode(status)
-            for other in children if code else ():
+            for other in children if code and act["is_death_of_all"] else ():
                 os.kill(other, signal.SIGKILL)
         answers.write(json.dumps(codes) + "\n")
         answers.flush()
