@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import pre_tokenizers
 
 from tests.helpers.html_pages import inert
-from tests.helpers.small_data import NUM_VISUAL, chat, make_tokenizer, page, pair, write_dataset
+from tests.helpers.small_data import NUM_VISUAL, chat, make_tokenizer, page, pair, word_level, write_dataset
 from vlgpt.data.inspect import Inspection, LossWeights, inspect, token_text
 from vlgpt.data.inspect_page import to_html, to_text
 from vlgpt.data.loader import Loader
 from vlgpt.document import Document, ImagePart, TextPart
 from vlgpt.settings import DataSettings, SourceSettings
+from vlgpt.tokens import DocumentTokenizer
 
 TOKENIZER = make_tokenizer()
 
@@ -110,18 +112,8 @@ NASTY = [
 
 @pytest.mark.parametrize("kind", ["packed", "conditions"])
 def test_captions_cannot_act_on_the_page_or_the_terminal(tmp_path: Path, kind: str) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    from vlgpt.tokens import DocumentTokenizer
-
-    words = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", *NASTY])}
-    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Split("|", "removed")
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-    )
-    tokenizer = DocumentTokenizer(fast, num_visual=2, template="short")
+    text_tokenizer = word_level(NASTY, pre_tokenizers.Split("|", "removed"))
+    tokenizer = DocumentTokenizer(text_tokenizer, num_visual=2, template="short")
     documents = [Document(text, text, (ImagePart(0), TextPart("|" + text))) for text in NASTY]
     write_dataset(tmp_path / "nasty", documents, shard_sizes=[len(NASTY)], tokenizer=tokenizer)
     source = SourceSettings(name=NASTY[0], path=str(tmp_path / "nasty"))

@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from tokenizers import pre_tokenizers
 
 from data_prep import check, index
 from data_prep.report import ShownPart
 from tests.helpers.builds import build, write_imagefolder
 from tests.helpers.corpus import encode, picture, pixels
 from tests.helpers.html_pages import inert
-from tests.helpers.small_data import feature_spec
+from tests.helpers.small_data import feature_spec, word_level
 from tests.helpers.tars import write_tar
 from vlgpt.document import Document, ImagePart, TextPart
 from vlgpt.errors import run_command
@@ -51,13 +52,7 @@ def data(built, tmp_path) -> Path:
 @pytest.fixture
 def letter_tokenizer(tmp_path) -> Path:
     """Another tokenizer: one token per letter."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    letters = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1}, unk_token="<unk>"))
-    letters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    fast = PreTrainedTokenizerFast(tokenizer_object=letters, eos_token="</s>", unk_token="<unk>")
-    fast.save_pretrained(str(tmp_path / "letters"))
+    word_level([], pre_tokenizers.Split("", "isolated")).save_pretrained(tmp_path / "letters")
     return tmp_path / "letters"
 
 

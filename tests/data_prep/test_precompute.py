@@ -28,11 +28,6 @@ from vlgpt.shards import ShardSet, write_spec
 NUM_PICTURES = 14
 
 
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory) -> Path:
-    return save_tiny_clip(tmp_path_factory.mktemp("clip"))
-
-
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """Five shards of up to three pairs."""

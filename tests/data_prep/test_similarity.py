@@ -37,11 +37,6 @@ class Words:
         return [ord(letter) for letter in text]
 
 
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory) -> Path:
-    return save_tiny_clip(tmp_path_factory.mktemp("clip"))
-
-
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """Three shards of two documents and a dropped record each, with token lengths."""

@@ -129,20 +129,8 @@ def test_an_untouched_adapter_leaves_the_nll_of_text_as_it_was_and_a_touched_one
         if "lora_B" in name:
             parameter.data.normal_(std=0.3)
     export_model(model, folder / "export", tokenizer=tokenizer)
-    assert (
-        text_nll.main(
-            [
-                str(folder / "export"),
-                "--base",
-                str(folder / "base"),
-                "--data",
-                str(data),
-                "--output",
-                str(folder / "text.json"),
-            ]
-        )
-        == 0
-    )
+    places = ("--base", folder / "base", "--data", data, "--output", folder / "text.json")
+    assert text_nll.main([str(folder / "export"), *map(str, places)]) == 0
     assert abs(json.loads((folder / "text.json").read_text())["text/nll_ratio"]["value"] - 1) > 0.01
 
 

@@ -23,17 +23,19 @@ NUM_VISUAL = 4
 WORDS = [f"w{i}" for i in range(200)]
 
 
+def word_level(words: Sequence[str], split: Any, **options: Any) -> PreTrainedTokenizerFast:
+    """A text tokenizer of one token per piece of `split`; what is none of these words is unknown."""
+    vocabulary = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", *words])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = split
+    marks = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **marks, **options)
+
+
 def make_tokenizer(*, num_visual: int = NUM_VISUAL) -> DocumentTokenizer:
     """One token per word."""
-    special = ["<unk>", "<s>", "</s>"]
-    chat = ["USER:", "ASSISTANT:"]
-    vocabulary = {word: i for i, word in enumerate([*special, *chat, *WORDS])}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>", add_bos_token=True
-    )
-    return DocumentTokenizer(fast, num_visual=num_visual, template="short")
+    text = word_level(["USER:", "ASSISTANT:", *WORDS], pre_tokenizers.WhitespaceSplit(), add_bos_token=True)
+    return DocumentTokenizer(text, num_visual=num_visual, template="short")
 
 
 def picture(number: int, *, size_px: int = 8, suffix: str = "png") -> tuple[str, bytes]:

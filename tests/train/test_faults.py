@@ -206,16 +206,8 @@ sys.exit(75)
 
 def signalled(folder, number):
     """Exit code of a supervisor that got a signal while its command ran."""
-    launcher = [
-        sys.executable,
-        ROOT / "launchers" / "supervise.py",
-        "--run-dir",
-        folder,
-        "--pause-s",
-        "0",
-        "--",
-    ]
-    command = [*launcher, sys.executable, "-c", PATIENT, folder]
+    supervisor = [ROOT / "launchers" / "supervise.py", "--run-dir", folder, "--pause-s", "0"]
+    command = [sys.executable, *supervisor, "--", sys.executable, "-c", PATIENT, folder]
     process = subprocess.Popen(
         [*map(str, command)],
         env=environment(),
