@@ -1,12 +1,16 @@
 """Tar members are listed from headers alone: whole regular files, in order, up to the damage."""
 
 import gzip
-import io
 import tarfile
 
 import pytest
 
+<<<<<<< HEAD
 from vlgpt.shards.tars import list_tar_members, read_tar_member
+=======
+from tests.helpers.tars import add, add_special
+from vlgpt.shards.index import list_tar_members, read_tar_member
+>>>>>>> main
 
 FILES = {"a.jpg": b"x" * 700, "../b.txt": b"", "c/d.json": b"{}" * 300}
 
@@ -14,13 +18,9 @@ FILES = {"a.jpg": b"x" * 700, "../b.txt": b"", "c/d.json": b"{}" * 300}
 def write(path, *, special=()):
     with tarfile.open(path, "w") as archive:
         for name, data in FILES.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
+            add(archive, name, data)
             for kind in special:
-                info = tarfile.TarInfo(f"{name}-{kind!r}")
-                info.type, info.linkname = kind, "/etc/passwd"
-                archive.addfile(info)
+                add_special(archive, f"{name}-{kind!r}", kind)
     return path
 
 
@@ -57,3 +57,20 @@ def test_reading_past_the_end_is_an_error_that_names_the_tar(tmp_path):
     tar = write(tmp_path / "a.tar")
     with pytest.raises(OSError, match=r"a\.tar"):
         read_tar_member(tar, tar.stat().st_size - 3, 10)
+
+
+@pytest.mark.parametrize("tar_format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
+def test_members_are_those_of_tarfile(tmp_path, tar_format):
+    names = ["a.jpg", "./b.txt", "d/" * 60 + "e.jpg", "folder/" + "x" * 90 + ".jpg"]
+    if tar_format != tarfile.USTAR_FORMAT:
+        names += ["long/" + "y" * 300 + ".json", "d\u00e9j\u00e0 vu \U0001f98a.png"]
+    with tarfile.open(tmp_path / "a.tar", "w", format=tar_format) as archive:
+        for number, name in enumerate(names):
+            info = tarfile.TarInfo(name)
+            info.size, info.mtime = 700 * number, 1.5 if tar_format == tarfile.PAX_FORMAT else 1
+            archive.addfile(info, io.BytesIO(bytes([number]) * info.size))
+    with tarfile.open(tmp_path / "a.tar") as archive:
+        wanted = [(info.name, info.offset_data, info.size) for info in archive]
+    members = list_tar_members(tmp_path / "a.tar")
+    assert list(zip(members.names, members.offsets.tolist(), members.sizes.tolist())) == wanted
+    assert (members.others, members.problems) == ((), ())

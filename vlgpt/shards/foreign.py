@@ -24,6 +24,7 @@ from vlgpt.shards.index import IndexBuilder, Member, crc32
 from vlgpt.shards.samples import (
     CAPTION_NAMES,
     BadText,
+    SampleTexts,
     TarSamples,
     choose_fields,
     list_samples,
@@ -235,10 +236,10 @@ def foreign_sample(fields: Mapping[str, bytes], *, key: str, source: str) -> Sam
         raise BadSample(reason, key, source)
     texts = {role: fields[field] for role, field in chosen.items() if role != "image"}
     try:
-        document = pair_document(texts, key=key, source=source)
+        caption = SampleTexts.parse(texts).caption()[1] if texts else None
     except BadText as error:
         raise BadSample(error.reason, key, source) from error
-    return Sample(document, (fields[chosen["image"]],), key)
+    return Sample(pair_document(caption, key=key, source=source), (fields[chosen["image"]],), key)
 
 
 class ForeignStream:

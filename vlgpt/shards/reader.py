@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import json
 import os
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from vlgpt.document import Document
 from vlgpt.errors import UserError
+from vlgpt.files import expand_paths
 from vlgpt.images import decode_image
 from vlgpt.shards.cache import DEFAULT_CACHE_BYTES, LocalFolder, RemoteFolder, is_url
 from vlgpt.shards.features import FeatureReader
 from vlgpt.shards.foreign import ForeignFolder
 from vlgpt.shards.index import crc32
 from vlgpt.shards.manifest import MANIFEST, SUCCESS, Manifest, fingerprint, read_manifest
-from vlgpt.shards.samples import BadText, pair_document
+<<<<<<< HEAD
+from vlgpt.shards.samples import BadText, caption_of, pair_document
+=======
+from vlgpt.shards.recent import Recent
+>>>>>>> main
 from vlgpt.shards.schema import BadSample, Sample, ShardIndex, ShardRecord, ShardReport
-from vlgpt.shards.tars import TAR_SUFFIXES, expand_paths, find_tars
+from vlgpt.shards.tars import TAR_SUFFIXES, find_tars
 
 if TYPE_CHECKING:
     from webdataset.compat import FluidWrapper
@@ -55,9 +58,8 @@ class ShardSet:
         self.num_samples = sum(shard.num_samples for shard in self.shards)
         self.num_images = sum(shard.num_images for shard in self.shards)
         self.fingerprint = fingerprint(self.shards)
-        self._opened: OrderedDict[int, tuple[ShardIndex, Layout]] = OrderedDict()
-        self._tars: OrderedDict[int, _OpenTar] = OrderedDict()
-        self._lock = Lock()
+        self._indexes: Recent[int, tuple[ShardIndex, Layout]] = Recent(MAX_CACHED_INDEXES)
+        self._tars: Recent[int, _OpenTar] = Recent(MAX_OPEN_TARS)
 
     @classmethod
     def open(
@@ -132,14 +134,11 @@ class ShardSet:
 
     def index(self, shard: int) -> ShardIndex:
         """The index of a shard (cached). Raises UserError when it does not fit the manifest."""
-        return self._open(shard)[0]
+        return self._indexes.get(shard, self._open)[0]
 
     def _open(self, shard: int) -> tuple[ShardIndex, Layout]:
-        with self._lock:
-            if (opened := self._opened.get(shard)) is not None:
-                self._opened.move_to_end(shard)
-                return opened
         record = self.shards[shard]
+<<<<<<< HEAD
         try:
             index = self._load(shard)
         except (UserError, FileNotFoundError):
@@ -152,6 +151,15 @@ class ShardSet:
             while len(self._opened) > MAX_CACHED_INDEXES:
                 self._opened.popitem(last=False)
         return opened
+=======
+        index = ShardIndex.load(self.index_path(shard))
+        if index.tar_sha256 != record.sha256 or index.num_samples != record.num_samples:
+            raise UserError(
+                f"{self.folder.where}: the index of shard {record.name} belongs to another tar; run python "
+                f"-m data_prep.index {self.folder.where}"
+            )
+        return index, Layout.of(index, num_bytes=record.num_bytes)
+>>>>>>> main
 
     def _load(self, shard: int) -> ShardIndex:
         record, index = self.shards[shard], ShardIndex.load(self.index_path(shard))
@@ -173,12 +181,14 @@ class ShardSet:
 
         Raises BadSample (damaged, missing or malformed data) and IndexError.
         """
-        (index, layout), record = self._open(shard), self.shards[shard]
+        (index, layout), record = self._indexes.get(shard, self._open), self.shards[shard]
         if not 0 <= sample < index.num_samples:
             raise IndexError(f"shard {record.name} has {index.num_samples} samples, asked for {sample}")
         key = str(index.keys[sample])
         try:
-            tar = self._open_tar(shard)  # held until it is read: another thread may evict it from the cache
+            tar = self._tars.get(
+                shard, self._open_tar
+            )  # held until it is read: another thread may evict it from the cache
             data = layout.read(tar.descriptor, sample, with_images=with_images)
         except OSError as error:
             raise BadSample("unreadable_shard", key, record.name) from error
@@ -187,10 +197,10 @@ class ShardSet:
         images = tuple(data[1:])
         try:
             if isinstance(self.folder, ForeignFolder):
-                first, end = index.member_start[sample : sample + 2].tolist()
-                roles = index.member_suffix[first:end].tolist()
-                texts = {role: text for role, text in zip(roles, data) if role != "image"}
-                document, images = pair_document(texts, key=key, source=self.name), tuple(data[len(texts) :])
+                role = layout.roles[sample]
+                caption = None if role == "image" else caption_of(role, data[0])
+                document = pair_document(caption, key=key, source=self.name)
+                images = images if caption is not None else tuple(data)
             else:
                 document = Document.from_record(json.loads(data[0]))
         except BadText as error:
@@ -242,18 +252,7 @@ class ShardSet:
         return {"__key__": sample.key, "document": sample.document, "images": images}
 
     def _open_tar(self, shard: int) -> _OpenTar:
-        with self._lock:
-            if (tar := self._tars.get(shard)) is not None:
-                self._tars.move_to_end(shard)
-                return tar
-        tar = self._first_open(f"{self.shards[shard].name}.tar")
-        with self._lock:
-            self._tars[shard] = tar
-            if len(self._tars) > MAX_OPEN_TARS:
-                self._tars.popitem(last=False)
-        return tar
-
-    def _first_open(self, name: str) -> _OpenTar:
+        name = f"{self.shards[shard].name}.tar"
         for _ in range(3):  # another process may evict a cached copy between its download and this open
             try:
                 return _OpenTar(self.folder.path(name))
@@ -269,14 +268,7 @@ class ShardSet:
 
     def close(self) -> None:
         """Close all files; reading opens them again."""
-        with self._lock:
-            self._tars.clear()
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_tars": OrderedDict(), "_opened": OrderedDict(), "_lock": None}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state, _lock=Lock())
+        self._tars.clear()
 
 
 class _OpenTar:
@@ -301,11 +293,12 @@ class BadMember(ValueError):
 @dataclass(frozen=True)
 class Layout:
     """`samples` (n, 4): first member, end, start of the piece of the tar that holds them, its length.
-    `members` (M, 3): offset, size, crc32.
+    `members` (M, 3): offset, size, crc32. `roles`: what the first member of each sample is.
     """
 
     samples: np.ndarray
     members: np.ndarray
+    roles: list[str]
 
     @staticmethod
     def of(index: ShardIndex, *, num_bytes: int) -> Layout:
@@ -314,13 +307,14 @@ class Layout:
         members = np.stack([offset, size, index.member_crc.astype(np.int64)], axis=1)
         first, end = index.member_start[:-1], index.member_start[1:]
         if index.num_samples == 0:
-            return Layout(np.empty((0, 4), np.int64), members)
+            return Layout(np.empty((0, 4), np.int64), members, [])
         start = np.minimum.reduceat(offset, first)
         span = np.maximum.reduceat(offset + size, first) - start
         is_apart = span > np.add.reduceat(size, first) + MAX_GAP_BYTES * (end - first)
         is_outside = np.logical_or.reduceat((offset < 0) | (size < 0) | (offset + size > num_bytes), first)
         span = np.where(is_outside, _OUTSIDE, np.where(is_apart, _APART, span))
-        return Layout(np.stack([first, end, start, span], axis=1), members)
+        roles = index.member_suffix[first].tolist()
+        return Layout(np.stack([first, end, start, span], axis=1), members, roles)
 
     def read(self, file: int, sample: int, *, with_images: bool) -> list[bytes]:
         """The members of a sample, checked: its record and its images. One request when they lie side by side, as in

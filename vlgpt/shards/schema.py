@@ -122,7 +122,9 @@ class ShardReport(StoredModel):
         found = {
             place: (reason, name)
             for reason, places in self.dropped_records.items()
-            for place, name in zip(places, itertools.chain(self.dropped_names.get(reason, ()), itertools.repeat("")))
+            for place, name in zip(
+                places, itertools.chain(self.dropped_names.get(reason, ()), itertools.repeat(""))
+            )
         }
         return dict(sorted(found.items()))
 
@@ -196,7 +198,7 @@ class ShardIndex:
         """The npz file as bytes, equal for equal content."""
         buffer = io.BytesIO()
         columns = {field.name: np.asarray(getattr(self, field.name)) for field in fields(self)}
-        np.savez(buffer, **columns)  # type: ignore[arg-type]
+        np.savez(buffer, **columns)  # type: ignore[arg-type]  # none is allow_pickle
         return buffer.getvalue()
 
     @staticmethod

@@ -15,24 +15,23 @@ import posixpath
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from glob import escape, glob, has_magic
+from glob import escape
 from io import BufferedIOBase
-from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
 from vlgpt.errors import UserError
-from vlgpt.files import CHUNK_BYTES, file_stamp, open_locked
+from vlgpt.files import CHUNK_BYTES, expand_paths, file_stamp, open_locked
 from vlgpt.log import get_logger
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 INDEX_FOLDER = ".vlgpt-index"
 BLOCK_BYTES = 512
-MAGIC, MAGIC_OFFSET = b"ustar", 257
+MAGIC, MAGIC_OFFSET, POSIX_MAGIC = b"ustar", 257, b"ustar\0"
 EXTENSIONS = {
     tarfile.GNUTYPE_LONGNAME: "path",
     tarfile.GNUTYPE_LONGLINK: "linkpath",
@@ -48,10 +47,13 @@ SPARSE_FLAG, SPARSE_FLAG_EXTENDED = 482, 504
 MAX_NAME_CHARS = 1000
 MAX_EXTENSION_BYTES = 1 << 20
 MAX_LINKS = 8
-MAX_EXPANDED = 1_000_000
 # pictures hardly shrink: what unpacks to more is no data set
 MAX_UNPACKED, MAX_UNPACKED_RATIO = 1 << 30, 100
-PACKERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
+PACKERS: dict[bytes, Callable[..., BufferedIOBase]] = {
+    b"\x1f\x8b": gzip.GzipFile,
+    b"BZh": bz2.BZ2File,
+    b"\xfd7zXZ\0": lzma.LZMAFile,
+}
 DAMAGED = ".damaged.tar"
 
 
@@ -217,12 +219,41 @@ class _Scan:
         return self._size
 
 
-def _header(block: bytes) -> tarfile.TarInfo | None:
-    try:
-        info = tarfile.TarInfo.frombuf(block, "utf-8", "backslashreplace")
-    except (tarfile.TarError, ValueError):
+@dataclass(frozen=True, slots=True)
+class _Header:
+    """What a header block says, of which tarfile would read ten fields more."""
+
+    name: str
+    size: int
+    type: bytes
+    linkname: str
+
+
+def _header(block: bytes) -> _Header | None:
+    """None for a block whose checksum is wrong, or whose size makes no sense."""
+    if len(block) < BLOCK_BYTES:
         return None
-    return info if info.size >= 0 else None
+    try:
+        checksum, size = _number(block[148:156]), _number(block[124:136])
+    except ValueError:
+        return None
+    # every byte but the checksum's own, which count as blanks; old programs took bytes for signed numbers
+    found = sum(block) - sum(block[148:156]) + 8 * ord(" ")
+    if size < 0 or (checksum != found and checksum != found - 256 * sum(byte > 127 for byte in block)):
+        return None
+    name, kind = _text(block[:100]), block[156:157]
+    if block[257:263] == POSIX_MAGIC and block[345]:
+        name = f"{_text(block[345:500])}/{name}"
+    if kind == tarfile.AREGTYPE and name.endswith("/"):
+        kind = tarfile.DIRTYPE
+    return _Header(name, size, kind, _text(block[157:257]))
+
+
+def _number(field: bytes) -> int:
+    """Octal digits, or the bytes of a number if the first one says so. Raises ValueError."""
+    if field[0] in (0o200, 0o377):
+        return int.from_bytes(field[1:], "big") if field[0] == 0o200 else -1
+    return int(field.partition(b"\0")[0].strip() or b"0", 8)
 
 
 def _text(data: bytes) -> str:
@@ -307,19 +338,6 @@ def without_suffix(name: str) -> str:
     """`a/00000.tar.gz` -> `a/00000`; a name without a suffix of tars stays."""
     longest = max((suffix for suffix in TAR_SUFFIXES if name.lower().endswith(suffix)), key=len, default="")
     return name[: len(name) - len(longest)]
-
-
-def expand_paths(path: Path) -> list[Path]:
-    """The paths that a name with braces or stars means, which no shell has expanded; `path` itself if it exists."""
-    if path.exists():
-        return [path]
-    from braceexpand import UnbalancedBracesError, braceexpand
-
-    try:
-        names = list(islice(braceexpand(str(path)), MAX_EXPANDED))
-    except UnbalancedBracesError as error:
-        raise UserError(f"{path}: the braces are not balanced") from error
-    return [Path(found) for name in names for found in (sorted(glob(name)) if has_magic(name) else [name])]
 
 
 def index_folder(folder: Path, *, cache_dir: Path | None = None) -> Path:
