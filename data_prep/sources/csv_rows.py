@@ -60,8 +60,8 @@ def read_header(path: Path) -> tuple[list[str], str]:
     header = first.decode("utf-8-sig", "replace").strip("\r\n")
     usual, *others = "\t,;" if ".tsv" in path.name.lower() else ",;\t"
     delimiter = next((letter for letter in (usual, *others) if letter in header), usual)
-    names, _ = _fields([header], delimiter)
-    return [name.strip() for name in (header.split(delimiter) if names is None else names)], delimiter
+    names = _fields(header, delimiter) or header.split(delimiter)
+    return [name.strip() for name in names], delimiter
 
 
 class CsvFile:
@@ -97,8 +97,8 @@ class CsvFile:
                 except UnicodeDecodeError:
                     yield Dropped("text_not_utf8", key)
                     continue
-                values, num_lines = _fields([row], self._delimiter)
-                if values is None and num_lines > 1:
+                values = _fields(row, self._delimiter)
+                if values is None and _is_open(row, self._delimiter):
                     yield Dropped("open_quote", key)
                     continue
                 values = values or row.split(self._delimiter)
@@ -134,11 +134,16 @@ def _blank_and_header(lines: Iterator[bytes]) -> Iterator[bytes]:
             return
 
 
-def _fields(lines: Iterable[str], delimiter: str) -> tuple[list[str] | None, int]:
-    """The first row of these lines and how many lines it asked for; None where the quotes do not fit.
+def _fields(row: str, delimiter: str) -> list[str] | None:
+    """The fields of one row, None where its quotes do not fit or one is open."""
+    try:
+        return next(csv.reader((row,), delimiter=delimiter, strict=True), [])
+    except csv.Error:
+        return None
 
-    A row that asks for more lines than there are has a quote that is still open.
-    """
+
+def _first_row(lines: Iterable[str], delimiter: str) -> tuple[list[str] | None, int]:
+    """The first row of these lines, None where the quotes do not fit, and how many lines it asked for."""
     asked = 0
 
     def counted() -> Iterator[str]:
@@ -154,12 +159,17 @@ def _fields(lines: Iterable[str], delimiter: str) -> tuple[list[str] | None, int
         return None, asked
 
 
+def _is_open(row: str, delimiter: str) -> bool:
+    """Whether a quote has no end in this row: it asks for one more line."""
+    return _first_row([row], delimiter)[1] > 1
+
+
 def _row_places(lines: Iterator[bytes], start: int, delimiter: str, num_columns: int) -> Iterator[int]:
     """First byte of each row and the one after its last, the first line beginning at byte `start`."""
     ahead: deque[bytes] = deque()
     while line := ahead.popleft() if ahead else next(lines, b""):
         stop = start + len(line)
-        if b'"' in line and _fields([_text(line)], delimiter)[1] > 1:
+        if b'"' in line and _fields(_text(line), delimiter) is None and _is_open(_text(line), delimiter):
             for _ in range(_num_more(line, ahead, lines, delimiter, num_columns)):
                 stop += len(ahead.popleft())
         if line.strip(BLANK):
@@ -185,7 +195,7 @@ def _num_more(
                 return
             yield _text(more)
 
-    fields, num_lines = _fields(following(), delimiter)
+    fields, num_lines = _first_row(following(), delimiter)
     if fields is None:
         return 0
     broken = next((place for place, field in enumerate(fields) if re.search(r"[\r\n]", field)), 0)

@@ -6,7 +6,6 @@ import random
 import zipfile
 
 import pytest
-from corpus import picture
 
 from data_prep.build import main
 from data_prep.check import check_folder
@@ -16,6 +15,7 @@ from data_prep.sources.base import BadRecord, storable
 from data_prep.sources.csv_rows import CsvFile, open_rows
 from data_prep.sources.folder import FolderSource
 from data_prep.sources.records import JsonRecords
+from tests.helpers.corpus import picture
 from vlgpt.document import Document, TextPart
 from vlgpt.errors import UserError
 from vlgpt.shards import ShardSet
@@ -285,6 +285,17 @@ def test_stored_values_keep_their_text_and_are_json(tmp_path):
     assert (found[7]["n"], found[7]["l"], found[7]["id"]) == (None, [None, {"a": None}], int(ids[1]))
     assert shards.manifest.dropped == {"bad_json": 1}
     assert not list(check_folder(tmp_path / "out"))
+
+
+def test_the_check_refuses_what_only_python_calls_json(tmp_path, monkeypatch):
+    folder(tmp_path, "metadata.csv", ["0.jpg"])
+    real = json.dumps
+    monkeypatch.setattr(json, "dumps", lambda value, **options: real(value, **(options | {"allow_nan": True})))
+    monkeypatch.setattr("data_prep.sources.folder.storable", lambda value: float("nan"))
+    write(tmp_path / "metadata.csv", "file_name,text,n\n0.jpg,x,1\n")
+    arguments = ["folder", "--input", str(tmp_path), "--output", str(tmp_path / "out")]
+    assert main([*arguments, "--num-workers", "0"]) == 0
+    assert any("NaN is no JSON" in problem for problem in check_folder(tmp_path / "out"))
 
 
 def test_no_document_is_stored_as_anything_but_json():
