@@ -240,7 +240,7 @@ class _RecordWriter:
             raise
         except Exception as error:
             key = item.key if isinstance(item, Dropped) else item.document.id
-            writer.drop(_unforeseen(error, key))
+            writer.drop(_unforeseen(error, f"record {key!r}"))
             return
         try:
             writer.add(document, images, dropped_images=lost)
@@ -277,9 +277,9 @@ class _RecordWriter:
         return stored
 
 
-def _unforeseen(error: Exception, key: str) -> str:
+def _unforeseen(error: Exception, record: str) -> str:
     """The reason of a record that made our code or a library fail; the log says how."""
-    get_logger(__name__).warning("%r is dropped: %s: %s", key, type(error).__name__, error)
+    get_logger(__name__).warning("%s is dropped: %s: %s", record, type(error).__name__, error)
     return "unforeseen_error"
 
 
