@@ -128,7 +128,7 @@ MUTANTS = [
     ),
     # --- packed documents do not see each other
     Mutant(
-        LM,
+        BATCH,
         "is_start[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]",
         "is_start[:, 1:] = segment_ids[:, 1:] < segment_ids[:, :-1]",
         "tests/models/test_attention_backends.py::"
@@ -317,12 +317,12 @@ MUTANTS = [
     Mutant(
         "vlgpt/shards/writer.py",
         """        write_atomic(self.folder / f"{self.name}.idx", index.save_bytes())
-        write_atomic(self.folder / f"{self.name}.json", report.model_dump_json(indent=1).encode())
+        write_atomic(self.folder / f"{self.name}.json", report.model_dump_json(indent=1))
         os.replace(self._partial, final)
 """,
         """        os.replace(self._partial, final)
         write_atomic(self.folder / f"{self.name}.idx", index.save_bytes())
-        write_atomic(self.folder / f"{self.name}.json", report.model_dump_json(indent=1).encode())
+        write_atomic(self.folder / f"{self.name}.json", report.model_dump_json(indent=1))
 """,
         "tests/shards/test_shards.py::test_a_tar_gets_its_name_after_its_index_and_its_report",
         "A tar under its final name has a valid index and report beside it.",

@@ -28,7 +28,7 @@ from vlgpt.models.image_tokenizer import ImageTokenizer
 from vlgpt.models.unified import UnifiedModel, is_export
 from vlgpt.models.weights import tensors_of, write_weights
 from vlgpt.settings import LanguageStageSettings, LoraSettings, RunSettings
-from vlgpt.stages.language import LanguageStage, build_language_stage, dtype_of, export_run
+from vlgpt.stages.language import LanguageStage, dtype_of, export_run
 
 CHAT = Document("c", "test", (ImagePart(0, "user"), TextPart("what is in the picture", "user")))
 PLAIN = Document("d", "test", (TextPart("an image of three elephants."),))
@@ -398,7 +398,7 @@ def write_run(folder: Path, parts: Path, *, trained_parts: str = "lora") -> Lang
     (run / "config.yaml").write_text(dump(settings))
     assert isinstance(settings.stage, LanguageStageSettings)
     torch.manual_seed(0)
-    stage = build_language_stage(settings.stage, num_sources=1, dtype=dtype_of(settings))
+    stage = LanguageStage.build(settings.stage, num_sources=1, dtype=dtype_of(settings))
     for step in (10, 20):
         checkpoint = run / "checkpoints" / commits.tag_of(step)
         checkpoint.mkdir(parents=True)

@@ -48,6 +48,10 @@ class OwnComponent(Component):
 def test_a_short_name_and_a_dotted_one_find_their_class():
     assert type(new_head("linear", hidden_width=2, visual_width=2)) is LinearHead
     assert type(new_head("test_registry:OwnHead", hidden_width=2, visual_width=2)) is OwnHead
+    wide = new_head("mlp", hidden_width=4, visual_width=3, options={"ratio": 5})
+    assert [tuple(p.shape) for p in wide.parameters()] == [(20, 4), (20,), (3, 20), (3,)]
+    with pytest.raises(UserError, match=r"head_options \{'ratio': 5\} do not fit head 'linear'.*ratio"):
+        new_head("linear", hidden_width=4, visual_width=3, options={"ratio": 5})
     assert benchmarks.benchmark_class("demo.benchmarks.text:EmojiVqa").__name__ == "EmojiVqa"
 
 

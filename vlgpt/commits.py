@@ -102,7 +102,7 @@ def write_manifest(folder: Path, rank: int, files: Iterable[Path]) -> None:
         name = str(path.relative_to(folder))
         records.append(FileRecord(name=name, num_bytes=path.stat().st_size, sha256=sha256_file(path)))
     manifest = {"rank": rank, "files": records}
-    write_atomic(folder / f"rank_{rank}.json", json.dumps(manifest, indent=1).encode())
+    write_atomic(folder / f"rank_{rank}.json", json.dumps(manifest, indent=1))
 
 
 def commit(folder: Path, *, world_size: int, facts: JsonObject, patience_s: float = 0.0) -> None:
@@ -122,7 +122,7 @@ def commit(folder: Path, *, world_size: int, facts: JsonObject, patience_s: floa
         manifests.append(sha256_file(path))
     marker = {"world_size": world_size, "manifests": manifests, **facts}
     fsync_folder(folder.parent)  # the folder's own name
-    write_atomic(folder / MARKER, json.dumps(marker, indent=1).encode())
+    write_atomic(folder / MARKER, json.dumps(marker, indent=1))
 
 
 def discard(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Files that are whole or absent (write beside, fsync, rename, fsync the folder), hashes of files, free ports."""
+"""Files and folders that are whole or absent (write beside, fsync, rename), hashes of files, free ports."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import os
 import secrets
+import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,6 +41,29 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
         raise
     fsync_folder(path.parent)
+
+
+@contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """An empty folder beside `folder`: what the block writes there takes the place of `folder` at its end.
+
+    After an error it is removed, and so is what a killed process left there.
+    """
+    new, old = (folder.with_name(f".{folder.name}.{name}") for name in ("partial", "old"))
+    for leftover in (new, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    new.mkdir(parents=True)
+    try:
+        yield new
+        # No rename replaces a folder that holds files: the old one steps aside, and is deleted last.
+        if folder.exists():
+            folder.replace(old)
+        new.replace(folder)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    fsync_folder(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_once(path: Path, data: bytes) -> bool:

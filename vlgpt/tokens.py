@@ -27,6 +27,12 @@ MODEL_TYPE = "vlgpt"  # in the config.json of an export
 PLACEHOLDER_ID = 0  # at positions of visual embeddings; never looked up as a target
 VOCABULARY_MULTIPLE = 64
 
+
+def padded_vocabulary(num_tokens: int) -> int:
+    """Rows of the embedding tables for so many tokens: a multiple of 64, which matrix products are fast at."""
+    return -(-num_tokens // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+
+
 SpanRole = Literal["start", "system", "header", "plain", "user", "assistant", "end"]
 
 
@@ -194,7 +200,7 @@ class DocumentTokenizer:
     @property
     def vocabulary_size(self) -> int:
         """Rows of the embedding: padded to a multiple of 64; logits of the padding rows are masked."""
-        return -(-self.num_tokens // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+        return padded_vocabulary(self.num_tokens)
 
     def encode_text(self, text: str, place: TextPlace = "plain") -> list[int]:
         """Token ids of one piece of text inside a document; special tokens in the text stay plain text.

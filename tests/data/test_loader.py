@@ -322,17 +322,14 @@ def test_one_pass_gives_every_document_once_over_all_ranks(data: Path) -> None:
     seen: Counter[str] = Counter()
     num_batches = set()
     for rank in range(3):
-        loader = packed(chosen, rank=rank, world_size=3)
-        batches = list(loader.one_pass())
+        batches = list(packed(chosen, rank=rank, world_size=3, is_one_pass=True))
         num_batches.add(len(batches))
         seen.update(name for batch in batches for row in batch.documents for name in row)
     assert len(num_batches) == 1
     assert set(seen.values()) == {1}
     assert len(seen) == 240
-    valid = sum(
-        int(batch.is_valid.sum()) for batch in conditions(settings(data, "pairs"), micro_batch=50).one_pass()
-    )
-    assert valid == 120
+    once = conditions(settings(data, "pairs"), micro_batch=50, is_one_pass=True)
+    assert sum(int(batch.is_valid.sum()) for batch in once) == 120
 
 
 # --- the state

@@ -21,7 +21,7 @@ from evaluation import benchmarks, manifest
 from evaluation.responders import ModelResponder
 from evaluation.run import run
 from vlgpt.chat.dialogue import Dialogue
-from vlgpt.chat.reply import Finished, ReplySettings, Request, answer
+from vlgpt.chat.reply import Finished, Request, answer
 from vlgpt.cli import main
 from vlgpt.decoding.api import DecodeSettings
 from vlgpt.decoding.generator import Generator
@@ -92,7 +92,7 @@ def test_a_guidance_or_scale_that_is_no_number_from_0_on_is_refused(tmp_path, ke
 
 def test_chat_and_server_draw_as_diffusion_json_says(generator):
     for settings in (
-        ReplySettings(DecodeSettings(images="force", seed=7)),
+        DecodeSettings(images="force", seed=7),
         ChatRequest(messages=[{"role": "user", "content": "a"}], modalities=["image"], seed=7).settings(
             default_tokens=8, max_new_tokens=8, has_decoder=True
         ),

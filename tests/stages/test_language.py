@@ -8,11 +8,41 @@ from batches import pack, random_document
 from tiny_unified import new_document_tokenizer, new_model
 
 from vlgpt.batch import ImageInput
+from vlgpt.config import validate
 from vlgpt.models.losses import targets_of
 from vlgpt.models.multimodal_lm import varlen_arguments
-from vlgpt.settings import LoraSettings
+from vlgpt.settings import LanguageStageSettings, LoraSettings, RunSettings
 from vlgpt.stages.base import parameter_groups
 from vlgpt.stages.language import LanguageStage
+
+
+class CappedSettings(LanguageStageSettings):
+    cap: float = 1.0
+
+
+class CappedStage(LanguageStage):
+    """What a lab may write: one more setting, everything else as it is."""
+
+    settings_class = CappedSettings
+
+    def __init__(self, *, cap, **options):
+        super().__init__(**options)
+        self.cap = cap
+
+    @classmethod
+    def options(cls, settings):
+        return {**super().options(settings), "cap": settings.cap}
+
+
+def test_a_stage_of_another_package_may_extend_this_one(tokenizer):
+    stage = {"kind": f"{__name__}:CappedStage", "language_model": "none", "cap": 3.0, "text_weight": 0.5}
+    values = {"name": "n", "output_dir": "o", "stage": stage, "steps": 1, "global_batch": 1, "micro_batch": 1}
+    values["data"] = {"sources": [{"name": "s", "path": "p"}]}
+    run = validate(RunSettings, values, where="test")
+    image_tokens = [tokenizer.begin_image_id, tokenizer.end_image_id]
+    built = CappedStage.assemble(new_model(tokenizer), run.stage, image_tokens=image_tokens, num_sources=1)
+    assert (type(built), built.cap, built.text_weight) == (CappedStage, 3.0, 0.5)
+    assert built.model.lm.has_lora
 
 
 @pytest.fixture

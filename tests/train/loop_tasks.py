@@ -244,8 +244,18 @@ def uneven(folder, rank, world_size, options):
             )
             documents += [name for row in batch.documents for name in row]
             loader.advance(1)
-        num_passes = len(list(loader.one_pass()))
         loader.close()
+        once = Loader(
+            data,
+            kind="packed",
+            micro_batch=1,
+            rank=rank,
+            world_size=world_size,
+            tokenizer=TOKENIZER,
+            is_one_pass=True,
+        )
+        num_passes = len(list(once))
+        once.close()
         found[zero] = {"losses": losses, "documents": documents, "num_passes": num_passes}
     return found
 
@@ -277,8 +287,13 @@ def measured(folder, rank, world_size, options):
             measure = validator(
                 validating,
                 engine,
-                lambda data, workers: Loader(
-                    data, kind="packed", micro_batch=1, rank=rank, world_size=world_size, tokenizer=TOKENIZER
+                partial(
+                    Loader,
+                    kind="packed",
+                    micro_batch=1,
+                    rank=rank,
+                    world_size=world_size,
+                    tokenizer=TOKENIZER,
                 ),
                 log=MetricsSink(),
                 probe=probe,
@@ -287,10 +302,16 @@ def measured(folder, rank, world_size, options):
             for packing in ("best_fit", "none"):
                 data = data_settings(options["data"], packing=packing)
                 loader = Loader(
-                    data, kind="packed", micro_batch=2, rank=rank, world_size=world_size, tokenizer=TOKENIZER
+                    data,
+                    kind="packed",
+                    micro_batch=2,
+                    rank=rank,
+                    world_size=world_size,
+                    tokenizer=TOKENIZER,
+                    is_one_pass=True,
                 )
                 found[zero][packing] = validation_losses(
-                    engine, loader.one_pass(), 1000, source_names=loader.source_names
+                    engine, iter(loader), 1000, source_names=loader.source_names
                 )
                 loader.close()
     return found

@@ -33,6 +33,7 @@ SHAPES = {
 }
 TINY = "{width: 32, depth: 1, num_heads: 2, mlp_ratio: 2.0, init_std: 1.0}"
 RUN = ["launchers/train_tokenizer.py", "--deepspeed", "ds_configs/zero2.json"]
+RUN += ["--config", "demo/configs/tokenizer.yaml"]
 DEEPSPEED = ["deepspeed", "--num_accelerators", "2", "--master_port", "{port}"]
 TORCHRUN = ["torchrun", "--nproc_per_node", "2", "--master_port", "{port}"]
 

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vlgpt.errors import UserError
-from vlgpt.files import JsonObject
+from vlgpt.files import JsonObject, replacing
 from vlgpt.models.weights import WEIGHTS_FILE, shape_problems, weight_files
 from vlgpt.registry import dotted_name
 
@@ -55,9 +55,8 @@ class Component(nn.Module):
         config = {"class": class_name(type(self)), "arguments": self.arguments}
         (folder / CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n")
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        partial = folder / f".{WEIGHTS_FILE}.partial"
-        save_file(state, partial)
-        partial.replace(folder / WEIGHTS_FILE)
+        with replacing(folder / WEIGHTS_FILE) as temporary:
+            save_file(state, temporary)
 
     @classmethod
     def from_folder(cls: type[C], folder: str | Path) -> C:

@@ -8,7 +8,7 @@ given. flash-attn gets the bounds of the documents (`varlen_arguments`), SDPA on
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from types import MethodType
 from typing import TYPE_CHECKING, Any, cast
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlgpt.batch import Batch
+from vlgpt.batch import Batch, segment_starts
 from vlgpt.errors import UserError
 from vlgpt.log import get_logger
 from vlgpt.models.heads import new_head
@@ -42,7 +42,8 @@ class MultimodalLM(KeepsBuffers):
         language_model: a transformers causal LM whose vocabulary already holds the image tokens.
         num_tokens: real tokens; logits of the padding rows after them are masked.
         num_visual, visual_width: N and d of the image tokenizer.
-        head: `linear` (paper), `mlp`, or `package.module:Class` of another regression head.
+        head: `linear` (paper), `mlp`, or `package.module:Class` of another regression head; `head_options` are further
+            arguments of its constructor.
     A standardised visual embedding enters as `projection(x) * visual_scale`, `visual_scale` being the RMS of the
     embeddings that words enter with: images and words have one scale. A predicted embedding is fed back the same way.
 
@@ -61,6 +62,7 @@ class MultimodalLM(KeepsBuffers):
         num_visual: int,
         visual_width: int,
         head: str = "linear",
+        head_options: Mapping[str, object] | None = None,
     ):
         super().__init__()
         register_packed_attention()
@@ -73,8 +75,10 @@ class MultimodalLM(KeepsBuffers):
         if isinstance(self.projection, nn.Linear):
             nn.init.normal_(self.projection.weight, std=visual_width**-0.5)
             nn.init.zeros_(self.projection.bias)
-        self.head_name = head
-        self.regression_head = new_head(head, hidden_width=hidden, visual_width=visual_width)
+        self.head_name, self.head_options = head, dict(head_options or {})
+        self.regression_head = new_head(
+            head, hidden_width=hidden, visual_width=visual_width, options=head_options
+        )
         # One type for all that is trained together: DeepSpeed casts the whole stage, generation nothing.
         for part in (self.projection, self.regression_head):
             part.to(table.weight.dtype)
@@ -293,19 +297,12 @@ def forward_with_rows(
 # ----------------------------------------------------------------------------------------------------- packed attention
 
 
-def _starts(segment_ids: Tensor) -> Tensor:
-    """Where a document or the padding begins: (B, L) -> (B, L) bool. Rows never share a document."""
-    is_start = torch.ones_like(segment_ids, dtype=torch.bool)
-    is_start[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
-    return is_start
-
-
 def varlen_arguments(segment_ids: Tensor) -> dict[str, Any]:
     """Bounds of documents for flash-attn's varlen path over the flattened batch: (B, L) -> cu_seq_lens, max_length.
 
     Padding is a document of its own.
     """
-    starts = _starts(segment_ids).flatten().nonzero().squeeze(1)
+    starts = segment_starts(segment_ids).flatten().nonzero().squeeze(1)
     bounds = torch.cat([starts, torch.tensor([segment_ids.numel()], device=starts.device)])
     cumulative, longest = bounds.to(torch.int32), int((bounds[1:] - bounds[:-1]).max())
     return {
@@ -319,7 +316,7 @@ def varlen_arguments(segment_ids: Tensor) -> dict[str, Any]:
 def packed_lengths(segment_ids: Tensor) -> Lengths:
     """Lengths of the runs of equal ids: (B, L) -> B lists."""
     rows = []
-    for is_start in _starts(segment_ids):
+    for is_start in segment_starts(segment_ids):
         bounds = [*is_start.nonzero().squeeze(1).tolist(), len(is_start)]
         rows.append([stop - start for start, stop in pairwise(bounds)])
     return rows

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from threading import Lock
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,6 +20,7 @@ from vlgpt.shards.features import FeatureReader
 from vlgpt.shards.foreign import TEXT_SUFFIXES, ForeignFolder, foreign_document, foreign_sample
 from vlgpt.shards.index import crc32
 from vlgpt.shards.manifest import MANIFEST, SUCCESS, Manifest, fingerprint, read_manifest
+from vlgpt.shards.recent import Recent
 from vlgpt.shards.schema import BadSample, Sample, ShardIndex, ShardRecord, ShardReport
 
 if TYPE_CHECKING:
@@ -54,9 +53,8 @@ class ShardSet:
         self.num_samples = sum(shard.num_samples for shard in self.shards)
         self.num_images = sum(shard.num_images for shard in self.shards)
         self.fingerprint = fingerprint(self.shards)
-        self._opened: OrderedDict[int, tuple[ShardIndex, Layout]] = OrderedDict()
-        self._tars: OrderedDict[int, _OpenTar] = OrderedDict()
-        self._lock = Lock()
+        self._indexes: Recent[int, tuple[ShardIndex, Layout]] = Recent(MAX_CACHED_INDEXES)
+        self._tars: Recent[int, _OpenTar] = Recent(MAX_OPEN_TARS)
 
     @classmethod
     def open(
@@ -113,13 +111,9 @@ class ShardSet:
 
     def index(self, shard: int) -> ShardIndex:
         """The index of a shard (cached). Raises UserError when it does not fit the manifest."""
-        return self._open(shard)[0]
+        return self._indexes.get(shard, self._open)[0]
 
     def _open(self, shard: int) -> tuple[ShardIndex, Layout]:
-        with self._lock:
-            if (opened := self._opened.get(shard)) is not None:
-                self._opened.move_to_end(shard)
-                return opened
         record = self.shards[shard]
         index = ShardIndex.load(self.index_path(shard))
         if index.tar_sha256 != record.sha256 or index.num_samples != record.num_samples:
@@ -127,12 +121,7 @@ class ShardSet:
                 f"{self.folder.where}: the index of shard {record.name} belongs to another tar; run python "
                 f"-m data_prep.index {self.folder.where}"
             )
-        opened = index, Layout.of(index, num_bytes=record.num_bytes)
-        with self._lock:
-            self._opened[shard] = opened
-            while len(self._opened) > MAX_CACHED_INDEXES:
-                self._opened.popitem(last=False)
-        return opened
+        return index, Layout.of(index, num_bytes=record.num_bytes)
 
     def index_path(self, shard: int) -> Path:
         """Where the index file of a shard lies locally."""
@@ -145,12 +134,14 @@ class ShardSet:
 
         Raises BadSample (damaged, missing or malformed data) and IndexError.
         """
-        (index, layout), record = self._open(shard), self.shards[shard]
+        (index, layout), record = self._indexes.get(shard, self._open), self.shards[shard]
         if not 0 <= sample < index.num_samples:
             raise IndexError(f"shard {record.name} has {index.num_samples} samples, asked for {sample}")
         key = str(index.keys[sample])
         try:
-            tar = self._open_tar(shard)  # held until it is read: another thread may evict it from the cache
+            tar = self._tars.get(
+                shard, self._open_tar
+            )  # held until it is read: another thread may evict it from the cache
             data = layout.read(tar.descriptor, sample, with_images=with_images)
         except OSError as error:
             raise BadSample("unreadable_shard", key, record.name) from error
@@ -207,18 +198,7 @@ class ShardSet:
         )
 
     def _open_tar(self, shard: int) -> _OpenTar:
-        with self._lock:
-            if (tar := self._tars.get(shard)) is not None:
-                self._tars.move_to_end(shard)
-                return tar
-        tar = self._first_open(f"{self.shards[shard].name}.tar")
-        with self._lock:
-            self._tars[shard] = tar
-            if len(self._tars) > MAX_OPEN_TARS:
-                self._tars.popitem(last=False)
-        return tar
-
-    def _first_open(self, name: str) -> _OpenTar:
+        name = f"{self.shards[shard].name}.tar"
         for _ in range(3):  # another process may evict a cached copy between its download and this open
             try:
                 return _OpenTar(self.folder.path(name))
@@ -234,14 +214,7 @@ class ShardSet:
 
     def close(self) -> None:
         """Close all files; reading opens them again."""
-        with self._lock:
-            self._tars.clear()
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_tars": OrderedDict(), "_opened": OrderedDict(), "_lock": None}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state, _lock=Lock())
+        self._tars.clear()
 
 
 class _OpenTar:

@@ -134,7 +134,7 @@ class ShardWriter:
         # an older version must never lie beside the report of the new one
         final.unlink(missing_ok=True)
         write_atomic(self.folder / f"{self.name}.idx", index.save_bytes())
-        write_atomic(self.folder / f"{self.name}.json", report.model_dump_json(indent=1).encode())
+        write_atomic(self.folder / f"{self.name}.json", report.model_dump_json(indent=1))
         os.replace(self._partial, final)
         fsync_folder(self.folder)
         self._file.close()

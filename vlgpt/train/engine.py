@@ -22,8 +22,7 @@ from vlgpt.errors import UserError
 from vlgpt.files import free_port
 from vlgpt.log import get_logger
 from vlgpt.settings import RunSettings
-from vlgpt.stages.base import Stage, parameter_groups
-from vlgpt.stages.language import dtype_of
+from vlgpt.stages.base import Stage, dtype_of, parameter_groups
 from vlgpt.train.agreement import join_ranks
 from vlgpt.train.ds_config import lint_zero
 
