@@ -44,8 +44,8 @@ from vlgpt.decoding.prompts import ImageReader, empty_prompt, render, square_pix
 from vlgpt.decoding.stepwise import Hooks
 from vlgpt.document import Document, TextPart
 from vlgpt.errors import UserError
-from vlgpt.models.unified import MODEL_TYPE, UnifiedConfig, UnifiedModel
-from vlgpt.tokens import DocumentTokenizer, Rendering
+from vlgpt.models.unified import UnifiedConfig, UnifiedModel
+from vlgpt.tokens import MODEL_TYPE, DocumentTokenizer, Rendering
 
 
 class VLGPTConfig(PreTrainedConfig):

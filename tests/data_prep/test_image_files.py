@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from corpus import claims, deep_png, encode, picture, pixels
 from PIL import Image
 
 from data_prep.build import build, main
@@ -21,6 +20,7 @@ from data_prep.job import BuildJob
 from data_prep.sources import Record
 from data_prep.sources.images import ImagesSource
 from data_prep.sources.inputs import list_files, suffix_of
+from tests.helpers.corpus import claims, deep_png, encode, picture, pixels
 from vlgpt.document import Document, ImagePart
 from vlgpt.errors import UserError
 from vlgpt.image_formats import format_of

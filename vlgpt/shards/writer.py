@@ -163,7 +163,8 @@ def load_tar_writer() -> type[TarWriter]:
     """webdataset's writer. Its import loads torch (seconds, 200 MB): a process calls this before it forks workers."""
     from webdataset import TarWriter
 
-    return TarWriter
+    writer: type[TarWriter] = TarWriter
+    return writer
 
 
 def _record_bytes(document: Document) -> bytes:
