@@ -105,7 +105,9 @@ def _prepare(data: bytes, sha256: str, settings: ImageSettings) -> StoredImage:
     return StoredImage(settings.image_format, data, info)
 
 
-def _encoded(encode: Callable[[Pixels, ImageSettings], bytes], image: Pixels, settings: ImageSettings) -> bytes:
+def _encoded(
+    encode: Callable[[Pixels, ImageSettings], bytes], image: Pixels, settings: ImageSettings
+) -> bytes:
     """Raises BadImage(`not_encodable`): WebP ends at 16,383 pixels a side, for example."""
     try:
         return encode(image, settings)

@@ -200,7 +200,7 @@ class ShardBuilder:
             except (UserError, OSError):  # the whole input, or the disk
                 raise
             except Exception as error:
-                yield _unforeseen(error, f"input record {number}")
+                yield _unforeseen(error, f"number {number} of the input")
                 number += 1
 
 
@@ -278,7 +278,7 @@ class _RecordWriter:
 
 def _unforeseen(error: Exception, key: str) -> Dropped:
     """The drop of a record that made our code or a library fail; the log says how."""
-    get_logger(__name__).warning("%r is dropped: %s: %s", key, type(error).__name__, error)
+    get_logger(__name__).warning("record %s is dropped: %s: %s", key, type(error).__name__, error)
     return Dropped("unforeseen_error", key, f"{type(error).__name__}: {error}")
 
 

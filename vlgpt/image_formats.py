@@ -5,8 +5,8 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Iterator
+from typing import Literal
 
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "HEIF")
 """Names of Pillow's decoders that are tried, HEIF only with pillow-heif. None of them starts another program."""
 INSTALL = {"HEIF": "pillow-heif", "AVIF": "pillow>=11.3", "JPEG2000": "pillow"}
@@ -14,27 +14,37 @@ INSTALL = {"HEIF": "pillow-heif", "AVIF": "pillow>=11.3", "JPEG2000": "pillow"}
 HEIF_SUFFIXES = (".heic", ".heif", ".hif")
 IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".pjpeg", ".pjp", ".mpo", ".png", ".apng", ".webp", ".gif"),
-    *(".bmp", ".dib", ".tif", ".tiff", ".avif", ".jp2", ".j2k", ".j2c", ".jpc", ".jpx", ".jpf", *HEIF_SUFFIXES),
+    *(
+        ".bmp",
+        ".dib",
+        ".tif",
+        ".tiff",
+        ".avif",
+        ".jp2",
+        ".j2k",
+        ".j2c",
+        ".jpc",
+        ".jpx",
+        ".jpf",
+        *HEIF_SUFFIXES,
+    ),
 )
 """File names that promise an image of these formats; what it is, its bytes decide."""
 PREFIX_BYTES = 32
 """Enough for `format_of`."""
 _HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
 _BMP_HEADERS = {12, 16, 40, 52, 56, 64, 108, 124}
-_PREFIXES = {
+_STARTS = {
     b"\xff\xd8\xff": "JPEG",
-    PNG_SIGNATURE: "PNG",
-    b"GIF87a": "GIF",
-    b"GIF89a": "GIF",
+    b"\x89PNG": "PNG",
+    b"GIF8": "GIF",
     b"II*\0": "TIFF",
     b"MM\0*": "TIFF",
     b"II+\0": "TIFF",
     b"MM\0+": "TIFF",
-    b"\0\0\0\x0cjP  \r\n\x87\n": "JPEG2000",
-    b"\xff\x4f\xff\x51": "JPEG2000",
+    b"\xff\x4f\xff": "JPEG2000",
     b"\xff\x0a": "JPEG XL",
-    b"\0\0\0\x0cJXL \r\n\x87\n": "JPEG XL",
-    b"8BPS\0": "PSD",
+    b"8BPS": "PSD",
     b"\0\0\1\0": "ICO",
 }
 
@@ -44,30 +54,44 @@ def format_of(data: bytes) -> str | None:
 
     It may be one that is not among FORMATS.
     """
+    found = _STARTS.get(data[:4]) or _STARTS.get(data[:3]) or _STARTS.get(data[:2])
+    if found is not None:
+        return found
     if data[:4] == b"RIFF":
         return "WEBP" if data[8:12] == b"WEBP" else None
     if data[:2] == b"BM":
         # a text may begin with these letters: the size of the second header must be one that exists
         return "BMP" if int.from_bytes(data[14:18], "little") in _BMP_HEADERS else None
+    return _format_of_boxes(data)
+
+
+def _format_of_boxes(data: bytes) -> str | None:
+    """Of files made of boxes: 4 bytes of size, 4 of name, and content."""
     if data[4:8] == b"ftyp":
         length = min(int.from_bytes(data[:4], "big"), PREFIX_BYTES)
         brands = {data[8:12], *(data[at : at + 4] for at in range(16, length - 3, 4))}
         if brands & {b"avif", b"avis"}:
             return "AVIF"
         return "HEIF" if brands & _HEIF_BRANDS else None
-    return next((name for prefix, name in _PREFIXES.items() if data.startswith(prefix)), None)
+    return {b"\0\0\0\x0cjP  ": "JPEG2000", b"\0\0\0\x0cJXL ": "JPEG XL"}.get(data[:8])
 
 
 def is_cut(data: bytes) -> bool:
-    """Whether the file was cut, in its header for JPEG and PNG. Pillow cannot tell that from a file that never was an
-    image.
+    """Whether the file was cut, in its header for JPEG, PNG, GIF and TIFF.
+
+    Pillow cannot tell that from a file that never was an image.
     """
     if data[4:8] in (b"ftyp", b"jP  "):
         return _ends_inside_box(data)
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return len(data) < 8 + int.from_bytes(data[4:8], "little")
-    if data[:8] == PNG_SIGNATURE:
+    if data[:4] == b"\x89PNG":
         return len(data) < 33
+    if data[:4] == b"GIF8":
+        palette = 3 << (data[10] & 7) + 1 if data[10:11] >= b"\x80" else 0
+        return len(data) < 13 + palette + 10
+    if format_of(data) == "TIFF":
+        return tiff_directory(data) + 2 > len(data)
     if data[:2] != b"\xff\xd8":
         return False
     position = 2  # of the next JPEG segment
@@ -76,8 +100,14 @@ def is_cut(data: bytes) -> bool:
     return position + 4 > len(data)
 
 
+def tiff_directory(data: bytes) -> int:
+    """Where the first directory of a TIFF begins: the number of its entries."""
+    order: Literal["little", "big"] = "little" if data[:2] == b"II" else "big"
+    return int.from_bytes(data[8:16] if b"+" in data[2:4] else data[4:8], order)
+
+
 def _ends_inside_box(data: bytes) -> bool:
-    """Of AVIF, HEIF and JPEG 2000: boxes of 4 bytes of size, 4 of name, and content."""
+    """Of AVIF, HEIF and JPEG 2000."""
     position = 0
     while position + 8 <= len(data):
         size = int.from_bytes(data[position : position + 4], "big")
@@ -111,17 +141,41 @@ def check_png_data(data: bytes) -> None:
             raise ValueError("an IDAT chunk has a wrong checksum")
 
 
-def bare_png(data: bytes) -> bytes:
-    """A PNG without the chunks that decide nothing: texts and profiles go, and small ones with a wrong checksum.
+def without_metadata(data: bytes) -> bytes:
+    """A PNG or JPEG without the parts that no pixel depends on: texts, profiles, previews, and small ones that are
+    damaged. EXIF stays. Other files are returned as they are.
 
-    Pillow refuses a file for more than 1 MB of text in it, or for a damaged date.
+    Pillow refuses a PNG for more than 1 MB of text in it, and either for a damaged part that nobody needs.
     """
-    kept = [data[:8]]
-    for name, start, end in _png_chunks(data):
-        is_critical = not name[0] & 0x20
-        if is_critical or (name in (b"tRNS", b"eXIf") and _is_intact(data, start, end)):
-            kept.append(data[start:end])
-    return b"".join(kept)
+    name = format_of(data)
+    if name == "PNG":
+        parts = (
+            data[start:end] for kind, start, end in _png_chunks(data) if _is_needed(data, kind, start, end)
+        )
+        return data[:8] + b"".join(parts)
+    return _bare_jpeg(data) if name == "JPEG" else data
+
+
+def _is_needed(data: bytes, name: bytes, start: int, end: int) -> bool:
+    """Whether the pixels, or their orientation, depend on this chunk of a PNG."""
+    if not name[0] & 0x20:
+        return True
+    if name == b"tRNS":
+        size, colour_type = end - start - 12, data[25]
+        is_valid = size == {0: 2, 2: 6}.get(colour_type) or (colour_type == 3 and 0 < size <= 256)
+        return is_valid and _is_intact(data, start, end)
+    return name == b"eXIf" and _is_intact(data, start, end)
+
+
+def _bare_jpeg(data: bytes) -> bytes:
+    """Without comments and APP2 ... APP13: an index of further images, colour profiles, Photoshop's notes."""
+    kept, position = [data[:2]], 2
+    while position + 4 <= len(data) and data[position] == 0xFF and data[position + 1] != 0xDA:
+        end = position + 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+        if not 0xE2 <= data[position + 1] <= 0xED and data[position + 1] != 0xFE:
+            kept.append(data[position:end])
+        position = end
+    return b"".join((*kept, data[position:]))
 
 
 def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:

@@ -8,6 +8,8 @@ person would see, on white. No torch here: a data worker or a report must not wa
 from __future__ import annotations
 
 import base64
+import contextlib
+import ctypes
 import io
 import logging
 import warnings
@@ -20,7 +22,16 @@ from typing import Literal, cast
 import numpy as np
 from PIL import Image, ImageDraw
 
-from vlgpt.image_formats import FORMATS, INSTALL, bare_png, check_png_data, format_of, is_cut, webp_size
+from vlgpt.image_formats import (
+    FORMATS,
+    INSTALL,
+    check_png_data,
+    format_of,
+    is_cut,
+    tiff_directory,
+    webp_size,
+    without_metadata,
+)
 
 MAX_PIXELS = 50_000_000
 MAX_SIDE_PX = 20_000
@@ -31,6 +42,10 @@ TURNED = (5, 6, 7, 8)
 # Pillow speaks about damaged metadata, which is thrown away, and about sizes, which have a limit of their own here.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 logging.getLogger("PIL").addHandler(logging.NullHandler())
+with contextlib.suppress(
+    AttributeError, OSError
+):  # libtiff speaks past Python; another build may not show it
+    ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler(None)
 
 
 class BadImage(ValueError):
@@ -66,6 +81,7 @@ class OpenedImage:
 
     data: bytes
     image: Image.Image
+    max_pixels: int = MAX_PIXELS
     is_turned: bool = False
 
     @property
@@ -81,9 +97,11 @@ class OpenedImage:
             return self._decode(min_size_px)
         # on damaged files decoders raise whatever they run into
         except Exception as error:
-            if format_of(self.data) == "PNG" and len(bare := bare_png(self.data)) < len(self.data):
-                self.data, self.image = bare, _open(bare)
-                return self.decode(min_size_px=min_size_px)
+            if len(bare := without_metadata(self.data)) < len(self.data):
+                again = open_image(bare, max_pixels=self.max_pixels)
+                decoded = again.decode(min_size_px=min_size_px)
+                self.is_turned = again.is_turned
+                return decoded
             is_truncated = "truncated" in str(error).lower() or is_cut(self.data)
             reason = "truncated" if is_truncated else "undecodable"
             raise BadImage(reason, f"{type(error).__name__}: {error}") from error
@@ -127,22 +145,16 @@ def open_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> OpenedImage:
         try:
             image = _open(data)
         except Exception:
-            if format_of(data) != "PNG":
-                raise
-            data = bare_png(data)
+            data = without_metadata(data)
             image = _open(data)
     except BadImage:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadImage("too_many_pixels", str(error)) from error
     except Exception as error:
-        reason = "truncated" if is_cut(data) else "undecodable" if _has_content(data) else "not_an_image"
-        # Pillow's words for a refusal hold an address in memory, which differs from run to run
-        is_refused = isinstance(error, Image.UnidentifiedImageError)
-        detail = f"a damaged {format_of(data)}" if is_refused else f"{type(error).__name__}: {error}"
-        raise BadImage(reason, detail) from error
+        raise _refusal(data, error) from error
     _check_size(image.size, max_pixels)
-    return OpenedImage(data, image)
+    return OpenedImage(data, image, max_pixels)
 
 
 def _open(data: bytes) -> Image.Image:
@@ -157,6 +169,19 @@ def _open(data: bytes) -> Image.Image:
         reason = f"needs_{package.partition('>')[0].replace('-', '_')}"
         raise BadImage(reason, f"{name} is read with {package}: pip install '{package}'")
     return Image.open(io.BytesIO(data), formats=(name,))
+
+
+def _refusal(data: bytes, error: Exception) -> BadImage:
+    """Why a file that begins like an image could not be opened."""
+    detail = f"{type(error).__name__}: {error}"
+    if isinstance(error, Image.UnidentifiedImageError):
+        # Pillow's own words hold an address in memory, which differs from run to run
+        detail = f"Pillow cannot read this {format_of(data)}"
+    if is_cut(data):
+        return BadImage("truncated", detail)
+    start = tiff_directory(data) if format_of(data) == "TIFF" else 0
+    # a TIFF without any entry holds no image
+    return BadImage("undecodable" if any(data[start : start + 2]) else "not_an_image", detail)
 
 
 @cache
@@ -174,15 +199,6 @@ def can_read(name: str) -> bool:
     Image.init()
     optional = {"AVIF": "avif", "JPEG2000": "jpg_2000"}
     return name in Image.OPEN and (name not in optional or bool(features.check(optional[name])))
-
-
-def _has_content(data: bytes) -> bool:
-    """False for a TIFF without any entry: its few bytes are no image. Damage is told of everything else."""
-    if format_of(data) != "TIFF" or data[2:3] == b"+" or data[3:4] == b"+":
-        return True
-    order: Literal["little", "big"] = "little" if data[:2] == b"II" else "big"
-    start = int.from_bytes(data[4:8], order)
-    return any(data[start : start + 2])
 
 
 def _check_size(size: tuple[int, int], max_pixels: int) -> None:

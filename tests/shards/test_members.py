@@ -1,16 +1,13 @@
 """Tar members are listed from headers alone: whole regular files, in order, up to the damage."""
 
 import gzip
+import io
 import tarfile
 
 import pytest
 
-<<<<<<< HEAD
-from vlgpt.shards.tars import list_tar_members, read_tar_member
-=======
 from tests.helpers.tars import add, add_special
-from vlgpt.shards.index import list_tar_members, read_tar_member
->>>>>>> main
+from vlgpt.shards.tars import list_tar_members, read_tar_member
 
 FILES = {"a.jpg": b"x" * 700, "../b.txt": b"", "c/d.json": b"{}" * 300}
 

@@ -11,14 +11,10 @@ from typing import Literal
 from vlgpt import settings as s
 from vlgpt.config import load_run
 from vlgpt.errors import UserError
-<<<<<<< HEAD
-from vlgpt.planning.meta import image_arguments, image_tower, read_export
-from vlgpt.shards.tars import tars_of
-=======
 from vlgpt.models.unified import is_export
 from vlgpt.planning.meta import image_arguments, image_tower
+from vlgpt.shards.tars import tars_of
 from vlgpt.train.facts import RESULT, is_finished, missing_inputs
->>>>>>> main
 from vlgpt.turns import OWN, TEMPLATES
 
 
@@ -142,7 +138,6 @@ def _folders(run: s.RunSettings, _: int) -> Iterator[Finding]:
                     yield _error(
                         f"source {source.name!r}: feature {name!r} is not computed", f"run {command}"
                     )
-<<<<<<< HEAD
         elif folder.exists():
             yield _error(
                 f"source {source.name!r}: {folder} holds no shards (*.tar)",
@@ -150,11 +145,7 @@ def _folders(run: s.RunSettings, _: int) -> Iterator[Finding]:
             )
         else:
             yield _error(f"source {source.name!r}: {folder} does not exist", "build it: see docs/datasets.md")
-    done = run.run_dir / "result" / "done.json"
-    if done.is_file() and json.loads(done.read_text()).get("settings") != run.model_dump(mode="json"):
-=======
     if (run.run_dir / RESULT / "done.json").is_file() and not is_finished(run):
->>>>>>> main
         yield _warning(
             f"output_dir {run.output_dir} holds the result of another configuration",
             "choose another output_dir",

@@ -20,11 +20,8 @@ from vlgpt.shards.features import FeatureReader
 from vlgpt.shards.foreign import ForeignFolder
 from vlgpt.shards.index import crc32
 from vlgpt.shards.manifest import MANIFEST, SUCCESS, Manifest, fingerprint, read_manifest
-<<<<<<< HEAD
-from vlgpt.shards.samples import BadText, caption_of, pair_document
-=======
 from vlgpt.shards.recent import Recent
->>>>>>> main
+from vlgpt.shards.samples import BadText, caption_of, pair_document
 from vlgpt.shards.schema import BadSample, Sample, ShardIndex, ShardRecord, ShardReport
 from vlgpt.shards.tars import TAR_SUFFIXES, find_tars
 
@@ -138,28 +135,13 @@ class ShardSet:
 
     def _open(self, shard: int) -> tuple[ShardIndex, Layout]:
         record = self.shards[shard]
-<<<<<<< HEAD
         try:
             index = self._load(shard)
         except (UserError, FileNotFoundError):
             if not isinstance(self.folder, ForeignFolder):
                 raise
             index = self.folder.index_again(shard)
-        opened = index, Layout.of(index, num_bytes=record.num_bytes)
-        with self._lock:
-            self._opened[shard] = opened
-            while len(self._opened) > MAX_CACHED_INDEXES:
-                self._opened.popitem(last=False)
-        return opened
-=======
-        index = ShardIndex.load(self.index_path(shard))
-        if index.tar_sha256 != record.sha256 or index.num_samples != record.num_samples:
-            raise UserError(
-                f"{self.folder.where}: the index of shard {record.name} belongs to another tar; run python "
-                f"-m data_prep.index {self.folder.where}"
-            )
         return index, Layout.of(index, num_bytes=record.num_bytes)
->>>>>>> main
 
     def _load(self, shard: int) -> ShardIndex:
         record, index = self.shards[shard], ShardIndex.load(self.index_path(shard))
