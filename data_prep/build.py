@@ -29,6 +29,7 @@ from data_prep.job import BuildJob, ShardBuilder, claim_folder, has_failures, is
 from data_prep.options import TokenizerOptions
 from data_prep.sources import SOURCES, source_class
 from vlgpt.errors import UserError, run_command
+from vlgpt.files import expand_paths
 from vlgpt.log import configure, get_logger
 from vlgpt.options import (
     Argument,
@@ -46,7 +47,6 @@ from vlgpt.registry import is_dotted
 from vlgpt.shards import Manifest, ShardReport, write_manifest
 from vlgpt.shards.manifest import MANIFEST, SUCCESS, read_manifest, read_report
 from vlgpt.shards.schema import MAX_RECORDS_PER_SHARD
-from vlgpt.shards.tars import expand_paths
 from vlgpt.shards.writer import load_tar_writer
 
 MIN_RECORDS_TO_JUDGE = 1000

@@ -8,7 +8,6 @@ sampled at a low temperature; those that do not end within the limit are left ou
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from rich.progress import track
 from vlgpt import seeds
 from vlgpt.document import Document, TextPart
 from vlgpt.errors import UserError, run_command
+from vlgpt.files import replacing_folder
 from vlgpt.log import configure, get_logger
 from vlgpt.options import Options, parse
 from vlgpt.shards import ShardWriter, write_manifest
@@ -94,20 +94,16 @@ def write(
     folder: Path, asked: Sequence[str], answers: Sequence[str | None], *, tokenizer: DocumentTokenizer | None
 ) -> int:
     """One shard of chats, whole or absent; prompts without a reply are counted as dropped. Returns the samples."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    writer = ShardWriter(partial, 0, tokenizer=tokenizer)
-    for number, (prompt, reply) in enumerate(zip(asked, answers)):
-        if reply is None:
-            writer.drop("reply_too_long")
-            continue
-        parts = (TextPart(prompt, "user"), TextPart(reply, "assistant"))
-        writer.add(Document(f"{folder.name}/{number}", "chats", parts), [])
-    report = writer.close()
-    write_manifest(partial, name=folder.name, licence=LICENCE, versions={}, build={}, num_shards=1)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    with replacing_folder(folder) as new:
+        writer = ShardWriter(new, 0, tokenizer=tokenizer)
+        for number, (prompt, reply) in enumerate(zip(asked, answers)):
+            if reply is None:
+                writer.drop("reply_too_long")
+                continue
+            parts = (TextPart(prompt, "user"), TextPart(reply, "assistant"))
+            writer.add(Document(f"{folder.name}/{number}", "chats", parts), [])
+        report = writer.close()
+        write_manifest(new, name=folder.name, licence=LICENCE, versions={}, build={}, num_shards=1)
     get_logger().info(
         "%s: %d chats, %d replies too long", folder, report.num_samples, sum(report.dropped.values())
     )

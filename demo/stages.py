@@ -20,7 +20,7 @@ from vlgpt.batch import ConditionBatch, LossTerm
 from vlgpt.models.augment import random_views
 from vlgpt.models.encoders import pad_ids
 from vlgpt.models.losses import sums_by_source
-from vlgpt.settings import ConditionShapes, Fraction, Positive, RunSettings, StageSettings
+from vlgpt.settings import ConditionShapes, Fraction, ModelPath, Positive, RunSettings, StageSettings
 from vlgpt.stages.base import Stage
 from vlgpt.tokens import DocumentTokenizer
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # importing it takes seconds: diffusers
 class ClipStageSettings(StageSettings):
     """A tiny CLIP, trained from scratch."""
 
-    text_tokenizer: str
+    text_tokenizer: ModelPath
     image_size_px: Positive = 48
     patch_size_px: Positive = 12
     width: Positive = 128
@@ -78,7 +78,7 @@ class DecoderStageSettings(StageSettings):
 class DiffusionStageSettings(DecoderStageSettings):
     """A tiny diffusion decoder; `coarse` is the result of a `DecoderStage`, whose residual it models."""
 
-    coarse: str
+    coarse: ModelPath
     # Of the noise that images start from.
     noise_scale: Annotated[float, Field(gt=0, le=1)] = 0.3
 

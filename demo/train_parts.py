@@ -1,6 +1,6 @@
 """Demo only: the tiny CLIP and the image decoder.
 
-deepspeed demo/train_parts.py --deepspeed ds_configs/zero2.json [--config YAML] [KEY=VALUE ...]
+deepspeed demo/train_parts.py --deepspeed ds_configs/zero2.json --config YAML [KEY=VALUE ...]
 """
 
 import sys
@@ -8,4 +8,4 @@ import sys
 from vlgpt.cli import launch_training
 
 if __name__ == "__main__":
-    sys.exit(launch_training(default_config="demo/configs/clip.yaml"))
+    sys.exit(launch_training())

@@ -21,7 +21,7 @@ from PIL import Image
 
 from demo.catalogue import Emoji, load_catalogue
 from vlgpt.chat.dialogue import Content, Dialogue, Picture
-from vlgpt.chat.reply import Event, Finished, ReplySettings, Request, answer
+from vlgpt.chat.reply import Event, Finished, Request, answer
 from vlgpt.decoding.api import DecodeSettings, Prompt
 from vlgpt.decoding.generator import Generator
 from vlgpt.document import Document, ImagePart, Part, TextPart
@@ -31,9 +31,9 @@ BEGIN, END = "<!-- dialogues: written by docs/make_dialogues.py -->", "<!-- end 
 SIZE_PX = 96
 DESCRIBE = "Provide a brief description of the given image"
 DRAW = "Create an image that visually represents the description: {}."
-WORDS = ReplySettings(DecodeSettings(max_new_tokens=32, images="never"))
-FREE = ReplySettings(DecodeSettings(max_new_tokens=32))
-PICTURE = ReplySettings(DecodeSettings(images="force"))
+WORDS = DecodeSettings(max_new_tokens=32, images="never")
+FREE = DecodeSettings(max_new_tokens=32)
+PICTURE = DecodeSettings(images="force")
 
 
 class Album:
@@ -68,7 +68,7 @@ class Scene:
         self.dialogue = Dialogue()
         self._tables: list[str] = []
 
-    def ask(self, *content: Content, settings: ReplySettings = FREE) -> None:
+    def ask(self, *content: Content, settings: DecodeSettings = FREE) -> None:
         """Say something and keep the model's reply, whatever it is."""
         asked = self.dialogue.asking(*content)
         events: list[Event] = []

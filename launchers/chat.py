@@ -1,6 +1,6 @@
 """A page to talk with a model: text and images, both ways.
 
-python launchers/chat.py [--model runs/demo/finetune/result] [--port 7860]
+python launchers/chat.py --model runs/demo/finetune/result [--examples demo/examples.txt] [--port 7860]
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Stage 2: multimodal pre-training.
 
-deepspeed launchers/pretrain.py --deepspeed ds_configs/zero2.json [--config YAML] [KEY=VALUE ...]
+deepspeed launchers/pretrain.py --deepspeed ds_configs/zero2.json --config YAML [KEY=VALUE ...]
 """
 
 import sys
@@ -9,4 +9,4 @@ from evaluation.training_probe import make_probe
 from vlgpt.cli import launch_training
 
 if __name__ == "__main__":
-    sys.exit(launch_training(default_config="demo/configs/pretrain.yaml", make_probe=make_probe))
+    sys.exit(launch_training(make_probe=make_probe))

@@ -1,6 +1,6 @@
 """Stage 1: image tokenizer and detokenizer.
 
-deepspeed launchers/train_tokenizer.py --deepspeed ds_configs/zero2.json [--config YAML] [KEY=VALUE ...]
+deepspeed launchers/train_tokenizer.py --deepspeed ds_configs/zero2.json --config YAML [KEY=VALUE ...]
 """
 
 import sys
@@ -8,4 +8,4 @@ import sys
 from vlgpt.cli import launch_training
 
 if __name__ == "__main__":
-    sys.exit(launch_training(default_config="demo/configs/tokenizer.yaml"))
+    sys.exit(launch_training())

@@ -128,7 +128,7 @@ MUTANTS = [
     ),
     # --- packed documents do not see each other
     Mutant(
-        LM,
+        BATCH,
         "is_start[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]",
         "is_start[:, 1:] = segment_ids[:, 1:] < segment_ids[:, :-1]",
         "tests/models/test_attention_backends.py::"
@@ -203,8 +203,8 @@ MUTANTS = [
     ),
     Mutant(
         "vlgpt/models/standardise.py",
-        "return (x * cast(Tensor, self.std) + cast(Tensor, self.mean)).to(x.dtype)",
-        "return (x * cast(Tensor, self.std)).to(x.dtype)",
+        "return (x * self.std + self.mean).to(x.dtype)",
+        "return (x * self.std).to(x.dtype)",
         "tests/stages/test_tokenizer.py::test_statistics_standardise_and_invert_and_add_up_over_batches",
         "The inverse of a standardiser gives back what went in.",
     ),
@@ -317,12 +317,12 @@ MUTANTS = [
     Mutant(
         "vlgpt/shards/writer.py",
         """        write_atomic(self.folder / f"{self.name}.idx", index.save_bytes())
-        write_atomic(self.folder / f"{self.name}.json", report.model_dump_json(indent=1).encode())
+        write_atomic(self.folder / f"{self.name}.json", report.model_dump_json(indent=1))
         os.replace(self._partial, final)
 """,
         """        os.replace(self._partial, final)
         write_atomic(self.folder / f"{self.name}.idx", index.save_bytes())
-        write_atomic(self.folder / f"{self.name}.json", report.model_dump_json(indent=1).encode())
+        write_atomic(self.folder / f"{self.name}.json", report.model_dump_json(indent=1))
 """,
         "tests/shards/test_shards.py::test_a_tar_gets_its_name_after_its_index_and_its_report",
         "A tar under its final name has a valid index and report beside it.",
@@ -423,17 +423,8 @@ def run_tests(tree: Path, selections: Sequence[str], *, timeout_s: float) -> tup
         # A restored file may have the size and the second of its mutant: bytecode would outlive it.
         "PYTHONDONTWRITEBYTECODE": "1",
     }
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        "-p",
-        "no:cacheprovider",
-        "--durations=0",
-        *selections,
-    ]
+    options = ("-q", "-x", "-p", "no:cacheprovider", "--durations=0")
+    command = [sys.executable, "-m", "pytest", *options, *selections]
     try:
         done = subprocess.run(
             command, cwd=tree, env=environment, capture_output=True, text=True, timeout=timeout_s

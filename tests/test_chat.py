@@ -9,19 +9,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from chat_parts import new_generator, picture_bytes
 
+from tests.helpers.chat_parts import new_generator, picture_bytes
 from vlgpt.chat import files
 from vlgpt.chat.dialogue import Dialogue, Picture, Turn, interleave
-from vlgpt.chat.reply import Drawn, Failed, Finished, Notice, ReplySettings, Request, TextPiece, answer
+from vlgpt.chat.reply import Drawn, Failed, Finished, Notice, Request, TextPiece, answer
 from vlgpt.chat.terminal import Terminal, printable
 from vlgpt.decoding.api import DecodeSettings, Prompt
 from vlgpt.decoding.generator import Generator
 from vlgpt.document import ImagePart, TextPart
 from vlgpt.errors import UserError
 
-SETTINGS = ReplySettings(DecodeSettings(max_new_tokens=12))
-DRAW = ReplySettings(DecodeSettings(images="force"))
+SETTINGS = DecodeSettings(max_new_tokens=12)
+DRAW = DecodeSettings(images="force")
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def generator(tmp_path_factory) -> Generator:
     return new_generator(tmp_path_factory.mktemp("parts"))
 
 
-def ask(generator: Generator, dialogue: Dialogue, settings: ReplySettings = SETTINGS) -> list:
+def ask(generator: Generator, dialogue: Dialogue, settings: DecodeSettings = SETTINGS) -> list:
     events: list = []
     answer(generator, [Request(dialogue, settings, events.append)])
     return events
@@ -53,7 +53,7 @@ def test_the_model_reads_turns_in_order_and_its_own_drawings_as_it_predicted_the
     assert kinds[:2] == [(ImagePart, "user"), (TextPart, "user")]
     assert kinds[-1] == (TextPart, "user")
     drawing = dialogue.turns[3].pictures[0]
-    reply = generator.generate([dialogue.up_to(3).prompt()], DRAW.decode)[0]
+    reply = generator.generate([dialogue.up_to(3).prompt()], DRAW)[0]
     torch.testing.assert_close(drawing.visual, reply.visual[0], atol=1e-5, rtol=0)
     assert prompt.images[-1] == ("visual", drawing.visual)
     assert prompt.images[0] == picture_bytes(1)
@@ -62,7 +62,7 @@ def test_the_model_reads_turns_in_order_and_its_own_drawings_as_it_predicted_the
 def test_a_reply_is_what_the_generator_gives_for_the_same_document(generator):
     dialogue = Dialogue().asking(picture(3), "what is in the picture")
     document = replace(dialogue.prompt().document, id="other")
-    wanted = generator.generate([Prompt(document, (picture_bytes(3),))], SETTINGS.decode)[0]
+    wanted = generator.generate([Prompt(document, (picture_bytes(3),))], SETTINGS)[0]
     events = ask(generator, dialogue)
     assert isinstance(events[-1], Finished)
     assert events[-1].turn.text == wanted.text
@@ -73,7 +73,7 @@ def test_a_reply_is_what_the_generator_gives_for_the_same_document(generator):
 
 
 def test_replies_and_pictures_do_not_depend_on_who_else_asks(generator):
-    settings = ReplySettings(DecodeSettings(max_new_tokens=10, temperature=1.0, seed=5, max_images=2))
+    settings = DecodeSettings(max_new_tokens=10, temperature=1.0, seed=5, max_images=2)
     dialogues = [Dialogue().asking(picture(n), f"question {'very ' * n} long") for n in range(5)]
     alone = [ask(generator, dialogue, settings)[-1].turn for dialogue in dialogues]
     heard: list[list] = [[] for _ in dialogues]

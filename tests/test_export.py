@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from chat_parts import save_parts
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny_unified import NUM_VISUAL, TEXTS, VISUAL_WIDTH, new_document_tokenizer, new_model
 from transformers import AutoModel, AutoProcessor, LogitsProcessor, LogitsProcessorList, StoppingCriteria
 
 from demo.decoder import ConvDecoder
 from demo.tiny import save_language_model, train_text_tokenizer
+from tests.helpers.chat_parts import save_parts
+from tests.helpers.tiny_unified import NUM_VISUAL, TEXTS, VISUAL_WIDTH, new_document_tokenizer, new_model
 from vlgpt import commits, hf
 from vlgpt.config import dump
 from vlgpt.decoding.api import DecodeSettings, Prompt
@@ -28,7 +28,7 @@ from vlgpt.models.image_tokenizer import ImageTokenizer
 from vlgpt.models.unified import UnifiedModel, is_export
 from vlgpt.models.weights import tensors_of, write_weights
 from vlgpt.settings import LanguageStageSettings, LoraSettings, RunSettings
-from vlgpt.stages.language import LanguageStage, build_language_stage, dtype_of, export_run
+from vlgpt.stages.language import LanguageStage, dtype_of, export_run
 
 CHAT = Document("c", "test", (ImagePart(0, "user"), TextPart("what is in the picture", "user")))
 PLAIN = Document("d", "test", (TextPart("an image of three elephants."),))
@@ -398,7 +398,7 @@ def write_run(folder: Path, parts: Path, *, trained_parts: str = "lora") -> Lang
     (run / "config.yaml").write_text(dump(settings))
     assert isinstance(settings.stage, LanguageStageSettings)
     torch.manual_seed(0)
-    stage = build_language_stage(settings.stage, num_sources=1, dtype=dtype_of(settings))
+    stage = LanguageStage.build(settings.stage, num_sources=1, dtype=dtype_of(settings))
     for step in (10, 20):
         checkpoint = run / "checkpoints" / commits.tag_of(step)
         checkpoint.mkdir(parents=True)

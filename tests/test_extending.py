@@ -7,20 +7,16 @@ decoder, its export draws, and the benchmark asks it. All in miniature.
 import ast
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-sys.path += [str(Path(__file__).parent / folder) for folder in ("data", "models", "train", "evaluation")]
-
-from forks import Forks
-from miniatures import SIZE_PX, write_clip
-from official_files import save_picture, write_json
-from small_data import write_feature
-from tiny_unified import new_document_tokenizer, new_model
-
+from tests.helpers.miniatures import SIZE_PX, write_clip
+from tests.helpers.official_files import save_picture, write_json
+from tests.helpers.processes import ROOT
+from tests.helpers.small_data import write_feature
+from tests.helpers.tiny_unified import CONDITION_SHAPES, new_document_tokenizer, new_model
 from vlgpt.config import load_run
 from vlgpt.decoding.load import load_component_decoder
 from vlgpt.document import Document, ImagePart, TextPart
@@ -30,12 +26,10 @@ from vlgpt.models.component import Component
 from vlgpt.shards import ShardSet
 from vlgpt.tokens import DocumentTokenizer, flatten
 
-ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
 FILES = dict(re.findall(r"\*\*`([\w/.]+)`\*\*\n\n```\w+\n(.*?)```", PAGE, flags=re.DOTALL))
 MAX_LINES = 100
 NUM_IMAGES, NUM_PATCHES = 6, (SIZE_PX // 7) ** 2 + 1
-SHAPES = {"image_tokens": 3, "image_width": 16, "text_tokens": 5, "text_width": 12}  # as in tiny_unified
 DEEPSPEED = {
     "zero_optimization": {"stage": 2, "reduce_bucket_size": 1_000_000},
     "zero_force_ds_cpu_optimizer": False,
@@ -102,58 +96,45 @@ def write_inputs(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory):
+def lab(tmp_path_factory, forks):
     """The folder of a lab with the files of the page, and all of its commands run; -> folder, {name: output}."""
     folder = tmp_path_factory.mktemp("lab")
     write_inputs(folder)
     for name, text in FILES.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text)
-    forks, outputs = Forks(), {}
+    outputs = {}
 
     def run(name: str, *command: str) -> None:
         log = folder / f"{name}.log"
-        assert forks.run([str(part) for part in command], folder=folder, log=log) == [0], log.read_text()[
-            -6000:
-        ]
+        codes = forks.run([str(part) for part in command], folder=folder, log=log)
+        assert codes == [0], log.read_text()[-6000:]
         outputs[name] = log.read_text()
 
-    try:
+    run(
+        "build", "-m", "data_prep.build", "mylab.flickr30k:Flickr30kSource", "--input", "flickr30k/results.token",
+        "--images", "flickr30k/images", "--num-captions", "2", "--output", "data/flickr30k",
+        "--tokenizer", "llm", "--template", "own", "--max-bad-fraction", "0.5",
+    )  # fmt: skip
+    for kind in ("image", "text"):
+        shape = (CONDITION_SHAPES[f"{kind}_tokens"], CONDITION_SHAPES[f"{kind}_width"])
+        write_feature(folder / "data/flickr30k", f"{kind}_condition", shape=shape)
+    sizes = [f"stage.shapes.{name}={value}" for name, value in CONDITION_SHAPES.items()]
+    sizes += ["stage.size_px=32", "stage.patch_px=8", "stage.width=32", "data.image_size_px=32"]
+    launcher = ROOT / "launchers/train_tokenizer.py"
+    run("stage", launcher, *TRAIN, "mylab/decoder.yaml", *SMALL, *sizes)
+    run("inspect", "-m", "vlgpt", "inspect", "--config", "pretrain.yaml", "data.num_workers=0")
+    run("head", ROOT / "launchers/pretrain.py", *TRAIN, "pretrain.yaml", *SMALL)
+    export = ["--model", "runs/pretrain/result"]
+    run("reconstruct", "-m", "vlgpt", "reconstruct", "flickr30k/images/1.jpg", *export)
+    asked = ["--data", "data", "--option", "worst_error=20"]
+    for name, who in (("model", export), ("oracle", ["--responder", "oracle", "--shots", "2"])):
+        run(name, "-m", "evaluation.run", "mylab.counting:Counting", *who, *asked, "--output", f"out/{name}")
+    for name in ("model", "oracle"):
         run(
-            "build", "-m", "data_prep.build", "mylab.flickr30k:Flickr30kSource", "--input", "flickr30k/results.token",
-            "--images", "flickr30k/images", "--num-captions", "2", "--output", "data/flickr30k",
-            "--tokenizer", "llm", "--template", "own", "--max-bad-fraction", "0.5",
+            f"score_{name}", "-m", "evaluation.score", "mylab.counting:Counting", "--data", "data",
+            "--predictions", f"out/{name}", "--output", f"out/{name}.json",
         )  # fmt: skip
-        for kind in ("image", "text"):
-            shape = (SHAPES[f"{kind}_tokens"], SHAPES[f"{kind}_width"])
-            write_feature(folder / "data/flickr30k", f"{kind}_condition", shape=shape)
-        sizes = [f"stage.shapes.{name}={value}" for name, value in SHAPES.items()]
-        sizes += ["stage.size_px=32", "stage.patch_px=8", "stage.width=32", "data.image_size_px=32"]
-        launcher = ROOT / "launchers/train_tokenizer.py"
-        run("stage", launcher, *TRAIN, "mylab/decoder.yaml", *SMALL, *sizes)
-        run("inspect", "-m", "vlgpt", "inspect", "--config", "pretrain.yaml", "data.num_workers=0")
-        run("head", ROOT / "launchers/pretrain.py", *TRAIN, "pretrain.yaml", *SMALL)
-        export = ["--model", "runs/pretrain/result"]
-        run("reconstruct", "-m", "vlgpt", "reconstruct", "flickr30k/images/1.jpg", *export)
-        asked = ["--data", "data", "--option", "worst_error=20"]
-        for name, who in (("model", export), ("oracle", ["--responder", "oracle", "--shots", "2"])):
-            run(
-                name,
-                "-m",
-                "evaluation.run",
-                "mylab.counting:Counting",
-                *who,
-                *asked,
-                "--output",
-                f"out/{name}",
-            )
-        for name in ("model", "oracle"):
-            run(
-                f"score_{name}", "-m", "evaluation.score", "mylab.counting:Counting", "--data", "data",
-                "--predictions", f"out/{name}", "--output", f"out/{name}.json",
-            )  # fmt: skip
-    finally:
-        forks.close()
     return folder, outputs
 
 
@@ -205,7 +186,7 @@ def test_the_stage_trains_a_decoder_that_draws(lab, monkeypatch):
 
 def test_a_decoder_without_an_attribute_is_refused_when_it_is_loaded(tmp_path):
     NoSize().save(tmp_path)
-    with pytest.raises(UserError, match=r"test_extending:NoSize.*has no size_px, guidance"):
+    with pytest.raises(UserError, match=r"tests.test_extending:NoSize.*has no size_px, guidance"):
         load_component_decoder(tmp_path)
 
 

@@ -13,13 +13,13 @@ import time
 
 import httpx
 import pytest
-from chat_parts import new_generator, picture_bytes, running
-from chat_storm import Case, Outcome, cases, hang_up, read_stream, storm
 from PIL import Image
 
+from tests.helpers.chat_parts import new_generator, picture_bytes, running
+from tests.helpers.chat_storm import Case, Outcome, cases, hang_up, read_stream, storm
 from vlgpt.chat.batching import Batcher, QueueFull, ShuttingDown
 from vlgpt.chat.dialogue import Dialogue, Picture
-from vlgpt.chat.reply import Failed, Finished, ReplySettings, Request, answer
+from vlgpt.chat.reply import Failed, Finished, Request, answer
 from vlgpt.decoding.api import DecodeSettings
 from vlgpt.decoding.generator import Generator
 from vlgpt.server.app import ServerLimits, create_app
@@ -69,7 +69,7 @@ def test_a_reply_holds_text_and_pictures_as_the_generator_gives_them(address, ge
     found = response.json()
     wanted: list = []
     asked = Dialogue().asking(Picture(picture), "what is in it")
-    answer(generator, [Request(asked, ReplySettings(DecodeSettings(max_new_tokens=12)), wanted.append)])
+    answer(generator, [Request(asked, DecodeSettings(max_new_tokens=12), wanted.append)])
     assert isinstance(wanted[-1], Finished)
     turn = wanted[-1].turn
     message = found["choices"][0]["message"]
@@ -231,7 +231,7 @@ def requests(count: int, **options) -> tuple[list[Request], list[list]]:
     made = [
         Request(
             Dialogue().asking(f"question {number}"),
-            ReplySettings(DecodeSettings(max_new_tokens=4, images="never")),
+            DecodeSettings(max_new_tokens=4, images="never"),
             heard[number].append,
             **options,
         )
@@ -270,10 +270,9 @@ def test_requests_of_other_settings_wait_for_their_own_batch_in_order(generator,
     sizes: list[int] = []
     batcher = Batcher(generator, on_batch=lambda size, _: sizes.append(size))
     made, heard = requests(6)
-    made[3].settings = ReplySettings(DecodeSettings(max_new_tokens=5, images="never"))
-    made[4].settings = ReplySettings(
-        DecodeSettings(max_new_tokens=4, images="never", seed=9)
-    )  # greedy: no matter
+    made[3].settings = DecodeSettings(max_new_tokens=5, images="never")
+    # greedy: the seed is no matter, and neither is what only drawing reads
+    made[4].settings = DecodeSettings(max_new_tokens=4, images="never", seed=9, guidance=2.0)
     batcher.submit(made[0])
     wait_for(lambda: batcher.num_running == 1)
     for request in made[1:]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
@@ -33,31 +33,51 @@ def to_pixels(squares: Sequence[np.ndarray] | np.ndarray) -> Tensor:
     return normalised(torch.from_numpy(planar(squares)))
 
 
+def map_parts(value: Any, kind: type, function: Callable[[Any], Any]) -> Any:
+    """The value with every part of this kind replaced, in a (nested) dataclass too."""
+    if isinstance(value, kind):
+        return function(value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(
+            value, **{f.name: map_parts(getattr(value, f.name), kind, function) for f in fields(value)}
+        )
+    return value
+
+
 def to_device(value: T, device: torch.device | str, dtype: torch.dtype | None = None) -> T:
     """Move every tensor of a (nested) dataclass; cast floating ones to `dtype`, which DeepSpeed does for no dataclass.
 
     Pixels, the only uint8 tensors of a batch, are normalised: on the device, since uint8 is a quarter of the bytes.
     """
-    if isinstance(value, Tensor):
+
+    def moved(tensor: Tensor) -> Tensor:
         # In its own type first: a tensor that is cast on the way is copied synchronously.
-        tensor = value.to(device=device, non_blocking=True)
+        tensor = tensor.to(device=device, non_blocking=True)
         if tensor.dtype == torch.uint8:
-            return normalised(tensor, dtype or torch.float32)  # type: ignore[return-value]
-        is_cast = dtype is not None and tensor.is_floating_point()
-        return tensor.to(dtype) if is_cast else tensor  # type: ignore[return-value]
-    if hasattr(value, "__dataclass_fields__"):
-        moved = {f.name: to_device(getattr(value, f.name), device, dtype) for f in fields(value)}  # type: ignore[arg-type]
-        return replace(value, **moved)  # type: ignore[type-var]
-    return value
+            return normalised(tensor, dtype or torch.float32)
+        return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+
+    result: T = map_parts(value, Tensor, moved)
+    return result
 
 
-def tensors_of(value: Any) -> Iterator[Tensor]:
+def tensors_of(value: object) -> list[Tensor]:
     """Every tensor of a (nested) dataclass; lists and dicts are not searched."""
-    if isinstance(value, Tensor):
-        yield value
-    elif hasattr(value, "__dataclass_fields__"):
-        for f in fields(value):
-            yield from tensors_of(getattr(value, f.name))
+    found: list[Tensor] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    map_parts(value, Tensor, note)
+    return found
+
+
+def segment_starts(segment_ids: Tensor) -> Tensor:
+    """Where a packed sequence or the padding begins: (B, L) -> (B, L) bool. Rows never share a sequence."""
+    is_start = torch.ones_like(segment_ids, dtype=torch.bool)
+    is_start[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
+    return is_start
 
 
 @dataclass(frozen=True)
@@ -112,7 +132,7 @@ class Batch:
                 f"(documents {self.documents})"
             )
         self._validate_runs()
-        is_start = self._is_segment_start()
+        is_start = segment_starts(self.segment_ids)
         if bool((self.is_target & is_start).any()):
             raise ValueError("a segment's first position is a target: no position before it predicts it")
         if bool((self.is_target & (self.segment_ids == 0)).any()):
@@ -122,12 +142,6 @@ class Batch:
         step = self.position_ids[:, 1:] - self.position_ids[:, :-1]
         if bool(((step != 1) & ~is_start[:, 1:]).any()):
             raise ValueError("position_ids do not count up by one inside a segment")
-
-    def _is_segment_start(self) -> Tensor:
-        """(B, L) bool: first position of every segment, padding included."""
-        is_start = torch.ones_like(self.is_target)
-        is_start[:, 1:] = self.segment_ids[:, 1:] != self.segment_ids[:, :-1]
-        return is_start
 
     def _validate_runs(self) -> None:
         before = torch.zeros_like(self.is_visual)

@@ -33,13 +33,6 @@ if TYPE_CHECKING:
 
     MakeProbe = Callable[[RunSettings], Probe]
 
-DEMO_MODEL = Path("runs/demo/finetune/result")
-DEMO_EXAMPLES = (
-    "Create an image that visually represents the description: red apple.",
-    "Provide a brief description of the given image <image>",
-    "<image> Change the skin tone to dark.",
-    "<image> What category is this?",
-)
 console = Console(highlight=False, soft_wrap=True)
 
 YAML = Argument(metavar="YAML")
@@ -49,7 +42,7 @@ Overrides = Annotated[tuple[str, ...], Argument(is_positional=True, metavar="KEY
 class ModelOptions(Options):
     """Of every command that loads an export."""
 
-    model: Path = Field(DEMO_MODEL, description="export folder")
+    model: Path = Field(description="export folder, such as the result of stage 3")
     device: str = "cpu"
 
 
@@ -60,34 +53,28 @@ class TrainOptions(Options):
     """Of the training launchers."""
 
     deepspeed: Annotated[str, Argument(metavar="JSON")] = Field(description="ZeRO settings, see ds_configs/")
-    config: Annotated[str | None, YAML] = Field(None, description="the run, see launchers/configs/")
+    config: Annotated[str, YAML] = Field(description="the run, see launchers/configs/")
     local_rank: Annotated[int, Argument(flag="--local_rank")] = Field(
         0, description="given by the deepspeed launcher"
     )
     overrides: Overrides = Field((), description="settings to change, such as optimizer.lr=1e-4")
 
 
-def launch_training(
-    *, default_config: str, make_probe: MakeProbe | None = None, argv: Sequence[str] | None = None
-) -> int:
+def launch_training(*, make_probe: MakeProbe | None = None, argv: Sequence[str] | None = None) -> int:
     """What the launchers run: `--deepspeed JSON --config YAML [a.b=c ...]`. Returns the exit code.
 
     `make_probe(settings)` gives what is asked of the model at every validation, when the settings name probes.
     """
-    about = f"Train one stage (default configuration: {default_config})."
+    prog = Path(sys.argv[0]).name
     return run_command(
-        lambda: _train(
-            parse(TrainOptions, argv, prog=Path(sys.argv[0]).name, description=about),
-            default_config,
-            make_probe,
-        )
+        lambda: _train(parse(TrainOptions, argv, prog=prog, description="Train one stage."), make_probe)
     )
 
 
-def _train(options: TrainOptions, default_config: str, make_probe: MakeProbe | None) -> int:
+def _train(options: TrainOptions, make_probe: MakeProbe | None) -> int:
     from vlgpt.config import load_run
 
-    settings = load_run(options.config or default_config, options.overrides)
+    settings = load_run(options.config, options.overrides)
     from vlgpt.train.ds_config import read_config
     from vlgpt.train.facts import is_finished, missing_inputs
     from vlgpt.train.run import run_training
@@ -96,7 +83,7 @@ def _train(options: TrainOptions, default_config: str, make_probe: MakeProbe | N
     if is_finished(settings):
         sys.stderr.write(f"{settings.run_dir} is complete: nothing to do\n")
         return 0
-    if missing := missing_inputs(settings):
+    if missing := list(missing_inputs(settings)):
         names = ", ".join(f"{key} = {path}" for key, path in missing)
         raise FileNotFoundError(
             f"{names} does not exist: run the step that makes it first: docs/training.md, or `make demo` for the demo"
@@ -155,7 +142,7 @@ class ReplyOptions(ModelOptions):
         from vlgpt.decoding.api import DecodeSettings
 
         names = [name for name in DecodeSettings.__dataclass_fields__ if hasattr(self, name)]
-        return DecodeSettings(**{name: getattr(self, name) for name in names})
+        return DecodeSettings(**{name: getattr(self, name) for name in names}, guidance=self.decoder_guidance)
 
 
 class GenerateOptions(ReplyOptions):
@@ -276,11 +263,10 @@ def reconstruct(options: ReconstructOptions) -> int:
 
 def chat(options: ReplyOptions) -> int:
     """Talk with a model in the terminal, with images on both sides; /help inside lists the commands."""
-    from vlgpt.chat.reply import ReplySettings
     from vlgpt.chat.terminal import Terminal
     from vlgpt.decoding.generator import Generator
 
-    settings = ReplySettings(options.decoding(), decoder_guidance=options.decoder_guidance)
+    settings = options.decoding()
     generator = Generator.load(options.model, device=options.device)
 
     def write(text: str) -> None:
@@ -309,6 +295,7 @@ class PageOptions(ModelOptions):
     port: int | None = Field(None, description="default: the first free one from 7860 on")
     max_new_tokens: int = 128
     max_upload_mib: int = Field(10, description="size of one picture file")
+    examples: Path | None = Field(None, description="text file, one prompt a line, to be chosen from")
 
 
 def launch_chat(argv: Sequence[str] | None = None) -> int:
@@ -321,6 +308,7 @@ def launch_chat(argv: Sequence[str] | None = None) -> int:
 
 
 def _serve_page(options: PageOptions) -> int:
+    examples = options.examples.read_text(encoding="utf-8").splitlines() if options.examples else ()
     # Read by gradio when it is imported. Uploads too lie in this folder, and are gone when the page ends.
     folder = Path(tempfile.mkdtemp(prefix="vlgpt-chat-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -341,7 +329,7 @@ def _serve_page(options: PageOptions) -> int:
         host=options.host,
         port=options.port,
         max_upload_mib=options.max_upload_mib,
-        examples=DEMO_EXAMPLES if options.model == DEMO_MODEL else (),
+        examples=examples,
     )
     sys.stdout.write(f"http://{options.host}:{blocks.server_port}\n")
     sys.stdout.flush()
@@ -408,7 +396,7 @@ def export(options: ExportOptions) -> int:
 class InspectOptions(Options):
     """Of `vlgpt inspect`."""
 
-    config: Annotated[str, YAML] = "demo/configs/pretrain.yaml"
+    config: Annotated[str, YAML]
     batches: int = 1
     html: Path | None = Field(None, description="write a page instead of printing")
     full: bool = Field(False, description="print every position")

@@ -62,6 +62,7 @@ def tags(root: Path) -> list[str]:
     if not root.is_dir():
         return []
     names = [entry.name for entry in root.iterdir() if entry.is_dir() and _TAG.match(entry.name)]
+    # Eight digits with leading zeros: the order of the names is that of the steps.
     return sorted(names, reverse=True)
 
 
@@ -102,7 +103,7 @@ def write_manifest(folder: Path, rank: int, files: Iterable[Path]) -> None:
         name = str(path.relative_to(folder))
         records.append(FileRecord(name=name, num_bytes=path.stat().st_size, sha256=sha256_file(path)))
     manifest = {"rank": rank, "files": records}
-    write_atomic(folder / f"rank_{rank}.json", json.dumps(manifest, indent=1).encode())
+    write_atomic(folder / f"rank_{rank}.json", json.dumps(manifest, indent=1))
 
 
 def commit(folder: Path, *, world_size: int, facts: JsonObject, patience_s: float = 0.0) -> None:
@@ -122,12 +123,13 @@ def commit(folder: Path, *, world_size: int, facts: JsonObject, patience_s: floa
         manifests.append(sha256_file(path))
     marker = {"world_size": world_size, "manifests": manifests, **facts}
     fsync_folder(folder.parent)  # the folder's own name
-    write_atomic(folder / MARKER, json.dumps(marker, indent=1).encode())
+    write_atomic(folder / MARKER, json.dumps(marker, indent=1))
 
 
 def discard(folder: Path) -> None:
     """Delete a checkpoint. The marker goes first, so a kill in between leaves a folder that counts as torn."""
     (folder / MARKER).unlink(missing_ok=True)
+    # What cannot be deleted now counts as torn, and a later `prune` tries again.
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -170,6 +172,7 @@ def _read_marker(folder: Path) -> JsonObject:
         raise ValueError("not committed (killed while saving)")
     try:
         marker = json.loads(path.read_text(encoding="utf-8"))
+        # Taken apart here, so that valid JSON of another shape is refused like damaged JSON.
         return {**marker, "manifests": [*marker["manifests"]]}
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"marker or manifest is not readable: {error!r}") from error

@@ -11,17 +11,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vlgpt.decoding.load import DIFFUSION_PATHS, located
-from vlgpt.errors import UserError
+from vlgpt.decoding.load import DIFFUSION_PATHS, describe_decoder, located
+from vlgpt.files import JsonObject
 from vlgpt.log import get_logger
 from vlgpt.model_card import write_card
-from vlgpt.models.conditions import FOR_TARGETS, read_parts
 from vlgpt.models.unified import UnifiedConfig, UnifiedModel
 from vlgpt.models.weights import tensors_of, write_weights
 from vlgpt.tokens import DocumentTokenizer
 
 MAX_COPIED_BYTES = 200_000_000
-DIFFUSION_FILE = "diffusion.json"
 
 
 def export_model(
@@ -48,7 +46,7 @@ def export_model(
     if encoder is not None:
         config.image_encoder = {**encoder, "path": carry(encoder["path"], folder, "image_encoder")}
     if picture_decoder is not None:
-        config.picture_decoder = _carry_decoder(Path(picture_decoder), folder)
+        config.picture_decoder = _carry_decoder(picture_decoder, folder)
     write_weights(tensors_of(model, merge_lora=merge_lora), folder)
     tokenizer.save(folder)
     _write_transformers_files(folder, tokenizer, config)
@@ -79,6 +77,7 @@ def config_of(model: UnifiedModel, tokenizer: DocumentTokenizer, *, merge_lora: 
         template=tokenizer.template_name,
         rendering="parts" if tokenizer.rendering == "parts" else "saved",
         head=lm.head_name,
+        head_options=lm.head_options or None,
         is_boundary_target=tokenizer.is_boundary_target,
         lora=lora,
     )
@@ -107,23 +106,16 @@ def carry(reference: str | Path, folder: Path, name: str) -> str:
     return name
 
 
-def _carry_decoder(path: Path, folder: Path) -> dict[str, Any]:
+def _carry_decoder(path: str | Path, folder: Path) -> JsonObject:
     """The record of an image decoder, its small local parts copied."""
-    description = path if path.is_file() else path / DIFFUSION_FILE
-    if description.is_file():
-        parts = read_parts(description)
-        arguments = {name: value for name, value in parts.items() if name not in FOR_TARGETS}
-        for name in DIFFUSION_PATHS:
-            if reference := arguments.get(name):
-                suffix = Path(reference).suffix if Path(reference).is_file() else ""
-                arguments[name] = carry(reference, folder, f"picture_decoder/{name}{suffix}")
-        return {"kind": "diffusion", **arguments}
-    if not (path / "config.json").is_file():
-        raise UserError(
-            f"picture_decoder {path} is neither the folder of a saved decoder nor one with {DIFFUSION_FILE}"
-        )
-    name = json.loads((path / "config.json").read_text())["class"]
-    return {"kind": "component", "class": name, "path": carry(path, folder, "picture_decoder")}
+    record = describe_decoder(path, key="picture_decoder")
+    if record["kind"] == "component":
+        return {**record, "path": carry(record["path"], folder, "picture_decoder")}
+    for name in DIFFUSION_PATHS:
+        if reference := record.get(name):
+            suffix = Path(reference).suffix if Path(reference).is_file() else ""
+            record[name] = carry(reference, folder, f"picture_decoder/{name}{suffix}")
+    return record
 
 
 def _write_transformers_files(folder: Path, tokenizer: DocumentTokenizer, config: UnifiedConfig) -> None:

@@ -1,4 +1,4 @@
-"""Files that are whole or absent (write beside, fsync, rename, fsync the folder), hashes of files, free ports."""
+"""Files and folders that are whole or absent (write beside, fsync, rename), hashes of files, free ports."""
 
 from __future__ import annotations
 
@@ -6,15 +6,20 @@ import fcntl
 import hashlib
 import os
 import secrets
+import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from glob import glob, has_magic
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, TypeAlias
 
+from vlgpt.errors import UserError
 from vlgpt.log import get_logger
 
 CHUNK_BYTES = 1 << 20
+MAX_EXPANDED = 1_000_000
 JsonObject: TypeAlias = dict[str, Any]
 """An object of a JSON file, as `json.loads` gives it."""
 
@@ -40,6 +45,29 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
         raise
     fsync_folder(path.parent)
+
+
+@contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """An empty folder beside `folder`: what the block writes there takes the place of `folder` at its end.
+
+    After an error it is removed, and so is what a killed process left there.
+    """
+    new, old = (folder.with_name(f".{folder.name}.{name}") for name in ("partial", "old"))
+    for leftover in (new, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    new.mkdir(parents=True)
+    try:
+        yield new
+        # No rename replaces a folder that holds files: the old one steps aside, and is deleted last.
+        if folder.exists():
+            folder.replace(old)
+        new.replace(folder)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    fsync_folder(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_once(path: Path, data: bytes) -> bool:
@@ -115,6 +143,19 @@ def file_stamp(path: Path) -> str:
     """
     stat = path.stat()
     return f"{stat.st_size}.{stat.st_mtime_ns}.{stat.st_ctime_ns}"
+
+
+def expand_paths(path: Path) -> list[Path]:
+    """The paths that a name with braces or stars means, which no shell has expanded; `path` itself if it exists."""
+    if path.exists():
+        return [path]
+    from braceexpand import braceexpand
+
+    try:
+        names = list(islice(braceexpand(str(path)), MAX_EXPANDED))
+    except ValueError as error:
+        raise UserError(f"{path}: the braces are not balanced") from error
+    return [Path(found) for name in names for found in (sorted(glob(name)) if has_magic(name) else [name])]
 
 
 def open_locked(path: Path) -> BinaryIO:

@@ -44,8 +44,8 @@ from vlgpt.decoding.prompts import ImageReader, empty_prompt, render, square_pix
 from vlgpt.decoding.stepwise import Hooks
 from vlgpt.document import Document, TextPart
 from vlgpt.errors import UserError
-from vlgpt.models.unified import MODEL_TYPE, UnifiedConfig, UnifiedModel
-from vlgpt.tokens import DocumentTokenizer, Rendering
+from vlgpt.models.unified import UnifiedConfig, UnifiedModel
+from vlgpt.tokens import MODEL_TYPE, DocumentTokenizer, Rendering
 
 
 class VLGPTConfig(PreTrainedConfig):
@@ -218,7 +218,13 @@ class VLGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def conditions_of(self, visual: Tensor) -> tuple[Tensor, Tensor]:
         """See `UnifiedModel.conditions_of`."""
-        return self.image_detokenizer.decode(self.image_tokenizer.standardiser.inverse(visual))
+        return self.unified().conditions_of(visual)
+
+    def unified(self) -> UnifiedModel:
+        """The same parts as our own class has them."""
+        return UnifiedModel(
+            lm=self.lm, image_tokenizer=self.image_tokenizer, image_detokenizer=self.image_detokenizer
+        )
 
 
 def interleaved_generate(
@@ -264,9 +270,7 @@ def interleaved_generate(
         documents = [Document("", "", (TextPart("", "user"),) if chat else ()) for chat in is_chat]
         empty = [empty_prompt(document, tokenizer=model.tokenizer) for document in documents]
     hypotheses = decode(
-        UnifiedModel(
-            lm=model.lm, image_tokenizer=model.image_tokenizer, image_detokenizer=model.image_detokenizer
-        ),
+        model.unified(),
         model.tokenizer,
         prompts,
         settings,

@@ -7,6 +7,7 @@ meaning. Paper values are the defaults where the paper gives one.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -23,11 +24,31 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from vlgpt.errors import UserError
+from vlgpt.files import expand_paths
 from vlgpt.registry import is_dotted, load_object
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[float, Field(ge=0.0)]
+
+
+@dataclass(frozen=True)
+class Input:
+    """Marks a setting that names what a run reads: a file, a folder or a URL; `may_be_name`: or a name on the hub."""
+
+    may_be_name: bool = False
+
+    def is_missing(self, path: str) -> bool:
+        """Whether nothing is there. What may be a name (no slash, or `owner/name`) is not judged, and no URL."""
+        may_be_elsewhere = self.may_be_name and path.count("/") < 2 and not path.startswith(("/", "."))
+        if "://" in path or may_be_elsewhere:
+            return False
+        found = expand_paths(Path(path))
+        return not found or not all(place.exists() for place in found)
+
+
+DataPath = Annotated[str, Input()]
+ModelPath = Annotated[str, Input(may_be_name=True)]
 # Regression heads of vlgpt.models.heads, by name.
 HEADS = ("linear", "mlp")
 
@@ -45,7 +66,7 @@ class SourceSettings(Settings):
     """One data set of the mixture: a folder of shards (or of foreign webdataset tars)."""
 
     name: str
-    path: str
+    path: DataPath
     # Share of the accepted sequences; "size": proportional to the number of samples.
     weight: NotNegative | Literal["size"] = "size"
     # Probability that an image stays before the text part that follows it; otherwise the two are swapped.
@@ -128,7 +149,7 @@ class EncoderSettings(Settings):
     `ip_adapter` is for conditioners only: `path` is the JSON file that names a diffusion decoder's parts.
     """
 
-    path: str
+    path: ModelPath
     library: Literal["open_clip", "transformers", "ip_adapter"] = "open_clip"
     pretrained: str | None = None
     layer: int = -2
@@ -155,7 +176,6 @@ class StageSettings(Settings):
 class TokenizerStageSettings(StageSettings):
     """Stage 1: image tokenizer and detokenizer, L = image_weight * MSE(z_v, e_v) + text_weight * MSE(z_t, e_t)."""
 
-    kind: Literal["image_tokenizer"]
     shapes: ConditionShapes = ConditionShapes()
     num_visual: Positive = 32
     visual_width: Positive = 4096
@@ -168,8 +188,8 @@ class TokenizerStageSettings(StageSettings):
     encoder: EncoderSettings | None = None
     conditioner: EncoderSettings | None = None
     # A stage-1 result whose tokenizer or detokenizer is the start; None: random weights.
-    tokenizer_from: str | None = None
-    detokenizer_from: str | None = None
+    tokenizer_from: ModelPath | None = None
+    detokenizer_from: ModelPath | None = None
     # Not trained.
     frozen: tuple[Literal["tokenizer", "detokenizer"], ...] = ()
     # Samples from which the statistics of the targets are taken.
@@ -189,15 +209,14 @@ class TokenizerStageSettings(StageSettings):
 class LanguageStageSettings(StageSettings):
     """Stages 2 and 3: the multimodal language model. Which data it reads makes the difference between the two."""
 
-    kind: Literal["language"]
     # An export of vlgpt, or any causal language model of transformers.
-    language_model: str
+    language_model: ModelPath
     # A stage-1 result; None: the tokenizer inside the vlgpt export.
-    image_tokenizer: str | None = None
+    image_tokenizer: ModelPath | None = None
     # None: the one beside the language model.
-    text_tokenizer: str | None = None
+    text_tokenizer: ModelPath | None = None
     # A run folder whose newest trainable weights are loaded (stage 3 continues LoRA).
-    init_from: str | None = None
+    init_from: ModelPath | None = None
     template: str = "vlgpt"
     # With template=own: what chats begin with instead of the template's default; "" leaves the system message empty.
     system_message: str | None = None
@@ -205,8 +224,9 @@ class LanguageStageSettings(StageSettings):
     # Not trained. `token_rows` goes with trained=lora, `embeddings` with trained=all.
     frozen: tuple[Literal["regression_head", "input_projection", "token_rows", "embeddings"], ...] = ()
     lora: LoraSettings = LoraSettings()
-    # The regression head: linear (paper), mlp, or `package.module:Class` of your own.
+    # The regression head: linear (paper), mlp, or `package.module:Class` of your own; and options of its constructor.
     head: str = "linear"
+    head_options: dict[str, str | int | float | bool] = {}
     objective: Literal["mse", "mse_cosine", "smooth_l1"] = "mse"
     text_weight: NotNegative = 1.0
     visual_weight: NotNegative = 1.0
@@ -220,7 +240,7 @@ class LanguageStageSettings(StageSettings):
     # Computes patches online, and goes into the export.
     encoder: EncoderSettings | None = None
     # Goes into the export, so that it can draw.
-    picture_decoder: str | None = None
+    picture_decoder: ModelPath | None = None
     attention: Literal["auto", "flash_attention_2", "sdpa", "eager"] = "auto"
     has_checkpointing: bool = False
 
@@ -318,7 +338,7 @@ class CheckpointSettings(Settings):
 class PictureCheckSettings(Settings):
     """Stage 1: held-out images through tokenizer, detokenizer and image decoder at every validation."""
 
-    picture_decoder: str
+    picture_decoder: DataPath
     # A CLIP whose similarity is logged (paper: ViT-L/14); None: only the contact sheet.
     judge: EncoderSettings | None = None
     num_pictures: Positive = 256
@@ -329,7 +349,7 @@ class ProbeSettings(Settings):
     """A benchmark of `evaluation` on a few examples at every validation (language stages)."""
 
     benchmark: str
-    data: str
+    data: DataPath
     num_examples: Positive = 200
     batch_size: Positive = 8
     prompts: str = "vlgpt"

@@ -27,6 +27,12 @@ MODEL_TYPE = "vlgpt"  # in the config.json of an export
 PLACEHOLDER_ID = 0  # at positions of visual embeddings; never looked up as a target
 VOCABULARY_MULTIPLE = 64
 
+
+def padded_vocabulary(num_tokens: int) -> int:
+    """Rows of the embedding tables for so many tokens: a multiple of 64, which matrix products are fast at."""
+    return -(-num_tokens // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+
+
 SpanRole = Literal["start", "system", "header", "plain", "user", "assistant", "end"]
 
 
@@ -172,7 +178,7 @@ class DocumentTokenizer:
     def _adds_space(self) -> bool:
         """Whether the tokenizer itself puts a space before the first word (LLaMA's sentencepiece does)."""
         ids = self._encode_raw("a")
-        return self.text_tokenizer.decode(ids + ids).strip() == "a a"
+        return bool(self.text_tokenizer.decode(ids + ids).strip() == "a a")
 
     @property
     def _space_after_control(self) -> str:
@@ -184,7 +190,8 @@ class DocumentTokenizer:
         return " " if self._adds_space and after[1:] != alone else ""
 
     def _encode_raw(self, text: str) -> list[int]:
-        return self.text_tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        ids: list[int] = self.text_tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        return ids
 
     @property
     def num_tokens(self) -> int:
@@ -194,7 +201,7 @@ class DocumentTokenizer:
     @property
     def vocabulary_size(self) -> int:
         """Rows of the embedding: padded to a multiple of 64; logits of the padding rows are masked."""
-        return -(-self.num_tokens // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+        return padded_vocabulary(self.num_tokens)
 
     def encode_text(self, text: str, place: TextPlace = "plain") -> list[int]:
         """Token ids of one piece of text inside a document; special tokens in the text stay plain text.
@@ -221,7 +228,8 @@ class DocumentTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, image tokens and placeholders left out."""
-        return self.text_tokenizer.decode(list(ids), skip_special_tokens=True).strip()
+        text: str = self.text_tokenizer.decode(list(ids), skip_special_tokens=True)
+        return text.strip()
 
     @cached_property
     def turns(self) -> Turns:

@@ -6,16 +6,23 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from small_data import NUM_VISUAL, chat, make_tokenizer, page, pair, write_dataset, write_feature
 
-from vlgpt.batch import Batch, ConditionBatch, tensors_of
+from tests.helpers.small_data import (
+    NUM_VISUAL,
+    chat,
+    make_tokenizer,
+    page,
+    pair,
+    write_dataset,
+    write_feature,
+)
+from vlgpt.batch import Batch, tensors_of
 from vlgpt.data.loader import Loader
 from vlgpt.data.mixture import SLOTS
 from vlgpt.data.stream import Position, advance
@@ -322,17 +329,14 @@ def test_one_pass_gives_every_document_once_over_all_ranks(data: Path) -> None:
     seen: Counter[str] = Counter()
     num_batches = set()
     for rank in range(3):
-        loader = packed(chosen, rank=rank, world_size=3)
-        batches = list(loader.one_pass())
+        batches = list(packed(chosen, rank=rank, world_size=3, is_one_pass=True))
         num_batches.add(len(batches))
         seen.update(name for batch in batches for row in batch.documents for name in row)
     assert len(num_batches) == 1
     assert set(seen.values()) == {1}
     assert len(seen) == 240
-    valid = sum(
-        int(batch.is_valid.sum()) for batch in conditions(settings(data, "pairs"), micro_batch=50).one_pass()
-    )
-    assert valid == 120
+    once = conditions(settings(data, "pairs"), micro_batch=50, is_one_pass=True)
+    assert sum(int(batch.is_valid.sum()) for batch in once) == 120
 
 
 # --- the state
@@ -643,11 +647,3 @@ def test_statistics_add_up(data: Path) -> None:
     assert found["bad"] == {}
     assert found["data_wait_s"] > 0
     assert json.dumps(found)
-
-
-def test_batches_are_of_the_kinds_the_stages_expect(data: Path) -> None:
-    def kinds(batches: Iterator[Any]) -> set[type]:
-        return {type(batch) for batch in batches}
-
-    assert kinds(iter(take(packed(settings(data)), 2))) == {Batch}
-    assert kinds(iter(take(conditions(settings(data)), 2))) == {ConditionBatch}

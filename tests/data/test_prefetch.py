@@ -18,6 +18,7 @@ from vlgpt.data.buffers import Buffers
 from vlgpt.data.stream import Draft, Position, Production, Report
 from vlgpt.data.workers import WorkerPool
 from vlgpt.errors import UserError
+from vlgpt.settings import DataSettings, SourceSettings
 
 BATCH_BYTES = 1 << 20
 
@@ -54,15 +55,14 @@ def made_ahead(at_least: tuple[int, int], *, num_ahead: int = 0, **limits: int) 
     def produce(start: Position, first: int, guard: Any) -> Production:
         return Production(maker, repeat(([], start)), guard, count_targets=lambda batch: {"text": 1.0})
 
-    options: dict[str, Any] = {"watchdog_s": 60.0, "on_death": lambda worker, place: None}
+    source = SourceSettings(name="s", path="p")
     pool = WorkerPool(
         produce,
         start=Position(),
-        num_workers=1,
+        settings=DataSettings(sources=(source,), num_workers=1, watchdog_s=60.0, **limits),  # type: ignore[arg-type]
         batch_bytes=BATCH_BYTES,
+        on_death=lambda worker, place: None,
         num_ahead=num_ahead,
-        **limits,
-        **options,
     )
     batches: Iterator[Any] = iter(pool)
     pool.targets(num_ahead)

@@ -19,9 +19,10 @@ from data_prep.build import main as build
 from data_prep.sources import Record, source_class
 from data_prep.sources.sample_tar import open_sample_tar
 from vlgpt.errors import UserError
+from vlgpt.files import expand_paths
 from vlgpt.shards import ShardSet
 from vlgpt.shards.samples import choose_fields, split_name
-from vlgpt.shards.tars import expand_paths, find_tars, list_tar_members
+from vlgpt.shards.tars import find_tars, list_tar_members
 
 IMAGE = b"no decoder looks at this"
 APPLE_DOUBLE = b"\0\5\x16\7\0\2\0\0Mac OS X"

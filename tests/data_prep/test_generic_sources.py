@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from corpus import picture
 
 from data_prep.sources import Dropped, Record
 from data_prep.sources.base import convert, mapping
@@ -13,6 +12,7 @@ from data_prep.sources.images import ImagesSource
 from data_prep.sources.inputs import inside
 from data_prep.sources.records import Concatenation
 from data_prep.sources.text import TextSource
+from tests.helpers.corpus import picture
 from vlgpt.errors import UserError
 
 

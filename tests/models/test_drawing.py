@@ -1,27 +1,23 @@
 """Guidance and scale of `diffusion.json` reach every image that is drawn, whoever asks, and the numbers record them."""
 
 import json
-import sys
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
-import miniatures as mini
 import pytest
-import tiny_diffusion_parts as tiny
 import torch
-from chat_parts import new_chat_model, picture_bytes, save_parts
 from PIL import Image
-from tiny_unified import NUM_VISUAL, VISUAL_WIDTH, new_document_tokenizer
-
-sys.path.append(str(Path(__file__).parents[1] / "evaluation"))
-from official_files import write_coco
 
 from evaluation import benchmarks, manifest
 from evaluation.responders import ModelResponder
 from evaluation.run import run
+from tests.helpers import miniatures as mini
+from tests.helpers import tiny_diffusion_parts as tiny
+from tests.helpers.chat_parts import new_chat_model, picture_bytes, save_parts
+from tests.helpers.official_files import write_coco
+from tests.helpers.tiny_unified import NUM_VISUAL, VISUAL_WIDTH, new_document_tokenizer
 from vlgpt.chat.dialogue import Dialogue
-from vlgpt.chat.reply import Finished, ReplySettings, Request, answer
+from vlgpt.chat.reply import Finished, Request, answer
 from vlgpt.cli import main
 from vlgpt.decoding.api import DecodeSettings
 from vlgpt.decoding.generator import Generator
@@ -92,7 +88,7 @@ def test_a_guidance_or_scale_that_is_no_number_from_0_on_is_refused(tmp_path, ke
 
 def test_chat_and_server_draw_as_diffusion_json_says(generator):
     for settings in (
-        ReplySettings(DecodeSettings(images="force", seed=7)),
+        DecodeSettings(images="force", seed=7),
         ChatRequest(messages=[{"role": "user", "content": "a"}], modalities=["image"], seed=7).settings(
             default_tokens=8, max_new_tokens=8, has_decoder=True
         ),

@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 
-import miniatures as mini
 import pytest
-import tiny_diffusion_parts as tiny
 import torch
-from batches import pack, random_document
 from PIL import Image
 from transformers import AutoModel
 
+from tests.helpers import miniatures as mini
+from tests.helpers import tiny_diffusion_parts as tiny
+from tests.helpers.batches import pack, random_document
 from vlgpt import hf  # noqa: F401 - registers our classes
 from vlgpt import settings as s
 from vlgpt.batch import ConditionBatch, ImageInput
@@ -26,8 +26,8 @@ from vlgpt.models.diffusion import DiffusionDecoder
 from vlgpt.models.encoders import OpenClipEncoder, TransformersClipEncoder, load_clip
 from vlgpt.models.language_models import load_language_model
 from vlgpt.stages.base import parameter_groups
-from vlgpt.stages.language import build_language_stage
-from vlgpt.stages.tokenizer import build_image_tokenizer_stage
+from vlgpt.stages.language import LanguageStage
+from vlgpt.stages.tokenizer import ImageTokenizerStage
 
 NUM_VISUAL, VISUAL_WIDTH, NUM_STEPS = 4, 32, 20
 ENCODERS = {
@@ -117,7 +117,7 @@ def train_image_parts(shelf, encoder_name, decoder_name, folder, **options):
         tokenizer=part, detokenizer=part, encoder=encoder, conditioner=conditioner, **options,
     )  # fmt: skip
     torch.manual_seed(5)
-    stage = build_image_tokenizer_stage(settings, num_sources=1)
+    stage = ImageTokenizerStage.build(settings, num_sources=1)
     count = 6
     batch = ConditionBatch(
         documents=tuple("abcdef"),
@@ -146,7 +146,7 @@ def test_a_miniature_lives_from_loading_to_drawing(shelf, tmp_path, encoder, dec
         lora=s.LoraSettings(rank=4, alpha=8.0, dropout=0.0), **policy,
     )  # fmt: skip
     torch.manual_seed(6)
-    stage = build_language_stage(settings, num_sources=2)
+    stage = LanguageStage.build(settings, num_sources=2)
     tokenizer = stage.document_tokenizer
     batch = pack([[random_document(n, num_images=2) for n in (row, row + 3)] for row in range(2)], tokenizer)
     batch = dataclasses.replace(batch, images=ImageInput("pixels", pixels(len(batch.images))))
@@ -254,7 +254,7 @@ def test_a_truncated_shard_is_refused(tmp_path):
 
 def test_the_tokenizer_of_another_model_is_refused(shelf, tmp_path):
     train_image_parts(shelf, "clip", "sd15 bin", tmp_path / "stage1")
-    from tiny_unified import train_text_tokenizer
+    from tests.helpers.tiny_unified import train_text_tokenizer
 
     train_text_tokenizer(["many other words " * 9, "éàü"] * 3, vocabulary_size=300).save_pretrained(
         tmp_path / "few"
@@ -268,10 +268,10 @@ def test_the_tokenizer_of_another_model_is_refused(shelf, tmp_path):
         image_tokenizer=str(tmp_path / "stage1"), text_tokenizer=str(tmp_path / "many"),
     )  # fmt: skip
     assert_one_line(
-        lambda: build_language_stage(settings, num_sources=1), "400 token rows", "do not belong together"
+        lambda: LanguageStage.build(settings, num_sources=1), "400 token rows", "do not belong together"
     )
     settings = settings.model_copy(update={"image_tokenizer": str(tmp_path / "nowhere")})
-    assert_one_line(lambda: build_language_stage(settings, num_sources=1), "nowhere", "config.json")
+    assert_one_line(lambda: LanguageStage.build(settings, num_sources=1), "nowhere", "config.json")
 
 
 @pytest.mark.parametrize(

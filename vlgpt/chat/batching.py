@@ -112,8 +112,8 @@ class Batcher:
                 self._changed.wait()
             if self._is_closed:
                 return None
-            key = self._waiting[0].settings.batch_key
-            batch = [r for r in self._waiting if r.settings.batch_key == key][: self.max_batch]
+            key = self._waiting[0].batch_key
+            batch = [r for r in self._waiting if r.batch_key == key][: self.max_batch]
             for request in batch:
                 self._waiting.remove(request)
             self._running = batch

@@ -139,12 +139,6 @@ class Dialogue:
         return Prompt(Document(ADDRESS, "chat", tuple(parts)), tuple(images))
 
 
-def num_exchanges(document: Document) -> int:
-    """How often the user begins to speak: what trimming a long chat lowers."""
-    roles = [part.role for part in document.parts]
-    return sum(role == "user" and (at == 0 or roles[at - 1] != "user") for at, role in enumerate(roles))
-
-
 def reply_turn(reply: Reply, pictures: Sequence[Picture]) -> Turn:
     """The model's turn; `pictures[i]` is the drawing of image i of the reply."""
     content = tuple(part.text if isinstance(part, TextPart) else pictures[part.index] for part in reply.parts)

@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from vlgpt.chat import files
 from vlgpt.chat.batching import Batcher, QueueFull, ShuttingDown
 from vlgpt.chat.dialogue import Content, Dialogue, Picture, Turn, interleave
-from vlgpt.chat.reply import Drawn, Event, Failed, Finished, Notice, ReplySettings, Request, TextPiece
+from vlgpt.chat.reply import Drawn, Event, Failed, Finished, Notice, Request, TextPiece
 from vlgpt.decoding.api import DecodeSettings
 from vlgpt.errors import UserError
 from vlgpt.images import png_bytes
@@ -199,9 +199,9 @@ class ChatPage:
         max_images: float,
         visual_guidance: float,
         decoder_guidance: float,
-    ) -> ReplySettings:
+    ) -> DecodeSettings:
         """Raises UserError."""
-        decode = DecodeSettings(
+        return DecodeSettings(
             max_new_tokens=min(int(max_new_tokens), self.max_new_tokens),
             temperature=float(temperature),
             top_p=float(top_p),
@@ -209,8 +209,8 @@ class ChatPage:
             max_images=int(max_images),
             visual_guidance=float(visual_guidance),
             seed=int(seed),
+            guidance=float(decoder_guidance),
         )
-        return ReplySettings(decode, decoder_guidance=float(decoder_guidance))
 
     # ------------------------------------------------------------------------------------------------------- the layout
 

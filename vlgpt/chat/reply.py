@@ -10,30 +10,14 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from vlgpt.chat.dialogue import Dialogue, Picture, Turn, num_exchanges, reply_turn
+from vlgpt.chat.dialogue import Dialogue, Picture, Turn, reply_turn
 from vlgpt.decoding.api import DecodeSettings, Finish, Prompt
 from vlgpt.decoding.generator import Generator
-from vlgpt.decoding.prompts import prompt_length
+from vlgpt.decoding.prompts import prompt_length, split_exchanges
 from vlgpt.errors import UserError
 from vlgpt.log import get_logger
 
 logger = get_logger("chat")
-
-
-@dataclass(frozen=True)
-class ReplySettings:
-    """How a reply is decoded and its images are drawn. `decode.seed` addresses both kinds of noise.
-
-    `decoder_guidance` None is the image decoder's own.
-    """
-
-    decode: DecodeSettings = field(default_factory=DecodeSettings)
-    decoder_guidance: float | None = None
-
-    @property
-    def batch_key(self) -> DecodeSettings:
-        """Requests of equal key can be decoded together: greedy decoding has no use for the seed."""
-        return replace(self.decode, seed=0) if self.decode.temperature == 0 else self.decode
 
 
 @dataclass(frozen=True)
@@ -80,10 +64,13 @@ Event = TextPiece | Drawn | Notice | Finished | Failed
 
 @dataclass(eq=False)
 class Request:
-    """One reply that is wanted. `emit` is called from the thread that decodes, for every event."""
+    """One reply that is wanted. `emit` is called from the thread that decodes, for every event.
+
+    `settings.seed` addresses the noise of words and of images.
+    """
 
     dialogue: Dialogue
-    settings: ReplySettings
+    settings: DecodeSettings
     emit: Callable[[Event], None]
     timeout_s: float = float("inf")
     created_s: float = field(default_factory=time.monotonic)
@@ -96,6 +83,12 @@ class Request:
     @property
     def is_cancelled(self) -> bool:
         return self._cancelled.is_set()
+
+    @property
+    def batch_key(self) -> DecodeSettings:
+        """Requests of equal key can be decoded together: drawing comes later, and greedy words need no seed."""
+        decoding = replace(self.settings, guidance=None)
+        return replace(decoding, seed=0) if decoding.temperature == 0 else decoding
 
     @property
     def is_late(self) -> bool:
@@ -128,7 +121,7 @@ def answer(generator: Generator, requests: Sequence[Request]) -> None:
     try:
         replies = generator.generate(
             prompts,
-            ready[0].settings.batch_key,
+            ready[0].batch_key,
             on_text=lambda number, piece: ready[number].emit(TextPiece(piece)),
             on_image=on_image,
             is_cancelled=lambda number: ready[number].failure is not None,
@@ -160,10 +153,10 @@ def _prepare(generator: Generator, request: Request) -> Prompt | None:
         request.emit(request.failure)
         return None
     try:
-        if generator.decoder is None and request.settings.decode.images != "never":
+        if generator.decoder is None and request.settings.images != "never":
             raise UserError("this model has no picture decoder: ask for a reply of text only")
         whole = request.dialogue.prompt()
-        prompt = generator.trim(whole, request.settings.decode)
+        prompt = generator.trim(whole, request.settings)
         if prompt.images:
             visual = generator.tokenize(prompt.images)
             prompt = replace(prompt, images=tuple(("visual", embeddings) for embeddings in visual))
@@ -174,15 +167,14 @@ def _prepare(generator: Generator, request: Request) -> Prompt | None:
         logger.exception("a prompt could not be prepared")
         request.emit(Failed("internal", "the reply failed; the server's log tells why"))
         return None
-    num_dropped = num_exchanges(whole.document) - num_exchanges(prompt.document)
-    if num_dropped:
+    num_exchanges, num_kept = (len(split_exchanges(p.document.parts)) for p in (whole, prompt))
+    if num_dropped := num_exchanges - num_kept:
         request.emit(Notice(f"The context is full: the oldest {num_dropped} exchanges are no longer read."))
     return prompt
 
 
 def _draw(generator: Generator, request: Request, visual: Tensor, number: int) -> Picture:
     """One image at a time: it depends on nothing but its embeddings and the seed."""
-    address = (request.settings.decode.seed, "draw", number)
-    guidance = request.settings.decoder_guidance
-    (image,) = generator.draw(torch.stack([visual]), seeds=[address], guidance=guidance)
+    address = (request.settings.seed, "draw", number)
+    (image,) = generator.draw(torch.stack([visual]), seeds=[address], guidance=request.settings.guidance)
     return Picture.drawn(image, visual)

@@ -15,11 +15,11 @@ from vlgpt.chat.reply import (
     Failed,
     Finished,
     Notice,
-    ReplySettings,
     Request,
     TextPiece,
     answer,
 )
+from vlgpt.decoding.api import DecodeSettings
 from vlgpt.decoding.generator import Generator
 from vlgpt.document import IMAGE_MARK
 from vlgpt.errors import UserError
@@ -48,7 +48,7 @@ class Terminal:
     def __init__(
         self,
         generator: Generator,
-        settings: ReplySettings,
+        settings: DecodeSettings,
         *,
         output: Path,
         write: Callable[[str], None],
@@ -112,7 +112,7 @@ class Terminal:
             raise UserError(f"there is no command /{name}; /help lists them")
 
     def _set(self, **changes: int | float) -> None:
-        self.settings = replace(self.settings, decode=replace(self.settings.decode, **changes))  # type: ignore[arg-type]
+        self.settings = replace(self.settings, **changes)  # type: ignore[arg-type]
 
     def _guide(self, text: str) -> None:
         values = [_number(float, word, "/guidance 2 1.5") for word in text.split()]
@@ -120,7 +120,7 @@ class Terminal:
             raise UserError("/guidance takes one or two numbers, such as /guidance 2 1.5")
         self._set(visual_guidance=values[0])
         if len(values) == 2:
-            self.settings = replace(self.settings, decoder_guidance=values[1])
+            self._set(guidance=values[1])
 
     def _attach(self, text: str) -> None:
         path = Path(text.strip("'\"")).expanduser()
@@ -138,7 +138,7 @@ class Terminal:
         """Ask the model; the dialogue only grows when a reply comes back."""
         settings = self.settings
         if images is not None:
-            settings = replace(settings, decode=replace(settings.decode, images=images))  # type: ignore[arg-type]
+            settings = replace(settings, images=images)  # type: ignore[arg-type]
         finished: list[Finished] = []
         answer(self.generator, [Request(asked, settings, lambda event: self._show(event, finished))])
         if finished:
@@ -190,7 +190,7 @@ class Terminal:
     def _save(self, text: str) -> None:
         if not text:
             raise UserError("/save needs a folder, such as /save runs/dialogue")
-        info = {"model": self.model_name, "seed": self.settings.decode.seed}
+        info = {"model": self.model_name, "seed": self.settings.seed}
         files.save(self.dialogue, Path(text).expanduser(), info=info)
         self.write(f"saved {len(self.dialogue.turns)} turns in {text}\n")
 

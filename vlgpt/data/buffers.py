@@ -10,24 +10,26 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vlgpt.batch import map_parts
 from vlgpt.errors import UserError
+from vlgpt.settings import DataSettings
 
 ALIGNMENT = 64  # bytes, a cache line
 MAX_TENSORS = 16  # of a batch: what aligning them may cost
 MAX_BUFFERS = 256  # per worker: as many orders fit into a pipe unread
 
 
-def num_buffers(*, prefetch_batches: int, prefetch_bytes: int, num_workers: int, batch_bytes: int) -> int:
+def num_buffers(settings: DataSettings, *, batch_bytes: int) -> int:
     """How many batches a worker may have ready, at least 1: its share of them, limited by its share of the bytes."""
-    share = -(-prefetch_batches // num_workers)
-    return max(1, min(share, prefetch_bytes // num_workers // max(batch_bytes, 1), MAX_BUFFERS))
+    share = -(-settings.prefetch_batches // settings.num_workers)
+    fitting = settings.prefetch_bytes // settings.num_workers // max(batch_bytes, 1)
+    return max(1, min(share, fitting, MAX_BUFFERS))
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class Buffers:
             start = -(-(start + tensor.nbytes) // ALIGNMENT) * ALIGNMENT
             return stored
 
-        return _map(value, Tensor, store)
+        return map_parts(value, Tensor, store)
 
     def take(self, value: object, *, pin_memory: bool) -> Any:
         """Copy what `put` stored into tensors of their own, in pinned memory if CUDA is to fetch them from there.
@@ -84,7 +86,7 @@ class Buffers:
             tensor = torch.empty(stored.shape, dtype=stored.dtype, pin_memory=pin_memory)
             return tensor.copy_(self._view(stored))
 
-        return _map(value, _Stored, load)
+        return map_parts(value, _Stored, load)
 
     def _view(self, stored: _Stored) -> Tensor:
         count = math.prod(stored.shape)
@@ -92,12 +94,3 @@ class Buffers:
             return torch.empty(stored.shape, dtype=stored.dtype)
         flat = torch.frombuffer(self._memory, dtype=stored.dtype, count=count, offset=stored.offset)
         return flat.view(stored.shape)
-
-
-def _map(value: Any, kind: type, function: Callable[[Any], Any]) -> Any:
-    """Replace every part of this kind in a (nested) dataclass."""
-    if isinstance(value, kind):
-        return function(value)
-    if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{f.name: _map(getattr(value, f.name), kind, function) for f in fields(value)})
-    return value

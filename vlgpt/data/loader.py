@@ -56,7 +56,8 @@ class Loader:
         micro_batch: rows, or samples, per batch of this rank.
         run_positions: rows, or samples, that the whole run consumes over all ranks; needed when a source has a ramp.
         quarantine: JSONL file to which every bad sample is written once.
-        is_one_pass: every sample once, then stop: see `one_pass`.
+        is_one_pass: every sample of the sources once, in their order, dealt to ranks, then stop: for validation. The
+            last batches are filled with empty rows or masked slots, so that all ranks get the same number.
         count_targets: a batch without images -> targets per term (`Stage.count_targets`); needed by `targets`.
         pin_memory: worker processes deliver tensors from which CUDA can copy asynchronously.
     Raises FileNotFoundError or UserError: missing or unsuitable data, settings that do not fit it.
@@ -153,25 +154,6 @@ class Loader:
         self._running = self._iterate()
         return self._running
 
-    def one_pass(self) -> Iterator[Batch | ConditionBatch]:
-        """Every sample of the sources exactly once, in their order, dealt to ranks: for validation.
-
-        The last batches are filled with empty rows or masked slots, so that all ranks get the same number.
-        """
-        loader = Loader(
-            self.settings,
-            kind=self.kind,
-            micro_batch=self.micro_batch,
-            rank=self.rank,
-            world_size=self.world_size,
-            tokenizer=self.tokenizer,
-            is_one_pass=True,
-        )
-        try:
-            yield from loader
-        finally:
-            loader.close()
-
     def __next__(self) -> Batch | ConditionBatch:
         """The next batch; starts an iteration when none runs."""
         return next(self._running if self._running is not None else iter(self))
@@ -228,11 +210,8 @@ class Loader:
         return WorkerPool(
             produce,
             start=self.position,
-            num_workers=settings.num_workers,
-            prefetch_batches=settings.prefetch_batches,
-            prefetch_bytes=settings.prefetch_bytes,
+            settings=settings,
             batch_bytes=self.maker.max_bytes(self.micro_batch),
-            watchdog_s=settings.watchdog_s,
             on_death=self._on_death,
             num_ahead=num_ahead,
             pin_memory=self._pin_memory,

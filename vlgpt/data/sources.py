@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from base64 import b64encode
-from collections import OrderedDict
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TypedDict
 
@@ -17,6 +17,7 @@ from vlgpt.document import ROLES
 from vlgpt.errors import UserError
 from vlgpt.settings import DataSettings, SourceSettings
 from vlgpt.shards import BadSample, FeatureReader, FeatureSpec, Sample, ShardSet
+from vlgpt.shards.recent import Recent
 from vlgpt.tokens import DocumentTokenizer
 
 MAX_CACHED_LENGTHS = 64
@@ -40,7 +41,7 @@ class OpenSource:
         self.name = settings.name
         self.counts = np.array([shard.num_samples for shard in shards.shards], dtype=np.int64)
         self.has_images = any(shard.num_images for shard in shards.shards)
-        self._lengths: OrderedDict[int, ShardLengths] = OrderedDict()
+        self._lengths: Recent[int, ShardLengths] = Recent(MAX_CACHED_LENGTHS)
         self._announced: set[int] = set()
 
     @property
@@ -49,9 +50,9 @@ class OpenSource:
 
     def lengths(self, shard: int, *, tokenizer: DocumentTokenizer) -> ShardLengths:
         """Part lengths of a shard. Raises UserError when they were made with another tokenizer."""
-        if shard in self._lengths:
-            self._lengths.move_to_end(shard)
-            return self._lengths[shard]
+        return self._lengths.get(shard, partial(self._read_lengths, tokenizer))
+
+    def _read_lengths(self, tokenizer: DocumentTokenizer, shard: int) -> ShardLengths:
         index = self.shards.index(shard)
         has_chats = bool((index.part_role != ROLES.index("plain")).any())
         if not tokenizer.fits(index.tokenizer, has_chats=has_chats):
@@ -62,11 +63,7 @@ class OpenSource:
                 f"python -m data_prep.index {self.settings.path} --tokenizer PATH --template "
                 f"{tokenizer.template_name}"
             )
-        lengths = ShardLengths(index, image_length=tokenizer.image_length)
-        self._lengths[shard] = lengths
-        if len(self._lengths) > MAX_CACHED_LENGTHS:
-            self._lengths.popitem(last=False)
-        return lengths
+        return ShardLengths(index, image_length=tokenizer.image_length)
 
     def read(self, shard: int, sample: int, *, with_images: bool) -> Sample:
         """One sample, its images only on demand. Raises BadSample."""

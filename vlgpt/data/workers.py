@@ -31,6 +31,7 @@ from vlgpt.data.samples import Place
 from vlgpt.data.stream import Delivery, Position, Production, Targets
 from vlgpt.log import get_logger
 from vlgpt.processes import Channel, Mark, Worker
+from vlgpt.settings import DataSettings
 
 MAX_POISONED = 64
 
@@ -106,7 +107,7 @@ class _DataWorker(Worker):
 
     def take(self, buffer: int, content: Delivery, *, pin_memory: bool) -> Delivery:
         """A finished batch out of its buffer, which the next but a few will fill."""
-        delivery = self.buffers.take(content, pin_memory=pin_memory)
+        delivery: Delivery = self.buffers.take(content, pin_memory=pin_memory)
         if self._is_counting:
             self.order(("count", 1))
         self.order(("finish", buffer))
@@ -139,7 +140,8 @@ class WorkerPool:
     """Deliveries of all workers in the order of the stream.
 
     Args:
-        batch_bytes: of the largest batch; with the limits on what is prepared ahead it decides the number of buffers.
+        batch_bytes: of the largest batch; with the settings' limits on what is prepared ahead it decides the number of
+            buffers.
         num_ahead: how many batches' targets are asked for before the batches themselves; 0 = none.
         pin_memory: deliver tensors from which CUDA can copy asynchronously.
     Raises, while iterating, UserError from a worker, DataStalled, and RuntimeError when a worker dies again.
@@ -150,23 +152,16 @@ class WorkerPool:
         produce: Produce,
         *,
         start: Position,
-        num_workers: int,
-        prefetch_batches: int,
-        prefetch_bytes: int,
+        settings: DataSettings,
         batch_bytes: int,
-        watchdog_s: float,
         on_death: Callable[[int, Place | None], None],
         num_ahead: int = 0,
         pin_memory: bool = False,
     ):
-        self._produce, self._position, self._watchdog_s, self._on_death = produce, start, watchdog_s, on_death
+        self._produce, self._position, self._on_death = produce, start, on_death
+        self._watchdog_s, num_workers = settings.watchdog_s, settings.num_workers
         self._pin_memory, self._max_asked_ahead = pin_memory, num_ahead
-        count = num_buffers(
-            prefetch_batches=prefetch_batches,
-            prefetch_bytes=prefetch_bytes,
-            num_workers=num_workers,
-            batch_bytes=batch_bytes,
-        )
+        count = num_buffers(settings, batch_bytes=batch_bytes)
         # a count is ordered before the batches that the buffers hold are finished, so it is there when it is asked for
         self._num_ahead = -(-num_ahead // num_workers) + count if num_ahead else 0
         self._poisoned = PoisonedSamples()

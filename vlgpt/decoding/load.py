@@ -11,14 +11,16 @@ import torch
 from torch import nn
 
 from vlgpt.errors import UserError
+from vlgpt.files import JsonObject
 from vlgpt.models.component import CONFIG_FILE, Component
-from vlgpt.models.conditions import FOR_TARGETS
+from vlgpt.models.conditions import FOR_TARGETS, read_parts
 from vlgpt.models.decoders import ImageDecoder
 from vlgpt.models.encoders import ClipEncoder, load_clip
 from vlgpt.models.unified import UnifiedConfig
 from vlgpt.registry import is_dotted, load_class
 from vlgpt.tokens import DocumentTokenizer
 
+DIFFUSION_FILE = "diffusion.json"
 DIFFUSION_PATHS = ("pipeline", "adapter", "unconditional", "vae")
 
 
@@ -47,6 +49,23 @@ def load_encoder(folder: Path, record: Mapping[str, Any] | None) -> ClipEncoder 
     return load_clip(located(folder, record["path"]), **options)
 
 
+def describe_decoder(path: str | Path, *, key: str) -> JsonObject:
+    """The record of an image decoder, as `load_decoder` takes it.
+
+    `path` is the folder of a saved one, or a JSON file (or a folder with diffusion.json) with the arguments of
+    `DiffusionDecoder.load`. Raises UserError naming `key` when it is neither.
+    """
+    place = Path(path)
+    description = place if place.is_file() else place / DIFFUSION_FILE
+    if description.is_file():
+        parts = read_parts(description)
+        return {"kind": "diffusion", **{name: parts[name] for name in parts if name not in FOR_TARGETS}}
+    if (place / CONFIG_FILE).is_file():
+        name = json.loads((place / CONFIG_FILE).read_text())["class"]
+        return {"kind": "component", "class": name, "path": str(place)}
+    raise UserError(f"{key} {path} is neither the folder of a saved decoder nor one with {DIFFUSION_FILE}")
+
+
 def load_decoder(
     folder: Path, record: Mapping[str, Any] | None, *, dtype: torch.dtype
 ) -> ImageDecoder | None:
@@ -56,13 +75,12 @@ def load_decoder(
     """
     if record is None:
         return None
-    options = {name: value for name, value in record.items() if name != "kind"}
     if record["kind"] == "component":
-        return load_component_decoder(Path(located(folder, options["path"])))
+        return load_component_decoder(Path(located(folder, record["path"])))
     if record["kind"] == "diffusion":
         from vlgpt.models.diffusion import DiffusionDecoder
 
-        options = {name: value for name, value in options.items() if name not in FOR_TARGETS}
+        options = {name: value for name, value in record.items() if name not in ("kind", *FOR_TARGETS)}
         paths = {name: located(folder, options[name]) for name in DIFFUSION_PATHS if options.get(name)}
         return DiffusionDecoder.load(**{**options, **paths}, dtype=dtype)
     raise UserError(f"picture decoder kind {record['kind']!r} is unknown; valid: component, diffusion")

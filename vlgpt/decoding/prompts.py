@@ -137,7 +137,7 @@ def trim_to_length(prompt: Prompt, *, tokenizer: DocumentTokenizer, max_length: 
     An exchange is what the user says and the replies to it. Raises UserError when the last one alone is too long, or a
     document that is no chat.
     """
-    exchanges = _exchanges(prompt.document.parts)
+    exchanges = split_exchanges(prompt.document.parts)
 
     def without(num_dropped: int) -> Prompt:
         if num_dropped == 0:
@@ -168,7 +168,7 @@ def trim_to_length(prompt: Prompt, *, tokenizer: DocumentTokenizer, max_length: 
     return without(num_dropped)
 
 
-def _exchanges(parts: Sequence[Part]) -> list[list[Part]]:
+def split_exchanges(parts: Sequence[Part]) -> list[list[Part]]:
     """Parts grouped into exchanges: a new one starts where the user speaks after a reply."""
     result: list[list[Part]] = []
     for at, part in enumerate(parts):

@@ -13,7 +13,7 @@ from pathlib import Path
 from vlgpt import settings as s
 from vlgpt.doctor.lint import Finding
 from vlgpt.errors import UserError
-from vlgpt.planning.meta import image_parts_of, planned_stage
+from vlgpt.planning.meta import planned_stage
 from vlgpt.planning.plan import feature_sizes, make_plan
 from vlgpt.shards.features import MAX_OPEN_ARRAYS
 from vlgpt.shards.reader import MAX_OPEN_TARS
@@ -21,13 +21,13 @@ from vlgpt.shards.tars import tars_of
 
 GIB = 1 << 30
 OWN_FILES = 256  # of a process without its data: libraries, devices, sockets, logs, pipes of workers
-# Name, oldest version, what needs it, and how to get it.
+# Name, oldest version (that of setup.py), what needs it, and how to get it.
 PACKAGES = (
-    ("torch", "2.6", "everything", "pip install 'torch>=2.6'"),
-    ("transformers", "5.0", "language models", "pip install 'transformers>=5'"),
+    ("torch", "2.9", "everything", "pip install 'torch>=2.9'"),
+    ("transformers", "5.21", "language models", "pip install 'transformers>=5.21,<5.40'"),
     ("pydantic", "2.9", "settings", "pip install 'pydantic>=2.9'"),
-    ("safetensors", "0.5", "weights", "pip install 'safetensors>=0.5'"),
-    ("deepspeed", "0.19", "training", "pip install 'vlgpt[train]'"),
+    ("safetensors", "0.8", "weights", "pip install 'safetensors>=0.8'"),
+    ("deepspeed", "0.19.8", "training", "pip install 'vlgpt[train]'"),
     ("peft", "0.18", "LoRA", "pip install 'vlgpt[models]'"),
     ("diffusers", "0.38", "diffusion decoders", "pip install 'vlgpt[models]'"),
     ("open_clip_torch", "3.2", "CLIP through open_clip", "pip install 'vlgpt[models]'"),
@@ -117,8 +117,7 @@ def _loader_memory(run: s.RunSettings, num_processes: int) -> Iterator[Finding]:
     data = run.data
     if not data.num_workers or (batch := batch_bytes(run)) is None:
         return
-    limits = {"prefetch_batches": data.prefetch_batches, "prefetch_bytes": data.prefetch_bytes}
-    count = data.num_workers * num_buffers(num_workers=data.num_workers, batch_bytes=batch, **limits)
+    count = data.num_workers * num_buffers(data, batch_bytes=batch)
     here = min(num_processes, torch.cuda.device_count() or num_processes)
     needed = here * count * batch
     text = (
@@ -146,7 +145,7 @@ def batch_bytes(run: s.RunSettings) -> int | None:
     if not planned.length:
         names = [*data.features, *(["pixels"] if data.pixels else [])]
         return run.micro_batch * (SAMPLE_BYTES + sum(sizes[name] for name in names))
-    num_images = data.sequence_length // (image_parts_of(planned.stage)[0].num_visual + 2)
+    num_images = data.sequence_length // (planned.stage.image_parts[0].num_visual + 2)
     kind = image_kind(data)
     images = 0 if kind is None else num_images * sizes[kind]
     return run.micro_batch * (POSITION_BYTES * data.sequence_length + images)

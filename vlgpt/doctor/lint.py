@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -12,8 +11,10 @@ from typing import Literal
 from vlgpt import settings as s
 from vlgpt.config import load_run
 from vlgpt.errors import UserError
-from vlgpt.planning.meta import image_arguments, image_tower, read_export
+from vlgpt.models.unified import is_export
+from vlgpt.planning.meta import image_arguments, image_tower
 from vlgpt.shards.tars import tars_of
+from vlgpt.train.facts import RESULT, is_finished, missing_inputs
 from vlgpt.turns import OWN, TEMPLATES
 
 
@@ -144,8 +145,7 @@ def _folders(run: s.RunSettings, _: int) -> Iterator[Finding]:
             )
         else:
             yield _error(f"source {source.name!r}: {folder} does not exist", "build it: see docs/datasets.md")
-    done = run.run_dir / "result" / "done.json"
-    if done.is_file() and json.loads(done.read_text()).get("settings") != run.model_dump(mode="json"):
+    if (run.run_dir / RESULT / "done.json").is_file() and not is_finished(run):
         yield _warning(
             f"output_dir {run.output_dir} holds the result of another configuration",
             "choose another output_dir",
@@ -184,13 +184,10 @@ def _language(run: s.RunSettings, _: int) -> Iterator[Finding]:
         yield _error(
             f"stage.template {stage.template!r} is unknown", f"choose one of: {', '.join(TEMPLATES)}, {OWN}"
         )
-    is_export = read_export(stage.language_model) is not None
-    for key in ("language_model", "image_tokenizer", "text_tokenizer", "init_from", "picture_decoder"):
-        path = getattr(stage, key)
-        if path and path.count("/") > 1 and "://" not in path and not Path(path).exists():
-            fix = "run the stage before, or correct the path (hub names have one slash)"
-            yield _error(f"stage.{key}: {path} does not exist", fix)
-    if stage.image_tokenizer is None and not is_export:
+    for key, path in missing_inputs(stage, prefix="stage."):
+        fix = "run the stage before, or correct the path (hub names have one slash)"
+        yield _error(f"{key}: {path} does not exist", fix)
+    if stage.image_tokenizer is None and not is_export(stage.language_model):
         yield _error(
             f"stage.image_tokenizer is not set, and {stage.language_model} is a plain language model",
             "set stage.image_tokenizer to the result folder of stage 1",

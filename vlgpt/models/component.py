@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vlgpt.errors import UserError
-from vlgpt.files import JsonObject
+from vlgpt.files import JsonObject, replacing
 from vlgpt.models.weights import WEIGHTS_FILE, shape_problems, weight_files
 from vlgpt.registry import dotted_name
 
@@ -55,9 +55,8 @@ class Component(nn.Module):
         config = {"class": class_name(type(self)), "arguments": self.arguments}
         (folder / CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n")
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        partial = folder / f".{WEIGHTS_FILE}.partial"
-        save_file(state, partial)
-        partial.replace(folder / WEIGHTS_FILE)
+        with replacing(folder / WEIGHTS_FILE) as temporary:
+            save_file(state, temporary)
 
     @classmethod
     def from_folder(cls: type[C], folder: str | Path) -> C:
@@ -88,11 +87,11 @@ def empty_parameters() -> Iterator[None]:
             parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
         register(module, name, parameter)
 
-    nn.Module.register_parameter = register_empty  # type: ignore[method-assign, assignment]
+    nn.Module.register_parameter = register_empty  # type: ignore[method-assign, assignment]  # undone below
     try:
         yield
     finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
+        nn.Module.register_parameter = register  # type: ignore[method-assign]  # its own again
 
 
 def read_arguments(folder: Path, wanted: str) -> JsonObject:
@@ -106,7 +105,8 @@ def read_arguments(folder: Path, wanted: str) -> JsonObject:
     config = json.loads(path.read_text())
     if config.get("class") != wanted:
         raise UserError(f"{folder} holds a {config.get('class')!r}, wanted a {wanted}")
-    return config["arguments"]
+    arguments: JsonObject = config["arguments"]
+    return arguments
 
 
 def load_weights(module: nn.Module, path: Path, *, prefix: str = "") -> None:
@@ -160,6 +160,7 @@ def _assign(module: nn.Module, names: Sequence[str], value: Tensor) -> None:
     if leaf in owner._parameters:
         value = nn.Parameter(value, requires_grad=cast(nn.Parameter, owner._parameters[leaf]).requires_grad)
     for owner, leaf in places:
+        # mypy cannot see that `value` is a Parameter in the first case
         (owner._parameters if leaf in owner._parameters else owner._buffers)[leaf] = value  # type: ignore[assignment]
 
 

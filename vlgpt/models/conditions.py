@@ -29,10 +29,10 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from vlgpt.errors import UserError
-from vlgpt.files import write_atomic, write_once
+from vlgpt.files import JsonObject, write_atomic, write_once
 from vlgpt.log import get_logger
 from vlgpt.models.component import freeze
-from vlgpt.models.encoders import Conditioner, Library, PixelEncoder, load_clip
+from vlgpt.models.encoders import Conditioner, Library, PixelEncoder, load_clip, padded_ids
 from vlgpt.models.ip_adapter import Resampler, load_resampler, read_ip_adapter
 from vlgpt.models.weights import load_part
 
@@ -52,21 +52,14 @@ FOR_DRAWING = ("vae", "scheduler", "reading", "num_steps", "guidance", "image_sc
 GUIDANCE, IMAGE_SCALE = 7.5, 1.0
 
 
-def load_conditioner(
-    path: str | Path,
-    *,
-    library: Library = "open_clip",
-    pretrained: str | None = None,
-    layer: int = -2,
-    has_cls: bool = True,
-) -> Conditioner:
-    """By library: `ip_adapter` reads the JSON file of a diffusion decoder, the others load a CLIP.
+def load_conditioner(path: str | Path, *, library: Library = "open_clip", **options: Any) -> Conditioner:
+    """By library: `ip_adapter` reads the JSON file of a diffusion decoder, the others load a CLIP with these options.
 
     Raises UserError when a part is missing or does not fit.
     """
     if library == "ip_adapter":
         return DiffusionConditioner.load(path)
-    return load_clip(path, library=library, pretrained=pretrained, layer=layer, has_cls=has_cls)
+    return load_clip(path, library=library, **options)
 
 
 # ------------------------------------------------------------------------------------ the encoders of a diffusion model
@@ -153,7 +146,7 @@ class TextConditioner(nn.Module):
     @torch.no_grad()
     def condition(self, captions: Sequence[str]) -> Tensor:
         """B captions -> (B, Kt, Dt)."""
-        ids = token_ids(self.tokenizer, captions, length=self.length)
+        ids = padded_ids(self.tokenizer, captions, length=self.length)
         states: Tensor = self.text_encoder(ids.to(self.text_encoder.device)).last_hidden_state
         return states
 
@@ -194,7 +187,7 @@ class SdxlTextConditioner(nn.Module):
         """B captions -> (B, Kt + 1, Dt)."""
         states = []
         for encoder, tokenizer in zip(self.encoders, self.tokenizers):
-            ids = token_ids(tokenizer, captions, length=self.length).to(next(encoder.parameters()).device)
+            ids = padded_ids(tokenizer, captions, length=self.length).to(next(encoder.parameters()).device)
             output = encoder(ids, output_hidden_states=True)
             states.append(output.hidden_states[-2])
         return with_pooled(torch.cat(states, dim=-1), output.text_embeds)
@@ -253,15 +246,6 @@ class DiffusionConditioner(Conditioner):
         return self.text.condition(captions)
 
 
-def token_ids(tokenizer: CLIPTokenizer, captions: Sequence[str], *, length: int) -> Tensor:
-    """Padded and cut as in Stable Diffusion's pipelines: B captions -> (B, length) int64."""
-    encoded = tokenizer(
-        list(captions), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
-    )
-    ids: Tensor = encoded["input_ids"]
-    return ids
-
-
 def _pretrained(kind: Any, path: str | Path, *, subfolder: str) -> Any:
     """In float32: transformers keeps the stored type; move or cast the whole conditioner instead. Raises UserError."""
     return load_part(kind, path, subfolder=subfolder, ignore_mismatched_sizes=True).float()
@@ -269,7 +253,8 @@ def _pretrained(kind: Any, path: str | Path, *, subfolder: str) -> Any:
 
 def _tokenizer(kind: type[CLIPTokenizer], path: str | Path, *, subfolder: str) -> CLIPTokenizer:
     try:
-        return kind.from_pretrained(str(path), subfolder=subfolder)
+        tokenizer: CLIPTokenizer = kind.from_pretrained(str(path), subfolder=subfolder)
+        return tokenizer
     except (OSError, ValueError, TypeError) as error:
         raise UserError(
             f"no {kind.__name__} could be loaded from {path}/{subfolder}: {str(error).splitlines()[0]}"
@@ -339,7 +324,7 @@ def read_parts(path: str | Path) -> dict[str, Any]:
             f"{path} is no file: wanted a JSON that names {', '.join(NEEDED)} of a diffusion decoder"
         )
     try:
-        parts = json.loads(path.read_text())
+        parts: JsonObject = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error
     known = {*PATHS, *FOR_TARGETS, *FOR_DRAWING}

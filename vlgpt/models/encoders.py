@@ -183,7 +183,10 @@ class OpenClipEncoder(ClipEncoder):
             return lambda texts: torch.tensor(
                 [pad_ids([*tokenizer.encode(t)[: length - 1], tokenizer.eos_token_id], length) for t in texts]
             )
-        return open_clip.get_tokenizer(name if folder is None else f"local-dir:{folder.resolve()}")
+        found: Callable[[list[str]], Tensor] = open_clip.get_tokenizer(
+            name if folder is None else f"local-dir:{folder.resolve()}"
+        )
+        return found
 
     def patches(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, P, C)."""
@@ -230,7 +233,8 @@ def _without_weights(open_clip: ModuleType, name: str) -> nn.Module:
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        return open_clip.create_model(name, load_weights=False, device="meta")
+        model: nn.Module = open_clip.create_model(name, load_weights=False, device="meta")
+        return model
     finally:
         logging.disable(before)
 
@@ -301,11 +305,7 @@ class TransformersClipEncoder(ClipEncoder):
         """B strings -> (B, context length) int64. Raises UserError when there is no text tower."""
         tokenizer = self._require_text_tower()
         length = self.model.config.text_config.max_position_embeddings
-        encoded = tokenizer(
-            list(captions), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
-        )
-        ids: Tensor = encoded["input_ids"]
-        return ids.to(self.mean.device)
+        return padded_ids(tokenizer, captions, length=length).to(self.mean.device)
 
     def text_states(self, captions: Sequence[str]) -> Tensor:
         """B strings -> (B, Kt, Dt)."""
@@ -339,6 +339,15 @@ def _num_blocks(visual: nn.Module, *, name: str) -> int:
             f"the image tower of {name!r} is a {type(visual).__name__} without patch tokens: choose a ViT"
         )
     return len(blocks)
+
+
+def padded_ids(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], *, length: int) -> Tensor:
+    """Padded and cut to the context of a text tower, as CLIP was trained: B captions -> (B, length) int64."""
+    encoded = tokenizer(
+        list(captions), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+    )
+    ids: Tensor = encoded["input_ids"]
+    return ids
 
 
 def pad_ids(ids: Sequence[int], length: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Literal
 
@@ -9,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vlgpt.errors import UserError
+from vlgpt.files import JsonObject
 from vlgpt.models.losses import squared_errors
 from vlgpt.registry import load_class
 
@@ -34,7 +37,8 @@ class RegressionHead(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(T, D) -> (T, d)."""
-        return self.layers(hidden)
+        predicted: Tensor = self.layers(hidden)
+        return predicted
 
 
 class LinearHead(RegressionHead):
@@ -46,21 +50,28 @@ class LinearHead(RegressionHead):
 
 
 class MlpHead(RegressionHead):
-    """An MLP with one hidden layer of twice the width."""
+    """An MLP with one hidden layer of `ratio` times the width."""
 
-    def __init__(self, *, hidden_width: int, visual_width: int):
+    def __init__(self, *, hidden_width: int, visual_width: int, ratio: int = 2):
         super().__init__(hidden_width=hidden_width, visual_width=visual_width)
         self.layers = nn.Sequential(
-            nn.Linear(hidden_width, 2 * hidden_width),
+            nn.Linear(hidden_width, ratio * hidden_width),
             nn.GELU(),
-            nn.Linear(2 * hidden_width, visual_width),
+            nn.Linear(ratio * hidden_width, visual_width),
         )
 
 
-def new_head(name: str, *, hidden_width: int, visual_width: int) -> RegressionHead:
-    """A head by short or dotted name. Raises UserError for an unknown one."""
+def new_head(
+    name: str, *, hidden_width: int, visual_width: int, options: Mapping[str, object] | None = None
+) -> RegressionHead:
+    """A head by short or dotted name. Raises UserError for an unknown one, or for options that it does not take."""
     head = load_class(name, RegressionHead, key="head", known=HEADS)
-    return head(hidden_width=hidden_width, visual_width=visual_width)
+    arguments: JsonObject = {"hidden_width": hidden_width, "visual_width": visual_width, **(options or {})}
+    try:
+        inspect.signature(head).bind(**arguments)
+    except TypeError as error:
+        raise UserError(f"head_options {dict(options or {})} do not fit head {name!r}: {error}") from error
+    return head(**arguments)
 
 
 def regression_errors(predicted: Tensor, target: Tensor, objective: Objective) -> Tensor:

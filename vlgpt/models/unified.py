@@ -7,7 +7,7 @@ reading images, `image_encoder/` and `picture_decoder/` or references to them. N
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vlgpt.errors import UserError
 from vlgpt.files import JsonObject
-from vlgpt.models.component import empty_parameters, load_weights
+from vlgpt.models.component import CONFIG_FILE, empty_parameters, load_weights
 from vlgpt.models.image_detokenizer import ImageDetokenizer
 from vlgpt.models.image_tokenizer import ImageTokenizer
 from vlgpt.models.language_models import Attention, build_language_model
@@ -39,6 +39,7 @@ class UnifiedConfig:
     # Of text, see DocumentTokenizer. Exports without it are older than the rendering `saved`.
     rendering: Rendering = "parts"
     head: str = "linear"
+    head_options: JsonObject | None = None
     is_boundary_target: bool = True
     # Arguments of LoraSettings, and `tokens`, when the adapter is kept apart.
     lora: JsonObject | None = None
@@ -46,7 +47,6 @@ class UnifiedConfig:
     image_encoder: JsonObject | None = None
     # {"kind": ..., "path": ...}
     picture_decoder: JsonObject | None = None
-    base_hashes: dict[str, str] = field(default_factory=dict)
 
     def to_record(self) -> JsonObject:
         """What config.json holds; fields that are None are left out."""
@@ -57,22 +57,28 @@ class UnifiedConfig:
     @staticmethod
     def from_folder(folder: Path) -> UnifiedConfig:
         """Raises UserError when the folder is no export of vlgpt."""
-        path = folder / "config.json"
+        path = folder / CONFIG_FILE
         if not path.is_file():
             raise UserError(
                 f"{folder} is no export of vlgpt: config.json is missing (make one with `vlgpt export RUN`)"
             )
-        record = json.loads(path.read_text())
-        if record.get("model_type") != MODEL_TYPE:
-            raise UserError(f"{path}: model_type is {record.get('model_type')!r}, wanted {MODEL_TYPE!r}")
+        if (record := read_export(folder)) is None:
+            found = json.loads(path.read_text()).get("model_type")
+            raise UserError(f"{path}: model_type is {found!r}, wanted {MODEL_TYPE!r}")
         names = UnifiedConfig.__dataclass_fields__
         return UnifiedConfig(**{key: value for key, value in record.items() if key in names})
 
 
 def is_export(folder: str | Path) -> bool:
     """Whether a folder holds an export of vlgpt (and not, say, a plain language model)."""
-    path = Path(folder) / "config.json"
-    return path.is_file() and json.loads(path.read_text()).get("model_type") == MODEL_TYPE
+    return read_export(folder) is not None
+
+
+def read_export(folder: str | Path) -> JsonObject | None:
+    """config.json of an export of vlgpt, or None when the folder is none."""
+    path = Path(folder) / CONFIG_FILE
+    record: JsonObject = json.loads(path.read_text()) if path.is_file() else {}
+    return record if record.get("model_type") == MODEL_TYPE else None
 
 
 class UnifiedModel(nn.Module):
@@ -96,6 +102,7 @@ class UnifiedModel(nn.Module):
             num_visual=tokenizer.num_visual,
             visual_width=tokenizer.visual_width,
             head=config.head,
+            head_options=config.head_options,
         )
         if config.lora is not None:
             settings = {name: value for name, value in config.lora.items() if name != "tokens"}

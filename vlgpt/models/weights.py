@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vlgpt.errors import UserError
+from vlgpt.files import replacing
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -95,9 +96,8 @@ def write_weights(
     for number, names in enumerate(shards, start=1):
         file = WEIGHTS_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         values = {name: tensors[name].make().cpu().contiguous() for name in names}
-        partial = folder / f".{file}.partial"
-        save_file(values, partial, metadata={"format": "pt"})
-        partial.replace(folder / file)
+        with replacing(folder / file) as temporary:
+            save_file(values, temporary, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(names, file))
     if len(shards) > 1:
         total = sum(tensor.num_bytes for tensor in tensors.values())

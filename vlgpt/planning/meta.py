@@ -24,16 +24,16 @@ from vlgpt.models.image_tokenizer import ImageTokenizer
 from vlgpt.models.ip_adapter import Resampler, load_resampler, read_ip_adapter
 from vlgpt.models.language_models import check_parts, from_configuration
 from vlgpt.models.multimodal_lm import MultimodalLM
-from vlgpt.models.unified import UnifiedModel
+from vlgpt.models.unified import UnifiedModel, read_export
 from vlgpt.planning.costs import Cost, StageCosts, attend_in_plan, costs_of
-from vlgpt.stages.language import LanguageStage, assemble
-from vlgpt.stages.tokenizer import ImageTokenizerStage, build_image_tokenizer_stage
-from vlgpt.tokens import MODEL_TYPE
+from vlgpt.stages.base import dtype_of
+from vlgpt.stages.language import LanguageStage
+from vlgpt.stages.tokenizer import ImageTokenizerStage
+from vlgpt.tokens import NUM_IMAGE_TOKENS, padded_vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-VOCABULARY_MULTIPLE = 64
 ATTENTION = "vlgpt_plan"  # what transformers calls `attend_in_plan`
 # Component -> what the names of its parameters in a stage contain. The first that fits counts.
 COMPONENTS = {
@@ -91,13 +91,6 @@ class PlannedStage:
         return next(self.stage.parameters()).element_size()
 
 
-def image_parts_of(stage: LanguageStage | ImageTokenizerStage) -> tuple[ImageTokenizer, ImageDetokenizer]:
-    """The two parts that every stage has."""
-    if isinstance(stage, LanguageStage):
-        return stage.model.image_tokenizer, stage.model.image_detokenizer
-    return stage.tokenizer, stage.detokenizer
-
-
 def parameters_of(stage: nn.Module) -> dict[str, tuple[int, int]]:
     """Component -> (all, trained), counted on the real stage; tied weights once."""
     found: dict[str, tuple[int, int]] = {}
@@ -113,7 +106,7 @@ def parameters_of(stage: nn.Module) -> dict[str, tuple[int, int]]:
 def planned_stage(run: s.RunSettings) -> PlannedStage:
     """The parts of a run, in its precision. Raises UserError for an unknown shape or kind of stage."""
     settings = run.stage
-    dtype = torch.bfloat16 if run.precision == "bf16" else torch.float32
+    dtype = dtype_of(run)
     if isinstance(settings, s.TokenizerStageSettings):
         towers = {"image_encoder": image_tower(settings.encoder)} if settings.encoder else {}
         towers |= conditioner_towers(settings.conditioner) if settings.conditioner else {}
@@ -139,7 +132,7 @@ def _image_tokenizer_stage(settings: s.TokenizerStageSettings) -> ImageTokenizer
     }
     changes |= {"attention": "sdpa", "has_checkpointing": False}
     with torch.device("meta"):
-        return build_image_tokenizer_stage(settings.model_copy(update=changes), num_sources=1)
+        return ImageTokenizerStage.build(settings.model_copy(update=changes), num_sources=1)
 
 
 def _language_stage(
@@ -148,7 +141,7 @@ def _language_stage(
     """The LM of a configuration, its vocabulary grown by [IMG], [/IMG] and padding unless it is an export's."""
     config = configuration(settings.language_model)
     if read_export(settings.language_model) is None:
-        config.vocab_size = -(-(config.vocab_size + 2) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+        config.vocab_size = padded_vocabulary(config.vocab_size + NUM_IMAGE_TOKENS)
     with torch.device("meta"):
         language_model = meta_language_model(config)
         check_parts(language_model, name=settings.language_model, trained=settings.trained)
@@ -158,11 +151,14 @@ def _language_stage(
             num_visual=tokenizer.num_visual,
             visual_width=tokenizer.visual_width,
             head=settings.head,
+            head_options=settings.head_options,
         )
         model = UnifiedModel(lm=lm, image_tokenizer=tokenizer, image_detokenizer=detokenizer)
         image_tokens = [config.vocab_size - 2, config.vocab_size - 1]
-        changes = {"encoder": None, "attention": "sdpa", "has_checkpointing": False}
-        return assemble(model, settings.model_copy(update=changes), image_tokens=image_tokens, num_sources=1)
+        chosen = settings.model_copy(
+            update={"encoder": None, "attention": "sdpa", "has_checkpointing": False}
+        )
+        return LanguageStage.assemble(model, chosen, image_tokens=image_tokens, num_sources=1)
 
 
 def meta_language_model(config: PreTrainedConfig) -> PreTrainedModel:
@@ -292,13 +288,6 @@ def published() -> dict[str, JsonObject]:
     """
     found: dict[str, JsonObject] = json.loads(Path(__file__).with_name("shapes.json").read_text("utf-8"))
     return found
-
-
-def read_export(path: str) -> JsonObject | None:
-    """config.json of an export of vlgpt, or None when the folder is none."""
-    file = Path(path) / CONFIG_FILE
-    record = json.loads(file.read_text()) if file.is_file() else {}
-    return record if record.get("model_type") == MODEL_TYPE else None
 
 
 def configuration(path: str, subfolder: str = "") -> Any:

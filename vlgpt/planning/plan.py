@@ -9,7 +9,7 @@ from vlgpt.errors import UserError
 from vlgpt.files import JsonObject
 from vlgpt.planning.costs import Work, blocks_of
 from vlgpt.planning.memory import FRAGMENTATION, RESERVE_BYTES, ZEROS, Zero, logits_bytes, state_bytes
-from vlgpt.planning.meta import PlannedStage, image_parts_of, planned_stage
+from vlgpt.planning.meta import PlannedStage, planned_stage
 from vlgpt.stages.language import LanguageStage
 
 GIB = 1 << 30
@@ -169,7 +169,7 @@ def _ranked(layouts: list[JsonObject]) -> list[JsonObject]:
 
 def feature_sizes(planned: PlannedStage) -> dict[str, int]:
     """Numbers that every feature has per image or text."""
-    tokenizer, detokenizer = image_parts_of(planned.stage)
+    tokenizer, detokenizer = planned.stage.image_parts
     sizes = detokenizer.arguments
     return {
         "patches": tokenizer.transformer.context_positions.numel(),

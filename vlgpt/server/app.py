@@ -21,8 +21,9 @@ from starlette.requests import ClientDisconnect
 
 from vlgpt.chat.batching import Batcher, QueueFull, ShuttingDown
 from vlgpt.chat.dialogue import MAX_PIXELS, Dialogue
-from vlgpt.chat.reply import Drawn, Event, Failed, Finished, Notice, ReplySettings, TextPiece
+from vlgpt.chat.reply import Drawn, Event, Failed, Finished, Notice, TextPiece
 from vlgpt.chat.reply import Request as ReplyRequest
+from vlgpt.decoding.api import DecodeSettings
 from vlgpt.decoding.generator import Generator
 from vlgpt.errors import UserError
 from vlgpt.files import JsonObject
@@ -117,7 +118,7 @@ class ChatServer:
             raise HTTPFailure(503, str(closed), "unavailable", {"Retry-After": "30"}) from closed
         return asked, pending
 
-    def _read(self, body: bytes) -> tuple[protocol.ChatRequest, Dialogue, ReplySettings]:
+    def _read(self, body: bytes) -> tuple[protocol.ChatRequest, Dialogue, DecodeSettings]:
         limits = self.limits
         try:
             asked = protocol.read_request(body)

@@ -16,10 +16,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vlgpt.chat.dialogue import Content, Dialogue, Picture, Speaker, Turn
-from vlgpt.chat.reply import Finished, ReplySettings
+from vlgpt.chat.reply import Finished
 from vlgpt.decoding.api import DecodeSettings
 from vlgpt.errors import UserError
 from vlgpt.files import JsonObject
+from vlgpt.images import data_uri
 
 DATA_URL = re.compile(r"data:image/(?:png|jpeg|jpg|webp|gif|bmp|tiff);base64,", re.ASCII)
 FINISH_REASONS = {"end": "stop", "stop": "stop", "length": "length"}
@@ -114,7 +115,7 @@ class ChatRequest(_Strict):
     def has_usage_chunk(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
-    def settings(self, *, default_tokens: int, max_new_tokens: int, has_decoder: bool) -> ReplySettings:
+    def settings(self, *, default_tokens: int, max_new_tokens: int, has_decoder: bool) -> DecodeSettings:
         """Settings of the reply. Raises UserError for more tokens than allowed or impossible combinations."""
         wanted = self.max_completion_tokens or self.max_tokens or default_tokens
         if wanted > max_new_tokens:
@@ -128,7 +129,7 @@ class ChatRequest(_Strict):
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         if len(stop) > 4:
             raise UserError(f"stop has {len(stop)} strings, wanted at most 4")
-        decode = DecodeSettings(
+        return DecodeSettings(
             max_new_tokens=wanted,
             num_beams=self.num_beams,
             temperature=self.temperature,
@@ -139,8 +140,8 @@ class ChatRequest(_Strict):
             max_images=self.max_images,
             visual_guidance=self.visual_guidance,
             seed=self.seed,
+            guidance=self.decoder_guidance,
         )
-        return ReplySettings(decode, decoder_guidance=self.decoder_guidance)
 
 
 def read_request(body: bytes) -> ChatRequest:
@@ -198,8 +199,7 @@ def _read_picture(url: str, where: str, max_pixels: int) -> Picture:
 
 def picture_part(picture: Picture, **more: Any) -> JsonObject:
     """An image of a reply as a content part."""
-    url = "data:image/png;base64," + base64.b64encode(picture.data).decode()
-    return {"type": "image_url", **more, "image_url": {"url": url}}
+    return {"type": "image_url", **more, "image_url": {"url": data_uri(picture.data)}}
 
 
 def usage(finished: Finished) -> dict[str, int]:
@@ -222,27 +222,19 @@ def completion(name: str, model: str, finished: Finished, notices: Sequence[str]
         "parts": parts,
     }
     choice = {"index": 0, "message": message, "finish_reason": FINISH_REASONS[finished.finish]}
-    return {
-        "id": name,
-        "object": "chat.completion",
-        "created": int(time.time()),
-        "model": model,
-        "choices": [choice],
-        "usage": usage(finished),
-        "notices": list(notices),
-    }
+    more = {"usage": usage(finished), "notices": list(notices)}
+    return {**_envelope(name, model, "chat.completion"), "choices": [choice], **more}
 
 
 def chunk(name: str, model: str, delta: JsonObject, *, finish_reason: str | None = None) -> JsonObject:
     """One piece of a streamed reply."""
     choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
-    return {
-        "id": name,
-        "object": "chat.completion.chunk",
-        "created": int(time.time()),
-        "model": model,
-        "choices": [choice],
-    }
+    return {**_envelope(name, model, "chat.completion.chunk"), "choices": [choice]}
+
+
+def _envelope(name: str, model: str, kind: str) -> JsonObject:
+    """What every record of a reply begins with."""
+    return {"id": name, "object": kind, "created": int(time.time()), "model": model}
 
 
 def error_record(message: str, *, kind: str, code: str) -> JsonObject:

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from threading import Lock
 
 import numpy as np
 from pydantic import ValidationError
 
 from vlgpt.errors import UserError
-from vlgpt.files import fsync_folder, open_locked, write_atomic
+from vlgpt.files import JsonObject, fsync_folder, open_locked, write_atomic
+from vlgpt.shards.recent import Recent
 from vlgpt.shards.schema import FeatureSpec, ShardIndex
 
 MAX_OPEN_ARRAYS = 256
@@ -42,7 +41,7 @@ def write_spec(folder: Path, spec: FeatureSpec) -> None:
             f"{path.parent} holds features with another {', '.join(changed)}; remove that folder to rebuild"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, spec.model_dump_json(indent=1).encode())
+    write_atomic(path, spec.model_dump_json(indent=1))
 
 
 def read_spec(path: Path) -> FeatureSpec:
@@ -166,7 +165,8 @@ def write_feature_rows(
 def has_feature_rows(folder: Path, name: str, shard: str, *, tar_sha256: str) -> bool:
     """Whether the rows of this very tar are stored: how an interrupted feature run continues."""
     try:
-        return json.loads(feature_path(folder, name, f"{shard}.json").read_text())["tar_sha256"] == tar_sha256
+        owner: JsonObject = json.loads(feature_path(folder, name, f"{shard}.json").read_text())
+        return bool(owner["tar_sha256"] == tar_sha256)
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return False
 
@@ -181,7 +181,8 @@ def quantise(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def dequantise(rows: np.ndarray, scales: np.ndarray) -> np.ndarray:
     """Inverse of `quantise` up to half a step. (..., C) int8, (...) float32 -> (..., C) float32."""
-    return rows.astype(np.float32) * scales[..., None]
+    values: np.ndarray = rows.astype(np.float32) * scales[..., None]
+    return values
 
 
 class FeatureReader:
@@ -199,8 +200,7 @@ class FeatureReader:
         """`locate` maps a name relative to the data set to a local file; `where` is the data set, for messages."""
         self.name, self._shards, self._locate, self._index = name, shards, locate, index
         self._command = f"python -m data_prep.features {where} --features {name}"
-        self._open: OrderedDict[int, tuple[np.ndarray, np.ndarray | None]] = OrderedDict()
-        self._lock = Lock()
+        self._open: Recent[int, tuple[np.ndarray, np.ndarray | None]] = Recent(MAX_OPEN_ARRAYS)
         try:
             self.spec = read_spec(locate(f"features/{name}/spec.json"))
         except FileNotFoundError as error:
@@ -212,12 +212,7 @@ class FeatureReader:
 
         Raises UserError when the shard's rows are missing or belong to another tar.
         """
-        with self._lock:
-            rows, scales = self._open.get(shard) or self._map(shard)
-            self._open[shard] = rows, scales
-            self._open.move_to_end(shard)
-            if len(self._open) > MAX_OPEN_ARRAYS:
-                self._open.popitem(last=False)
+        rows, scales = self._open.get(shard, self._map)
         wanted = slice(start, stop) if view is None else (slice(start, stop), view)
         part = np.array(rows[wanted])
         return part if scales is None else dequantise(part, np.array(scales[wanted]))
@@ -246,9 +241,3 @@ class FeatureReader:
                 f"remove features/{self.name} and run: {self._command}"
             )
         return rows, scales
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_open": OrderedDict(), "_lock": None}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state, _lock=Lock())

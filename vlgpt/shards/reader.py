@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import json
 import os
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from vlgpt.document import Document
 from vlgpt.errors import UserError
+from vlgpt.files import expand_paths
 from vlgpt.images import decode_image
 from vlgpt.shards.cache import DEFAULT_CACHE_BYTES, LocalFolder, RemoteFolder, is_url
 from vlgpt.shards.features import FeatureReader
 from vlgpt.shards.foreign import ForeignFolder
 from vlgpt.shards.index import crc32
 from vlgpt.shards.manifest import MANIFEST, SUCCESS, Manifest, fingerprint, read_manifest
+from vlgpt.shards.recent import Recent
 from vlgpt.shards.samples import BadText, caption_of, pair_document
 from vlgpt.shards.schema import BadSample, Sample, ShardIndex, ShardRecord, ShardReport
-from vlgpt.shards.tars import TAR_SUFFIXES, expand_paths, find_tars
+from vlgpt.shards.tars import TAR_SUFFIXES, find_tars
 
 if TYPE_CHECKING:
     from webdataset.compat import FluidWrapper
@@ -55,9 +55,8 @@ class ShardSet:
         self.num_samples = sum(shard.num_samples for shard in self.shards)
         self.num_images = sum(shard.num_images for shard in self.shards)
         self.fingerprint = fingerprint(self.shards)
-        self._opened: OrderedDict[int, tuple[ShardIndex, Layout]] = OrderedDict()
-        self._tars: OrderedDict[int, _OpenTar] = OrderedDict()
-        self._lock = Lock()
+        self._indexes: Recent[int, tuple[ShardIndex, Layout]] = Recent(MAX_CACHED_INDEXES)
+        self._tars: Recent[int, _OpenTar] = Recent(MAX_OPEN_TARS)
 
     @classmethod
     def open(
@@ -132,13 +131,9 @@ class ShardSet:
 
     def index(self, shard: int) -> ShardIndex:
         """The index of a shard (cached). Raises UserError when it does not fit the manifest."""
-        return self._open(shard)[0]
+        return self._indexes.get(shard, self._open)[0]
 
     def _open(self, shard: int) -> tuple[ShardIndex, Layout]:
-        with self._lock:
-            if (opened := self._opened.get(shard)) is not None:
-                self._opened.move_to_end(shard)
-                return opened
         record = self.shards[shard]
         try:
             index = self._load(shard)
@@ -146,12 +141,7 @@ class ShardSet:
             if not isinstance(self.folder, ForeignFolder):
                 raise
             index = self.folder.index_again(shard)
-        opened = index, Layout.of(index, num_bytes=record.num_bytes)
-        with self._lock:
-            self._opened[shard] = opened
-            while len(self._opened) > MAX_CACHED_INDEXES:
-                self._opened.popitem(last=False)
-        return opened
+        return index, Layout.of(index, num_bytes=record.num_bytes)
 
     def _load(self, shard: int) -> ShardIndex:
         record, index = self.shards[shard], ShardIndex.load(self.index_path(shard))
@@ -173,12 +163,14 @@ class ShardSet:
 
         Raises BadSample (damaged, missing or malformed data) and IndexError.
         """
-        (index, layout), record = self._open(shard), self.shards[shard]
+        (index, layout), record = self._indexes.get(shard, self._open), self.shards[shard]
         if not 0 <= sample < index.num_samples:
             raise IndexError(f"shard {record.name} has {index.num_samples} samples, asked for {sample}")
         key = str(index.keys[sample])
         try:
-            tar = self._open_tar(shard)  # held until it is read: another thread may evict it from the cache
+            tar = self._tars.get(
+                shard, self._open_tar
+            )  # held until it is read: another thread may evict it from the cache
             data = layout.read(tar.descriptor, sample, with_images=with_images)
         except OSError as error:
             raise BadSample("unreadable_shard", key, record.name) from error
@@ -242,18 +234,7 @@ class ShardSet:
         return {"__key__": sample.key, "document": sample.document, "images": images}
 
     def _open_tar(self, shard: int) -> _OpenTar:
-        with self._lock:
-            if (tar := self._tars.get(shard)) is not None:
-                self._tars.move_to_end(shard)
-                return tar
-        tar = self._first_open(f"{self.shards[shard].name}.tar")
-        with self._lock:
-            self._tars[shard] = tar
-            if len(self._tars) > MAX_OPEN_TARS:
-                self._tars.popitem(last=False)
-        return tar
-
-    def _first_open(self, name: str) -> _OpenTar:
+        name = f"{self.shards[shard].name}.tar"
         for _ in range(3):  # another process may evict a cached copy between its download and this open
             try:
                 return _OpenTar(self.folder.path(name))
@@ -269,14 +250,7 @@ class ShardSet:
 
     def close(self) -> None:
         """Close all files; reading opens them again."""
-        with self._lock:
-            self._tars.clear()
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_tars": OrderedDict(), "_opened": OrderedDict(), "_lock": None}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state, _lock=Lock())
+        self._tars.clear()
 
 
 class _OpenTar:

@@ -17,16 +17,15 @@ import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from glob import escape, glob, has_magic
+from glob import escape
 from io import BufferedIOBase
-from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
 from vlgpt.errors import UserError
-from vlgpt.files import CHUNK_BYTES, file_stamp, open_locked
+from vlgpt.files import CHUNK_BYTES, expand_paths, file_stamp, open_locked
 from vlgpt.log import get_logger
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
@@ -48,7 +47,6 @@ SPARSE_FLAG, SPARSE_FLAG_EXTENDED = 482, 504
 MAX_NAME_CHARS = 1000
 MAX_EXTENSION_BYTES = 1 << 20
 MAX_LINKS = 8
-MAX_EXPANDED = 1_000_000
 # pictures hardly shrink: what unpacks to more is no data set
 MAX_UNPACKED, MAX_UNPACKED_RATIO = 1 << 30, 100
 PACKERS: dict[bytes, Callable[..., BufferedIOBase]] = {
@@ -340,19 +338,6 @@ def without_suffix(name: str) -> str:
     """`a/00000.tar.gz` -> `a/00000`; a name without a suffix of tars stays."""
     longest = max((suffix for suffix in TAR_SUFFIXES if name.lower().endswith(suffix)), key=len, default="")
     return name[: len(name) - len(longest)]
-
-
-def expand_paths(path: Path) -> list[Path]:
-    """The paths that a name with braces or stars means, which no shell has expanded; `path` itself if it exists."""
-    if path.exists():
-        return [path]
-    from braceexpand import braceexpand
-
-    try:
-        names = list(islice(braceexpand(str(path)), MAX_EXPANDED))
-    except ValueError as error:
-        raise UserError(f"{path}: the braces are not balanced") from error
-    return [Path(found) for name in names for found in (sorted(glob(name)) if has_magic(name) else [name])]
 
 
 def index_folder(folder: Path, *, cache_dir: Path | None = None) -> Path:

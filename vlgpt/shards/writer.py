@@ -136,7 +136,7 @@ class ShardWriter:
         # an older version must never lie beside the report of the new one
         final.unlink(missing_ok=True)
         write_atomic(self.folder / f"{self.name}.idx", index.save_bytes())
-        write_atomic(self.folder / f"{self.name}.json", report.model_dump_json(indent=1).encode())
+        write_atomic(self.folder / f"{self.name}.json", report.model_dump_json(indent=1))
         os.replace(self._partial, final)
         fsync_folder(self.folder)
         self._file.close()
@@ -165,7 +165,8 @@ def load_tar_writer() -> type[TarWriter]:
     """webdataset's writer. Its import loads torch (seconds, 200 MB): a process calls this before it forks workers."""
     from webdataset import TarWriter
 
-    return TarWriter
+    writer: type[TarWriter] = TarWriter
+    return writer
 
 
 def _record_bytes(document: Document) -> bytes:

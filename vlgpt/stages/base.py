@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -52,7 +52,7 @@ class Stage(nn.Module, ABC):
 
     @abstractmethod
     def save(self, folder: Path) -> None:
-        """Write what the next stage starts from (components, or an export)."""
+        """Write what the next stage starts from (components, or an export) into an empty folder."""
 
     def prepare(self, batches: Iterable[Any], all_sum: AllSum) -> None:
         """Take statistics from data before step 1 (every rank calls it; `all_sum` adds over ranks)."""
@@ -88,17 +88,16 @@ class Stage(nn.Module, ABC):
                 yield name, parameter
 
 
+def dtype_of(run: RunSettings) -> torch.dtype:
+    """The type in which a run computes, and holds its language model."""
+    return torch.bfloat16 if run.precision == "bf16" else torch.float32
+
+
 def load_encoder(settings: EncoderSettings | None) -> ClipEncoder | None:
     """The frozen CLIP that settings name; None when they name none. Raises UserError when it cannot be loaded."""
     if settings is None:
         return None
-    return load_clip(
-        settings.path,
-        library=settings.library,
-        pretrained=settings.pretrained,
-        layer=settings.layer,
-        has_cls=settings.has_cls,
-    )
+    return load_clip(**settings.model_dump())
 
 
 def is_trained(module: nn.Module) -> bool:
@@ -127,17 +126,21 @@ def parameter_groups(stage: nn.Module, weight_decay: float) -> list[dict[str, An
     return groups
 
 
+def check_frozen(found: Mapping[str, str], wanted: Mapping[str, str], *, tag: str) -> None:
+    """Raises UserError naming the first frozen part that is not the one which checkpoint `tag` was trained with."""
+    for name, value in wanted.items():
+        if found.get(name) != value:
+            raise UserError(
+                f"frozen part {name!r} has hash {found.get(name)}, checkpoint {tag} was trained with {value}"
+            )
+
+
 def load_trainable(stage: Stage, trained: TrainedWeights) -> None:
     """Copy trained parameters and buffers into a stage built from the same settings.
 
     Raises UserError when a frozen part has other weights, or names and shapes differ.
     """
-    found = stage.frozen_hashes() if trained.frozen else {}
-    for name, wanted in trained.frozen.items():
-        if found.get(name) != wanted:
-            raise UserError(
-                f"frozen part {name!r} has hash {found.get(name)}, {trained.tag} was trained with {wanted}"
-            )
+    check_frozen(stage.frozen_hashes() if trained.frozen else {}, trained.frozen, tag=trained.tag)
     own: dict[str, Tensor] = dict(stage.named_parameters(remove_duplicate=False))
     own |= dict(stage.named_buffers(remove_duplicate=False))
     missing = [

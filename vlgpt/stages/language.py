@@ -5,9 +5,9 @@ Stage 3 is stage 2 on chats, whose targets are the replies only: the difference 
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from vlgpt.config import load_run
 from vlgpt.decoding.load import cast_parameters
 from vlgpt.errors import UserError
 from vlgpt.export import export_model
+from vlgpt.files import JsonObject, replacing_folder
 from vlgpt.log import get_logger
 from vlgpt.models.component import load_weights, read_arguments
 from vlgpt.models.encoders import ClipEncoder
@@ -32,7 +33,8 @@ from vlgpt.models.unified import UnifiedConfig, UnifiedModel, is_export
 from vlgpt.models.weights import WEIGHTS_FILE, fingerprint
 from vlgpt.settings import LanguageStageSettings, RunSettings, SourceSettings
 from vlgpt.shards.manifest import MANIFEST, read_manifest
-from vlgpt.stages.base import Stage, load_encoder, load_trainable
+from vlgpt.stages.base import Stage, dtype_of, load_encoder, load_trainable
+from vlgpt.stages.build import build_stage
 from vlgpt.stages.tokenizer import load_image_parts
 from vlgpt.tokens import DocumentTokenizer, Rendering
 
@@ -47,6 +49,7 @@ class LanguageStage(Stage):
     settings_class = LanguageStageSettings
     batch_kind = "packed"
     terms = ("text", "visual")
+    slot_weights: Tensor
 
     def __init__(
         self,
@@ -76,12 +79,59 @@ class LanguageStage(Stage):
         model.image_detokenizer.requires_grad_(False)
 
     @classmethod
-    def from_settings(cls, run: RunSettings, *, num_sources: int) -> LanguageStage:
+    def from_settings(cls, run: RunSettings, *, num_sources: int) -> Self:
         """The stage with language model, tokenizers and encoder loaded. Raises UserError when one does not fit."""
         assert isinstance(run.stage, LanguageStageSettings)
-        stage = build_language_stage(run.stage, num_sources=num_sources, dtype=dtype_of(run))
+        stage = cls.build(run.stage, num_sources=num_sources, dtype=dtype_of(run))
         stage.run = run
         return stage
+
+    @classmethod
+    def build(
+        cls, settings: LanguageStageSettings, *, num_sources: int, dtype: torch.dtype = torch.float32
+    ) -> Self:
+        """The stage with its weights loaded.
+
+        The language model is loaded in `dtype`: weights stored in it stay mapped, shared by all processes.
+        """
+        model, tokenizer = load_unified(settings, dtype=dtype)
+        image_tokens = [tokenizer.begin_image_id, tokenizer.end_image_id]
+        stage = cls.assemble(model, settings, image_tokens=image_tokens, num_sources=num_sources)
+        stage.document_tokenizer = tokenizer
+        if settings.init_from is not None:
+            load_trainable(stage, newest_trainable(Path(settings.init_from)))
+        return stage
+
+    @classmethod
+    def assemble(
+        cls,
+        model: UnifiedModel,
+        settings: LanguageStageSettings,
+        *,
+        image_tokens: list[int],
+        num_sources: int,
+    ) -> Self:
+        """The stage of a model, frozen or wrapped in LoRA as settings say; `image_tokens` are [IMG] and [/IMG]."""
+        for part in (model.image_tokenizer, model.image_detokenizer):
+            set_backend(part, settings.attention)
+        if settings.trained == "lora":
+            model.lm.add_lora(settings.lora, image_tokens)
+        model.lm.freeze_parts(settings.frozen)
+        if settings.has_checkpointing:
+            model.lm.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        encoder = load_encoder(settings.encoder)
+        return cls(model=model, encoder=encoder, num_sources=num_sources, **cls.options(settings))
+
+    @classmethod
+    def options(cls, settings: LanguageStageSettings) -> JsonObject:
+        """The settings that the constructor takes as they are; a subclass adds its own."""
+        weights = ("text_weight", "visual_weight", "first_visual_weight")
+        names = ("objective", *weights, "visual_input_drop", "visual_input_noise")
+        return {name: getattr(settings, name) for name in names}
+
+    @property
+    def image_parts(self) -> tuple[ImageTokenizer, ImageDetokenizer]:
+        return self.model.image_tokenizer, self.model.image_detokenizer
 
     def settle(self, device: torch.device, dtype: torch.dtype) -> None:
         """Choose the attention kernel of the language model for this device and precision."""
@@ -147,7 +197,7 @@ class LanguageStage(Stage):
             errors = weights = predicted.new_zeros(0)
         else:
             errors = regression_errors(predicted, visual.flatten(0, 1)[targets.visual_rows], self.objective)
-            weights = self.slot_weights[targets.visual_rows % batch.num_visual]  # type: ignore[index]
+            weights = self.slot_weights[targets.visual_rows % batch.num_visual]
         by_visual = sums_by_source(errors, targets.visual_sources, self.num_sources)
         return {  # sums over no targets still hang on every parameter: a rank without targets reduces like the others
             "text": LossTerm(text.sum(), self.text_weight, by_text),
@@ -171,51 +221,6 @@ class LanguageStage(Stage):
         export_with_settings(
             model, folder, run=self.run, tokenizer=self.document_tokenizer, tag=tag_of(self.run.steps)
         )
-
-
-def dtype_of(run: RunSettings) -> torch.dtype:
-    """The type that the language model of a run is held in."""
-    return torch.bfloat16 if run.precision == "bf16" else torch.float32
-
-
-def build_language_stage(
-    stage: LanguageStageSettings, *, num_sources: int, dtype: torch.dtype = torch.float32
-) -> LanguageStage:
-    """Stages 2 and 3 with their weights loaded.
-
-    The language model is loaded in `dtype`: weights stored in it stay mapped, shared by all processes.
-    """
-    model, tokenizer = load_unified(stage, dtype=dtype)
-    image_tokens = [tokenizer.begin_image_id, tokenizer.end_image_id]
-    built = assemble(model, stage, image_tokens=image_tokens, num_sources=num_sources)
-    built.document_tokenizer = tokenizer
-    if stage.init_from is not None:
-        load_trainable(built, newest_trainable(Path(stage.init_from)))
-    return built
-
-
-def assemble(
-    model: UnifiedModel, stage: LanguageStageSettings, *, image_tokens: list[int], num_sources: int
-) -> LanguageStage:
-    """The stage of a model, frozen or wrapped in LoRA as the settings say; `image_tokens` are [IMG] and [/IMG]."""
-    for part in (model.image_tokenizer, model.image_detokenizer):
-        set_backend(part, stage.attention)
-    if stage.trained == "lora":
-        model.lm.add_lora(stage.lora, image_tokens)
-    model.lm.freeze_parts(stage.frozen)
-    if stage.has_checkpointing:
-        model.lm.backbone.gradient_checkpointing_enable({"use_reentrant": False})
-    return LanguageStage(
-        model=model,
-        encoder=load_encoder(stage.encoder),
-        objective=stage.objective,
-        text_weight=stage.text_weight,
-        visual_weight=stage.visual_weight,
-        first_visual_weight=stage.first_visual_weight,
-        visual_input_drop=stage.visual_input_drop,
-        visual_input_noise=stage.visual_input_noise,
-        num_sources=num_sources,
-    )
 
 
 def load_tokenizer(stage: LanguageStageSettings) -> DocumentTokenizer:
@@ -269,6 +274,7 @@ def load_unified(
         num_visual=image_tokenizer.num_visual,
         visual_width=image_tokenizer.visual_width,
         head=stage.head,
+        head_options=stage.head_options,
     )
     return UnifiedModel(
         lm=lm, image_tokenizer=image_tokenizer, image_detokenizer=image_detokenizer
@@ -342,22 +348,19 @@ def export_run(
         )
     if folder.exists() and not is_export(folder) and any(folder.iterdir()):
         raise UserError(f"{folder} exists and is no export: choose another folder")
-    stage = LanguageStage.from_settings(settings, num_sources=len(settings.data.sources))
+    stage = build_stage(settings, num_sources=len(settings.data.sources))
+    assert isinstance(stage, LanguageStage)
     trained = newest_trainable(run)
     load_trainable(stage, trained)
     cast_parameters(stage.model.lm, dtype_of(settings))  # as at the end of training
     assert stage.document_tokenizer is not None
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    export_with_settings(
-        stage.model,
-        partial,
-        run=settings,
-        tokenizer=stage.document_tokenizer,
-        tag=trained.tag,
-        merge_lora=merge_lora,
-        picture_decoder=picture_decoder,
-    )
-    if folder.exists():
-        shutil.rmtree(folder)
-    partial.replace(folder)
+    with replacing_folder(folder) as new:
+        export_with_settings(
+            stage.model,
+            new,
+            run=settings,
+            tokenizer=stage.document_tokenizer,
+            tag=trained.tag,
+            merge_lora=merge_lora,
+            picture_decoder=picture_decoder,
+        )

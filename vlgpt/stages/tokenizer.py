@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from vlgpt.batch import ConditionBatch, LossTerm
+from vlgpt.files import JsonObject
 from vlgpt.models.component import Component, load_weights
 from vlgpt.models.conditions import load_conditioner
 from vlgpt.models.encoders import ClipEncoder, Conditioner
@@ -52,10 +53,59 @@ class ImageTokenizerStage(Stage):
         self.statistics_samples, self.num_sources = statistics_samples, num_sources
 
     @classmethod
-    def from_settings(cls, run: RunSettings, *, num_sources: int) -> ImageTokenizerStage:
+    def from_settings(cls, run: RunSettings, *, num_sources: int) -> Self:
         """The stage with encoder and diffusion conditions loaded. Raises UserError when a part does not fit."""
         assert isinstance(run.stage, TokenizerStageSettings)
-        return build_image_tokenizer_stage(run.stage, num_sources=num_sources)
+        return cls.build(run.stage, num_sources=num_sources)
+
+    @classmethod
+    def build(cls, settings: TokenizerStageSettings, *, num_sources: int) -> Self:
+        """The stage with random image tokenizer and detokenizer (paper: random init), or those of another result."""
+        shapes = settings.shapes
+        tokenizer = ImageTokenizer(
+            num_patches=shapes.num_patches,
+            patch_width=shapes.patch_width,
+            num_visual=settings.num_visual,
+            visual_width=settings.visual_width,
+            has_checkpointing=settings.has_checkpointing,
+            **settings.tokenizer.model_dump(),
+        )
+        detokenizer = ImageDetokenizer(
+            num_visual=settings.num_visual,
+            visual_width=settings.visual_width,
+            **shapes.model_dump(exclude={"num_patches", "patch_width"}),
+            has_mean_token=settings.has_mean_token,
+            has_checkpointing=settings.has_checkpointing,
+            **settings.detokenizer.model_dump(),
+        )
+        parts: dict[str, tuple[Component, str | None]] = {
+            "tokenizer": (tokenizer, settings.tokenizer_from),
+            "detokenizer": (detokenizer, settings.detokenizer_from),
+        }
+        for name, (part, source) in parts.items():
+            set_backend(part, settings.attention)
+            if source is not None:
+                load_weights(part, Path(source) / f"image_{name}" / WEIGHTS_FILE)
+            if name in settings.frozen:
+                part.requires_grad_(False)
+        conditioner = settings.conditioner
+        return cls(
+            tokenizer=tokenizer,
+            detokenizer=detokenizer,
+            encoder=load_encoder(settings.encoder),
+            conditioner=None if conditioner is None else load_conditioner(**conditioner.model_dump()),
+            num_sources=num_sources,
+            **cls.options(settings),
+        )
+
+    @classmethod
+    def options(cls, settings: TokenizerStageSettings) -> JsonObject:
+        """The settings that the constructor takes as they are; a subclass adds its own."""
+        return settings.model_dump(include={"image_weight", "text_weight", "statistics_samples"})
+
+    @property
+    def image_parts(self) -> tuple[ImageTokenizer, ImageDetokenizer]:
+        return self.tokenizer, self.detokenizer
 
     def frozen_modules(self) -> dict[str, torch.nn.Module]:
         """The image encoder and the conditioner, as far as the stage has them."""
@@ -81,6 +131,10 @@ class ImageTokenizerStage(Stage):
             if text is None:
                 text = self.conditioner.text_condition(batch.captions)
         return image, text
+
+    def reconstruct(self, batch: ConditionBatch) -> tuple[Tensor, Tensor]:
+        """What an image decoder draws a batch's images from: z_v (B, Kv, Dv) and z_t (B, Kt, Dt), in its scale."""
+        return self.detokenizer.decode(self.tokenizer(self.patches_of(batch)))
 
     def count_targets(self, batch: ConditionBatch) -> dict[str, float]:
         """Valid images, and those of them with a text condition."""
@@ -147,47 +201,6 @@ class ImageTokenizerStage(Stage):
         """Write tokenizer and detokenizer as two components, `image_tokenizer` and `image_detokenizer`."""
         self.tokenizer.save(folder / "image_tokenizer")
         self.detokenizer.save(folder / "image_detokenizer")
-
-
-def build_image_tokenizer_stage(stage: TokenizerStageSettings, *, num_sources: int) -> ImageTokenizerStage:
-    """Stage 1 with random image tokenizer and detokenizer (paper: random init)."""
-    shapes = stage.shapes
-    tokenizer = ImageTokenizer(
-        num_patches=shapes.num_patches,
-        patch_width=shapes.patch_width,
-        num_visual=stage.num_visual,
-        visual_width=stage.visual_width,
-        has_checkpointing=stage.has_checkpointing,
-        **stage.tokenizer.model_dump(),
-    )
-    detokenizer = ImageDetokenizer(
-        num_visual=stage.num_visual,
-        visual_width=stage.visual_width,
-        **shapes.model_dump(exclude={"num_patches", "patch_width"}),
-        has_mean_token=stage.has_mean_token,
-        has_checkpointing=stage.has_checkpointing,
-        **stage.detokenizer.model_dump(),
-    )
-    parts: dict[str, tuple[Component, str | None]] = {
-        "tokenizer": (tokenizer, stage.tokenizer_from),
-        "detokenizer": (detokenizer, stage.detokenizer_from),
-    }
-    for name, (part, source) in parts.items():
-        set_backend(part, stage.attention)
-        if source is not None:
-            load_weights(part, Path(source) / f"image_{name}" / WEIGHTS_FILE)
-        if name in stage.frozen:
-            part.requires_grad_(False)
-    return ImageTokenizerStage(
-        tokenizer=tokenizer,
-        detokenizer=detokenizer,
-        image_weight=stage.image_weight,
-        text_weight=stage.text_weight,
-        encoder=load_encoder(stage.encoder),
-        conditioner=None if stage.conditioner is None else load_conditioner(**stage.conditioner.model_dump()),
-        statistics_samples=stage.statistics_samples,
-        num_sources=num_sources,
-    )
 
 
 def load_image_parts(folder: Path) -> tuple[ImageTokenizer, ImageDetokenizer]:

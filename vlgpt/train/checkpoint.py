@@ -19,6 +19,7 @@ from vlgpt.commits import TRAINABLE_FILE
 from vlgpt.errors import UserError
 from vlgpt.files import JsonObject
 from vlgpt.log import get_logger
+from vlgpt.stages.base import check_frozen
 from vlgpt.train import together
 from vlgpt.train.engine import Engine, convert_to_universal
 from vlgpt.train.observers import NO_OBSERVER, Observer
@@ -130,11 +131,7 @@ def resume(
         return None
     folder = root / found.tag
     state = json.loads((folder / "state.json").read_text())
-    for name, wanted in state.get("frozen", {}).items():
-        if (have := facts.get("frozen", {}).get(name)) != wanted:
-            raise UserError(
-                f"frozen part {name!r} has hash {have}, checkpoint {found.tag} was trained with {wanted}"
-            )
+    check_frozen(facts.get("frozen", {}), state.get("frozen", {}), tag=found.tag)
     trained = load_file(folder / TRAINABLE_FILE)
     is_elastic = found.marker["world_size"] != engine.world_size
     if state.get("zero_stage", engine.zero_stage) != engine.zero_stage:

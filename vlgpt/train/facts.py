@@ -6,29 +6,27 @@ import hashlib
 import json
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from vlgpt import log
 from vlgpt.config import dump
 from vlgpt.errors import UserError
 from vlgpt.files import write_atomic
-from vlgpt.settings import RunSettings
+from vlgpt.settings import Input, RunSettings
 from vlgpt.shards import FeatureSpec
-from vlgpt.shards.tars import expand_paths, find_tars
+from vlgpt.shards.tars import find_tars
 from vlgpt.stages.base import Stage
 
 RESULT = "result"
 LIBRARIES = ("torch", "deepspeed", "transformers", "peft", "numpy", "safetensors")
-STAGE_PATHS = (
-    *("language_model", "image_tokenizer", "text_tokenizer", "picture_decoder"),
-    *("init_from", "coarse", "tokenizer_from", "detokenizer_from"),
-)
 
 
 def is_finished(settings: RunSettings) -> bool:
@@ -44,33 +42,25 @@ def is_finished(settings: RunSettings) -> bool:
         return False
 
 
-def missing_inputs(settings: RunSettings) -> list[tuple[str, str]]:
-    """(key, path) of what a run reads and what is not there, before anything slow starts.
-
-    A model's name without a slash, or in a hub's `owner/name` form, may be elsewhere and is not judged here.
-    """
-    validation = settings.validation
-    paths = [(f"data.sources.{n}.path", source.path) for n, source in enumerate(settings.data.sources)]
-    paths += [(f"validation.sources.{n}.path", s.path) for n, s in enumerate(validation.sources)]
-    paths += [(f"validation.probes.{n}.data", p.data) for n, p in enumerate(validation.probes)]
-    if validation.pictures is not None:
-        paths.append(("validation.pictures.picture_decoder", validation.pictures.picture_decoder))
-    stage = settings.stage.model_dump()
-    paths += [(f"stage.{key}", stage.get(key) or "") for key in STAGE_PATHS]
-    for key in ("encoder", "conditioner"):
-        paths.append((f"stage.{key}.path", (stage.get(key) or {}).get("path", "")))
-    return [(key, path) for key, path in paths if _must_be_here(key, path) and not _is_here(path)]
+def missing_inputs(settings: BaseModel, *, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """(key, path) of what settings name as their `Input` and what is not there, before anything slow starts."""
+    for name, field in type(settings).model_fields.items():
+        key, value = f"{prefix}{name}", getattr(settings, name)
+        if isinstance(value, tuple):
+            parts = {f"{key}.{number}": part for number, part in enumerate(value)}
+        else:
+            parts = {key: value}
+        for place, part in parts.items():
+            if isinstance(part, BaseModel):
+                yield from missing_inputs(part, prefix=f"{place}.")
+            elif part and (mark := _input_mark(field)) is not None and mark.is_missing(part):
+                yield place, part
 
 
-def _must_be_here(key: str, path: str) -> bool:
-    is_model = key.startswith("stage.")
-    may_be_hub_name = is_model and path.count("/") < 2 and not path.startswith(("/", "."))
-    return path != "" and "://" not in path and not may_be_hub_name
-
-
-def _is_here(path: str) -> bool:
-    found = expand_paths(Path(path))
-    return bool(found) and all(place.exists() for place in found)
+def _input_mark(field: FieldInfo) -> Input | None:
+    """The mark of a `DataPath` or `ModelPath`, or of one that may be None."""
+    options = [getattr(option, "__metadata__", ()) for option in get_args(field.annotation)]
+    return next((mark for mark in chain(field.metadata, *options) if isinstance(mark, Input)), None)
 
 
 def data_facts(settings: RunSettings) -> dict[str, str]:
@@ -152,8 +142,8 @@ def record_run(settings: RunSettings, merged: Mapping[str, object], facts: Mappi
     _note_changes(folder / "facts.json", facts)
     write_atomic(path, text.encode())
     log.get_logger().info("DeepSpeed gets %s", json.dumps(merged))
-    write_atomic(folder / "deepspeed.json", json.dumps(merged, indent=1).encode())
-    write_atomic(folder / "facts.json", json.dumps(facts, indent=1).encode())
+    write_atomic(folder / "deepspeed.json", json.dumps(merged, indent=1))
+    write_atomic(folder / "facts.json", json.dumps(facts, indent=1))
 
 
 def _note_changes(path: Path, facts: Mapping[str, Any]) -> None:

@@ -12,17 +12,13 @@ from torch import Tensor, nn
 
 from vlgpt import seeds
 from vlgpt.batch import ConditionBatch, to_device
-from vlgpt.decoding.load import load_decoder
+from vlgpt.decoding.load import describe_decoder, load_decoder
 from vlgpt.errors import UserError
 from vlgpt.log import MetricsSink, get_logger
-from vlgpt.models.conditions import read_parts
 from vlgpt.models.decoders import ImageDecoder
 from vlgpt.models.encoders import load_clip
 from vlgpt.settings import PictureCheckSettings
-from vlgpt.stages.tokenizer import ImageTokenizerStage
 from vlgpt.train.engine import Engine
-
-DIFFUSION_FILE = "diffusion.json"
 
 
 class ReconstructionCheck:
@@ -32,17 +28,17 @@ class ReconstructionCheck:
     """
 
     def __init__(self, settings: PictureCheckSettings, *, engine: Engine):
-        if not isinstance(engine.stage, ImageTokenizerStage):
-            raise UserError("validation.pictures is for stage.kind=image_tokenizer: remove it from this run")
+        if not hasattr(engine.stage, "reconstruct"):
+            raise UserError(
+                "validation.pictures is for stages that reconstruct images: remove it from this run"
+            )
         self.settings, self.engine = settings, engine
         self.decoder = open_decoder(settings.picture_decoder, engine)
         drawing = (settings.picture_decoder, self.decoder.guidance, self.decoder.image_scale)
         get_logger().info("validation images: decoder %s, guidance %g, image scale %g", *drawing)
         self.judge = None
         if settings.judge is not None:
-            judge = settings.judge
-            self.judge = load_clip(judge.path, library=judge.library, pretrained=judge.pretrained)
-            self.judge.to(engine.device)
+            self.judge = load_clip(**settings.judge.model_dump()).to(engine.device)
 
     @torch.no_grad()
     def __call__(self, batches: Iterator[Any], *, step: int, log: MetricsSink) -> dict[str, float]:
@@ -74,8 +70,7 @@ class ReconstructionCheck:
     def draw(self, batch: ConditionBatch) -> Tensor:
         """Reconstructions: -> (B, 3, H, W) in [-1, 1]; noise is addressed by document, so only weights change them."""
         stage: Any = self.engine.stage
-        placed = self.engine.place(batch)
-        image, text = stage.detokenizer.decode(stage.tokenizer(stage.patches_of(placed)))
+        image, text = stage.reconstruct(self.engine.place(batch))
         generators = [seeds.torch_generator("contact sheet", name) for name in batch.documents]
         return self.decoder.decode(image.float(), text.float(), generators=generators)
 
@@ -98,17 +93,8 @@ class ReconstructionCheck:
 
 def open_decoder(path: str, engine: Engine) -> ImageDecoder:
     """An image decoder as `vlgpt export` takes it: a saved component, a diffusion.json or a folder with one."""
-    place = Path(path)
-    description = place if place.is_file() else place / DIFFUSION_FILE
-    if description.is_file():
-        record = {"kind": "diffusion", **read_parts(description)}
-    elif (place / "config.json").is_file():
-        record = {"kind": "component", "path": str(place.resolve())}
-    else:
-        raise UserError(
-            f"validation.pictures.picture_decoder {path} is neither a saved decoder nor a folder with {DIFFUSION_FILE}"
-        )
-    decoder = load_decoder(description.parent, record, dtype=engine.dtype)
+    record = describe_decoder(path, key="validation.pictures.picture_decoder")
+    decoder = load_decoder(Path(), record, dtype=engine.dtype)
     assert decoder is not None
     if isinstance(decoder, nn.Module):
         decoder.to(engine.device).eval()

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import shutil
 import signal
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import TypeVar
+from typing import Any
 
 import torch
 
 from vlgpt import commits, log, seeds
 from vlgpt.data.loader import Loader
 from vlgpt.errors import UserError
-from vlgpt.files import write_atomic
+from vlgpt.files import replacing_folder, write_atomic
 from vlgpt.settings import DataSettings, RunSettings
 from vlgpt.stages.build import build_stage
 from vlgpt.train import checkpoint, faults
@@ -27,8 +28,6 @@ from vlgpt.train.facts import RESULT, check_features, data_facts, describe, reco
 from vlgpt.train.loop import Run, RunState, TrainingStopped, train
 from vlgpt.train.observers import MovingAverage, Observer, Observers, ProfileWindow, Uploader, Watchdog
 from vlgpt.train.validation import Probe, validator, watched
-
-T = TypeVar("T")
 
 
 def run_training(
@@ -108,8 +107,8 @@ def build_run(
         record_run(settings, merged, facts)
         describe(stage)
         metrics = log.MetricsLog(settings.run_dir, mirrors=mirrors_of(settings))
-    open_loader = loader_opener(settings, engine)
-    loader = open_loader(settings.data)
+    quarantine = settings.run_dir / f"quarantine_rank_{engine.rank}.jsonl"
+    loader = open_loader(engine, settings.data, quarantine=quarantine)
     check_features(loader.feature_specs, stage, facts["frozen"])
     if odd := disagreement(engine.gather_objects(loader.state_dict())):
         raise UserError(
@@ -122,10 +121,10 @@ def build_run(
         facts=facts,
         log=metrics,
         observers=Observers(_observers(settings, engine)),
-        validate=validator(settings, engine, open_loader, log=metrics, probe=probe),
+        validate=validator(settings, engine, partial(open_loader, engine), log=metrics, probe=probe),
         should_stop=listen_for_stop(),
     )
-    return run, begin(run, open_loader)
+    return run, begin(run)
 
 
 def mirrors_of(settings: RunSettings) -> list[log.MetricsSink]:
@@ -147,28 +146,33 @@ def _observers(settings: RunSettings, engine: Engine) -> Iterator[Observer]:
         yield MovingAverage(engine, decay=settings.optimizer.ema_decay)
 
 
-def loader_opener(settings: RunSettings, engine: Engine) -> Callable[..., Loader]:
-    """`open_loader(data, workers=None)`: this run's loader over other sources, or with other workers."""
-
-    def open_loader(data: DataSettings, *, workers: int | None = None) -> Loader:
-        chosen = data if workers is None else data.model_copy(update={"num_workers": workers})
-        return Loader(
-            chosen,
-            kind=engine.stage.batch_kind,
-            micro_batch=settings.micro_batch,
-            rank=engine.rank,
-            world_size=engine.world_size,
-            tokenizer=engine.stage.document_tokenizer,
-            run_positions=settings.steps * settings.global_batch,
-            quarantine=settings.run_dir / f"quarantine_rank_{engine.rank}.jsonl",
-            count_targets=engine.stage.count_targets,
-            pin_memory=engine.device.type == "cuda",
-        )
-
-    return open_loader
+def open_loader(engine: Engine, data: DataSettings, **options: Any) -> Loader:
+    """A loader of the batches that the engine's stage trains on; `options` are further ones of `Loader`."""
+    settings, stage = engine.settings, engine.stage
+    return Loader(
+        data,
+        kind=stage.batch_kind,
+        micro_batch=settings.micro_batch,
+        rank=engine.rank,
+        world_size=engine.world_size,
+        tokenizer=stage.document_tokenizer,
+        run_positions=settings.steps * settings.global_batch,
+        count_targets=stage.count_targets,
+        pin_memory=engine.device.type == "cuda",
+        **options,
+    )
 
 
-def begin(run: Run, open_loader: Callable[..., Loader]) -> RunState:
+@contextlib.contextmanager
+def batches_for_statistics(run: Run) -> Iterator[Iterator[Any]]:
+    """The training stream from its start, read in this process, on the engine's device; each is a sign of life."""
+    # No quarantine file: training meets the same bad samples, and writes each down once.
+    data = run.settings.data.model_copy(update={"num_workers": 0})
+    with contextlib.closing(open_loader(run.engine, data)) as loader:
+        yield map(run.engine.place, watched(loader, lambda: run.observers.heartbeat(0)))
+
+
+def begin(run: Run) -> RunState:
     """Resume from the newest good commit, or take statistics from the data and seed this rank."""
     settings, engine, state = run.settings, run.engine, RunState()
     resumed = None
@@ -180,21 +184,13 @@ def begin(run: Run, open_loader: Callable[..., Loader]) -> RunState:
         state.num_skipped = resumed.facts.get("num_skipped", 0)
         run.loader.load_state_dict(resumed.data)
         return state
-    fresh = open_loader(settings.data, workers=0)
-    batches = watched(fresh, lambda: run.observers.heartbeat(0))
-    engine.stage.prepare(placed(engine, batches), engine.all_sum)
-    fresh.close()
+    with batches_for_statistics(run) as batches:
+        engine.stage.prepare(batches, engine.all_sum)
     if source := getattr(settings.stage, "init_from", None):
         # Loaded here and not by the stage, whose copy was cast to its precision: the masters want fp32.
         engine.load_weights(commits.newest_trainable(Path(source)).tensors)
     seeds.seed_everything(settings.seed, "training", engine.rank)
     return state
-
-
-def placed(engine: Engine, batches: Iterable[T]) -> Iterator[T]:
-    """A loader's batches on the engine's device."""
-    for batch in batches:
-        yield engine.place(batch)
 
 
 def listen_for_stop() -> Callable[[], bool]:
@@ -216,19 +212,9 @@ def finish(run: Run) -> None:
     """After the last step: the moving average takes over, then statistics for the next stage, then the result."""
     settings, engine = run.settings, run.engine
     run.observers.before_result()
-    loader = Loader(
-        settings.data.model_copy(update={"num_workers": 0}),
-        kind=engine.stage.batch_kind,
-        micro_batch=settings.micro_batch,
-        rank=engine.rank,
-        world_size=engine.world_size,
-        tokenizer=getattr(run.loader, "tokenizer", None),
-        run_positions=settings.steps * settings.global_batch,
-    )
-    with engine.evaluation():
-        engine.stage.finish(placed(engine, loader), engine.all_sum)
+    with engine.evaluation(), batches_for_statistics(run) as batches:
+        engine.stage.finish(batches, engine.all_sum)
     engine.train(False)
-    loader.close()
     with engine.gathered_weights():
         if engine.rank == 0:
             write_result(settings, engine)
@@ -237,20 +223,9 @@ def finish(run: Run) -> None:
 
 def write_result(settings: RunSettings, engine: Engine) -> None:
     """The result folder, written beside its place and moved there when it is whole."""
-    partial, result = settings.run_dir / f".{RESULT}.partial", settings.run_dir / RESULT
-    shutil.rmtree(partial, ignore_errors=True)
-    engine.stage.save(partial)
-    done = {"settings": settings.model_dump(mode="json")}
-    write_atomic(partial / "done.json", json.dumps(done, indent=1).encode())
-    replace_folder(partial, result)
+    result = settings.run_dir / RESULT
+    with replacing_folder(result) as folder:
+        engine.stage.save(folder)
+        done = {"settings": settings.model_dump(mode="json")}
+        write_atomic(folder / "done.json", json.dumps(done, indent=1))
     log.get_logger().info("result written to %s", result)
-
-
-def replace_folder(new: Path, target: Path) -> None:
-    """Put a finished folder in the place of an older one. After a kill in between, the next call goes on."""
-    old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        target.replace(old)
-    new.replace(target)
-    shutil.rmtree(old, ignore_errors=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -31,31 +32,32 @@ def validator(
 ) -> Callable[[int, Callable[[], None]], dict[str, float]] | None:
     """`validate(step, on_batch) -> numbers`, collective; None when the settings name nothing to measure.
 
-    `on_batch` is called on every rank at every batch: a validation may take longer than `step_timeout_s`. Everything is
-    opened once here, so that a missing file is reported before step 1. Raises UserError or FileNotFoundError.
+    `open_loader(data, **options)` gives a loader of the stage's batches. `on_batch` is called on every rank at every
+    batch: a validation may take longer than `step_timeout_s`. Everything is opened once here, so that a missing file is
+    reported before step 1. Raises UserError or FileNotFoundError.
     """
     validation = settings.validation
     if not validation.sources and probe is None:
         return None
-    data = settings.data.model_copy(update={"sources": validation.sources})
+    data = settings.data.model_copy(update={"sources": validation.sources, "num_workers": 0})
     with_pixels = data.model_copy(update={"pixels": True})
+    open_pass = partial(open_loader, is_one_pass=True)
     if validation.sources:
-        open_loader(data, workers=0).close()
+        open_pass(data).close()
     check = None
     if validation.pictures is not None:
         check = ReconstructionCheck(validation.pictures, engine=engine)
-        open_loader(with_pixels, workers=0).close()
+        open_pass(with_pixels).close()
 
     def validate(step: int, on_batch: Callable[[], None]) -> dict[str, float]:
         values: dict[str, float] = {}
         if validation.sources:
-            with contextlib.closing(open_loader(data, workers=0)) as loader:
-                batches = watched(loader.one_pass(), on_batch)
-                names = loader.source_names
+            with contextlib.closing(open_pass(data)) as loader:
+                batches, names = watched(loader, on_batch), loader.source_names
                 values = validation_losses(engine, batches, validation.max_batches, source_names=names)
         if check is not None:
-            with contextlib.closing(open_loader(with_pixels, workers=0)) as loader:
-                values.update(check(watched(loader.one_pass(), on_batch), step=step, log=log))
+            with contextlib.closing(open_pass(with_pixels)) as loader:
+                values.update(check(watched(loader, on_batch), step=step, log=log))
         if probe is not None:
             values.update(probed(engine, probe, step, on_batch))
         return values

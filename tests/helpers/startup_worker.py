@@ -12,7 +12,7 @@ torch.set_num_threads(1)
 from vlgpt import settings as s  # noqa: E402
 from vlgpt.models.language_models import load_language_model  # noqa: E402
 from vlgpt.models.unified import UnifiedModel  # noqa: E402
-from vlgpt.stages.language import build_language_stage  # noqa: E402
+from vlgpt.stages.language import LanguageStage  # noqa: E402
 
 
 def say(word: str) -> None:
@@ -29,7 +29,7 @@ def load(kind: str, folder: str) -> torch.nn.Module:
         kind="language", language_model=f"{folder}/lm", template="short",
         image_tokenizer=f"{folder}/stage1", lora=s.LoraSettings(rank=4),
     )  # fmt: skip
-    return build_language_stage(stage, num_sources=1, dtype=torch.bfloat16)
+    return LanguageStage.build(stage, num_sources=1, dtype=torch.bfloat16)
 
 
 def main(kind: str, folder: str) -> None:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import tiny_diffusion_parts as tiny
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_unified import new_document_tokenizer
 from transformers import (
     AutoModelForCausalLM,
     CLIPConfig,
@@ -29,6 +27,9 @@ from transformers import (
     SiglipImageProcessor,
     SiglipModel,
 )
+
+from tests.helpers import tiny_diffusion_parts as tiny
+from tests.helpers.tiny_unified import new_document_tokenizer
 
 SIZE_PX, PATCH_PX, TEXT_LENGTH = 28, 7, 9
 VISION = {
