@@ -315,7 +315,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             hash_tars=options.verify == "hash",
         )
     except (TooManyBad, WorkerDied) as error:
-        help_ = f"; list them: python -m data_prep.check --bad {options.output}" * isinstance(error, TooManyBad)
+        help_ = f"; list them: python -m data_prep.check --bad {options.output}" * isinstance(
+            error, TooManyBad
+        )
         console.print(f"error: {error}{help_}", style="red", markup=False, highlight=False, soft_wrap=True)
         return 1
     except (Stopped, KeyboardInterrupt):

@@ -41,7 +41,8 @@ class CocoSource:
         inputs: Sequence[Path],
         *,
         images: Annotated[
-            tuple[Path, ...] | None, "folder that holds COCO's folders of 2014 or 2017, or tars; else beside the input"
+            tuple[Path, ...] | None,
+            "folder that holds COCO's folders of 2014 or 2017, or tars; else beside the input",
         ] = None,
         direction: Annotated[Direction, "chats to make; `pair` is the plain image and caption"] = "both",
         split: Annotated[

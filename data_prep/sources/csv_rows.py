@@ -56,7 +56,8 @@ def read_header(path: Path) -> tuple[list[str], str]:
     else semicolons or tabs.
     """
     with open_text(path) as stream:
-        *_, first = [b"", *_blank_and_header(_lines(stream))]
+        lines = list(_blank_and_header(_lines(stream)))
+    first = lines[-1] if lines else b""
     header = first.decode("utf-8-sig", "replace").strip("\r\n")
     usual, *others = "\t,;" if ".tsv" in path.name.lower() else ",;\t"
     delimiter = next((letter for letter in (usual, *others) if letter in header), usual)

@@ -51,7 +51,9 @@ class ImageFinder:
             if path.is_dir():
                 self._folders.append(path)
             elif not (path.name.lower().endswith((*TAR_SUFFIXES, ZIP)) and path.is_file()):
-                raise UserError(f"images are looked up in folders, .tar and .zip files; {path} is none of them")
+                raise UserError(
+                    f"images are looked up in folders, .tar and .zip files; {path} is none of them"
+                )
             if archives:
                 self._tables.append(ImageTable(archives))
 
@@ -118,7 +120,9 @@ def _tails(name: str) -> Iterator[str]:
 
 def _zips(folder: Path) -> list[Path]:
     """Zip files in a folder, but those of JSON."""
-    return sorted(path for path in folder.glob("*.[zZ][iI][pP]") if not path.name.lower().endswith(JSON_SUFFIXES))
+    return sorted(
+        path for path in folder.glob("*.[zZ][iI][pP]") if not path.name.lower().endswith(JSON_SUFFIXES)
+    )
 
 
 class ImageTable:

@@ -65,7 +65,9 @@ def _turns(value: Columns) -> object:
     if not isinstance(pairs, list) or not all(isinstance(pair, dict) for pair in pairs):
         return pairs
     speakers = {"user": "human", "assistant": "gpt"}
-    return [{"from": speaker, "value": pair.get(name)} for pair in pairs for name, speaker in speakers.items()]
+    return [
+        {"from": speaker, "value": pair.get(name)} for pair in pairs for name, speaker in speakers.items()
+    ]
 
 
 def dialogue_images(value: Columns) -> tuple[str | bytes, ...]:
@@ -82,7 +84,11 @@ def dialogue_images(value: Columns) -> tuple[str | bytes, ...]:
     for field, found in value.items():
         if field in (*IMAGE_FIELDS, *TURN_FIELDS):
             continue
-        items = [item for item in found if not isinstance(item, (int, float))] if isinstance(found, list) else [found]
+        items = (
+            [item for item in found if not isinstance(item, (int, float))]
+            if isinstance(found, list)
+            else [found]
+        )
         if not any(items):
             continue
         if OTHER_MEDIA_FIELD.search(field) or _have_suffix(items, OTHER_MEDIA_SUFFIXES):

@@ -33,7 +33,9 @@ class MappedPart(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    image: str | None = Field(None, description="field with an image's name, with the image, or with a list of these")
+    image: str | None = Field(
+        None, description="field with an image's name, with the image, or with a list of these"
+    )
     text: str | None = Field(None, description="field with text")
     words: str | None = Field(None, description="the text itself, for every record")
     role: Role = Field("plain", description="who says it")
@@ -74,7 +76,9 @@ class MappedSource(ConvertingSource[RawRecord]):
         recipe = validate(Recipe, parse_yaml(mapping.read_text(encoding="utf-8")), where=str(mapping))
         self.recipe = recipe.model_dump(exclude_none=True)
         self.licence, self._parts = recipe.licence, recipe.parts
-        fields = {name: (name,) for part in recipe.parts for name in (part.image, part.text) if name is not None}
+        fields = {
+            name: (name,) for part in recipe.parts for name in (part.image, part.text) if name is not None
+        }
         opened = open_records(inputs, fields, source="mapped", what=f"file for {mapping}")
         self.records: Numbered[RawRecord] = opened
         self._images = ImageFinder(images or sorted({file.path.parent for file in opened.files}))

@@ -72,18 +72,26 @@ def test_the_mark_of_obelics_ends_a_document_and_is_no_text(tmp_path, page, docu
     assert [shown(item) for item in (before, after)] == [[("plain", 0)], [("plain", 1)]]
     assert list(map(contents, found)) == documents
     if len(found) > 1:
-        assert [item.key if hasattr(item, "key") else item.document.id for item in found] == ["o:1:0", "o:1:1"]
+        assert [item.key if hasattr(item, "key") else item.document.id for item in found] == [
+            "o:1:0",
+            "o:1:1",
+        ]
 
 
 def test_marks_are_found_in_every_batch_of_a_table(tmp_path):
     pages = [[0, f"A {MARK} B", 1] if number % 7 == 0 else [0, "A"] for number in range(100)]
-    parquet, arrow = [[describe(item) for item in obelics(tmp_path, pages, suffix=s)] for s in ("parquet", "arrow")]
+    parquet, arrow = [
+        [describe(item) for item in obelics(tmp_path, pages, suffix=s)] for s in ("parquet", "arrow")
+    ]
     assert len(parquet) == 115 and parquet == arrow and MARK not in str(parquet)
 
 
 def llava(folder, **record):
     """What becomes of one dialogue: parts, or the reason."""
-    turns = [{"from": "human", "value": record.pop("ask", "Q")}, {"from": "gpt", "value": record.pop("reply", "A")}]
+    turns = [
+        {"from": "human", "value": record.pop("ask", "Q")},
+        {"from": "gpt", "value": record.pop("reply", "A")},
+    ]
     write_pictures(folder, ["a.jpg", "b.jpg"])
     (folder / "chat.json").write_text(json.dumps([record | {"conversations": turns}]))
     (item,) = read_all(open_source("llava", folder / "chat.json"))
@@ -116,7 +124,10 @@ def llava(folder, **record):
         ({"img": ["a.jpg"]}, ["unknown_image_field"]),
         ({"file": "a.jpg"}, ["unknown_image_field"]),
         ({"image_bytes": {"bytes": "AAAA"}}, ["unknown_image_field"]),
-        ({"video": None, "images": [], "image_path": "", "num_images": 0, "id": 7, "source": "flan"}, ["Q", "A"]),
+        (
+            {"video": None, "images": [], "image_path": "", "num_images": 0, "id": 7, "source": "flan"},
+            ["Q", "A"],
+        ),
         ({"image": "a.jpg", "image_source": "coco", "model": "x"}, [0, "Q", "A"]),
         ({"ask": "What is a <b>video</b> in <p>HTML</p>?"}, ["What is a <b>video</b> in <p>HTML</p>?", "A"]),
         ({"ask": "\ufeff Q\0 "}, ["Q", "A"]),
@@ -142,7 +153,10 @@ def test_coco_images_have_the_names_of_both_years_and_lie_in_folders_or_not(tmp_
     write_pictures(tmp_path / "coco", [kept])
     turns = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]
     content = {
-        "coco": {"images": [{"id": 9, "file_name": given}], "annotations": [{"image_id": 9, "caption": "A."}]},
+        "coco": {
+            "images": [{"id": 9, "file_name": given}],
+            "annotations": [{"image_id": 9, "caption": "A."}],
+        },
         "llava": [{"image": f"coco/{given}", "conversations": turns}],
     }
     (tmp_path / "x.json").write_text(json.dumps(content[source]))
@@ -154,7 +168,11 @@ def test_coco_images_have_the_names_of_both_years_and_lie_in_folders_or_not(tmp_
 def test_base64_of_mmc4_may_be_broken_into_lines(tmp_path, form):
     letters = base64.b64encode(picture(3)).decode()
     broken = {"lines": "\n", "crlf": "\r\n"}.get(form)
-    text = broken.join(letters[n : n + 76] for n in range(0, len(letters), 76)) if broken else form.format(letters)
+    text = (
+        broken.join(letters[n : n + 76] for n in range(0, len(letters), 76))
+        if broken
+        else form.format(letters)
+    )
     record = asset("mmc4.jsonl")
     record["image_info"] = [record["image_info"][0] | {"image_base64": text, "matched_sim": 0.5}]
     del record["similarity_matrix"]
@@ -193,8 +211,16 @@ def held(number):
 
 def test_dialogues_of_finevision_and_onevision_lie_in_tables_with_their_images(tmp_path):
     pairs = [{"user": "Q", "assistant": "A"}, {"user": "R", "assistant": "B"}]
-    ratings = {"source": "x", "relevance_ratings": [5, 4], "image_correspondence_ratings": [5, 4], "relevance_min": 4}
-    fine = [{"images": [held(1), held(2)], "texts": pairs} | ratings, {"images": [], "texts": pairs[:1]} | ratings]
+    ratings = {
+        "source": "x",
+        "relevance_ratings": [5, 4],
+        "image_correspondence_ratings": [5, 4],
+        "relevance_min": 4,
+    }
+    fine = [
+        {"images": [held(1), held(2)], "texts": pairs} | ratings,
+        {"images": [], "texts": pairs[:1]} | ratings,
+    ]
     found = read_all(open_source("llava", write_table(tmp_path / "fine" / "train-0.parquet", fine)))
     assert list(map(contents, found)) == [[1, 2, "Q", "A", "R", "B"], ["Q", "A"]]
     turns = [{"from": "human", "value": "<image>\nQ"}, {"from": "gpt", "value": "A"}]
@@ -229,7 +255,11 @@ def mapped(folder, recipe, records):
 
 
 def test_a_mapping_makes_documents_of_any_records(tmp_path):
-    record = {"input_prompt": " A fox. ", "output_image": "out/2.png", "input_image": ["in/0.png", "in/1.png"]}
+    record = {
+        "input_prompt": " A fox. ",
+        "output_image": "out/2.png",
+        "input_image": ["in/0.png", "in/1.png"],
+    }
     damaged = [{"input_prompt": "x"}, {"output_image": "out/2.png"}, record | {"output_image": 7}]
     damaged += [record | {"output_image": "out/9.png"}, record | {"input_prompt": ["x"]}]
     draw = read_all(mapped(tmp_path, RECIPES["draw"], [record, *damaged]))

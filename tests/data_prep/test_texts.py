@@ -54,7 +54,9 @@ def folder_of(path):
 def coco(path):
     write_pictures(path, ["a.jpg"])
     notes = [{"image_id": 1, "caption": value} for value in VALUES]
-    (path / "c.json").write_text(json.dumps({"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": notes}))
+    (path / "c.json").write_text(
+        json.dumps({"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": notes})
+    )
     return path / "c.json"
 
 
@@ -99,7 +101,11 @@ def test_the_loader_keeps_the_words_of_the_build(tmp_path):
 
 
 def test_texts_of_files_follow_the_rule_too(tmp_path):
-    files = {name: value.encode() for name, (value, text) in TEXTS.items() if isinstance(value, str) and text != "bad"}
+    files = {
+        name: value.encode()
+        for name, (value, text) in TEXTS.items()
+        if isinstance(value, str) and text != "bad"
+    }
     files |= {"cp1252": b"caf\xe9", "utf16": "A fox.".encode("utf-16")}
     members = {}
     for name, data in files.items():
@@ -117,7 +123,15 @@ def test_texts_of_files_follow_the_rule_too(tmp_path):
 
 def bad_build(tmp_path, *options):
     folder_of(tmp_path / "in")
-    command = ["folder", "--input", str(tmp_path / "in"), "--output", str(tmp_path / "out"), "--shard-size", "10"]
+    command = [
+        "folder",
+        "--input",
+        str(tmp_path / "in"),
+        "--output",
+        str(tmp_path / "out"),
+        "--shard-size",
+        "10",
+    ]
     return build([*command, "--num-workers", "0", *options])
 
 
@@ -125,7 +139,9 @@ def test_bad_records_are_named_in_the_message_the_report_and_by_check(tmp_path, 
     assert bad_build(tmp_path) == 1
     message = " ".join(capsys.readouterr().err.split())
     assert "12 of 19 records are bad (empty_caption 6, bad_caption 5, no_caption 1)" in message
-    first = "no_caption (metadata.jsonl:7), empty_caption (metadata.jsonl:8: found ''), empty_caption (metadata"
+    first = (
+        "no_caption (metadata.jsonl:7), empty_caption (metadata.jsonl:8: found ''), empty_caption (metadata"
+    )
     assert first.replace(".jsonl", "") in message.replace(".jsonl", "")
     assert f"python -m data_prep.check --bad {tmp_path / 'out'}" in message
     report = manifest.read_report(tmp_path / "out", 1)
