@@ -290,7 +290,9 @@ def test_stored_values_keep_their_text_and_are_json(tmp_path):
 def test_the_check_refuses_what_only_python_calls_json(tmp_path, monkeypatch):
     folder(tmp_path, "metadata.csv", ["0.jpg"])
     real = json.dumps
-    monkeypatch.setattr(json, "dumps", lambda value, **options: real(value, **(options | {"allow_nan": True})))
+    monkeypatch.setattr(
+        json, "dumps", lambda value, **options: real(value, **(options | {"allow_nan": True}))
+    )
     monkeypatch.setattr("data_prep.sources.folder.storable", lambda value: float("nan"))
     write(tmp_path / "metadata.csv", "file_name,text,n\n0.jpg,x,1\n")
     arguments = ["folder", "--input", str(tmp_path), "--output", str(tmp_path / "out")]
