@@ -241,7 +241,7 @@ def _is_lines(stream: IO[bytes], path: Path) -> bool:
 
     The file's name and its first value decide.
     """
-    head = stream.read(BLOCK_BYTES).decode("utf-8", "replace").lstrip(SEPARATORS + whitespace)
+    head = stream.read(CHUNK_BYTES).decode("utf-8", "replace").lstrip(SEPARATORS + whitespace)
     if head.startswith("["):
         return has_lines(path) and re.match(r"\[\s*{", head) is None
     try:
@@ -291,17 +291,17 @@ def _values(stream: IO[bytes], path: Path) -> Iterator[tuple[int, int, object]]:
     while True:
         pending.skip(SEPARATORS)
         letter = pending.text[pending.at : pending.at + 1]
+        if not letter and depth:
+            raise UserError(
+                f"{path} is cut: it ends at byte {pending.offset} within a list; download it again"
+            )
         if not letter:
-            if depth:
-                raise UserError(
-                    f"{path} is cut: it ends at byte {pending.offset} within a list; download it again"
-                )
             return
-        if letter == "]" and depth:
-            depth -= 1
-            pending.move(pending.at + 1)
-        elif letter == "[" and (depth == 0 or pending.after_bracket() in ("[", "{")):
+        if letter == "[" and (depth == 0 or pending.after_bracket() in ("[", "{")):
             depth += 1
+            pending.move(pending.at + 1)
+        elif letter == "]" and depth:
+            depth -= 1
             pending.move(pending.at + 1)
         else:
             start = pending.offset
@@ -345,16 +345,18 @@ class _Pending:
         """The value that begins here and the character after it; a value that Python refuses (numbers of thousands of
         digits, lists in thousands of lists) is None. Raises UserError when there is no whole value.
         """
+        error: Exception | None = None
         while True:
-            error: Exception | None = None
             try:
                 value, end = JSON.raw_decode(self.text, self.at)
+                if end < len(self.text):
+                    return value, end
             except json.JSONDecodeError as refusal:
                 error, value, end = refusal, None, 0
             except (ValueError, RecursionError) as refusal:
                 error, value, end = refusal, None, _end_of_value(self.text, self.at)
             # a number may go on in the next block
-            if (end and end < len(self.text)) or not self.read_more():
+            if 0 < end < len(self.text) or not self.read_more():
                 break
         if end:
             return value, end
