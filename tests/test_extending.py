@@ -122,9 +122,10 @@ def test_the_head_trains_with_its_options_and_its_name_is_in_the_export(lab):
     assert config["head"] == "mylab.heads:SwiGluHead" and config["head_options"] == {"dropout": 0.1}
 
 
-def test_the_snippets_load_the_export_and_ask_somebody_else(lab):
+def test_the_snippets_read_records_load_the_export_and_ask_somebody_else(lab):
     _, done = lab
-    reloaded, three = (output for command, output in done if command == ["snippet.py"])
+    records, reloaded, three = (output for command, output in done if command == ["snippet.py"])
+    assert "12 {'image': 'test/3.png'" in records
     assert "SwiGluHead" in reloaded
     assert "'accuracy': {'value': 25.0" in three
 
