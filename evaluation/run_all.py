@@ -108,7 +108,7 @@ def jobs(path: Path, *, prompts: str, given: Mapping[str, str]) -> Iterator[Job]
             yield Job(
                 name=name.replace("daggershot", "dagger"),
                 benchmark=row.benchmark,
-                few_shot=FewShot.dagger(seed=seed) if shots == "dagger" else FewShot(shots, seed=seed),
+                few_shot=FewShot(shots, seed=seed) if isinstance(shots, int) else FewShot.dagger(seed=seed),
                 options={**row.options, **{key: given[key] for key in wanted if key in given}},
                 sampling_options=row.sampling_options,
                 model=row.model,
