@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import io
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -24,6 +25,7 @@ LINEAR_BELOW, AREA_FROM = 1.4, 2.0
 HASHED_PX = 32
 # 40 % faster than zlib's 6, 1 % larger on drawings
 PNG_LEVEL = 3
+Pixels = TypeVar("Pixels")
 
 
 class ImageSettings(BaseModel):
@@ -88,19 +90,29 @@ def _prepare(data: bytes, sha256: str, settings: ImageSettings) -> StoredImage:
     _filter(size, len(data), settings)
     if settings.fast:
         pixels = _resize_array(opened.decode_array(fast=True, min_size_px=settings.size_px), settings.size_px)
-        stored_size, data = (pixels.shape[1], pixels.shape[0]), _encode_array(pixels, settings)
+        data = _encoded(_encode_array, pixels, settings)
         phash = _perceptual_hash_array(pixels) if settings.perceptual_hash else None
     else:
         image = _resize(opened.decode(min_size_px=settings.size_px), settings.size_px)
-        stored_size, data = image.size, _encode(image, settings)
+        data = _encoded(_encode, image, settings)
         phash = perceptual_hash(image) if settings.perceptual_hash else None
-    if (stored_size[0] < stored_size[1]) != (size[0] < size[1]):
+    if opened.is_turned:
         # the header gives the size before the image is turned upright
         size = size[1], size[0]
     info = {"sha256": sha256, "width": size[0], "height": size[1]}
     if phash is not None:
         info["phash"] = f"{phash:016x}"
     return StoredImage(settings.image_format, data, info)
+
+
+def _encoded(
+    encode: Callable[[Pixels, ImageSettings], bytes], image: Pixels, settings: ImageSettings
+) -> bytes:
+    """Raises BadImage(`not_encodable`): WebP ends at 16,383 pixels a side, for example."""
+    try:
+        return encode(image, settings)
+    except Exception as error:
+        raise BadImage("not_encodable", f"as {settings.image_format}: {error}") from error
 
 
 def _filter(size: tuple[int, int], num_bytes: int, settings: ImageSettings) -> None:

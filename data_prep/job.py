@@ -12,14 +12,17 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
+from stat import S_ISREG
 
 from data_prep.filters import FilterSettings, RecordFilter
 from data_prep.images import ImagePreparer, ImageSettings, StoredImage
 from data_prep.sources import Dropped, ImageOpener, Record, Source
+from data_prep.sources.base import BadRecord
 from vlgpt.document import Document, ImagePart, Part
 from vlgpt.errors import UserError
 from vlgpt.files import write_once
 from vlgpt.images import BadImage
+from vlgpt.log import get_logger
 from vlgpt.shards import ShardReport, ShardWriter
 from vlgpt.shards.manifest import read_report
 from vlgpt.shards.reader import read_stored_samples
@@ -168,7 +171,7 @@ class ShardBuilder:
             raise
 
     def _write_all(self, writer: ShardWriter, records: range) -> None:
-        items = self._job.source.read(records.start, records.stop)
+        items = self._read(records)
         for number in records:
             self._on_record(number)
             item = next(items)
@@ -195,7 +198,23 @@ class ShardBuilder:
             elif number in self._job.crashed:
                 writer.drop("decoder_crash")
             else:
-                self._records.write(next(self._job.source.read(number, number + 1)), writer)
+                self._records.write(next(self._read(range(number, number + 1))), writer)
+
+    def _read(self, records: range) -> Iterator[Record | Dropped]:
+        """What the source gives: an item for each of these records, also for one that it cannot read."""
+        number = records.start
+        while number < records.stop:
+            try:
+                for item in self._job.source.read(number, records.stop):
+                    number += 1
+                    yield item
+                if number < records.stop:
+                    raise IndexError(f"the source ends before record {number}")
+            except (UserError, OSError):  # the whole input, or the disk
+                raise
+            except Exception as error:
+                yield Dropped(_unforeseen(error, f"input record {number}"), str(number))
+                number += 1
 
 
 def is_failure(reason: str) -> bool:
@@ -223,11 +242,29 @@ class _RecordWriter:
         self._is_image_optional = getattr(job.source, "is_image_optional", False)
 
     def write(self, item: Record | Dropped, writer: ShardWriter) -> None:
-        """Add the item to the shard, or count why not."""
-        reason = item.reason if isinstance(item, Dropped) else self._filter.reason(item)
-        if isinstance(item, Dropped) or reason:
-            writer.drop(reason or "unknown")
+        """Add the item to the shard, or count why not. An error that nobody foresaw costs this record only."""
+        try:
+            document, images, lost = self._prepare(item)
+        except BadRecord as error:
+            writer.drop(error.reason)
             return
+        except UserError:
+            raise
+        except Exception as error:
+            key = item.key if isinstance(item, Dropped) else item.document.id
+            writer.drop(_unforeseen(error, f"record {key!r}"))
+            return
+        try:
+            writer.add(document, images, dropped_images=lost)
+        except UnstorableDocument:
+            writer.drop("bad_text")
+
+    def _prepare(self, item: Record | Dropped) -> tuple[Document, list[tuple[str, bytes]], list[str]]:
+        """-> what to store, and why images were lost. Raises BadRecord."""
+        if isinstance(item, Dropped):
+            raise BadRecord(item.reason)
+        if reason := self._filter.reason(item):
+            raise BadRecord(reason)
         record = self._filter.crop(item)
         kept: list[StoredImage | None] = []
         lost = list(record.lost)
@@ -239,12 +276,11 @@ class _RecordWriter:
                 lost.append(error.reason)
         stored = [(image.suffix, image.data) for image in kept if image is not None]
         if lost and not (self._is_image_optional and stored):
-            writer.drop(lost[0])
-            return
-        try:
-            writer.add(_with_images(record.document, kept), stored, dropped_images=lost)
-        except UnstorableDocument:
-            writer.drop("bad_text")
+            raise BadRecord(lost[0])
+        document = _with_images(record.document, kept)
+        if document.num_images != len(stored):
+            raise ValueError(f"{document.num_images} image parts, but {len(stored)} images")
+        return document, stored, lost
 
     def _image(self, opener: ImageOpener) -> StoredImage:
         stored = self._images.prepare(_open(opener, max_bytes=self._max_file_bytes))
@@ -253,10 +289,19 @@ class _RecordWriter:
         return stored
 
 
+def _unforeseen(error: Exception, record: str) -> str:
+    """The reason of a record that made our code or a library fail; the log says how."""
+    get_logger(__name__).warning("%s is dropped: %s: %s", record, type(error).__name__, error)
+    return "unforeseen_error"
+
+
 def _open(opener: ImageOpener, *, max_bytes: int) -> bytes:
     try:
         if isinstance(opener, Path):
-            if opener.stat().st_size > max_bytes:
+            stat = opener.stat()
+            if not S_ISREG(stat.st_mode):  # a pipe would be waited for, a device read without end
+                raise BadImage("unreadable_file", f"{opener} is no file")
+            if stat.st_size > max_bytes:
                 raise BadImage("too_many_bytes", str(opener))
             return opener.read_bytes()
         data = opener if isinstance(opener, bytes) else opener()

@@ -7,7 +7,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
-from slurm_node import slurm  # noqa: F401  (a fixture of several folders)
-from smollm2 import smollm2_folder  # noqa: F401
+
+# fixtures of several folders
+from tests.helpers.forks import forks  # noqa: F401
+from tests.helpers.slurm_node import slurm  # noqa: F401
+from tests.helpers.smollm2 import smollm2_folder  # noqa: F401
 
 torch.set_num_threads(1)

@@ -203,8 +203,8 @@ MUTANTS = [
     ),
     Mutant(
         "vlgpt/models/standardise.py",
-        "return (x * cast(Tensor, self.std) + cast(Tensor, self.mean)).to(x.dtype)",
-        "return (x * cast(Tensor, self.std)).to(x.dtype)",
+        "return (x * self.std + self.mean).to(x.dtype)",
+        "return (x * self.std).to(x.dtype)",
         "tests/stages/test_tokenizer.py::test_statistics_standardise_and_invert_and_add_up_over_batches",
         "The inverse of a standardiser gives back what went in.",
     ),
@@ -423,17 +423,8 @@ def run_tests(tree: Path, selections: Sequence[str], *, timeout_s: float) -> tup
         # A restored file may have the size and the second of its mutant: bytecode would outlive it.
         "PYTHONDONTWRITEBYTECODE": "1",
     }
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        "-p",
-        "no:cacheprovider",
-        "--durations=0",
-        *selections,
-    ]
+    options = ("-q", "-x", "-p", "no:cacheprovider", "--durations=0")
+    command = [sys.executable, "-m", "pytest", *options, *selections]
     try:
         done = subprocess.run(
             command, cwd=tree, env=environment, capture_output=True, text=True, timeout=timeout_s

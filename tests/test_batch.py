@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from batches import pack, random_document
-from tiny_unified import NUM_VISUAL, new_document_tokenizer
 
+from tests.helpers.batches import pack, random_document
+from tests.helpers.tiny_unified import NUM_VISUAL, new_document_tokenizer
 from vlgpt.batch import Batch, ImageInput
 
 TOKENIZER = new_document_tokenizer()

@@ -9,8 +9,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from chat_parts import new_generator, picture_bytes
 
+from tests.helpers.chat_parts import new_generator, picture_bytes
 from vlgpt.chat import files
 from vlgpt.chat.dialogue import Dialogue, Picture, Turn, interleave
 from vlgpt.chat.reply import Drawn, Failed, Finished, Notice, Request, TextPiece, answer

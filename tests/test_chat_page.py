@@ -10,15 +10,15 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import httpx
 import pytest
-from chat_parts import picture_bytes, save_export
+
+from tests.helpers.chat_parts import picture_bytes, save_export
+from tests.helpers.processes import ROOT
 
 pytest.importorskip("gradio", reason="the page needs gradio: pip install 'vlgpt[chat]'")
 
-ROOT = Path(__file__).parents[1]
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
 )
@@ -132,7 +132,6 @@ def test_the_page_asks_nothing_of_other_hosts_and_names_no_api(address):
 def test_shown_text_is_escaped_and_an_edit_gets_the_original_back():
     import html
 
-    sys.path.insert(0, str(ROOT))
     from vlgpt.chat.page import escaped
 
     shown = escaped(MARKUP)

@@ -1,14 +1,13 @@
 """Configuration: every mistake is one line with the key, the value and the valid choices."""
 
-from pathlib import Path
-
 import pytest
 
+from tests.helpers.processes import ROOT
 from vlgpt.config import apply_override, dump, load_run, parse_yaml, validate
 from vlgpt.errors import UserError
 from vlgpt.settings import RunSettings
 
-CONFIGS = sorted((Path(__file__).parents[1] / "launchers" / "configs").rglob("*.yaml"))
+CONFIGS = sorted((ROOT / "launchers" / "configs").rglob("*.yaml"))
 BASE = """
 name: x
 output_dir: r
@@ -26,7 +25,6 @@ def test_every_yaml_loads_and_survives_a_round_trip(path, tmp_path):
     copy = tmp_path / "copy.yaml"
     copy.write_text(dump(settings))
     assert load_run(copy) == settings
-    assert path.read_text().startswith("# "), "a configuration opens with its command"
 
 
 @pytest.mark.parametrize(

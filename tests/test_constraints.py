@@ -1,7 +1,6 @@
 """The versions that the tests run with are those that setup.py promises."""
 
 import runpy
-from pathlib import Path
 
 import pytest
 import setuptools
@@ -9,9 +8,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from tests.helpers.processes import ROOT
 from vlgpt.doctor.environment import PACKAGES
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture

@@ -1,10 +1,14 @@
 """Seeded faults, each found with its fix; a sound configuration has none."""
 
 import pytest
+import torch
 import yaml
 
-from vlgpt.doctor.environment import check_environment, numbers
+from vlgpt.config import validate
+from vlgpt.doctor import environment
+from vlgpt.doctor.environment import batch_bytes, check_environment, numbers
 from vlgpt.doctor.lint import lint
+from vlgpt.settings import RunSettings
 
 
 def language(tmp_path, **stage):
@@ -154,9 +158,6 @@ def test_the_environment_is_read_without_errors_here():
 
 
 def test_a_disk_that_is_too_small_for_the_checkpoints_is_an_error(tmp_path, monkeypatch):
-    from vlgpt.config import RunSettings, validate
-    from vlgpt.doctor import environment
-
     run = validate(RunSettings, language(tmp_path), where="test")
     usage = type("Usage", (), {"free": 5 << 30})
     monkeypatch.setattr(environment.shutil, "disk_usage", lambda _: usage)
@@ -165,9 +166,6 @@ def test_a_disk_that_is_too_small_for_the_checkpoints_is_an_error(tmp_path, monk
 
 
 def test_what_doctor_says_of_a_batch_is_the_most_that_the_loader_makes(tmp_path):
-    from vlgpt.config import RunSettings, validate
-    from vlgpt.doctor.environment import batch_bytes, check_environment
-
     values = language(tmp_path)
     values["data"] = {**values["data"], "features": [], "pixels": True, "image_size_px": 224}
     run = validate(RunSettings, values, where="test")
@@ -187,9 +185,6 @@ def test_what_doctor_says_of_a_batch_is_the_most_that_the_loader_makes(tmp_path)
 
 
 def test_a_limit_on_open_files_that_a_run_will_reach_is_an_error(tmp_path, monkeypatch):
-    from vlgpt.config import RunSettings, validate
-    from vlgpt.doctor import environment
-
     run = validate(RunSettings, language(tmp_path), where="test")
     for limit, level in ((256, "error"), (300, "ok")):
         monkeypatch.setattr(environment.resource, "getrlimit", lambda _, limit=limit: (limit, 4096))
@@ -203,10 +198,6 @@ def test_a_limit_on_open_files_that_a_run_will_reach_is_an_error(tmp_path, monke
     ("num_gpus", "free", "level"), [(8, 64 << 20, "warning"), (8, 2 << 30, "ok"), (0, 0, "ok")]
 )
 def test_a_small_dev_shm_matters_to_nccl_only(num_gpus, free, level, monkeypatch):
-    import torch
-
-    from vlgpt.doctor import environment
-
     monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # which asks for the count
     monkeypatch.setattr(environment.shutil, "disk_usage", lambda _: type("Usage", (), {"free": free}))

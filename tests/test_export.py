@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from chat_parts import save_parts
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny_unified import NUM_VISUAL, TEXTS, VISUAL_WIDTH, new_document_tokenizer, new_model
 from transformers import AutoModel, AutoProcessor, LogitsProcessor, LogitsProcessorList, StoppingCriteria
 
 from demo.decoder import ConvDecoder
 from demo.tiny import save_language_model, train_text_tokenizer
+from tests.helpers.chat_parts import save_parts
+from tests.helpers.tiny_unified import NUM_VISUAL, TEXTS, VISUAL_WIDTH, new_document_tokenizer, new_model
 from vlgpt import commits, hf
 from vlgpt.config import dump
 from vlgpt.decoding.api import DecodeSettings, Prompt

@@ -8,17 +8,12 @@ import ast
 import json
 import re
 import shlex
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path += [str(Path(__file__).parent / folder) for folder in ("train",)]
-
-from forks import Forks
-
 from demo.tiny import NUM_PATCHES, SIZE_PX, TEXT_LENGTH
+from tests.helpers.processes import ROOT
 from vlgpt.config import load_run
 from vlgpt.decoding.load import load_component_decoder
 from vlgpt.document import Document, ImagePart, TextPart
@@ -28,7 +23,6 @@ from vlgpt.models.component import Component
 from vlgpt.shards import ShardSet
 from vlgpt.tokens import DocumentTokenizer, flatten
 
-ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
 BLOCK = re.compile(r"(?:\*\*`([\w/.]+)`\*\*\n\n)?^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 BLOCKS = BLOCK.findall(PAGE)
@@ -46,29 +40,26 @@ def commands(text):
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory):
+def lab(tmp_path_factory, forks):
     """A lab's folder in which the page was followed from top to bottom; -> folder, [(command, output)]."""
     folder = tmp_path_factory.mktemp("lab")
-    forks, done = Forks(), []
+    done = []
 
     def run(command):
         log = folder / f"{len(done)}.log"
         assert forks.run(command, folder=folder, log=log) == [0], (command, log.read_text()[-6000:])
         done.append((command, log.read_text()))
 
-    try:
-        for name, kind, text in BLOCKS:
-            if name:
-                (folder / name).parent.mkdir(exist_ok=True)
-                (folder / name).write_text(text)
-            elif kind == "sh":
-                for command in commands(text):
-                    run(command)
-            elif kind == "python":
-                (folder / "snippet.py").write_text(text)
-                run(["snippet.py"])
-    finally:
-        forks.close()
+    for name, kind, text in BLOCKS:
+        if name:
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text(text)
+        elif kind == "sh":
+            for command in commands(text):
+                run(command)
+        elif kind == "python":
+            (folder / "snippet.py").write_text(text)
+            run(["snippet.py"])
     return folder, done
 
 

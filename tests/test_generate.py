@@ -7,8 +7,15 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from tiny_unified import NUM_PATCHES, NUM_VISUAL, PATCH_WIDTH, VISUAL_WIDTH, new_document_tokenizer, new_model
 
+from tests.helpers.tiny_unified import (
+    NUM_PATCHES,
+    NUM_VISUAL,
+    PATCH_WIDTH,
+    VISUAL_WIDTH,
+    new_document_tokenizer,
+    new_model,
+)
 from vlgpt.decoding import generator as generate_module
 from vlgpt.decoding.api import DecodeSettings, Prompt, Reply
 from vlgpt.decoding.beams import BeamGroup

@@ -1,25 +1,21 @@
 """Label laws: what is predicted is exactly the answers, their end tokens and the embeddings of their images.
 
 The expected labels are written down here from the templates alone; then text goes through the tokenizer, the packer's
-rows and the one shift of `targets_of`. Mutants of every step show that the law has teeth.
+rows and the one shift of `targets_of`. `make mutants` breaks these steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
-
 import numpy as np
 import pytest
-import torch
-from chat_tokenizers import SMOLLM2
-from tiny_unified import NUM_VISUAL, TEXTS, VISUAL_WIDTH, new_document_tokenizer
 
+from tests.helpers.chat_tokenizers import SMOLLM2
+from tests.helpers.tiny_unified import NUM_VISUAL, TEXTS, VISUAL_WIDTH, new_document_tokenizer
 from vlgpt.data.collate import collate_rows
 from vlgpt.data.samples import LoadedSequence
 from vlgpt.document import Document, ImagePart, Part, TextPart, text_places
 from vlgpt.models.losses import TargetPositions, count_targets, targets_of
-from vlgpt.tokens import DocumentTokenizer, Span, TokenSequence, flatten
+from vlgpt.tokens import DocumentTokenizer, flatten
 from vlgpt.turns import TEMPLATES
 
 Label = tuple[str, int]  # ("text", token id) or ("visual", number of the embedding in the batch)
@@ -105,27 +101,19 @@ def found_labels(targets: TargetPositions) -> list[tuple[int, Label]]:
     return sorted([*text, *visual])
 
 
-def check_law(
-    template: str,
-    *,
-    render: Callable[[DocumentTokenizer, Document], list[Span]] = lambda tokenizer, document: tokenizer.spans(
-        document
-    ),
-    flatten_spans: Callable[[list[Span]], TokenSequence] = flatten,
-    targets_from: Callable = targets_of,
-    num_rounds: int = 6,
-) -> None:
-    """Pack fuzzed documents into rows and compare every single label. Raises AssertionError."""
+@pytest.mark.parametrize("template", [*TEMPLATES, "own"])
+def test_targets_are_exactly_the_answers_with_their_end_tokens_and_images(template):
+    """Fuzzed documents are packed into rows; every single label is compared."""
     tokenizer = tokenizer_of(template)
     random = np.random.default_rng(7)
-    for round_number in range(num_rounds):
+    for round_number in range(6):
         rows, expected, num_answer_images, num_images = [], [], 0, 0
         for row in range(2):
             loaded, at = [], row * LENGTH
             for number in range(3):
                 document = fuzz(random, number)
                 labels = expected_labels(document, tokenizer, num_images)
-                sequence = flatten_spans(render(tokenizer, document))
+                sequence = flatten(tokenizer.spans(document))
                 if at - row * LENGTH + len(labels) > LENGTH:
                     continue
                 expected += [(at + i - 1, label) for i, (label, is_target) in enumerate(labels) if is_target]
@@ -141,15 +129,10 @@ def check_law(
         batch = collate_rows(
             rows, sequence_length=LENGTH, kind="visual" if num_images else None, num_visual=NUM_VISUAL
         )
-        assert found_labels(targets_from(batch)) == sorted(expected), f"round {round_number}"
+        assert found_labels(targets_of(batch)) == sorted(expected), f"round {round_number}"
         counts = count_targets(batch)
         assert counts["visual"] == NUM_VISUAL * num_answer_images
         assert counts["text"] + counts["visual"] == len(expected)
-
-
-@pytest.mark.parametrize("template", [*TEMPLATES, "own"])
-def test_targets_are_exactly_the_answers_with_their_end_tokens_and_images(template):
-    check_law(template)
 
 
 def test_there_are_five_templates_and_the_fuzz_reaches_every_kind_of_document():
@@ -160,69 +143,6 @@ def test_there_are_five_templates_and_the_fuzz_reaches_every_kind_of_document():
     assert len(sides) == 6
     assert any(document.is_chat and document.parts[-1].role == "user" for document in documents)
     assert any(document.num_images >= 4 for document in documents)
-
-
-def shifted(step: int) -> Callable[[list[Span]], TokenSequence]:
-    def mutant(spans: list[Span]) -> TokenSequence:
-        sequence = flatten(spans)
-        is_target = np.roll(sequence.is_target, step)
-        is_target[0] = False
-        return replace(sequence, is_target=is_target)
-
-    return mutant
-
-
-def relabelled(choose: Callable[[Span], bool], value: bool, *, where: slice = slice(None)) -> Callable:
-    """Spans for which `choose` is true get other labels at `where`."""
-
-    def mutant(tokenizer: DocumentTokenizer, document: Document) -> list[Span]:
-        spans = []
-        for span in tokenizer.spans(document):
-            labels = np.array(span.is_target)
-            if choose(span):
-                labels[where] = value
-            spans.append(replace(span, is_target=tuple(bool(label) for label in labels)))
-        return spans
-
-    return mutant
-
-
-def with_fields(**changes: Callable[[TargetPositions], torch.Tensor]) -> Callable:
-    def mutant(batch):
-        targets = targets_of(batch)
-        return replace(targets, **{name: change(targets) for name, change in changes.items()})
-
-    return mutant
-
-
-MUTANTS = {
-    "labels one to the right": {"flatten_spans": shifted(1)},
-    "labels one to the left": {"flatten_spans": shifted(-1)},
-    "no end token": {"render": relabelled(lambda s: s.role == "end", False)},
-    "questions too": {"render": relabelled(lambda s: s.role == "user" and s.image is None, True)},
-    "images of the user too": {
-        "render": relabelled(lambda s: s.role == "user" and s.image is not None, True)
-    },
-    "headers too": {"render": relabelled(lambda s: s.role == "header", True)},
-    "system message too": {"render": relabelled(lambda s: s.role == "system", True)},
-    "no [IMG]": {"render": relabelled(lambda s: s.image is not None, False, where=slice(0, 1))},
-    "no [/IMG]": {"render": relabelled(lambda s: s.image is not None, False, where=slice(-1, None))},
-    "no last embedding": {"render": relabelled(lambda s: s.image is not None, False, where=slice(-2, -1))},
-    "no first embedding": {"render": relabelled(lambda s: s.image is not None, False, where=slice(1, 2))},
-    "no first word": {"render": relabelled(lambda s: s.role == "assistant", False, where=slice(0, 1))},
-    "no last word": {"render": relabelled(lambda s: s.role == "assistant", False, where=slice(-1, None))},
-    "no shift": {"targets_from": with_fields(text_from=lambda t: t.text_from + 1)},
-    "no shift of images": {"targets_from": with_fields(visual_from=lambda t: t.visual_from + 1)},
-    "two shifts": {"targets_from": with_fields(text_from=lambda t: t.text_from - 1)},
-    "the next embedding": {"targets_from": with_fields(visual_rows=lambda t: t.visual_rows + 1)},
-    "the input as target": {"targets_from": with_fields(text_ids=lambda t: t.text_ids.roll(1))},
-}
-
-
-@pytest.mark.parametrize("name", MUTANTS)
-def test_every_mutant_of_the_labels_is_caught(name):
-    with pytest.raises((AssertionError, ValueError)):
-        check_law("vlgpt", **MUTANTS[name])
 
 
 @pytest.mark.parametrize("template", [*TEMPLATES, "own"])

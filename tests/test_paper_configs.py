@@ -1,13 +1,12 @@
 """The paper's three runs as configuration: every number that the paper gives, pinned."""
 
-from pathlib import Path
-
 import pytest
 
+from tests.helpers.processes import ROOT
 from vlgpt.config import load_run
 from vlgpt.turns import TEMPLATES
 
-CONFIGS = Path(__file__).parents[1] / "launchers" / "configs"
+CONFIGS = ROOT / "launchers" / "configs"
 # stage: (batch, steps, lr, GPUs, warm-up: 3 % to 5 %)
 PAPER = {
     "tokenizer": (1024, 10_000, 2e-4, 8, 500),
@@ -99,29 +98,16 @@ def test_stage_three_continues_the_adapter_of_stage_two_on_the_same_parts():
     assert {source.name for source in after.data.sources} == names
 
 
-def test_prompts_are_those_of_table_6():
-    from data_prep.sources import templates
-
-    words = Path(templates.__file__).read_text()
-    for prompt in (
-        "Provide a brief description of the given image",
-        "Create an image that visually represents the description: ",
-        "Here's the image:",
-        "Here is the edited image:",
-    ):
-        assert prompt in words
-    assert TEMPLATES["vlgpt"].first.startswith(
-        "{bos}{space}You are a helpful, respectful and honest assistant."
-    )
+def test_a_chat_begins_with_the_papers_system_message():
+    """The prompts of Table 6 stand in tests/data_prep/test_sources_chats.py and test_sources_pairs.py."""
+    wanted = "{bos}{space}You are a helpful, respectful and honest assistant."
+    assert TEMPLATES["vlgpt"].first.startswith(wanted)
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*/*.yaml")), ids=lambda p: f"{p.parent.name}/{p.stem}")
-def test_every_configuration_opens_with_its_command_and_hardware(path):
-    lines = path.read_text().splitlines()
-    assert (
-        lines[0].startswith("# deepspeed launchers/")
-        and f"--config launchers/configs/{path.parent.name}/" in lines[0]
-    )
-    assert lines[1].startswith("# Hardware: ")
-    assert path.name in lines[0]
-    load_run(path)
+def test_every_configuration_opens_with_its_command_and_hardware():
+    offenders = []
+    for path in CONFIGS.glob("*/*.yaml"):
+        command, hardware, *_ = path.read_text().splitlines()
+        is_command = command.startswith("# deepspeed launchers/") and str(path.relative_to(ROOT)) in command
+        offenders += [] if is_command and hardware.startswith("# Hardware: ") else [path]
+    assert not offenders

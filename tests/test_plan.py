@@ -1,133 +1,28 @@
 """The plan against what really happens: real classes for parameters, autograd for bytes, torch's counter for FLOPs."""
 
 import contextlib
-import copy
 import json
+import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from batches import pack, random_document
-from tiny_unified import NUM_PATCHES, PATCH_WIDTH, new_document_tokenizer
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, AutoModel, LlamaConfig
+from transformers import AutoConfig, AutoModel
 
-sys.path.append(str(Path(__file__).parent / "models"))
-import miniatures as mini
-
+from tests.helpers import miniatures as mini
+from tests.helpers.plan_case import LENGTH, SIZES, Case, image_arguments, image_parts, to_dtype
+from tests.helpers.processes import HELPERS, ROOT, environment
+from tests.helpers.tiny_unified import NUM_PATCHES, PATCH_WIDTH
 from vlgpt.batch import ConditionBatch
 from vlgpt.errors import UserError
-from vlgpt.models.image_detokenizer import ImageDetokenizer
-from vlgpt.models.image_tokenizer import ImageTokenizer
-from vlgpt.models.language_models import from_configuration
-from vlgpt.models.losses import count_targets
-from vlgpt.models.multimodal_lm import MultimodalLM
-from vlgpt.models.unified import UnifiedModel
 from vlgpt.planning.costs import Work, costs_of
 from vlgpt.planning.flops import FlopMeter, counting
 from vlgpt.planning.memory import ZEROS, state_bytes
-from vlgpt.planning.meta import configuration, meta_language_model, parameters_of, planned_stage, published
-from vlgpt.settings import LoraSettings
-from vlgpt.stages.language import LanguageStage
+from vlgpt.planning.meta import configuration, parameters_of, planned_stage, published
 from vlgpt.stages.tokenizer import ImageTokenizerStage
-
-LENGTH = 128
-# Three sizes: (LM width, MLP, depth, heads, key-value heads, image parts' width, depth)
-SIZES = {
-    "tiny": (64, 96, 2, 4, 4, 32, 2),
-    "grouped": (128, 320, 3, 8, 2, 48, 3),
-    "small": (256, 688, 4, 8, 8, 96, 4),
-}
-
-
-def image_arguments(width, depth, visual_width, num_visual=4):
-    part = {"width": width, "depth": depth, "num_heads": 4, "mlp_ratio": 4.0, "init_std": 1.0}
-    shapes = {"image_tokens": 3, "image_width": 16, "text_tokens": 5, "text_width": 12}
-    shapes |= {"num_patches": NUM_PATCHES, "patch_width": PATCH_WIDTH}
-    return {
-        **shapes,
-        "num_visual": num_visual,
-        "visual_width": visual_width,
-        "tokenizer": part,
-        "detokenizer": part,
-    }
-
-
-def image_parts(values, **options):
-    shared = {
-        "num_visual": values["num_visual"],
-        "visual_width": values["visual_width"],
-        **values["tokenizer"],
-    }
-    tokenizer = ImageTokenizer(
-        num_patches=values["num_patches"], patch_width=values["patch_width"], **shared, **options
-    )
-    names = ("image_tokens", "image_width", "text_tokens", "text_width")
-    return tokenizer, ImageDetokenizer(**{name: values[name] for name in names}, **shared, **options)
-
-
-class Case:
-    """A language stage of real weights, and the same one on the meta device, side by side."""
-
-    def __init__(self, size, trained, *, attention="sdpa", config=None, dtype=torch.float32, **options):
-        width, mlp, depth, heads, kv, *_ = SIZES[size]
-        self.tokenizer = new_document_tokenizer()
-        self.config = config or LlamaConfig(
-            hidden_size=width, intermediate_size=mlp, num_hidden_layers=depth, num_attention_heads=heads,
-            num_key_value_heads=kv, tie_word_embeddings=False, max_position_embeddings=LENGTH,
-        )  # fmt: skip
-        self.config.vocab_size = self.tokenizer.vocabulary_size
-        torch.manual_seed(0)
-        arguments = (size, trained, self.tokenizer)
-        self.stage = new_stage(from_configuration(self.config, attention), *arguments, **options).to(dtype)
-        with torch.device("meta"):
-            model = meta_language_model(copy.deepcopy(self.config))
-            self.planned = new_stage(model, *arguments, **options).to(dtype)
-        rows = [[random_document(10 * r + k, num_images=2) for k in range(3)] for r in range(4)]
-        self.batch = to_dtype(pack(rows, self.tokenizer, length=LENGTH), dtype)
-        targets = count_targets(self.batch)
-        self.work = Work(4, len(self.batch.images), targets["text"], targets["visual"])
-
-    @property
-    def cost(self):
-        return costs_of(self.planned, length=LENGTH).of(self.work)
-
-    def loss(self):
-        terms = self.stage.train()(self.batch)
-        return terms["text"].total + terms["visual"].total
-
-    def scores_of_the_future(self, num_passes=3):
-        """What eager attention computes of later words, and the plan does not count: half of whole rows."""
-        config = self.config
-        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        width = head * config.num_attention_heads
-        return num_passes * 2 * self.work.rows * LENGTH**2 * width * config.num_hidden_layers
-
-
-def new_stage(
-    language_model, size, trained, tokenizer, *, dropout=0.0, visual_width=None, head="linear", frozen=()
-):
-    width, *_, image_width, image_depth = SIZES[size]
-    values = image_arguments(image_width, image_depth, visual_width or width)
-    lm = MultimodalLM(
-        language_model,
-        num_tokens=tokenizer.num_tokens,
-        num_visual=4,
-        visual_width=values["visual_width"],
-        head=head,
-    )
-    if trained == "lora":
-        tokens = [tokenizer.begin_image_id, tokenizer.end_image_id]
-        lm.add_lora(LoraSettings(rank=8, alpha=8.0, dropout=dropout), tokens)
-    lm.freeze_parts(frozen)
-    if trained == "head":
-        lm.language_model.requires_grad_(False)
-    image_tokenizer, detokenizer = image_parts(values)
-    model = UnifiedModel(lm=lm, image_tokenizer=image_tokenizer, image_detokenizer=detokenizer)
-    return LanguageStage(model=model, num_sources=2)
 
 
 def stage_one_pair(size, frozen=(), dtype=torch.float32):
@@ -191,12 +86,6 @@ def test_planned_activations_are_within_15_percent_of_what_autograd_keeps(size, 
     # the plan's peak of the logits counts two more copies, which are freed before the backward pass
     log_probabilities = 4 * case.work.num_text_targets * case.config.vocab_size
     assert case.cost.saved + log_probabilities == pytest.approx(measured, rel=0.15)
-
-
-def to_dtype(batch, dtype):
-    from vlgpt.batch import to_device
-
-    return to_device(batch, "cpu", dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -270,11 +159,10 @@ def test_the_plan_and_mfu_count_a_step_of_stage_one_alike(frozen):
 
 
 def paper_run(stage="pretrain", *overrides):
-    from pathlib import Path
 
     from vlgpt.config import load_run
 
-    return load_run(Path(__file__).parents[1] / f"launchers/configs/{stage}/vlgpt_7b.yaml", overrides)
+    return load_run(ROOT / f"launchers/configs/{stage}/vlgpt_7b.yaml", overrides)
 
 
 KINDS = (
@@ -457,9 +345,6 @@ def test_total_is_a_key_of_parameters_only(capsys):
 
 @pytest.mark.slow
 def test_a_plan_of_a_7b_reads_no_weights_and_needs_little_memory():
-    import subprocess
-    import sys
-
     code = (
         "from vlgpt.cli import main\n"
         "config = 'launchers/configs/pretrain/vlgpt_7b.yaml'\n"
@@ -509,15 +394,8 @@ def test_sharding_divides_states_and_checkpointing_shrinks_activations():
     ],
 )
 def test_planned_states_are_within_two_percent_of_what_deepspeed_keeps(size, trained, precision):
-    import os
-    import subprocess
-    import sys
-    from pathlib import Path
-
-    folder = Path(__file__).parent
-    environment = {**os.environ, "PYTHONPATH": f"{folder}:{folder.parent}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(folder / "plan_worker.py"), size, trained, precision]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    command = [sys.executable, HELPERS / "plan_worker.py", size, trained, precision]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment())
     assert done.returncode == 0, done.stderr[-2000:]
     measured = json.loads(done.stdout.split("RESULT ")[-1])
     number = 2 if precision == "bf16" else 4

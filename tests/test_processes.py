@@ -11,10 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.processes import ROOT
 from vlgpt.errors import UserError
 from vlgpt.processes import Mark, Stopped, Worker, run_workers
-
-ROOT = Path(__file__).parents[1]
 
 
 def count(stop: int) -> Iterator[int]:

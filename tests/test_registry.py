@@ -19,7 +19,7 @@ from vlgpt.stages.language import licences_of
 RUN = """
 name: x
 output_dir: r
-stage: {kind: "test_registry:OwnStage", width: 3}
+stage: {kind: "tests.test_registry:OwnStage", width: 3}
 data: {sources: [{name: a, path: b}]}
 steps: 1
 global_batch: 1
@@ -47,7 +47,7 @@ class OwnComponent(Component):
 
 def test_a_short_name_and_a_dotted_one_find_their_class():
     assert type(new_head("linear", hidden_width=2, visual_width=2)) is LinearHead
-    assert type(new_head("test_registry:OwnHead", hidden_width=2, visual_width=2)) is OwnHead
+    assert type(new_head("tests.test_registry:OwnHead", hidden_width=2, visual_width=2)) is OwnHead
     wide = new_head("mlp", hidden_width=4, visual_width=3, options={"ratio": 5})
     assert [tuple(p.shape) for p in wide.parameters()] == [(20, 4), (20,), (3, 20), (3,)]
     with pytest.raises(UserError, match=r"head_options \{'ratio': 5\} do not fit head 'linear'.*ratio"):
@@ -72,9 +72,9 @@ def test_a_module_of_the_working_directory_is_found(tmp_path, monkeypatch):
             "no.such.module:Head",
             ["no.such.module:Head", "cannot be imported", "start in the folder", "PYTHONPATH"],
         ),
-        ("test_registry:NoSuchHead", ["cannot be imported", "NoSuchHead"]),
-        ("test_registry:RUN", ["is no class"]),
-        ("test_registry:OwnStage", ["base class RegressionHead"]),
+        ("tests.test_registry:NoSuchHead", ["cannot be imported", "NoSuchHead"]),
+        ("tests.test_registry:RUN", ["is no class"]),
+        ("tests.test_registry:OwnStage", ["base class RegressionHead"]),
     ],
 )
 def test_a_wrong_name_is_one_line_with_key_value_and_what_is_valid(name, words):
@@ -87,18 +87,18 @@ def test_a_wrong_name_is_one_line_with_key_value_and_what_is_valid(name, words):
 
 def test_a_class_that_lacks_a_method_of_the_interface_is_refused():
     with pytest.raises(UserError, match=r"has no .*read\(\)"):
-        source_class("test_registry:OwnStage")
+        source_class("tests.test_registry:OwnStage")
 
 
 def test_a_stage_of_another_package_brings_its_own_settings():
     settings = validate(RunSettings, parse_yaml(RUN), where="f")
-    assert settings.stage == OwnStageSettings(kind="test_registry:OwnStage", width=3)
+    assert settings.stage == OwnStageSettings(kind="tests.test_registry:OwnStage", width=3)
     assert settings.model_dump()["stage"]["width"] == 3
     for old, new, words in (
         ("width: 3", "widht: 3", ["stage.widht", "did you mean 'width'"]),
         ("width: 3", "width: a", ["stage.width", "integer", "'a'"]),
         ("OwnStage", "OwnHead", ["stage.kind", "settings_class"]),
-        ("test_registry:OwnStage", "demo_clip", ["demo.stages:ClipStage"]),
+        ("tests.test_registry:OwnStage", "demo_clip", ["demo.stages:ClipStage"]),
     ):
         with pytest.raises(UserError) as error:
             validate(RunSettings, parse_yaml(RUN.replace(old, new)), where="f")
@@ -107,10 +107,10 @@ def test_a_stage_of_another_package_brings_its_own_settings():
 
 def test_a_saved_component_that_is_no_decoder_is_refused(tmp_path):
     OwnComponent().save(tmp_path)
-    with pytest.raises(UserError, match=r"test_registry:OwnComponent.*decode\(\)"):
+    with pytest.raises(UserError, match=r"tests.test_registry:OwnComponent.*decode\(\)"):
         load_component_decoder(tmp_path)
     config = tmp_path / "config.json"
-    config.write_text(config.read_text().replace("test_registry:OwnComponent", "OwnComponent"))
+    config.write_text(config.read_text().replace("tests.test_registry:OwnComponent", "OwnComponent"))
     with pytest.raises(UserError, match=r"'OwnComponent' is no package\.module:Class"):
         load_component_decoder(tmp_path)
 
@@ -118,7 +118,7 @@ def test_a_saved_component_that_is_no_decoder_is_refused(tmp_path):
 def test_only_module_and_class_are_a_dotted_name():
     assert is_dotted("a.b:C") and is_dotted("a:C")
     assert not any(map(is_dotted, ("vqav2", "s3://a/b", "/a/b:c", "a.b:", ":C", "C:\\x")))
-    assert load_class("test_registry:OwnHead", RegressionHead, key="x", known={}) is OwnHead
+    assert load_class("tests.test_registry:OwnHead", RegressionHead, key="x", known={}) is OwnHead
 
 
 def test_the_card_of_a_run_gives_the_licence_of_its_data_once(tmp_path):

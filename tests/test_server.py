@@ -13,10 +13,10 @@ import time
 
 import httpx
 import pytest
-from chat_parts import new_generator, picture_bytes, running
-from chat_storm import Case, Outcome, cases, hang_up, read_stream, storm
 from PIL import Image
 
+from tests.helpers.chat_parts import new_generator, picture_bytes, running
+from tests.helpers.chat_storm import Case, Outcome, cases, hang_up, read_stream, storm
 from vlgpt.chat.batching import Batcher, QueueFull, ShuttingDown
 from vlgpt.chat.dialogue import Dialogue, Picture
 from vlgpt.chat.reply import Failed, Finished, Request, answer

@@ -16,9 +16,9 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
-from chat_parts import save_export
-from chat_storm import Outcome, cases, storm
 
+from tests.helpers.chat_parts import save_export
+from tests.helpers.chat_storm import Outcome, cases, storm
 from vlgpt.decoding.generator import Generator
 
 SOAK_S, WARM_S, PAUSE_S = 600.0, 120.0, 1.0

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
-import chat_tokenizers
 import numpy as np
 import pytest
 import torch
-from chat_tokenizers import make
-from tiny_unified import new_document_tokenizer, new_model
 
 from data_prep import index
 from demo.stages import ClipStage, ClipStageSettings
 from demo.tiny import train_text_tokenizer
+from tests.helpers import chat_tokenizers
+from tests.helpers.chat_tokenizers import make
+from tests.helpers.shipped_parts import write_llama_tokenizer
+from tests.helpers.tiny_unified import new_document_tokenizer, new_model
 from vlgpt import hf
 from vlgpt.data.assemble import Assembler, ShardLengths
 from vlgpt.data.mixture import Draws
@@ -219,9 +219,6 @@ def test_a_template_that_cannot_be_cut_at_the_borders_of_turns_is_refused_with_t
 
 def test_a_built_in_template_serves_every_tokenizer(caplog, tmp_path):
     """Words that were merged across spaces are other tokens inside a text than alone: no reason to refuse a run."""
-    sys.path.append(str(Path(__file__).parent / "train"))
-    from shipped_parts import write_llama_tokenizer
-
     write_llama_tokenizer(tmp_path)
     with pytest.raises(UserError, match="has none of its own"):
         DocumentTokenizer.load(tmp_path, num_visual=NUM_VISUAL, template="own")

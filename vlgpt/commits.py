@@ -62,6 +62,7 @@ def tags(root: Path) -> list[str]:
     if not root.is_dir():
         return []
     names = [entry.name for entry in root.iterdir() if entry.is_dir() and _TAG.match(entry.name)]
+    # Eight digits with leading zeros: the order of the names is that of the steps.
     return sorted(names, reverse=True)
 
 
@@ -128,6 +129,7 @@ def commit(folder: Path, *, world_size: int, facts: JsonObject, patience_s: floa
 def discard(folder: Path) -> None:
     """Delete a checkpoint. The marker goes first, so a kill in between leaves a folder that counts as torn."""
     (folder / MARKER).unlink(missing_ok=True)
+    # What cannot be deleted now counts as torn, and a later `prune` tries again.
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -170,6 +172,7 @@ def _read_marker(folder: Path) -> JsonObject:
         raise ValueError("not committed (killed while saving)")
     try:
         marker = json.loads(path.read_text(encoding="utf-8"))
+        # Taken apart here, so that valid JSON of another shape is refused like damaged JSON.
         return {**marker, "manifests": [*marker["manifests"]]}
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"marker or manifest is not readable: {error!r}") from error

@@ -28,7 +28,7 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    keys = [loader.construct_object(key) for key, _ in node.value]  # type: ignore[no-untyped-call]
+    keys = [loader.construct_object(key) for key, _ in node.value]
     if repeated := {key for key in keys if keys.count(key) > 1}:
         raise UserError(f"key {sorted(repeated)[0]!r} stands twice, line {node.start_mark.line + 1}")
     return yaml.SafeLoader.construct_mapping(loader, node, deep=True)

@@ -127,7 +127,8 @@ def _part_from_record(document_id: str, record: Mapping[str, Any]) -> Part:
 def text_places(roles: Sequence[Role]) -> list[TextPlace]:
     """The places of the parts of a document, by their roles: they decide how text is tokenised."""
     opening = next((number for number, role in enumerate(roles) if role != "user"), len(roles))
-    return [*(["first"] * opening), *roles[opening:]]  # type: ignore[list-item]
+    places: list[TextPlace] = ["first"] * opening
+    return [*places, *roles[opening:]]
 
 
 def join(

@@ -45,8 +45,8 @@ from vlgpt.decoding.stepwise import Hooks
 from vlgpt.document import Document, TextPart
 from vlgpt.errors import UserError
 from vlgpt.models.language_models import cache_argument
-from vlgpt.models.unified import MODEL_TYPE, UnifiedConfig, UnifiedModel
-from vlgpt.tokens import DocumentTokenizer, Rendering
+from vlgpt.models.unified import UnifiedConfig, UnifiedModel
+from vlgpt.tokens import MODEL_TYPE, DocumentTokenizer, Rendering
 
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 """The name that this version of transformers gives the KV cache of an output."""

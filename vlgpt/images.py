@@ -1,16 +1,18 @@
 """Bytes of an image file -> RGB image or square crop: one decoder for data_prep, training, evaluation and serving.
 
-Only six raster formats are tried, and sizes are judged from the header before any pixel is decoded. Everything odd but
-valid (16-bit grey, palettes, alpha, CMYK, EXIF rotation, animations) ends as the RGB image that a person would see, on
-white. No torch here: a data worker or a report must not wait seconds for its import.
+The first bytes of a file choose its decoder, and sizes are judged from the header before any pixel is decoded.
+Everything odd but valid (16-bit grey, palettes, alpha, CMYK, EXIF rotation, animations) ends as the RGB image that a
+person would see, on white. No torch here: a data worker or a report must not wait seconds for its import.
 """
 
 from __future__ import annotations
 
 import base64
+import contextlib
+import ctypes
 import io
-import struct
-import zlib
+import logging
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -20,16 +22,30 @@ from typing import Literal, cast
 import numpy as np
 from PIL import Image, ImageDraw
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+from vlgpt.image_formats import (
+    FORMATS,
+    INSTALL,
+    check_png_data,
+    format_of,
+    is_cut,
+    tiff_directory,
+    webp_size,
+    without_metadata,
+)
+
 MAX_PIXELS = 50_000_000
 MAX_SIDE_PX = 20_000
+MAX_ASPECT_FAST = 32
 WHITE = (255, 255, 255)
-DECODER_ERRORS = (
-    *(OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError),
-    *(EOFError, struct.error, ArithmeticError, MemoryError, AssertionError),
-    *(Image.DecompressionBombError, Image.DecompressionBombWarning),
-)
-"""What Pillow's decoders raise on damaged files: anything else is a fault of ours and must be seen."""
+TURNED = (5, 6, 7, 8)
+"""EXIF orientations that exchange width and height."""
+# Pillow speaks about damaged metadata, which is thrown away, and about sizes, which have a limit of their own here.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+logging.getLogger("PIL").addHandler(logging.NullHandler())
+with contextlib.suppress(
+    AttributeError, OSError
+):  # libtiff speaks past Python; another build may not show it
+    ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler(None)
 
 
 class BadImage(ValueError):
@@ -51,37 +67,43 @@ def decode_image(
     `min_size_px` lets a large JPEG be decoded at 1/2, 1/4 or 1/8 size as long as its shorter side stays at least that
     long. `fast` uses simplejpeg for JPEG when it is installed.
 
-    Raises BadImage with the reason `empty`, `not_an_image`, `too_many_pixels`, `too_wide`, `truncated` or
-    `undecodable`.
+    Raises BadImage with the reason `empty`, `not_an_image`, `unsupported_format`, `needs_...` (a package),
+    `too_many_pixels`, `too_wide`, `truncated` or `undecodable`.
     """
     return open_image(data, max_pixels=max_pixels).decode(fast=fast, min_size_px=min_size_px)
 
 
-@dataclass(frozen=True)
+@dataclass
 class OpenedImage:
-    """An image of which only the header was read. `size` is (width, height) before EXIF rotation."""
+    """An image of which only the header was read; `decode` it once. `is_turned` is then known: width and height of
+    the result are exchanged.
+    """
 
     data: bytes
     image: Image.Image
+    max_pixels: int = MAX_PIXELS
+    is_turned: bool = False
 
     @property
     def size(self) -> tuple[int, int]:
+        """(width, height) before EXIF rotation."""
         return self.image.size
 
     def decode(self, *, fast: bool = False, min_size_px: int | None = None) -> Image.Image:
-        """See `decode_image`; once per opened image. Raises BadImage."""
+        """See `decode_image`. Raises BadImage."""
         if fast and (pixels := self._decode_fast(min_size_px)) is not None:
             return Image.fromarray(pixels)
-        image = self.image
         try:
-            if min_size_px is not None and image.format == "JPEG":
-                image.draft(None, _draft_size(image.size, min_size_px))  # type: ignore[arg-type]
-            image.load()
-            if image.format == "PNG":
-                _check_png_data(self.data)
-            return _upright(_to_rgb(image), _orientation(image))
-        except DECODER_ERRORS as error:
-            reason = "truncated" if "truncated" in str(error).lower() else "undecodable"
+            return self._decode(min_size_px)
+        # on damaged files decoders raise whatever they run into
+        except Exception as error:
+            if len(bare := without_metadata(self.data)) < len(self.data):
+                again = open_image(bare, max_pixels=self.max_pixels)
+                decoded = again.decode(min_size_px=min_size_px)
+                self.is_turned = again.is_turned
+                return decoded
+            is_truncated = "truncated" in str(error).lower() or is_cut(self.data)
+            reason = "truncated" if is_truncated else "undecodable"
             raise BadImage(reason, f"{type(error).__name__}: {error}") from error
 
     def decode_array(self, *, fast: bool = False, min_size_px: int | None = None) -> np.ndarray:
@@ -90,61 +112,93 @@ class OpenedImage:
             return pixels
         return np.asarray(self.decode(min_size_px=min_size_px))
 
+    def _decode(self, min_size_px: int | None) -> Image.Image:
+        if min_size_px is not None:
+            self.image.draft(None, _draft_size(self.image.size, min_size_px))  # type: ignore[arg-type]
+        self.image.load()
+        if self.image.format == "PNG":
+            check_png_data(self.data)
+        return _upright(_to_rgb(self.image), self._orientation())
+
     def _decode_fast(self, min_size_px: int | None) -> np.ndarray | None:
-        if self.image.format != "JPEG" or self.image.mode not in ("RGB", "L"):
+        if format_of(self.data) != "JPEG" or self.image.mode not in ("RGB", "L"):
             return None
         pixels = _decode_jpeg_fast(self.data, min_size_px=min_size_px)
-        return None if pixels is None else _upright_array(pixels, _orientation(self.image))
+        return None if pixels is None else _upright_array(pixels, self._orientation())
+
+    def _orientation(self) -> int:
+        """By EXIF, whatever the format; a damaged EXIF block does not make the image bad."""
+        try:
+            orientation = int(self.image.getexif().get(0x0112, 1))
+        except Exception:
+            return 1
+        self.is_turned = orientation in TURNED
+        return orientation
 
 
 def open_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> OpenedImage:
     """Read the header only. Raises BadImage for other formats and for more pixels than allowed."""
     if not data:
         raise BadImage("empty")
+    _check_size(webp_size(data), max_pixels)
     try:
-        return OpenedImage(data, _open(data, max_pixels=max_pixels))
+        try:
+            image = _open(data)
+        except Exception:
+            data = without_metadata(data)
+            image = _open(data)
     except BadImage:
         raise
-    except DECODER_ERRORS as error:
-        reason = "truncated" if _is_cut(data) else "not_an_image"
-        raise BadImage(reason, f"{type(error).__name__}: {error}") from error
-
-
-def _is_cut(data: bytes) -> bool:
-    """Whether the file was cut inside its header. Pillow cannot tell that from a file that never was an image."""
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return len(data) < 8 + int.from_bytes(data[4:8], "little")
-    if data[:8] == b"\x89PNG\r\n\x1a\n":
-        return len(data) < 33
-    if data[:2] != b"\xff\xd8":
-        return False
-    position = 2  # of the next JPEG segment
-    while position + 4 <= len(data) and data[position] == 0xFF and data[position + 1] != 0xDA:
-        position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
-    return position + 4 > len(data)
-
-
-def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation of a loaded image; a damaged EXIF block does not make the image bad."""
-    if image.format not in ("JPEG", "PNG", "WEBP", "TIFF"):
-        return 1
-    try:
-        return image.getexif().get(0x0112, 1)
-    except DECODER_ERRORS:
-        return 1
-
-
-def _open(data: bytes, *, max_pixels: int) -> Image.Image:
-    _check_size(_webp_size(data), max_pixels)
-    try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except Image.UnidentifiedImageError as error:
-        reason = "truncated" if _is_cut(data) else "not_an_image"
-        raise BadImage(reason, f"none of {', '.join(FORMATS)}") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadImage("too_many_pixels", str(error)) from error
+    except Exception as error:
+        raise _refusal(data, error) from error
     _check_size(image.size, max_pixels)
-    return image
+    return OpenedImage(data, image, max_pixels)
+
+
+def _open(data: bytes) -> Image.Image:
+    """By the decoder that the first bytes ask for, and no other."""
+    name = format_of(data)
+    if name is None:
+        raise BadImage("truncated" if is_cut(data) else "not_an_image", f"none of {', '.join(FORMATS)}")
+    if name not in FORMATS:
+        raise BadImage("unsupported_format", f"{name} is not read; convert it to PNG")
+    if name in INSTALL and not can_read(name):
+        package = INSTALL[name]
+        reason = f"needs_{package.partition('>')[0].replace('-', '_')}"
+        raise BadImage(reason, f"{name} is read with {package}: pip install '{package}'")
+    return Image.open(io.BytesIO(data), formats=(name,))
+
+
+def _refusal(data: bytes, error: Exception) -> BadImage:
+    """Why a file that begins like an image could not be opened."""
+    detail = f"{type(error).__name__}: {error}"
+    if isinstance(error, Image.UnidentifiedImageError):
+        # Pillow's own words hold an address in memory, which differs from run to run
+        detail = f"Pillow cannot read this {format_of(data)}"
+    if is_cut(data):
+        return BadImage("truncated", detail)
+    start = tiff_directory(data) if format_of(data) == "TIFF" else 0
+    # a TIFF without any entry holds no image
+    return BadImage("undecodable" if any(data[start : start + 2]) else "not_an_image", detail)
+
+
+@cache
+def can_read(name: str) -> bool:
+    """Whether the decoder of this format is installed."""
+    from PIL import features
+
+    if name == "HEIF":
+        try:
+            import pillow_heif
+        except ImportError:
+            return False
+        pillow_heif.register_heif_opener()
+        return True
+    Image.init()
+    optional = {"AVIF": "avif", "JPEG2000": "jpg_2000"}
+    return name in Image.OPEN and (name not in optional or bool(features.check(optional[name])))
 
 
 def _check_size(size: tuple[int, int], max_pixels: int) -> None:
@@ -153,36 +207,6 @@ def _check_size(size: tuple[int, int], max_pixels: int) -> None:
         raise BadImage("too_many_pixels", f"{width} x {height}, the limit is {max_pixels}")
     if max(width, height) > MAX_SIDE_PX:
         raise BadImage("too_wide", f"{width} x {height}, the limit is {MAX_SIDE_PX} a side")
-
-
-def _webp_size(data: bytes) -> tuple[int, int]:
-    """The size that a WEBP claims, (0, 0) for other files."""
-    # Pillow allocates two images of that size when it opens the file: too late to refuse it.
-    if data[:4] != b"RIFF" or data[8:12] != b"WEBP" or len(data) < 30:
-        return 0, 0
-    if data[12:16] == b"VP8X":
-        return 1 + int.from_bytes(data[24:27], "little"), 1 + int.from_bytes(data[27:30], "little")
-    if data[12:16] == b"VP8L":
-        sides = int.from_bytes(data[21:25], "little")
-        return 1 + (sides & 0x3FFF), 1 + (sides >> 14 & 0x3FFF)
-    sides = int.from_bytes(data[26:30], "little")
-    return sides & 0x3FFF, sides >> 16 & 0x3FFF
-
-
-def _check_png_data(data: bytes) -> None:
-    """Pillow does not compare the checksums of pixel data, so a flipped bit could pass as an image.
-
-    Raises ValueError for an IDAT chunk with another checksum than stored.
-    """
-    position = 8
-    while position + 12 <= len(data):
-        length, name = struct.unpack_from(">I4s", data, position)
-        end = position + 8 + length
-        if name == b"IDAT" and end + 4 <= len(data):
-            (stored,) = struct.unpack_from(">I", data, end)
-            if zlib.crc32(memoryview(data)[position + 4 : end]) != stored:
-                raise ValueError("an IDAT chunk has a wrong checksum")
-        position = end + 4
 
 
 def _draft_size(size: tuple[int, int], min_size_px: int) -> tuple[int, int]:
@@ -227,12 +251,14 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def _from_high_depth(image: Image.Image) -> Image.Image:
     """16- and 32-bit grey: Pillow's own convert would clip everything above 255 to white."""
-    values = np.asarray(image).astype(np.float64)
-    if image.mode == "F":
-        top = 1.0 if values.size and np.nanmax(values) <= 1 else 255.0
-    else:
-        top = 65535.0
-    grey = np.clip(np.nan_to_num(values) * (255.0 / top), 0, 255)
+    values = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=0, neginf=0)
+    largest = values.max(initial=0)
+    # integers have 16 bits; numbers in a float image lie in [0, 1], or mean one of these depths
+    depths = (1.0, 255.0, 65535.0) if image.mode == "F" else (65535.0,)
+    top = next((depth for depth in depths if largest <= depth), largest)
+    grey = np.clip(values * (255.0 / top), 0, 255)
+    if isinstance(transparent := image.info.get("transparency"), int):
+        grey[values == transparent] = 255
     return Image.fromarray(np.rint(grey).astype(np.uint8), "L").convert("RGB")
 
 
@@ -297,7 +323,8 @@ def _square(image: Image.Image, size_px: int) -> np.ndarray:
 
 def _square_fast(image: Image.Image, size_px: int) -> np.ndarray:
     """The same by OpenCV, several times as fast; without it, by Pillow."""
-    if (cv2 := _opencv()) is None:
+    # OpenCV resizes what the crop then throws away: of a ribbon that would be gigabytes
+    if (cv2 := _opencv()) is None or max(image.size) > MAX_ASPECT_FAST * min(image.size):
         return _square(image, size_px)
     width, height, left, top = _resized(*image.size, size_px)
     ratio = min(image.size) / size_px

@@ -32,6 +32,7 @@ from vlgpt.errors import UserError
 PARENT_POLL_S = 1.0
 MESSAGE_POLL_S = 0.2
 STOP_TIMEOUT_S = 30
+# EX_TEMPFAIL of sysexits.h: a failure that is worth another try.
 STOPPED = 75
 """Exit code after SIGTERM or SIGUSR1: start me again."""
 _IDLE = -1
@@ -81,6 +82,7 @@ class Mark:
     """
 
     def __init__(self, width: int):
+        # Anonymous and shared: the parent reads it after the child was killed, and no file is left to clean up.
         self._values = np.frombuffer(mmap.mmap(-1, width * 8), dtype=np.int64)
         self.set(None)
 
@@ -132,6 +134,7 @@ class Worker:
             target=_run, args=(work, messages, orders, os.getpid()), daemon=True, name=name
         )
         self.process.start()
+        # These ends belong to the child. A copy held here would keep the pipe open, and its death would go unnoticed.
         messages.close()
         orders.close()
 
@@ -154,6 +157,7 @@ class Worker:
         ready = wait([self._messages, self.process.sentinel], timeout_s)
         if not ready:
             return None
+        # A process may send and end at once: what is in the pipe comes before its end.
         if self._messages not in ready and not self._messages.poll(0):
             raise EOFError
         try:
@@ -272,6 +276,7 @@ def run_workers(
                                 partial(_send_items, again), name=worker.name, method=method
                             )
         finally:
+            # All are asked before any is waited for, so that they end side by side.
             for worker in workers.values():
                 worker.process.terminate()
             for worker in workers.values():
@@ -293,4 +298,5 @@ def run_ranks(module: str, arguments: Sequence[str], num_processes: int) -> int:
         for child in children:
             if child.poll() is None:
                 child.terminate()
+    # Of a rank that a signal killed it is negative: without `abs` that would count as better than success.
     return max(codes, key=abs)

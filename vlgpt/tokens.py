@@ -178,7 +178,7 @@ class DocumentTokenizer:
     def _adds_space(self) -> bool:
         """Whether the tokenizer itself puts a space before the first word (LLaMA's sentencepiece does)."""
         ids = self._encode_raw("a")
-        return self.text_tokenizer.decode(ids + ids).strip() == "a a"
+        return bool(self.text_tokenizer.decode(ids + ids).strip() == "a a")
 
     @property
     def _space_after_control(self) -> str:
@@ -190,7 +190,8 @@ class DocumentTokenizer:
         return " " if self._adds_space and after[1:] != alone else ""
 
     def _encode_raw(self, text: str) -> list[int]:
-        return self.text_tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        ids: list[int] = self.text_tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        return ids
 
     @property
     def num_tokens(self) -> int:
@@ -227,7 +228,8 @@ class DocumentTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, image tokens and placeholders left out."""
-        return self.text_tokenizer.decode(list(ids), skip_special_tokens=True).strip()
+        text: str = self.text_tokenizer.decode(list(ids), skip_special_tokens=True)
+        return text.strip()
 
     @cached_property
     def turns(self) -> Turns:

@@ -11,6 +11,7 @@ from data_prep.sources.inputs import inside, list_files
 from data_prep.sources.records import Concatenation, RawRecord, open_rows
 from vlgpt.document import Document, ImagePart, TextPart
 from vlgpt.errors import UserError
+from vlgpt.image_formats import IMAGE_SUFFIXES
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 
@@ -32,7 +33,7 @@ class FolderSource(ConvertingSource[RawRecord]):
     ):
         tables: list[Path] = []
         for path in inputs:
-            files = [file.path for file in list_files([path], (".jsonl", ".csv"))]
+            files = [file.path for file in list_files([path], METADATA, others=IMAGE_SUFFIXES)]
             tables += [file for file in files if file.name in METADATA] if path.is_dir() else [path]
         if not tables:
             raise UserError(

@@ -158,7 +158,8 @@ def open_shards(inputs: Sequence[Path], captions: Sequence[str]) -> Iterator[Num
         if path.suffix in URL_LISTS:
             raise UserError(_list_not_downloaded(path))
     tars = {file.name: file.path for file in list_files(inputs, (".tar",)) if file.path.suffix == ".tar"}
-    found = list_files(inputs, (".parquet",))
+    # NAME_stats.json and the images' own texts belong to img2dataset's output
+    found = list_files(inputs, (".parquet",), others=(".tar", ".json"))
     tables = {file.name: file.path for file in found if file.path.suffix == ".parquet"}
     if not tars and not tables:
         raise UserError(f"no .tar or .parquet of img2dataset in {', '.join(map(str, inputs))}")

@@ -7,7 +7,9 @@ from __future__ import annotations
 import bisect
 import hashlib
 import os
+import re
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +18,15 @@ import numpy as np
 
 from vlgpt.errors import UserError
 from vlgpt.files import replacing
+from vlgpt.image_formats import IMAGE_SUFFIXES
 from vlgpt.log import get_logger
 from vlgpt.shards.foreign import INDEX_FOLDER
 
 SHOWN_KEYS = 40
 SMALL_BYTES = 4 << 20
+SUFFIX = re.compile(r"(\.tar)?\.(?=[0-9]*[a-z])[a-z0-9]{1,10}$")
+IMAGES_BESIDE = (*IMAGE_SUFFIXES, ".tar")
+"""Records name images in such files: they are opened when their turn comes."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,7 @@ def find_files(inputs: Sequence[Path], suffixes: Sequence[str], *, source: str) 
 
     Raises UserError when there is none, or when two would give documents the same ids.
     """
-    found = list_files(inputs, suffixes)
+    found = list_files(inputs, suffixes, others=IMAGES_BESIDE)
     if not found:
         shown = ", ".join(map(str, inputs)) or "no --input"
         raise UserError(f"source {source}: no {' or '.join(suffixes)} file in {shown}")
@@ -56,22 +62,107 @@ def find_files(inputs: Sequence[Path], suffixes: Sequence[str], *, source: str) 
     return found
 
 
-def list_files(inputs: Sequence[Path], suffixes: Sequence[str]) -> list[InputFile]:
-    """As `find_files`, without its checks. Suffixes match in any case; hidden files and folders are left out."""
+def list_files(
+    inputs: Sequence[Path], suffixes: Sequence[str], *, others: Sequence[str] | None = None
+) -> list[InputFile]:
+    """As `find_files`, without its checks. Suffixes match in any case; hidden files and folders are left out.
+
+    With `others`, one line says which files were passed over: all but these suffixes, which the source reads elsewhere.
+    """
+    found, passed_over = walk(inputs)
+    endings, known, given = tuple(suffixes), tuple(others or ()), set(inputs)
+    listed = []
+    for file in found:
+        name = file.name.lower()
+        if name.endswith(endings) or file.path in given:
+            listed.append(InputFile(file.path, _without(file.name, suffixes)))
+        elif not name.endswith(known):
+            passed_over[suffix_of(name) or "without suffix"] += 1
+    if others is not None:
+        report_passed_over(passed_over)
+    return listed
+
+
+def report_passed_over(counts: Counter[str]) -> None:
+    """One line for people: what lay in the input and was not looked at."""
+    if counts:
+        ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+        shown = ", ".join(f"{count} {kind}" for kind, count in ranked[:SHOWN_KEYS])
+        more = sum(count for _, count in ranked[SHOWN_KEYS:])
+        get_logger(__name__).info("passed over: %s%s", shown, f", {more} others" if more else "")
+
+
+def suffix_of(name: str) -> str:
+    """The end of a file's name in small letters, `.tar.gz` as one; empty where the last dot begins no suffix.
+
+    `photo.jpg?w=500`, `photo.jpg_large` and `Fig. 3` have none.
+    """
+    found = SUFFIX.search(name.lower())
+    return found[0] if found else ""
+
+
+def walk(inputs: Sequence[Path]) -> tuple[list[InputFile], Counter[str]]:
+    """Files given, and all files in folders given, sorted by their whole names; beside them a count of what is none.
+
+    Links to files and folders are followed; a folder is entered once, so loops end. Hidden ones are counted only.
+    """
     found: list[InputFile] = []
-    endings = tuple(suffixes)
+    others: Counter[str] = Counter()
     for path in inputs:
         if path.is_dir():
-            names = {
-                file.relative_to(path).as_posix(): file
-                for file in path.rglob("*")
-                if file.name.lower().endswith(endings) and file.is_file()
-            }
-            visible = sorted(name for name in names if not f"/{name}".count("/."))
-            found += [InputFile(names[name], _without(name, suffixes)) for name in visible]
+            found += sorted(_walk_folder(path, others), key=lambda file: file.name)
         else:
-            found.append(InputFile(path, _without(path.name, suffixes)))
-    return found
+            found.append(InputFile(path, _storable(path.name)))
+    return found, others
+
+
+def _walk_folder(root: Path, others: Counter[str]) -> Iterator[InputFile]:
+    entered = {_identity(folder) for folder in root.resolve().parents}  # a link upwards would lead back here
+    folders, links = [(str(root), "")], list[tuple[str, str]]()
+    # links come last and in order: a folder has the name under which it truly lies, on every machine
+    while folders or links:
+        folder, prefix = folders.pop() if folders else links.pop(0)
+        try:
+            if (identity := _identity(folder)) in entered:
+                others["linked folders read before"] += 1
+                continue
+            entered.add(identity)
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        except OSError:
+            others["unreadable folders"] += 1
+            continue
+        for entry in entries:
+            kind = _kind(entry)
+            if kind == "file":
+                yield InputFile(Path(entry.path), _storable(prefix + entry.name))
+            elif kind in ("folder", "link"):
+                (folders if kind == "folder" else links).append((entry.path, f"{prefix}{entry.name}/"))
+            elif entry.name != INDEX_FOLDER:
+                others[kind] += 1
+
+
+def _kind(entry: os.DirEntry[str]) -> str:
+    """`file`, `folder`, `link` (to a folder), or what else it is, in words."""
+    try:
+        if entry.name.startswith("."):
+            return "hidden"
+        if entry.is_dir():
+            return "link" if entry.is_symlink() else "folder"
+        if entry.is_file():
+            return "file"
+    except OSError:  # a link to itself
+        pass
+    return "broken links" if entry.is_symlink() else "pipes and devices"
+
+
+def _identity(folder: str | Path) -> tuple[int, int]:
+    stat = os.stat(folder)
+    return stat.st_dev, stat.st_ino
+
+
+def _storable(name: str) -> str:
+    """File names are bytes: what is no UTF-8 is written in hexadecimal, so that a document can be called so."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _without(name: str, suffixes: Sequence[str]) -> str:
@@ -80,13 +171,14 @@ def _without(name: str, suffixes: Sequence[str]) -> str:
 
 
 def inside(folder: Path, name: str) -> Path | None:
-    """`folder/name`, or None when the name leads out of the folder (names come from data)."""
-    path = folder / name
-    try:
-        is_inside = path.resolve().is_relative_to(folder.resolve())
-    except (OSError, ValueError, RuntimeError):  # null bytes, link loops
+    """`folder/name`, or None when the name leads out of the folder (names come from data).
+
+    The links on the way are the user's own: Hugging Face's cache is made of them.
+    """
+    path = os.path.normpath(name)
+    if "\0" in name or path == ".." or path.startswith(("../", "/")):
         return None
-    return path if is_inside else None
+    return folder / path
 
 
 def split_range(starts: Sequence[int], start: int, stop: int) -> Iterator[tuple[int, int, int]]:

@@ -19,11 +19,10 @@ from data_prep.sources.base import ImageOpener
 from data_prep.sources.inputs import kept_arrays
 from data_prep.sources.records import table_batches, table_layout
 from vlgpt.errors import UserError
+from vlgpt.image_formats import IMAGE_SUFFIXES
 from vlgpt.images import BadImage
 from vlgpt.log import get_logger
 from vlgpt.shards.index import TarMembers, list_tar_members, read_tar_member
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
 class ImageFinder:

@@ -26,7 +26,7 @@ class TextSource(ConvertingSource[RawRecord]):
         licence: Annotated[str, "licence of the data, for the manifest"] = "unknown",
     ):
         packed = [f"{suffix}{packing}" for suffix in LINES for packing in ("", ".gz", ".zip")]
-        files = [file.path for file in list_files(inputs, packed)]
+        files = [file.path for file in list_files(inputs, packed, others=())]
         if not files:
             raise UserError(f"the text source needs .jsonl files in --input, found none in {inputs}")
         self.records = JsonRecords(files, source="text")

@@ -22,6 +22,7 @@ Floats = NDArray[np.float64]
 Id = TypeVar("Id", bound=Hashable)
 
 MAX_ORDER = 4
+# as in pycocoevalcap: width of CIDEr-D's length penalty, and how much ROUGE-L prefers recall
 _CIDER_SIGMA = 6.0
 _ROUGE_BETA = 1.2
 # BLEU's guards against zero, as in pycocoevalcap
@@ -183,6 +184,7 @@ def _cider(counts: _NgramCounts) -> Floats:
     image = counts.image_of[counts.caption]
     is_reference = counts.caption >= num_images
     frequency = np.bincount(counts.in_references[0] % width, minlength=width)
+    # An n-gram of no reference counts as if one image had it, so its weight is finite and the highest.
     weight = counts.count * (np.log(float(num_images)) - np.log(np.maximum(frequency, 1.0)))[counts.ngram]
     order = counts.order_of[counts.ngram] - 1
     slots = len(counts.image_of) * MAX_ORDER
@@ -202,6 +204,7 @@ def _cider(counts: _NgramCounts) -> Floats:
     own_image = counts.image_of[num_images:]
     scale = norm[own_image] * norm[num_images:]
     cosine = np.divide(dot, scale, out=dot.copy(), where=scale != 0)
+    # UPSTREAM: the length of a caption is its number of bigrams (cider_scorer.py, counts2vec).
     num_bigrams = np.maximum(counts.num_words - 1, 0)
     difference = (num_bigrams[own_image] - num_bigrams[num_images:]).astype(np.float64)
     similarity = cosine.mean(axis=1) * np.exp(-(difference**2) / (2 * _CIDER_SIGMA**2))

@@ -18,6 +18,7 @@ Floats = NDArray[np.float64]
 def moments(features: ArrayLike) -> tuple[Floats, Floats]:
     """Mean and unbiased covariance of feature rows: (n, d) -> (d,), (d, d). Raises ValueError for n < 2."""
     rows = _feature_rows(features, "given")
+    # For d = 1 numpy gives a number, not a matrix.
     return rows.mean(axis=0), np.cov(rows, rowvar=False).reshape(rows.shape[1], -1)
 
 
@@ -122,6 +123,7 @@ def polynomial_mmd(first: Floats, second: Floats) -> float:
     within = 0.0
     for rows in (first, second):
         kernel = (rows @ rows.T / width + 1.0) ** 3
+        # Without the diagonal the estimate is unbiased: a row always equals itself (Gretton et al. 2012).
         within += float(kernel.sum() - np.trace(kernel))
     between = float(((first @ second.T / width + 1.0) ** 3).sum())
     return within / (num_rows * (num_rows - 1)) - 2 * between / num_rows**2

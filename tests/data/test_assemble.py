@@ -9,14 +9,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_data import NUM_VISUAL, WORDS, chat, make_tokenizer, page, pair
 
-from vlgpt.data.assemble import Assembler, LengthMismatch, PartLengths, SequencePlan, ShardLengths
+from tests.helpers.small_data import NUM_VISUAL, WORDS, chat, lengths_of, make_tokenizer, page, pair
+from vlgpt.data.assemble import Assembler, LengthMismatch, PartLengths, SequencePlan
 from vlgpt.data.mixture import Draws
 from vlgpt.document import ROLES, Document, ImagePart, Part, TextPart
 from vlgpt.errors import UserError
 from vlgpt.settings import SourceSettings
-from vlgpt.shards.index import IndexBuilder
 
 TOKENIZER = make_tokenizer()
 IMAGE = NUM_VISUAL + 2
@@ -87,11 +86,8 @@ def test_what_is_planned_is_what_is_rendered(
 @given(numbers=st.lists(st.integers(0, 10**6), min_size=1, max_size=30), keep=st.sampled_from([0.0, 1.0]))
 @settings(max_examples=60, deadline=None)
 def test_many_at_once_agree_with_one_by_one(numbers: list[int], keep: float) -> None:
-    builder = IndexBuilder(TOKENIZER)
     made = [(pair, page, chat)[n % 3](n) for n in numbers] + [Document("empty", "s", ())]
-    for document in made:
-        builder.add(document.id, document, [])
-    lengths = ShardLengths(builder.build(tar_sha256=""), image_length=IMAGE)
+    lengths = lengths_of(made, TOKENIZER)
     maker = assembler(48, keep_single_image=keep, max_images=2)
     samples = np.arange(len(made))[::-1]
     length, is_whole = maker.whole_lengths(lengths, samples)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from html.parser import HTMLParser
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
-from small_data import NUM_VISUAL, chat, make_tokenizer, page, pair, write_dataset
+from tokenizers import pre_tokenizers
 
+from tests.helpers.html_pages import inert
+from tests.helpers.small_data import NUM_VISUAL, chat, make_tokenizer, page, pair, word_level, write_dataset
 from vlgpt.data.inspect import Inspection, LossWeights, inspect, token_texts
 from vlgpt.data.inspect_page import to_html, to_text
 from vlgpt.data.loader import Loader
@@ -109,45 +110,18 @@ NASTY = [
 ]
 
 
-class Nodes(HTMLParser):
-    """Every tag and attribute of a page."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tags: set[str] = set()
-        self.attributes: set[str] = set()
-        self.sources: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.add(tag)
-        self.attributes |= {name for name, _ in attrs}
-        self.sources += [value or "" for name, value in attrs if name in ("src", "href")]
-
-
 @pytest.mark.parametrize("kind", ["packed", "conditions"])
 def test_captions_cannot_act_on_the_page_or_the_terminal(tmp_path: Path, kind: str) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", *NASTY])}
-    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Split("|", "removed")
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-    )
-    tokenizer = DocumentTokenizer(fast, num_visual=2, template="short")
+    text_tokenizer = word_level(NASTY, pre_tokenizers.Split("|", "removed"))
+    tokenizer = DocumentTokenizer(text_tokenizer, num_visual=2, template="short")
     documents = [Document(text, text, (ImagePart(0), TextPart("|" + text))) for text in NASTY]
     write_dataset(tmp_path / "nasty", documents, shard_sizes=[len(NASTY)], tokenizer=tokenizer)
     source = SourceSettings(name=NASTY[0], path=str(tmp_path / "nasty"))
     chosen = DataSettings(sources=(source,), sequence_length=64, pixels=True, image_size_px=8)
     found = inspect(Loader(chosen, kind=kind, micro_batch=8, tokenizer=tokenizer))  # type: ignore[arg-type]
     html = to_html(found, title=NASTY[1])
-    nodes = Nodes()
-    nodes.feed(html)
-    assert not nodes.tags & {"script", "svg", "iframe", "object", "a", "link"}
-    assert not [name for name in nodes.attributes if name.startswith("on")]
-    assert nodes.sources
-    assert all(value.startswith("data:image/png;base64,") for value in nodes.sources)
+    page = inert(html)
+    assert "img" in page.tags and not {"a", "svg"} & set(page.tags)
     assert "&lt;script&gt;" in html
     text = to_text(found, has_colour=False)
     assert "\x1b" not in text

@@ -6,16 +6,23 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from small_data import NUM_VISUAL, chat, make_tokenizer, page, pair, write_dataset, write_feature
 
-from vlgpt.batch import Batch, ConditionBatch, tensors_of
+from tests.helpers.small_data import (
+    NUM_VISUAL,
+    chat,
+    make_tokenizer,
+    page,
+    pair,
+    write_dataset,
+    write_feature,
+)
+from vlgpt.batch import Batch, tensors_of
 from vlgpt.data.loader import Loader
 from vlgpt.data.mixture import SLOTS
 from vlgpt.data.stream import Position, advance
@@ -640,11 +647,3 @@ def test_statistics_add_up(data: Path) -> None:
     assert found["bad"] == {}
     assert found["data_wait_s"] > 0
     assert json.dumps(found)
-
-
-def test_batches_are_of_the_kinds_the_stages_expect(data: Path) -> None:
-    def kinds(batches: Iterator[Any]) -> set[type]:
-        return {type(batch) for batch in batches}
-
-    assert kinds(iter(take(packed(settings(data)), 2))) == {Batch}
-    assert kinds(iter(take(conditions(settings(data)), 2))) == {ConditionBatch}

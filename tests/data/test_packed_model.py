@@ -7,17 +7,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from small_data import write_dataset
-from tiny_unified import NUM_PATCHES, PATCH_WIDTH, new_document_tokenizer, new_model
 from torch import Tensor
 
+from tests.helpers.small_data import feature_spec, write_dataset
+from tests.helpers.tiny_unified import NUM_PATCHES, PATCH_WIDTH, new_document_tokenizer, new_model
 from vlgpt.batch import Batch, ImageInput
 from vlgpt.data.loader import Loader
 from vlgpt.document import Document, ImagePart, Part, TextPart
 from vlgpt.models.losses import cross_entropies, targets_of
 from vlgpt.seeds import generator
 from vlgpt.settings import DataSettings, SourceSettings
-from vlgpt.shards import FeatureSpec, ShardSet, write_feature_rows, write_spec
+from vlgpt.shards import ShardSet, write_feature_rows, write_spec
 from vlgpt.stages.language import LanguageStage
 
 TOKENIZER = new_document_tokenizer()
@@ -51,17 +51,7 @@ def batch(tmp_path_factory: pytest.TempPathFactory) -> Batch:
     """Three packed rows from the real loader, features stored beside the shards."""
     folder = tmp_path_factory.mktemp("packed") / "mixed"
     write_dataset(folder, [document(n) for n in range(60)], shard_sizes=[60], tokenizer=TOKENIZER)
-    spec = FeatureSpec(
-        name="patches",
-        encoder="random",
-        weights_hash="",
-        layer="",
-        preprocessing="",
-        shape=(NUM_PATCHES, PATCH_WIDTH),
-        dtype="float32",
-        views=1,
-        per="image",
-    )
+    spec = feature_spec(name="patches", shape=(NUM_PATCHES, PATCH_WIDTH), dtype="float32")
     write_spec(folder, spec)
     shards = ShardSet.open(folder)
     rows = generator("patches").normal(size=(shards.num_images, 1, *spec.shape)).astype(np.float32)

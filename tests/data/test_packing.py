@@ -6,15 +6,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_data import WORDS, make_tokenizer
 
-from vlgpt.data.assemble import Assembler, ShardLengths
+from tests.helpers.small_data import WORDS, lengths_of, make_tokenizer
+from vlgpt.data.assemble import Assembler
 from vlgpt.data.mixture import SLOTS, Mixture, SourceOrder
 from vlgpt.data.packing import Packer, best_fit
 from vlgpt.document import Document, ImagePart, Part, TextPart
 from vlgpt.seeds import generator
 from vlgpt.settings import SourceSettings
-from vlgpt.shards.index import IndexBuilder
 
 
 @given(lengths=st.lists(st.integers(1, 64), max_size=300))
@@ -69,10 +68,7 @@ def packers() -> dict[str, Packer]:
     tokenizer = make_tokenizer(num_visual=32)
     lengths = []
     for make in (caption_pair, web_page):
-        builder = IndexBuilder(tokenizer)
-        for number in range(1500):
-            builder.add(str(number), make(number), [])
-        lengths.append(ShardLengths(builder.build(tar_sha256=""), image_length=tokenizer.image_length))
+        lengths.append(lengths_of([make(number) for number in range(1500)], tokenizer))
     orders = [SourceOrder(n, seed=1, counts=np.array([1500]), shuffle_shards=16) for n in ("laion", "mmc4")]
     sources = [SourceSettings(name="laion", path="x"), SourceSettings(name="mmc4", path="x", start="random")]
     assemblers = [Assembler(source, tokenizer=tokenizer, sequence_length=512) for source in sources]

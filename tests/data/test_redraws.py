@@ -8,15 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from small_data import NUM_VISUAL, WORDS, chat, make_tokenizer, page, pair
 
+from tests.helpers.small_data import NUM_VISUAL, WORDS, chat, lengths_of, make_tokenizer, page, pair
 from vlgpt.data.assemble import Assembler, ShardLengths
 from vlgpt.data.mixture import SLOTS, Mixture, Slots, SourceOrder, base_weights
 from vlgpt.data.packing import Packer, WindowPlan
 from vlgpt.document import Document, ImagePart, TextPart
 from vlgpt.errors import UserError
 from vlgpt.settings import DataSettings, SourceSettings
-from vlgpt.shards.index import IndexBuilder
 
 TOKENIZER = make_tokenizer()
 
@@ -45,12 +44,8 @@ def make_packer(
     for s, (source, made) in enumerate(zip(sources, documents)):
         counts = []
         for shard, start in enumerate(range(0, len(made), shard_size)):
-            builder = IndexBuilder(TOKENIZER)
-            for document in made[start : start + shard_size]:
-                builder.add(document.id, document, [])
-            index = builder.build(tar_sha256="")
-            lengths[s, shard] = ShardLengths(index, image_length=TOKENIZER.image_length)
-            counts.append(len(index.keys))
+            lengths[s, shard] = lengths_of(made[start : start + shard_size], TOKENIZER)
+            counts.append(len(made[start : start + shard_size]))
         orders.append(SourceOrder(source.name, seed=1, counts=np.array(counts), shuffle_shards=2))
     settings = DataSettings(sources=tuple(sources), mixing=options.pop("mixing", "weights"), temperature=3.0)
     weights = base_weights(settings, [len(made) for made in documents])

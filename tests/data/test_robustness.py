@@ -21,9 +21,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_data import make_tokenizer, page, pair, picture, write_dataset
 
 import vlgpt.images
+from tests.helpers.damaged_download import write_download
+from tests.helpers.small_data import make_tokenizer, page, pair, picture, write_dataset
+from tests.helpers.tars import add
 from vlgpt.data.buffers import Buffers
 from vlgpt.data.loader import Loader
 from vlgpt.data.tally import TooManyBadSamples
@@ -67,44 +69,8 @@ def noise_jpeg(number: int) -> bytes:
 # --- the malformed corpus of foreign tars
 
 
-def add_member(archive: tarfile.TarFile, name: str, data: bytes) -> None:
-    info = tarfile.TarInfo(name)
-    info.size = len(data)
-    archive.addfile(info, io.BytesIO(data))
-
-
-def write_corpus(folder: Path) -> None:
-    """Ten tars of 100 pairs: one cut in a member, one cut between samples, one empty, and 35 odd samples
-    in the rest.
-    """
-    folder.mkdir()
-    kinds = ["half"] * 10 + ["garbage"] * 5 + ["no_text"] * 5 + ["latin"] * 5 + ["twice"] * 5 + ["JPG"] * 5
-    places = generator("places").choice(700, size=len(kinds), replace=False).tolist()
-    odd = dict(zip(places, kinds))
-    for shard in range(10):
-        with tarfile.open(folder / f"{shard:05d}.tar", "w") as archive:
-            for sample in range(100):
-                number = 100 * shard + sample
-                kind, key, data = odd.get(number, ""), f"{number:08d}", noise_jpeg(number % 50)
-                if kind == "half":
-                    data = data[: len(data) // 2]
-                if kind == "garbage":
-                    data = b"<html>not found</html>"
-                for _ in range(2 if kind == "twice" else 1):
-                    add_member(archive, f"{key}.{'JPG' if kind == 'JPG' else 'jpg'}", data)
-                    if kind != "no_text":
-                        text = f"caption {number}"
-                        add_member(archive, f"{key}.txt", b"caf\xe9" if kind == "latin" else text.encode())
-    with tarfile.open(folder / "00007.tar") as archive:
-        members = archive.getmembers()
-        middle, border = members[2 * 57].offset_data + 100, members[2 * 62].offset
-    os.truncate(folder / "00007.tar", middle)
-    os.truncate(folder / "00008.tar", border)
-    (folder / "00009.tar").write_bytes(b"")
-
-
 def test_a_corpus_of_damaged_foreign_tars_loses_nothing_good_and_counts_the_rest(tmp_path: Path) -> None:
-    write_corpus(tmp_path / "corpus")
+    write_download(tmp_path / "corpus", has_table=False)
     quarantine = tmp_path / "bad.jsonl"
     loader = conditions(settings(tmp_path / "corpus", num_workers=2), quarantine=quarantine, is_one_pass=True)
     batches = list(loader)
@@ -497,8 +463,6 @@ def payloads(canary: Path) -> dict[str, bytes]:
     array = io.BytesIO()
     np.save(array, np.array([Touch()], dtype=object), allow_pickle=True)
     state = io.BytesIO()
-    import torch
-
     torch.save({"x": Touch()}, state)
     return {
         "pyd": pickled,
@@ -518,12 +482,12 @@ def test_no_member_of_a_tar_is_ever_executed(tmp_path: Path) -> None:
     folder.mkdir()
     with tarfile.open(folder / "00000.tar", "w") as archive:
         for number, (suffix, data) in enumerate(payloads(canary).items()):
-            add_member(archive, f"{number:04d}.jpg", noise_jpeg(number))
-            add_member(archive, f"{number:04d}.txt", f"$(touch {canary}); `touch {canary}`".encode())
-            add_member(archive, f"{number:04d}.{suffix}", data)
+            add(archive, f"{number:04d}.jpg", noise_jpeg(number))
+            add(archive, f"{number:04d}.txt", f"$(touch {canary}); `touch {canary}`".encode())
+            add(archive, f"{number:04d}.{suffix}", data)
         for number, (_, data) in enumerate(payloads(canary).items(), start=100):
-            add_member(archive, f"{number:04d}.jpg", data)
-            add_member(archive, f"{number:04d}.txt", b"the picture is the payload")
+            add(archive, f"{number:04d}.jpg", data)
+            add(archive, f"{number:04d}.txt", b"the picture is the payload")
     loader = conditions(settings(folder), is_one_pass=True)
     assert sum(int(batch.is_valid.sum()) for batch in loader) == 9
     assert loader.statistics()["bad"]["evil"] == {"not_an_image": 9}

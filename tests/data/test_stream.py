@@ -14,8 +14,8 @@ from itertools import islice
 
 import numpy as np
 import pytest
-from small_data import chat, make_tokenizer, page, pair
 
+from tests.helpers.small_data import chat, make_tokenizer, page, pair
 from vlgpt.data.assemble import Assembler, ShardLengths
 from vlgpt.data.mixture import Mixture, OnePass, SlotPlan, SourceOrder
 from vlgpt.data.packing import Packer

@@ -1,21 +1,22 @@
-"""A small real tokenizer of one token per word."""
+"""A small real tokenizer of one token per word, and a tiny CLIP."""
 
 from pathlib import Path
 
 import pytest
+from tokenizers import pre_tokenizers
+
+from tests.helpers.small_data import word_level
+from tests.helpers.tiny_clip import save_tiny_clip
 
 
 @pytest.fixture(scope="session")
 def word_tokenizer(tmp_path_factory) -> Path:
     """Folder of a transformers tokenizer that splits at spaces."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = ("<unk>", "</s>", "picture", "USER", "ASSISTANT", ":")
-    vocabulary = {word: number for number, word in enumerate(words)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     folder = tmp_path_factory.mktemp("tokenizer")
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>")
-    fast.save_pretrained(str(folder))
+    word_level(["picture", "USER", "ASSISTANT", ":"], pre_tokenizers.Whitespace()).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory) -> Path:
+    return save_tiny_clip(tmp_path_factory.mktemp("clip"))

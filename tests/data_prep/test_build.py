@@ -5,16 +5,19 @@ mixed.
 import io
 import itertools
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from corpus import encode, picture
 from PIL import Image, ImageDraw
 
-from data_prep.build import main
+from data_prep.build import build as run_job
 from data_prep.images import ImageSettings
-from vlgpt.errors import run_command
+from tests.helpers.builds import build, documents, write_imagefolder
+from tests.helpers.corpus import encode, picture
+from tests.helpers.processes import environment
 from vlgpt.images import decode_image
 from vlgpt.shards import ShardSet
 from vlgpt.shards.manifest import read_report
@@ -25,37 +28,17 @@ NUM_RECORDS = 23
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """An imagefolder of 23 pictures, number 4 of them missing and 9 damaged."""
-    path = tmp_path / "in"
-    path.mkdir()
-    rows = []
+    files = []
     for number in range(NUM_RECORDS):
-        if number != 4:
-            data = picture(number, "PNG" if number % 2 else "JPEG", width=300 + number)
-            (path / f"{number}.img").write_bytes(data[:100] if number == 9 else data)
-        rows.append(
-            json.dumps(
-                {"file_name": f"{number}.img", "text": f"picture {number}", "similarity": number / 100}
-            )
-        )
-    (path / "metadata.jsonl").write_text("\n".join(rows) + "\n")
-    return path
+        data = picture(number, "PNG" if number % 2 else "JPEG", width=300 + number)
+        data = None if number == 4 else data[:100] if number == 9 else data
+        files.append((f"{number}.img", data, {"text": f"picture {number}", "similarity": number / 100}))
+    return write_imagefolder(tmp_path / "in", files)
 
 
 def run(folder: Path, output: Path, *options: str, workers: int = 0) -> int:
-    command = [
-        "folder",
-        "--input",
-        str(folder),
-        "--output",
-        str(output),
-        "--shard-size",
-        "5",
-        "--name",
-        "toy",
-    ]
-    return run_command(
-        lambda: main([*command, "--max-bad-fraction", "0.5", "--num-workers", str(workers), *options])
-    )
+    settings = ("--shard-size", 5, "--name", "toy", "--max-bad-fraction", 0.5, "--num-workers", workers)
+    return build("folder", folder, output, *settings, *options)
 
 
 def content(output: Path) -> dict[str, bytes]:
@@ -63,21 +46,13 @@ def content(output: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(output.iterdir()) if path.is_file()}
 
 
-def texts(output: Path) -> list[str]:
-    shards = ShardSet.open(output)
-    return [
-        shards.read(number, sample).document.text
-        for number, record in enumerate(shards.shards)
-        for sample in range(record.num_samples)
-    ]
-
-
 def test_input_is_written_plus_dropped_and_shards_are_fixed_ranges(folder, tmp_path):
     assert run(folder, tmp_path / "out") == 0
     shards = ShardSet.open(tmp_path / "out")
     assert [record.num_samples for record in shards.shards] == [4, 4, 5, 5, 3]
     assert shards.manifest.dropped == {"missing_file": 1, "truncated": 1}
-    assert texts(tmp_path / "out") == [f"picture {n}" for n in range(NUM_RECORDS) if n not in (4, 9)]
+    texts = [f"picture {n}" for n in range(NUM_RECORDS) if n not in (4, 9)]
+    assert [document.text for document in documents(shards)] == texts
     assert shards.read(1, 3).key == "0000100003"
     assert shards.read(0, 0).document.info["images"][0]["width"] == 300
 
@@ -212,16 +187,7 @@ def test_pictures_are_reduced_never_enlarged_and_keep_their_ratio(tmp_path):
     sizes = {"large": (900, 600), "tall": (100, 800), "small": (40, 30)}
     for name, (width, height) in sizes.items():
         (tmp_path / "in" / f"{name}.png").write_bytes(picture(1, "PNG", width=width, height=height))
-    command = [
-        "images",
-        "--input",
-        str(tmp_path / "in"),
-        "--output",
-        str(tmp_path / "out"),
-        "--size-px",
-        "60",
-    ]
-    assert main([*command, "--num-workers", "0", "--image-format", "png"]) == 0
+    assert build("images", tmp_path / "in", tmp_path / "out", "--size-px", 60, "--image-format", "png") == 0
     shards = ShardSet.open(tmp_path / "out")
     found = {}
     for sample in range(3):
@@ -256,7 +222,6 @@ def test_fast_and_reference_paths_agree(size):
 
 @pytest.mark.parametrize("is_optional", [True, False])
 def test_only_optional_images_may_leave_their_document(tmp_path, is_optional):
-    from data_prep.build import build
     from data_prep.filters import FilterSettings
     from data_prep.job import BuildJob
     from data_prep.sources import Record
@@ -285,7 +250,7 @@ def test_only_optional_images_may_leave_their_document(tmp_path, is_optional):
         filters=FilterSettings(),
         shard_size=10,
     )
-    manifest = build(job, name="pages", num_workers=0, max_bad_fraction=1.0)
+    manifest = run_job(job, name="pages", num_workers=0, max_bad_fraction=1.0)
     if not is_optional:  # an edit without its target is no edit
         assert manifest.num_samples == 0 and manifest.dropped == {"empty": 2}
         return
@@ -330,24 +295,18 @@ def test_every_registered_source_has_flags_and_a_description():
 @pytest.mark.timeout(1800)
 def test_memory_stays_flat_over_100_000_records(tmp_path):
     """In a process of its own, no picture twice: after the first tenth, the rest may add 20 MB at most."""
-    import subprocess
-    import sys
-
     script = tmp_path / "run.py"
     script.write_text(MEMORY_SCRIPT)
     command = [sys.executable, str(script), str(tmp_path / "out")]
-    result = subprocess.run(
-        command, capture_output=True, text=True, timeout=1700, cwd=Path(__file__).parents[2]
-    )
+    result = subprocess.run(command, capture_output=True, text=True, timeout=1700, env=environment())
     assert result.returncode == 0, result.stderr
     growth = int(result.stdout)
     assert growth < 20_000, f"{growth} kB"
 
 
 MEMORY_SCRIPT = """
-import os, resource, sys
+import resource, sys
 from pathlib import Path
-sys.path.insert(0, os.getcwd())
 from benchmarks.data_prep_speed import Stream, builder_of
 builder = builder_of(Path(sys.argv[1]), Stream(100_000), shard_size=2000)
 for shard in range(50):

@@ -1,77 +1,24 @@
 """A damaged download through the whole build: every good pair is written, every other is counted with its reason."""
 
-import io
-import os
 import tarfile
 from pathlib import Path
 
-import numpy as np
 import pytest
-from corpus import picture
-from source_files import asset, write_table
 
-from data_prep.build import main
+from tests.helpers.builds import build, documents
+from tests.helpers.corpus import picture
+from tests.helpers.damaged_download import write_download
+from tests.helpers.tars import add, add_special
 from vlgpt.shards import ShardSet
 
-KINDS = {"half": 10, "garbage": 5, "no_text": 5, "latin": 5, "twice": 5, "JPG": 5}
 
-
-def write_download(folder: Path, *, has_table: bool) -> set[str]:
-    """Ten tars of 100 pairs: one cut inside a picture, one between two pairs, one empty, and 35 odd pairs in the
-    rest; the captions of what can be saved.
-    """
-    folder.mkdir()
-    places = np.random.default_rng(0).choice(700, size=sum(KINDS.values()), replace=False).tolist()
-    odd = dict(zip(places, np.repeat(list(KINDS), list(KINDS.values())).tolist()))
-    for shard in range(10):
-        keys = [f"{shard:05d}{sample:04d}" for sample in range(100)]
-        with tarfile.open(folder / f"{shard:05d}.tar", "w") as archive:
-            for sample, key in enumerate(keys):
-                write_pair(archive, key, odd.get(100 * shard + sample, ""), number=100 * shard + sample)
-        if has_table:
-            row = asset("img2dataset.json")
-            rows = [row | {"key": key, "caption": f"caption {int(key)}"} for key in keys]
-            write_table(folder / f"{shard:05d}.parquet", rows)
-    os.truncate(folder / "00007.tar", picture_of(folder / "00007.tar", 57).offset_data + 100)
-    os.truncate(folder / "00008.tar", picture_of(folder / "00008.tar", 62).offset)
-    (folder / "00009.tar").write_bytes(b"")
-    lost = {"half", "garbage"} | (set() if has_table else {"no_text", "latin"})
-    saved = [n for n in range(700) if odd.get(n) not in lost] + list(range(700, 757)) + list(range(800, 862))
-    return {f"caption {n // 100 * 10_000 + n % 100}" for n in saved}
-
-
-def picture_of(tar: Path, number: int) -> tarfile.TarInfo:
-    with tarfile.open(tar) as archive:
-        return archive.getmembers()[2 * number]
-
-
-def write_pair(archive: tarfile.TarFile, key: str, kind: str, *, number: int) -> None:
-    data = picture(number)
-    if kind == "half":
-        data = data[: len(data) // 2]
-    if kind == "garbage":
-        data = b"<html>not found</html>"
-    for _ in range(2 if kind == "twice" else 1):
-        add(archive, f"{key}.{'JPG' if kind == 'JPG' else 'jpg'}", data)
-        if kind != "no_text":
-            add(archive, f"{key}.txt", b"caf\xe9" if kind == "latin" else f"caption {int(key)}".encode())
-
-
-def add(archive: tarfile.TarFile, name: str, data: bytes, *, claim: int | None = None) -> None:
-    info = tarfile.TarInfo(name)
-    info.size = len(data) if claim is None else claim
-    archive.addfile(info, io.BytesIO(data.ljust(info.size)) if claim is None else None)
-
-
-def build(folder: Path, output: Path) -> ShardSet:
-    arguments = ["img2dataset", "--input", str(folder), "--output", str(output), "--shard-size", "300"]
-    assert main([*arguments, "--max-bad-fraction", "0.5", "--num-workers", "0"]) == 0
+def built(folder: Path, output: Path) -> ShardSet:
+    assert build("img2dataset", folder, output, "--shard-size", 300, "--max-bad-fraction", 0.5) == 0
     return ShardSet.open(output)
 
 
 def captions(shards: ShardSet) -> list[str]:
-    places = [(number, sample) for number, r in enumerate(shards.shards) for sample in range(r.num_samples)]
-    return [shards.read(*place, with_images=False).document.text for place in places]
+    return [document.text for document in documents(shards)]
 
 
 @pytest.mark.parametrize(
@@ -96,7 +43,7 @@ def captions(shards: ShardSet) -> list[str]:
 def test_a_damaged_download_loses_no_good_pair_and_counts_the_rest(tmp_path, has_table, num_good, dropped):
     """The tables know the captions and how many pairs there were; the tars alone know only that they were cut."""
     saved = write_download(tmp_path / "in", has_table=has_table)
-    shards = build(tmp_path / "in", tmp_path / "out")
+    shards = built(tmp_path / "in", tmp_path / "out")
     assert shards.manifest.dropped == dropped
     found = captions(shards)
     assert len(found) == num_good and set(found) == saved
@@ -114,12 +61,10 @@ def test_hostile_tars_write_nothing_outside_and_allocate_nothing(tmp_path):
             ("hard.jpg", tarfile.LNKTYPE),
             ("node.jpg", tarfile.CHRTYPE),
         ):
-            info = tarfile.TarInfo(name)
-            info.type, info.linkname = kind, "/etc/passwd"
-            archive.addfile(info)
+            add_special(archive, name, kind)
         add(archive, "evil.pkl", b"cos\nsystem\n(S'touch x'\ntR.")
         add(archive, "huge.jpg", b"", claim=2 << 30)
-    shards = build(folder, tmp_path / "out")
+    shards = built(folder, tmp_path / "out")
     assert captions(shards) == ["text of ../../outside", "text of /absolute", "text of café", "text of good"]
     assert shards.manifest.dropped == {"truncated_tar": 1}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]

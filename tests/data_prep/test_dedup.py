@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from corpus import encode
 from PIL import Image
 
 from data_prep import check, dedup
-from data_prep.build import main as build
 from data_prep.hashes import near_pairs
+from tests.helpers.builds import build, documents, write_imagefolder
+from tests.helpers.corpus import encode
 from vlgpt.errors import run_command
 from vlgpt.processes import Share
 from vlgpt.shards import ShardSet
@@ -25,32 +25,14 @@ def blobs(number: int) -> Image.Image:
 
 def make(folder: Path, pictures: list[tuple[str, bytes]]) -> Path:
     """A data set of (caption, file) pairs, three records per shard."""
-    source = folder.parent / f"{folder.name}-in"
-    source.mkdir()
-    rows = []
-    for number, (text, data) in enumerate(pictures):
-        (source / f"{number:03d}").write_bytes(data)
-        rows.append({"file_name": f"{number:03d}", "text": text})
-    (source / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    command = [
-        "folder",
-        "--input",
-        str(source),
-        "--output",
-        str(folder),
-        "--shard-size",
-        "3",
-        "--num-workers",
-        "0",
-    ]
-    assert build([*command, "--max-bad-fraction", "1"]) == 0
+    files = [(f"{number:03d}", data, {"text": text}) for number, (text, data) in enumerate(pictures)]
+    source = write_imagefolder(folder.parent / f"{folder.name}-in", files)
+    assert build("folder", source, folder, "--shard-size", 3, "--max-bad-fraction", 1) == 0
     return folder
 
 
 def captions(folder: Path) -> list[str]:
-    shards = ShardSet.open(folder)
-    places = [(number, sample) for number, r in enumerate(shards.shards) for sample in range(r.num_samples)]
-    return [shards.read(*place).document.text for place in places]
+    return [document.text for document in documents(folder)]
 
 
 def png(number: int) -> bytes:
@@ -159,11 +141,11 @@ def test_a_document_leaves_only_when_all_its_pictures_are_duplicates(tmp_path):
     from vlgpt.document import Document, ImagePart, TextPart
     from vlgpt.shards import ShardWriter, write_manifest
 
-    documents = [("x", [1, 2]), ("half new", [2, 3]), ("all old", [3, 1]), ("one of the test", [4, 9])]
+    pages = [("x", [1, 2]), ("half new", [2, 3]), ("all old", [3, 1]), ("one of the test", [4, 9])]
     folder = tmp_path / "pages"
     folder.mkdir()
     writer = ShardWriter(folder, 0)
-    for name, pictures in documents:
+    for name, pictures in pages:
         parts = tuple(part for number in range(2) for part in (ImagePart(number), TextPart(name)))
         writer.add(Document(name, "s", parts), [("png", png(number)) for number in pictures])
     for text in ("same words", "same words", "other words"):
@@ -175,8 +157,7 @@ def test_a_document_leaves_only_when_all_its_pictures_are_duplicates(tmp_path):
     assert run("find", folder, "--against", evaluation, "--work", tmp_path / "w") == 0
     assert run("apply", folder, "--work", tmp_path / "w", "--output", tmp_path / "out") == 0
     shards = ShardSet.open(tmp_path / "out")
-    kept = [shards.read(0, sample).document.id for sample in range(shards.num_samples)]
-    assert kept == ["x", "half new", "same words", "other words"]
+    assert [document.id for document in documents(shards)] == ["x", "half new", "same words", "other words"]
     assert shards.manifest.dropped == {"filtered:contaminated": 1, "filtered:duplicate": 2}
 
 

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from corpus import encode, picture
 from PIL import Image
 
 from data_prep.filters import FilterSettings, RecordFilter
@@ -16,6 +15,7 @@ from data_prep.images import (
     perceptual_hash,
 )
 from data_prep.sources import Record
+from tests.helpers.corpus import encode, picture
 from vlgpt.document import Document, ImagePart, TextPart
 from vlgpt.errors import UserError
 from vlgpt.images import BadImage, decode_image

@@ -1,6 +1,5 @@
 """`index` changes token lengths and nothing else; `check` names every damage; its page is safe to open."""
 
-import html.parser
 import json
 import re
 import shutil
@@ -8,15 +7,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from corpus import encode, pixels
 from PIL import Image
+from tokenizers import pre_tokenizers
 
 from data_prep import check, index
-from data_prep.build import main as build
 from data_prep.report import ShownPart
+from tests.helpers.builds import build, write_imagefolder
+from tests.helpers.corpus import encode, picture, pixels
+from tests.helpers.html_pages import inert
+from tests.helpers.small_data import feature_spec, word_level
+from tests.helpers.tars import write_tar
 from vlgpt.document import Document, ImagePart, TextPart
 from vlgpt.errors import run_command
-from vlgpt.shards import FeatureSpec, ShardSet, ShardWriter, write_manifest
+from vlgpt.shards import ShardSet, ShardWriter, write_manifest
 from vlgpt.shards.features import write_feature_rows, write_spec
 from vlgpt.tokens import DocumentTokenizer
 
@@ -33,14 +36,11 @@ HOSTILE = (
 def built(tmp_path_factory, word_tokenizer) -> Path:
     """A small sealed data set of two shards with token lengths."""
     folder = tmp_path_factory.mktemp("data")
-    (folder / "in").mkdir()
-    rows = []
-    for number in range(9):
-        (folder / "in" / f"{number}.png").write_bytes(encode(Image.fromarray(pixels(number)), "PNG"))
-        rows.append({"file_name": f"{number}.png", "text": f"picture number {number} " * (number + 1)})
-    (folder / "in" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    command = ["folder", "--input", str(folder / "in"), "--output", str(folder / "out"), "--shard-size", "5"]
-    assert build([*command, "--num-workers", "0", "--tokenizer", str(word_tokenizer)]) == 0
+    texts = [f"picture number {number} " * (number + 1) for number in range(9)]
+    files = [(f"{n}.png", picture(n, "PNG"), {"text": text}) for n, text in enumerate(texts)]
+    write_imagefolder(folder / "in", files)
+    options = ("--shard-size", 5, "--tokenizer", word_tokenizer)
+    assert build("folder", folder / "in", folder / "out", *options) == 0
     return folder / "out"
 
 
@@ -52,13 +52,7 @@ def data(built, tmp_path) -> Path:
 @pytest.fixture
 def letter_tokenizer(tmp_path) -> Path:
     """Another tokenizer: one token per letter."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    letters = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1}, unk_token="<unk>"))
-    letters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    fast = PreTrainedTokenizerFast(tokenizer_object=letters, eos_token="</s>", unk_token="<unk>")
-    fast.save_pretrained(str(tmp_path / "letters"))
+    word_level([], pre_tokenizers.Split("", "isolated")).save_pretrained(tmp_path / "letters")
     return tmp_path / "letters"
 
 
@@ -104,9 +98,8 @@ def test_tasks_and_workers_share_the_shards_and_a_task_that_is_none_of_them_is_r
 
 def test_a_reindexed_folder_is_still_the_same_build(data, built, letter_tokenizer):
     assert index.main([str(data), "--tokenizer", str(letter_tokenizer)]) == 0
-    source = ["folder", "--input", str(built.parent / "in"), "--output", str(data), "--shard-size", "5"]
-    command = [*source, "--num-workers", "0", "--tokenizer", str(letter_tokenizer), "--name", "out"]
-    assert run_command(lambda: build(command)) == 0
+    options = ("--shard-size", 5, "--tokenizer", letter_tokenizer, "--name", "out")
+    assert build("folder", built.parent / "in", data, *options) == 0
 
 
 def test_a_damaged_index_is_made_anew(data, word_tokenizer):
@@ -119,14 +112,7 @@ def test_a_damaged_index_is_made_anew(data, word_tokenizer):
 
 
 def test_foreign_tars_get_token_lengths_too(tmp_path, word_tokenizer):
-    import io
-    import tarfile
-
-    with tarfile.open(tmp_path / "f.tar", "w") as archive:
-        for name, content in (("a.jpg", b"x"), ("a.txt", b"picture of a dog")):
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
+    write_tar(tmp_path / "f.tar", {"a.jpg": b"x", "a.txt": b"picture of a dog"})
     assert index.main([str(tmp_path), "--tokenizer", str(word_tokenizer)]) == 0
     assert ShardSet.open(tmp_path).index(0).part_tokens.tolist() == [0, 4]
 
@@ -223,17 +209,7 @@ def test_a_picture_that_does_not_decode_is_found_on_demand(tmp_path):
 
 
 def test_features_of_another_build_are_damage(data, capsys):
-    spec = FeatureSpec(
-        name="visual",
-        encoder="e",
-        weights_hash="w",
-        layer="",
-        preprocessing="",
-        shape=(2,),
-        dtype="float16",
-        views=1,
-        per="image",
-    )
+    spec = feature_spec(shape=(2,))
     write_spec(data, spec)
     for number, record in enumerate(ShardSet.open(data).shards):
         rows = np.zeros((record.num_images, 1, 2))
@@ -252,18 +228,6 @@ def test_statistics_are_right(built, capsys):
 
 
 # --- the page ---
-
-
-class Page(html.parser.HTMLParser):
-    def __init__(self, text: str):
-        super().__init__()
-        self.tags: list[str] = []
-        self.attributes: list[tuple[str, str | None]] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append(tag)
-        self.attributes += attributes
 
 
 @pytest.fixture
@@ -287,26 +251,10 @@ def test_no_caption_becomes_markup(hostile, tmp_path, word_tokenizer, with_token
     options = ["--tokenizer", str(word_tokenizer), "--template", "short"] if with_tokenizer else []
     assert check.main([str(hostile), "--html", str(tmp_path / "page.html"), *options]) == 0
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
-    page = Page(text)
-    assert set(page.tags) <= {
-        "html",
-        "head",
-        "meta",
-        "title",
-        "style",
-        "body",
-        "h1",
-        "p",
-        "article",
-        "h2",
-        "span",
-        "img",
-        "br",
-    }
-    assert page.tags.count("article") == 7 and page.tags.count("h1") == 1
-    assert not [name for name, _ in page.attributes if name.startswith("on")]
-    sources = [value for name, value in page.attributes if name in ("src", "href")]
-    assert len(sources) == 6 and all(value.startswith("data:image/png;base64,") for value in sources)
+    page = inert(text)
+    known = "html head meta title style body h1 p article h2 span img br"
+    assert set(page.tags) <= set(known.split())
+    assert page.tags.count("article") == 7 and page.tags.count("h1") == 1 and page.tags.count("img") == 6
     assert "default-src 'none'" in text and "49" not in re.sub(r"base64,\S+", "", text)
 
 

@@ -8,7 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from source_files import (
+
+from tests.helpers.source_files import (
     ASSETS,
     asset,
     image_bytes,
@@ -18,8 +19,7 @@ from source_files import (
     write_pictures,
     write_table,
 )
-from tiny_unified import NUM_VISUAL, new_document_tokenizer
-
+from tests.helpers.tiny_unified import NUM_VISUAL, new_document_tokenizer
 from vlgpt.data.loader import Loader
 from vlgpt.document import Document, ImagePart, TextPart
 from vlgpt.settings import DataSettings, SourceSettings

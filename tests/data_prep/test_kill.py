@@ -12,18 +12,16 @@ import time
 from pathlib import Path
 
 import pytest
-from corpus import picture
 
-from vlgpt.files import sha256_file
-from vlgpt.shards import ShardReport
-
-ROOT = Path(__file__).parents[2]
+from tests.helpers.builds import assert_every_tar_is_whole, build_arguments
+from tests.helpers.corpus import picture
+from tests.helpers.processes import ROOT
 
 
 def command(folder: Path, output: Path, *options: str) -> list[str]:
-    source = ["images", "--input", str(folder), "--output", str(output)]
-    settings = ["--shard-size", "8", "--num-workers", "2", "--name", "toy", "--max-bad-fraction", "0.05"]
-    return [sys.executable, "-m", "data_prep.build", *source, *settings, *options]
+    settings = ("--shard-size", 8, "--num-workers", 2, "--name", "toy", "--max-bad-fraction", 0.05)
+    arguments = build_arguments("images", folder, output, *settings, *options)
+    return [sys.executable, "-m", "data_prep.build", *arguments]
 
 
 def start(arguments: list[str]) -> subprocess.Popen:
@@ -34,13 +32,6 @@ def finish(process: subprocess.Popen) -> int:
     _, error = process.communicate(timeout=240)
     assert process.returncode in (0, -signal.SIGKILL), error.decode()
     return process.returncode
-
-
-def assert_every_tar_is_whole(output: Path) -> None:
-    for tar in output.glob("*.tar"):
-        report = ShardReport.model_validate_json(tar.with_suffix(".json").read_bytes())
-        assert sha256_file(tar) == report.sha256, tar.name
-        assert tar.with_suffix(".idx").is_file()
 
 
 def content(output: Path) -> dict[str, bytes]:

@@ -4,11 +4,11 @@ import os
 from pathlib import Path
 
 import pytest
-from corpus import picture
 
 from data_prep.build import main
+from tests.helpers.builds import assert_every_tar_is_whole, build_arguments
+from tests.helpers.corpus import picture
 from vlgpt.files import sha256_file
-from vlgpt.shards import ShardReport
 from vlgpt.shards.manifest import MANIFEST, SUCCESS, read_manifest
 
 # Death before a change leaves the disk as death after the change before it, so one of the two is enough by default.
@@ -18,18 +18,8 @@ DEAD = 86
 
 
 def arguments(folder: Path, output: Path, *options: str) -> list[str]:
-    command = [
-        "images",
-        "--input",
-        str(folder),
-        "--output",
-        str(output),
-        "--name",
-        "toy",
-        "--shard-size",
-        "3",
-    ]
-    return [*command, "--num-workers", "0", "--max-bad-fraction", "0.5", *options]
+    settings = ("--name", "toy", "--shard-size", 3, "--max-bad-fraction", 0.5)
+    return build_arguments("images", folder, output, *settings, *options)
 
 
 def run_until(number: int, *, is_after: bool, command: list[str]) -> bool:
@@ -68,9 +58,7 @@ def _arm(number: int, is_after: bool) -> None:
 
 
 def assert_nothing_damaged(output: Path) -> None:
-    for tar in output.glob("*.tar"):
-        report = ShardReport.model_validate_json(tar.with_suffix(".json").read_bytes())
-        assert sha256_file(tar) == report.sha256 and tar.with_suffix(".idx").is_file()
+    assert_every_tar_is_whole(output)
     if (output / SUCCESS).exists():
         manifest = read_manifest((output / MANIFEST).read_bytes(), where="")
         assert all(sha256_file(output / f"{shard.name}.tar") == shard.sha256 for shard in manifest.shards)

@@ -5,11 +5,15 @@ import resource
 import subprocess
 import sys
 import tracemalloc
-from pathlib import Path
 
 import numpy as np
 import pytest
-from corpus import (
+from PIL import GifImagePlugin, Image, ImageFile
+
+from data_prep.sources import Dropped
+from data_prep.sources.text import TextSource
+from tests.helpers.builds import build, documents
+from tests.helpers.corpus import (
     PER_KIND,
     claims,
     damaged_pictures,
@@ -20,49 +24,31 @@ from corpus import (
     pixels,
     write_corpus,
 )
-from PIL import GifImagePlugin, Image, ImageFile
-
-from data_prep.build import main
-from data_prep.sources import Dropped
-from data_prep.sources.text import TextSource
-from vlgpt.images import FORMATS, BadImage, decode_image, open_image
+from tests.helpers.processes import environment
+from vlgpt.image_formats import FORMATS
+from vlgpt.images import BadImage, decode_image, open_image
 from vlgpt.shards import ShardSet
 
 
 def test_every_malformed_record_is_counted_and_no_good_one_is_lost(tmp_path):
     captions, expected = write_corpus(tmp_path / "in", num_good=120)
     assert sum(expected.values()) == 288 and len(damaged_pictures(0)) == 21, "36 kinds, 8 of each"
-    arguments = ["folder", "--input", str(tmp_path / "in"), "--output", str(tmp_path / "out")]
-    assert main([*arguments, "--shard-size", "64", "--max-bad-fraction", "0.9"]) == 0
+    options = ("--num-workers", 2, "--shard-size", 64, "--max-bad-fraction", 0.9)
+    assert build("folder", tmp_path / "in", tmp_path / "out", *options) == 0
     shards = ShardSet.open(tmp_path / "out")
     assert shards.manifest.dropped == dict(sorted(expected.items()))
-    assert shards.manifest.num_records == 120 + sum(expected.values())
-    texts = [
-        shards.read(number, sample).document.text
-        for number, record in enumerate(shards.shards)
-        for sample in range(record.num_samples)
-    ]
-    assert sorted(texts) == sorted(captions)
+    assert shards.manifest.num_records == len(captions) + sum(expected.values())
+    assert sorted(document.text for document in documents(shards)) == sorted(captions)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out", "secret.jpg"]
 
 
 def test_too_many_bad_records_end_the_build_unsealed(tmp_path, capsys):
     write_corpus(tmp_path / "in", num_good=10)
-    arguments = [
-        "folder",
-        "--input",
-        str(tmp_path / "in"),
-        "--output",
-        str(tmp_path / "out"),
-        "--num-workers",
-        "0",
-    ]
-    assert main(arguments) == 1
+    assert build("folder", tmp_path / "in", tmp_path / "out") == 1
     assert "more than --max-bad-fraction 0.01" in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "out" / "_SUCCESS").exists()
-    assert (
-        main([*arguments, "--max-bad-fraction", "1"]) == 0
-    )  # the shards are there: only the judgement changes
+    # the shards are there: only the judgement changes
+    assert build("folder", tmp_path / "in", tmp_path / "out", "--max-bad-fraction", 1) == 0
     assert (tmp_path / "out" / "_SUCCESS").exists()
 
 
@@ -289,7 +275,7 @@ def test_scaled_decoding_stays_above_the_size_asked_for():
 
 
 def test_formats_that_run_programs_are_not_among_ours():
-    assert set(FORMATS) == {"JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"}
+    assert set(FORMATS) == {"JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "HEIF"}
     with pytest.raises(BadImage, match="not_an_image"):
         open_image(encode(Image.fromarray(pixels(0)), "PPM"))
 
@@ -304,16 +290,7 @@ def test_exif_and_comments_do_not_reach_the_shard(tmp_path):
     )
     for image_format in ("jpg", "png", "webp"):
         output = tmp_path / image_format
-        arguments = [
-            "images",
-            "--input",
-            str(folder),
-            "--output",
-            str(output),
-            "--image-format",
-            image_format,
-        ]
-        assert main([*arguments, "--num-workers", "0"]) == 0
+        assert build("images", folder, output, "--image-format", image_format) == 0
         sample = ShardSet.open(output).read(0, 0)
         assert b"secret" not in sample.images[0]
         assert Image.open(io.BytesIO(sample.images[0])).size == (64, 48)
@@ -324,9 +301,7 @@ def test_a_record_that_kills_its_process_is_dropped_and_the_rest_survives(tmp_pa
     script = tmp_path / "run.py"
     script.write_text(CRASHING_BUILD)
     command = [sys.executable, str(script), str(tmp_path / "out")]
-    result = subprocess.run(
-        command, timeout=600, capture_output=True, text=True, cwd=Path(__file__).parents[2]
-    )
+    result = subprocess.run(command, timeout=600, capture_output=True, text=True, env=environment())
     assert result.returncode == 0, result.stderr
     shards = ShardSet.open(tmp_path / "out")
     assert shards.manifest.dropped == {"decoder_crash": 1}
@@ -337,7 +312,6 @@ def test_a_record_that_kills_its_process_is_dropped_and_the_rest_survives(tmp_pa
 CRASHING_BUILD = """
 import io, os, resource, signal, sys
 from pathlib import Path
-sys.path.insert(0, os.getcwd())
 from PIL import Image
 from data_prep.build import build
 from data_prep.filters import FilterSettings

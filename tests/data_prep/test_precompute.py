@@ -12,46 +12,31 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from corpus import picture
-from tiny_clip import save_tiny_clip
 
 from data_prep import check, features
-from data_prep.build import main as build
 from data_prep.feature_jobs import compute_shard, make_job
+from tests.helpers.builds import build, write_imagefolder
+from tests.helpers.corpus import picture
+from tests.helpers.processes import ROOT
+from tests.helpers.tiny_clip import save_tiny_clip
 from vlgpt.batch import to_pixels
 from vlgpt.errors import UserError, run_command
 from vlgpt.images import read_square
 from vlgpt.models.encoders import load_clip
 from vlgpt.shards import ShardSet, write_spec
 
-ROOT = Path(__file__).parents[2]
 NUM_PICTURES = 14
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory) -> Path:
-    return save_tiny_clip(tmp_path_factory.mktemp("clip"))
 
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """Five shards of up to three pairs."""
-    (tmp_path / "in").mkdir()
-    rows = []
-    for number in range(NUM_PICTURES):
-        (tmp_path / "in" / f"{number:02d}.png").write_bytes(picture(number, "PNG", width=40 + number))
-        rows.append({"file_name": f"{number:02d}.png", "text": f"picture number {number}"})
-    (tmp_path / "in" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    command = [
-        "folder",
-        "--input",
-        str(tmp_path / "in"),
-        "--output",
-        str(tmp_path / "data"),
-        "--shard-size",
-        "3",
+    files = [
+        (f"{n:02d}.png", picture(n, "PNG", width=40 + n), {"text": f"picture number {n}"})
+        for n in range(NUM_PICTURES)
     ]
-    assert build([*command, "--num-workers", "0"]) == 0
+    write_imagefolder(tmp_path / "in", files)
+    assert build("folder", tmp_path / "in", tmp_path / "data", "--shard-size", 3) == 0
     return tmp_path / "data"
 
 
@@ -218,16 +203,7 @@ raise SystemExit(features.main(sys.argv[1:]))
 
 
 def test_sigterm_leaves_no_processes_and_asks_for_a_restart(folder, clip):
-    command = [
-        sys.executable,
-        "-m",
-        "data_prep.features",
-        str(folder),
-        "--encoder",
-        str(clip),
-        "--device",
-        "cpu",
-    ]
+    command = [sys.executable, "-m", "data_prep.features", folder, "--encoder", clip, "--device", "cpu"]
     process = subprocess.Popen([*command, "--num-workers", "2"], cwd=ROOT, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 200
     children: list[str] = []

@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from corpus import picture
-from tiny_clip import save_tiny_clip
 
 from data_prep import check, similarity
+from tests.helpers.builds import documents
+from tests.helpers.corpus import picture
+from tests.helpers.tiny_clip import save_tiny_clip
 from vlgpt.batch import to_pixels
 from vlgpt.document import Document, ImagePart, TextPart
 from vlgpt.errors import run_command
@@ -34,11 +35,6 @@ class Words:
 
     def encode_text(self, text: str, place: str) -> list[int]:
         return [ord(letter) for letter in text]
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory) -> Path:
-    return save_tiny_clip(tmp_path_factory.mktemp("clip"))
 
 
 @pytest.fixture
@@ -90,9 +86,7 @@ def scores(folder: Path) -> list[float]:
 
 
 def ids(folder: Path) -> list[str]:
-    shards = ShardSet.open(folder)
-    places = [(number, sample) for number, r in enumerate(shards.shards) for sample in range(r.num_samples)]
-    return [shards.read(*place).document.id for place in places]
+    return [document.id for document in documents(folder)]
 
 
 @pytest.mark.parametrize("num_tasks", [1, 2])

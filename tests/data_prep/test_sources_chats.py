@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from source_files import (
+
+from tests.helpers.source_files import (
     ASSETS,
     asset,
     describe,
@@ -12,9 +13,8 @@ from source_files import (
     read_all,
     shown,
     write_pictures,
-    write_tar,
 )
-
+from tests.helpers.tars import write_tar
 from vlgpt.errors import UserError
 
 BUS = [

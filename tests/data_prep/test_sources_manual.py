@@ -2,12 +2,13 @@
 
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
-from source_files import ASSETS, open_source, picture, read_all, shown
 
-SCRIPT = Path(__file__).parents[2] / "data_prep" / "fetch_gimp_help.sh"
+from tests.helpers.processes import ROOT
+from tests.helpers.source_files import ASSETS, open_source, picture, read_all, shown
+
+SCRIPT = ROOT / "data_prep" / "fetch_gimp_help.sh"
 
 
 @pytest.fixture

@@ -9,7 +9,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from source_files import (
+
+from data_prep.sources import Dropped
+from data_prep.sources.assignment import best_assignment
+from data_prep.sources.matching import match_images
+from data_prep.urls import main as urls_main
+from tests.helpers.builds import build
+from tests.helpers.source_files import (
     asset,
     open_source,
     picture,
@@ -18,14 +24,8 @@ from source_files import (
     write_download,
     write_pictures,
     write_table,
-    write_tar,
 )
-
-from data_prep.build import main as build_main
-from data_prep.sources import Dropped
-from data_prep.sources.assignment import best_assignment
-from data_prep.sources.matching import match_images
-from data_prep.urls import main as urls_main
+from tests.helpers.tars import write_tar
 from vlgpt.errors import UserError
 from vlgpt.shards import ShardSet
 
@@ -218,8 +218,7 @@ def test_pages_go_through_the_build_and_lost_pictures_are_counted(tmp_path):
     page = write_table(tmp_path / "train.parquet", rows)
     urls = {"https://ex.org/1.jpg": picture(3)[:-200], "https://ex.org/2.jpg": picture(1)}
     write_download(tmp_path / "images", urls)
-    arguments = ["obelics", "--input", str(page), "--images", str(tmp_path / "images")]
-    assert build_main([*arguments, "--output", str(tmp_path / "out"), "--num-workers", "0"]) == 0
+    assert build("obelics", page, tmp_path / "out", "--images", tmp_path / "images") == 0
     shards = ShardSet.open(tmp_path / "out")
     assert shards.num_samples == 2 and shards.shards[0].num_images == 2
     document = shards.read(0, 0).document

@@ -5,7 +5,11 @@ import os
 import shutil
 
 import pytest
-from source_files import (
+
+from data_prep.filters import FilterSettings, RecordFilter
+from data_prep.sources import Record
+from tests.helpers.builds import build
+from tests.helpers.source_files import (
     ASSETS,
     asset,
     describe,
@@ -16,12 +20,8 @@ from source_files import (
     shown,
     write_download,
     write_table,
-    write_tar,
 )
-
-from data_prep.build import main as build_main
-from data_prep.filters import FilterSettings, RecordFilter
-from data_prep.sources import Record
+from tests.helpers.tars import write_tar
 from vlgpt.errors import UserError
 from vlgpt.shards import ShardSet
 
@@ -197,9 +197,8 @@ def test_a_download_goes_through_the_build_on_any_number_of_workers(tmp_path):
     hashes = []
     for workers in ("0", "2"):
         output = tmp_path / f"out{workers}"
-        arguments = ["img2dataset", "--input", str(tmp_path / "in"), "--output", str(output)]
-        arguments += ["--shard-size", "3", "--max-bad-fraction", "0.5", "--num-workers", workers]
-        assert build_main(arguments) == 0
+        options = ("--shard-size", 3, "--max-bad-fraction", 0.5, "--num-workers", workers)
+        assert build("img2dataset", tmp_path / "in", output, *options) == 0
         shards = ShardSet.open(output)
         assert shards.manifest.num_records == 8 and shards.manifest.dropped == {"failed_to_download": 2}
         hashes.append([record.sha256 for record in shards.shards])

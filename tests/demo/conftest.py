@@ -1,21 +1,11 @@
 """Small stand-ins for the emoji shards, a tiny CLIP as the judge, and a whole evaluation answered by the oracle."""
 
-import sys
 from pathlib import Path
 
-import emoji_shards
 import pytest
 
-sys.path += [str(Path(__file__).parents[1] / name) for name in ("evaluation", "models")]
-import official_files
-from test_model import export  # noqa: F401 - a fixture
-
-
-@pytest.fixture(scope="session")
-def clip_folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("clip")
-    official_files.write_clip(folder)
-    return folder
+from tests.helpers import emoji_shards
+from tests.helpers.evaluated import clip_folder, export  # noqa: F401 - fixtures
 
 
 @pytest.fixture(scope="session")
@@ -26,7 +16,7 @@ def emoji_data(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def evaluate(emoji_data, clip_folder):
+def evaluate(emoji_data, clip_folder):  # noqa: F811
     """evaluation.run_all with the demo's job list: (export or fake, output folder, more flags) -> exit code."""
     from evaluation.run_all import main
 

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from demo import run
-
-ROOT = Path(__file__).parents[2]
+from tests.helpers.processes import ROOT
 
 
 @pytest.fixture

@@ -6,17 +6,17 @@ import shlex
 from pathlib import Path
 
 import pytest
-from tiny_unified import NUM_VISUAL, new_document_tokenizer, new_model
 
 from demo import chats, run, run_lm
 from evaluation import text_nll
+from tests.helpers.processes import ROOT
+from tests.helpers.tiny_unified import NUM_VISUAL, new_document_tokenizer, new_model
 from vlgpt.config import load_run
 from vlgpt.errors import UserError
 from vlgpt.settings import LoraSettings
 from vlgpt.shards import ShardSet
 from vlgpt.tokens import DocumentTokenizer
 
-ROOT = Path(__file__).parents[2]
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ '<s>' + m['role'] + '\n' + m['content'] + '</s>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<s>assistant\n' }}{% endif %}"
@@ -129,20 +129,8 @@ def test_an_untouched_adapter_leaves_the_nll_of_text_as_it_was_and_a_touched_one
         if "lora_B" in name:
             parameter.data.normal_(std=0.3)
     export_model(model, folder / "export", tokenizer=tokenizer)
-    assert (
-        text_nll.main(
-            [
-                str(folder / "export"),
-                "--base",
-                str(folder / "base"),
-                "--data",
-                str(data),
-                "--output",
-                str(folder / "text.json"),
-            ]
-        )
-        == 0
-    )
+    places = ("--base", folder / "base", "--data", data, "--output", folder / "text.json")
+    assert text_nll.main([str(folder / "export"), *map(str, places)]) == 0
     assert abs(json.loads((folder / "text.json").read_text())["text/nll_ratio"]["value"] - 1) > 0.01
 
 

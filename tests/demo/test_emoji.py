@@ -2,10 +2,8 @@
 
 import json
 
-import emoji_shards
 import numpy as np
 import pytest
-from emoji_shards import JOBS
 
 from demo.benchmarks.images import draw_candidates
 from demo.benchmarks.text import ATTRIBUTES
@@ -16,6 +14,8 @@ from evaluation.responders import OracleResponder
 from evaluation.run import run
 from evaluation.run_all import Models, RunAllOptions, jobs, run_job
 from evaluation.score import score_folder
+from tests.helpers import emoji_shards
+from tests.helpers.emoji_shards import JOBS
 from vlgpt.document import ImagePart
 from vlgpt.errors import UserError
 
@@ -201,7 +201,7 @@ def test_candidates_hold_the_truth_once_and_never_the_source():
 
 
 def test_a_real_model_runs_all_jobs_and_a_second_run_changes_nothing(evaluate, export, tmp_path):
-    flags = ["--other-model", f"pretrained={export}", "--limit", "40", "--batch-size", "4"]
+    flags = ["--other-model", f"pretrained={export}", "--limit", "12", "--batch-size", "4"]
     assert evaluate(export, tmp_path, *flags) == 0
     first = (tmp_path / "metrics.json").read_bytes()
     answers = {path: path.read_bytes() for path in tmp_path.glob("*/predictions.jsonl")}
@@ -213,7 +213,7 @@ def test_a_real_model_runs_all_jobs_and_a_second_run_changes_nothing(evaluate, e
 
 
 def test_two_processes_give_what_one_gives(evaluate, export, tmp_path):
-    flags = ["--other-model", f"pretrained={export}", "--limit", "20", "--batch-size", "4"]
+    flags = ["--other-model", f"pretrained={export}", "--limit", "7", "--batch-size", "4"]
     assert evaluate(export, tmp_path / "one", *flags) == 0
     for rank in (1, 0):
         assert evaluate(export, tmp_path / "two", *flags, "--num-processes", "2", "--rank", str(rank)) == 0

@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from emoji_shards import catalogue
 
 from demo.benchmarks.edit import train_probe
 from demo.probes import Judge, Probe, RidgeClassifier, blur, histogram, load_judge
+from tests.helpers.emoji_shards import catalogue
 from vlgpt.errors import UserError
 
 

@@ -1,11 +1,11 @@
 """The demo's diffusion decoder: it learns, draws through the same loop, and survives a round trip to disk."""
 
 import pytest
-import tiny_diffusion_parts as tiny
 import torch
 
 from demo.decoder import ConvDecoder
 from demo.diffusion import PixelShuffleCodec, TinyDiffusionDecoder
+from tests.helpers import tiny_diffusion_parts as tiny
 
 SHAPES = {"image_tokens": 4, "image_width": 16, "text_tokens": 3, "text_width": 24}
 

@@ -2,19 +2,14 @@
 
 from pathlib import Path
 
-import official_files
 import pytest
+
+from tests.helpers import official_files
+from tests.helpers.evaluated import clip_folder, export  # noqa: F401 - fixtures
 
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("official")
     official_files.write_all(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def clip_folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("clip")
-    official_files.write_clip(folder)
     return folder

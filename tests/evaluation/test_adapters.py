@@ -6,9 +6,9 @@ import types
 
 import numpy as np
 import pytest
-from official_files import picture
 
 from evaluation.adapters import prompt_of, vlmevalkit
+from tests.helpers.official_files import picture
 from vlgpt.document import ImagePart, TextPart
 from vlgpt.errors import UserError
 

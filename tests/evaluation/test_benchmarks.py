@@ -4,9 +4,7 @@ import json
 import shutil
 
 import numpy as np
-import official_files
 import pytest
-from official_files import ALL
 from PIL import Image
 
 from evaluation import benchmarks
@@ -15,6 +13,8 @@ from evaluation.predictions import read_jsonl
 from evaluation.responders import OracleResponder, ShuffledResponder
 from evaluation.run import answer, run, write_submission
 from evaluation.score import read_predictions, score
+from tests.helpers import official_files
+from tests.helpers.official_files import ALL
 from vlgpt.errors import UserError
 
 MAXIMA = {

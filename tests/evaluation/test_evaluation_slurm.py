@@ -9,23 +9,16 @@ import pytest
 
 from evaluation.predictions import read_jsonl
 from evaluation.run_all import main as run_all
+from tests.helpers.processes import ROOT, environment
 
-ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted((ROOT / "evaluation/slurm").glob("*.sbatch"))
 JOBS = "- {benchmark: vqav2}\n- {benchmark: coco_caption}\n- {benchmark: visdial}\n- {benchmark: gqa}\n"
 
 
-def test_there_is_one_script_for_a_benchmark_and_one_for_all():
+def test_scripts_take_their_places_from_variables():
     assert [path.stem for path in SCRIPTS] == ["run", "run_all"]
-
-
-@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
-def test_scripts_are_valid_bash_requeued_and_keep_their_log(path):
-    subprocess.run(["bash", "-n", str(path)], check=True, timeout=600)
-    text = path.read_text()
-    assert {"#SBATCH --requeue", "#SBATCH --open-mode=append"} <= set(text.splitlines())
-    for name in ("EXPORT", "DATA", "OUT"):
-        assert f'"${{{name}:?' in text
+    for path in SCRIPTS:
+        assert all(f'"${{{name}:?' in path.read_text() for name in ("EXPORT", "DATA", "OUT"))
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
@@ -45,14 +38,8 @@ def submit(script: Path, *, output: Path, log: Path, **variables: str) -> None:
     """A job array of two tasks on CPUs, waited for."""
     command = ["sbatch", "--wait", "--array=0-1", "--gres=none", "--mem=0", "--cpus-per-task=1"]
     command += [f"--output={log}-%a.log", str(script)]
-    environment = {
-        **os.environ,
-        "PYTHON": sys.executable,
-        "EXPORT": "oracle",
-        "OUT": str(output),
-        **variables,
-    }
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=400)
+    variables = environment(PYTHON=sys.executable, EXPORT="oracle", OUT=output, **variables)
+    done = subprocess.run(command, env=variables, cwd=ROOT, capture_output=True, text=True, timeout=400)
     logs = "\n".join(path.read_text() for path in log.parent.glob(f"{log.name}-*.log"))
     assert done.returncode == 0, done.stderr + logs
 

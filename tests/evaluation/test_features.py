@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from official_files import picture
 from PIL import Image
 
 from evaluation.features import ClipFeatures, crop_and_resize
+from tests.helpers.official_files import picture
 from vlgpt.errors import UserError
 
 
@@ -162,9 +162,8 @@ def test_meteor_runs_where_java_and_pycocoevalcap_are_installed():
 
 @pytest.mark.slow
 def test_meteor_of_real_captions_equals_the_official_run():
-    import metric_golden
-
     from evaluation.metrics import java
+    from tests.helpers import metric_golden
 
     if java.shutil.which("java") is None:
         pytest.skip("needs java")

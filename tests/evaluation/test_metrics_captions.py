@@ -2,11 +2,10 @@
 
 import random
 
-import numpy as np
 import pytest
-from metric_golden import load
 
 from evaluation.metrics.captions import score_captions, score_tokenized
+from tests.helpers.metric_golden import load
 
 NAMES = ["Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L", "CIDEr"]
 
@@ -68,26 +67,10 @@ def test_order_of_images_and_of_references_does_not_matter(coco):
         assert turned.corpus[name] == pytest.approx(plain.corpus[name], abs=1e-9)
 
 
-def test_mutant_mean_over_processes_is_not_the_score_of_all(coco):
-    hypotheses, references, expected = coco
-    ids = list(references)
-    parts = [
-        score_captions({i: hypotheses[i] for i in part}, {i: references[i] for i in part}).corpus["CIDEr"]
-        for part in (ids[start::8] for start in range(8))
-    ]
-    assert abs(np.mean(parts) - expected["scores"]["CIDEr"]["corpus"]) > 0.02
-
-
 def test_one_image_scores_zero_cider(coco):
     hypotheses, references, _ = coco
     image = next(iter(references))
     assert score_captions({image: hypotheses[image]}, {image: references[image]}).corpus["CIDEr"] == 0
-
-
-def test_mutant_untokenised_captions_give_another_number(coco):
-    hypotheses, references, expected = coco
-    raw = score_tokenized(hypotheses, references)
-    assert abs(raw.corpus["CIDEr"] - expected["scores"]["CIDEr"]["corpus"]) > 0.05
 
 
 def test_a_string_or_a_stringified_list_is_no_list_of_references(coco):

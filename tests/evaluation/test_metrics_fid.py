@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from metric_golden import FOLDER, load
 
 from evaluation.metrics import fid
 from evaluation.metrics.fid import (
@@ -12,6 +11,7 @@ from evaluation.metrics.fid import (
     moments,
     polynomial_mmd,
 )
+from tests.helpers.metric_golden import FOLDER, load
 
 
 def golden_features(name):
@@ -36,26 +36,10 @@ def test_distance_equals_the_published_implementations(name, source):
     assert np.trace(moments(real)[1]) == pytest.approx(expected["trace_cov_real"])
 
 
-def test_mutant_biased_covariance_gives_another_number():
-    real, fake = (rows.astype(np.float64) for rows in golden_features("d64"))
-    biased = frechet_distance(
-        real.mean(0), np.cov(real.T, bias=True), fake.mean(0), np.cov(fake.T, bias=True)
-    )
-    assert abs(biased - load("fid")["expected"]["d64"]["symmetric_eigh"]) > 1e-3
-
-
-def test_mutant_mean_of_processes_distances_is_not_the_distance_of_all():
-    real, fake = golden_features("d64")
-    parts = [frechet_distance_of_features(real, part) for part in (fake[:150], fake[150:])]
-    assert abs(np.mean(parts) - load("fid")["expected"]["d64"]["symmetric_eigh"]) > 0.1
-
-
-def test_mutant_unshifted_sums_lose_the_covariance_of_far_features():
+def test_features_far_from_zero_keep_their_covariance():
+    """Sums of products that are not shifted would lose it."""
     rows = np.random.default_rng(0).normal(1e8, 1.0, size=(200, 3))
-    truth = np.cov((rows - 1e8).T)
-    naive = (rows.T @ rows - 200 * np.outer(rows.mean(0), rows.mean(0))) / 199
-    assert np.abs(naive - truth).max() > 0.1
-    np.testing.assert_allclose(moments(rows)[1], truth, atol=1e-6)
+    np.testing.assert_allclose(moments(rows)[1], np.cov((rows - 1e8).T), atol=1e-6)
 
 
 def test_fewer_rows_than_features_agree_on_all_roads():

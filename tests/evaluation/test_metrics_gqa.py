@@ -1,9 +1,9 @@
 """GQA scores equal the official script's."""
 
 import pytest
-from metric_golden import load
 
 from evaluation.metrics.gqa import gqa_scores, normalise_answer
+from tests.helpers.metric_golden import load
 
 
 @pytest.fixture(scope="module")
@@ -53,12 +53,6 @@ def test_llava_normalising_helps_and_raw_is_exact(golden):
         scored(golden, normalise="llava").scores["accuracy"]
         > scored(golden, normalise="raw").scores["accuracy"]
     )
-
-
-def test_mutant_counting_unbalanced_questions_gives_another_number(golden):
-    result = scored(golden, normalise="raw")
-    everything = 100 * sum(result.is_correct.values()) / len(result.is_correct)
-    assert abs(everything - golden["expected"]["official_eval"]["accuracy"]) > 1
 
 
 def test_without_entailed_predictions_or_choices_there_is_no_such_score(golden):

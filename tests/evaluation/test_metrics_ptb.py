@@ -1,10 +1,10 @@
 """The Python tokenizer gives what the Java tool gives."""
 
 import pytest
-from metric_golden import load
 
 from evaluation.metrics import ptb
 from evaluation.metrics.ptb import find_java_tokenizer, scan, tokenize
+from tests.helpers.metric_golden import load
 
 NUM_HAND_MADE = 67
 

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from metric_golden import load
 
 from evaluation.metrics.resize import resize
+from tests.helpers.metric_golden import load
 
 GOLDEN_NAMES = {
     "torch_fidelity": "torch_fidelity_tf1_bilinear",

@@ -4,9 +4,9 @@ import math
 
 import numpy as np
 import pytest
-from metric_golden import load
 
 from evaluation.metrics.visdial import ndcg_scores, ranks_of, sparse_scores, submission_record
+from tests.helpers.metric_golden import load
 
 
 @pytest.fixture(scope="module")
@@ -29,26 +29,6 @@ def test_sparse_scores_follow_from_the_golden_ranks(golden):
     assert result.mean_rank == pytest.approx(np.mean(own))
     assert result.mean_reciprocal_rank == pytest.approx(np.mean([1 / rank for rank in own]))
     assert result.recall_at_5 == pytest.approx(np.mean([rank <= 5 for rank in own]))
-
-
-def test_mutant_argsort_instead_of_ranks_gives_another_submission(golden):
-    scores = np.array(golden["inputs"]["scores"])
-    mutant = np.argsort(-scores, axis=1) + 1
-    assert (mutant != np.array(golden["expected"]["ranks"])).mean() > 0.9
-    mutant_ndcg = ndcg_scores(-mutant, golden["inputs"]["relevance"]).ndcg
-    assert abs(mutant_ndcg - np.mean(golden["expected"]["ndcg_per_round"])) > 0.01
-
-
-def test_mutant_lower_is_better_gives_another_number(golden):
-    turned = ndcg_scores(-np.array(golden["inputs"]["scores"]), golden["inputs"]["relevance"]).ndcg
-    assert abs(turned - np.mean(golden["expected"]["ndcg_per_round"])) > 0.01
-
-
-def test_mutant_mean_of_unmerged_processes_gives_another_number(golden):
-    """Each process' mean counts alike, whatever its number of rounds."""
-    scores, relevance = golden["inputs"]["scores"], golden["inputs"]["relevance"]
-    parts = [ndcg_scores(scores[:2], relevance[:2]).ndcg, ndcg_scores(scores[2:], relevance[2:]).ndcg]
-    assert abs(np.mean(parts) - np.mean(golden["expected"]["ndcg_per_round"])) > 0.01
 
 
 def test_equal_scores_rank_by_option_index():

@@ -2,18 +2,15 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-from chat_parts import save_parts
-from official_files import ALL
-from tiny_unified import new_document_tokenizer, new_model
 
 from evaluation import benchmarks
 from evaluation.predictions import read_jsonl
 from evaluation.responders import ModelResponder
 from evaluation.run import run
 from evaluation.run_all import main as run_all
+from tests.helpers.official_files import ALL
 from vlgpt.errors import UserError
 
 JOBS = """
@@ -29,24 +26,6 @@ JOBS = """
 - {benchmark: magicbrush, needs: [clip]}
 - {benchmark: coco_generation, needs_any: [inception, fd_clip], optional: [clip]}
 """
-
-
-@pytest.fixture(scope="module")
-def export(tmp_path_factory) -> Path:
-    """CLIP, tokenizer, language model, detokenizer and picture decoder in one folder."""
-    from vlgpt.export import export_model
-
-    folder = tmp_path_factory.mktemp("export")
-    save_parts(folder)
-    tokenizer = new_document_tokenizer()
-    export_model(
-        new_model(tokenizer, num_patches=5, image_wish=3.0).eval(),
-        folder / "export",
-        tokenizer=tokenizer,
-        encoder={"path": str(folder / "clip"), "library": "open_clip", "layer": -2, "has_cls": True},
-        picture_decoder=folder / "decoder",
-    )
-    return folder / "export"
 
 
 def test_an_export_runs_through_every_kind_of_benchmark(export, data, clip_folder, tmp_path):

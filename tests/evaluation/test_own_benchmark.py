@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
-from official_files import save_picture
 
 from evaluation import benchmarks
 from evaluation.benchmarks.vqa import ShortAnswers
@@ -22,9 +21,10 @@ from evaluation.responders import OracleResponder
 from evaluation.run import run
 from evaluation.run_all import main as run_all
 from evaluation.score import score_folder
+from tests.helpers.official_files import save_picture
+from tests.helpers.processes import ROOT
 from vlgpt.errors import UserError
 
-ROOT = Path(__file__).parents[2]
 RUN_ALL = ROOT / "evaluation/run_all.sh"
 
 
@@ -66,7 +66,7 @@ def pictures(tmp_path) -> Path:
 
 
 def result_of_oracle(name, data, output, **options):
-    benchmark = benchmarks.make(f"test_own_benchmark:{name}", **options)
+    benchmark = benchmarks.make(f"tests.evaluation.test_own_benchmark:{name}", **options)
     examples = benchmark.examples(data)
     run(benchmark, OracleResponder(benchmark, examples), examples=examples, output=output)
     return score_folder(benchmark, output, data)
@@ -83,10 +83,10 @@ def test_truths_that_stay_are_scored_and_the_result_names_the_rule(pictures, tmp
     assert result["metrics"]["accuracy"]["value"] == 100 and result["notes"]["cut"] == "none"
     result = result_of_oracle("CleanLetters", pictures, tmp_path / "own")
     assert result["metrics"]["accuracy"]["value"] == 100
-    assert result["notes"]["cut"] == "test_own_benchmark:CleanLetters.clean"
+    assert result["notes"]["cut"] == "tests.evaluation.test_own_benchmark:CleanLetters.clean"
 
 
-LETTERS = "- {{benchmark: 'test_own_benchmark:{name}', shots: 2, seeds: [0, 1, 2]}}\n"
+LETTERS = "- {{benchmark: 'tests.evaluation.test_own_benchmark:{name}', shots: 2, seeds: [0, 1, 2]}}\n"
 
 
 def test_few_shot_results_of_an_own_benchmark_reach_the_report_as_mean_and_deviation(pictures, tmp_path):
@@ -98,7 +98,7 @@ def test_few_shot_results_of_an_own_benchmark_reach_the_report_as_mean_and_devia
     row = re.search(r'id="few-shot".*?<td>(.*?)</table>', (output / "report.html").read_text(), re.DOTALL)
     cells = re.sub("<[^>]+>", " ", row[1]).split()
     assert cells == [
-        "test_own_benchmark:CleanLetters",
+        "tests.evaluation.test_own_benchmark:CleanLetters",
         "2",
         *(f"{entry[k]:.4g}" for k in ("mean", "std")),
         "3",
@@ -114,9 +114,8 @@ def start(*arguments, folder):
 
 
 def test_run_all_sh_reads_files_and_packages_of_the_callers_folder(pictures, tmp_path):
-    (tmp_path / "test_own_benchmark.py").write_text(Path(__file__).read_text())
-    (tmp_path / "official_files.py").write_text("save_picture = None\n")
-    (tmp_path / "jobs.yaml").write_text("- benchmark: test_own_benchmark:CleanLetters\n")
+    (tmp_path / "lab_of_the_caller.py").write_text(Path(__file__).read_text())
+    (tmp_path / "jobs.yaml").write_text("- benchmark: lab_of_the_caller:CleanLetters\n")
     done = start("oracle", "data", "out", "--jobs", "jobs.yaml", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "out/results.json").read_text())["skipped"] == {}

@@ -6,11 +6,9 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
-from official_files import picture
 
 from evaluation import benchmarks, manifest
 from evaluation.predictions import PredictionLog, check_ids, merge, process_of, read_jsonl, read_shards
@@ -19,39 +17,11 @@ from evaluation.run import run, select
 from evaluation.run_all import main as run_all_main
 from evaluation.score import main as score_main
 from evaluation.score import read_predictions, score
-from vlgpt import seeds
+from tests.helpers.official_files import picture
+from tests.helpers.processes import ROOT
+from tests.helpers.word_responder import WordResponder
 from vlgpt.decoding.api import DecodeSettings
 from vlgpt.errors import UserError
-
-ROOT = Path(__file__).parents[2]
-
-
-class WordResponder:
-    """Answers with addressed random words and pictures; counts questions, can break down on purpose."""
-
-    def __init__(self, *, breaks_after: int | None = None, identity=None):
-        self.num_asked, self.num_batches, self.breaks_after = 0, 0, breaks_after
-        self.identity = identity or {"kind": "words"}
-
-    def _ask(self, prompts):
-        if self.num_batches == self.breaks_after:
-            raise KeyboardInterrupt
-        self.num_batches += 1
-        self.num_asked += len(prompts)
-
-    def generate(self, prompts, decoding):
-        self._ask(prompts)
-        return [f"word{seeds.address(decoding.seed, p.id, p.document.text) % 1000}" for p in prompts]
-
-    def rank(self, prompt, candidates, *, normalise):
-        self._ask([prompt])
-        return seeds.generator("rank", prompt.id, normalise).random(len(candidates))
-
-    def draw(self, prompts, decoding):
-        self._ask(prompts)
-        return [None if seeds.address(p.id) % 3 == 0 else picture(seeds.address(p.id)) for p in prompts]
-
-    reconstruct = draw
 
 
 def examples_of(name, data, **options):
@@ -68,18 +38,9 @@ def test_predictions_do_not_depend_on_batch_size_or_processes(name, num_processe
     ).read_bytes()
     for batch_size in (3, 8):
         output = tmp_path / f"{batch_size}"
+        options = {"examples": examples, "output": output, "batch_size": batch_size}
         paths = [
-            run(benchmark, WordResponder(), examples=examples, output=output, batch_size=batch_size)
-            if num_processes == 1
-            else run(
-                benchmark,
-                WordResponder(),
-                examples=examples,
-                output=output,
-                batch_size=batch_size,
-                num_processes=2,
-                rank=rank,
-            )
+            run(benchmark, WordResponder(), **options, num_processes=num_processes, rank=rank)
             for rank in range(num_processes)
         ]
         assert paths[-1].read_bytes() == wanted
@@ -108,16 +69,9 @@ def test_pictures_made_together_are_always_made_beside_the_same_others(num_proce
     wanted = {p.name: p.read_bytes() for p in (tmp_path / "one/images").glob("*")}
     assert len(wanted) == len(examples) > 3
     output = tmp_path / "two"
+    options = {"examples": examples, "output": output, "batch_size": 8, "num_processes": num_processes}
     for rank in range(num_processes):
-        run(
-            benchmark,
-            GroupResponder(),
-            examples=examples,
-            output=output,
-            batch_size=8,
-            num_processes=num_processes,
-            rank=rank,
-        )
+        run(benchmark, GroupResponder(), **options, rank=rank)
     assert {p.name: p.read_bytes() for p in (output / "images").glob("*")} == wanted
     (shard, *_) = sorted((output / "shards").iterdir(), key=lambda path: -path.stat().st_size)
     shard.write_bytes(shard.read_bytes()[:-9])  # a kill in the middle of the last group
@@ -175,10 +129,9 @@ def test_a_restart_with_more_processes_keeps_what_is_done(data, tmp_path):
 
 
 KILLED = """
-import sys, time
+import time
 from pathlib import Path
-sys.path.insert(0, {tests!r})
-from test_run import WordResponder
+from tests.helpers.word_responder import WordResponder
 from evaluation import benchmarks
 from evaluation.run import run
 
@@ -196,7 +149,7 @@ def test_a_kill_signal_loses_no_finished_answer(data, tmp_path):
     benchmark, examples = examples_of("vqav2", data)
     wanted = run(benchmark, WordResponder(), examples=examples, output=tmp_path / "whole").read_bytes()
     output = tmp_path / "killed"
-    code = KILLED.format(tests=str(Path(__file__).parent), data=str(data), output=str(output))
+    code = KILLED.format(data=str(data), output=str(output))
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
     deadline = time.monotonic() + 120
     while process.poll() is None and len(read_shards(output)) < 3 and time.monotonic() < deadline:
@@ -213,28 +166,18 @@ def test_a_kill_signal_loses_no_finished_answer(data, tmp_path):
 def test_another_protocol_may_not_continue_a_run(data, tmp_path):
     benchmark, examples = examples_of("vqav2", data)
     run(benchmark, WordResponder(), examples=examples, output=tmp_path)
-    cases = {
-        "prompt.hash": lambda: run(
-            benchmarks.make("vqav2", prompt_file="vlgpt-i"),
-            WordResponder(),
-            examples=examples,
-            output=tmp_path,
-        ),
-        "decoding.num_beams": lambda: run(
-            benchmark,
-            WordResponder(),
-            examples=examples,
-            output=tmp_path,
-            decoding=DecodeSettings(num_beams=3),
-        ),
-        "responder.export_hash": lambda: run(
-            benchmark, WordResponder(identity={"export_hash": "x"}), examples=examples, output=tmp_path
-        ),
-        "questions.n": lambda: run(benchmark, WordResponder(), examples=examples[:3], output=tmp_path),
-    }
-    for key, start in cases.items():
+    other, others = (
+        benchmarks.make("vqav2", prompt_file="vlgpt-i"),
+        WordResponder(identity={"export_hash": "x"}),
+    )
+    for key, asked, responder, changes in (
+        ("prompt.hash", other, WordResponder(), {}),
+        ("decoding.num_beams", benchmark, WordResponder(), {"decoding": DecodeSettings(num_beams=3)}),
+        ("responder.export_hash", benchmark, others, {}),
+        ("questions.n", benchmark, WordResponder(), {"examples": examples[:3]}),
+    ):
         with pytest.raises(UserError, match="another protocol") as error:
-            start()
+            run(asked, responder, **{"examples": examples, "output": tmp_path, **changes})
         assert key in str(error.value)
 
 

@@ -9,10 +9,10 @@ from importlib.machinery import ModuleSpec
 import pytest
 import torch
 import torch.nn.functional as F
-from batches import pack, random_document
-from tiny_unified import new_document_tokenizer, new_model
 from transformers import modeling_flash_attention_utils as flash_utils
 
+from tests.helpers.batches import pack, random_document
+from tests.helpers.tiny_unified import new_document_tokenizer, new_model
 from vlgpt.errors import UserError
 from vlgpt.models import layers
 from vlgpt.models.image_detokenizer import ImageDetokenizer

@@ -1,12 +1,9 @@
 """The frozen encoders of the decoder make what IP-Adapter's and Stable Diffusion's own code would make."""
 
-import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
-import miniatures as mini
 import pytest
-import tiny_diffusion_parts as tiny
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from transformers import (
@@ -18,6 +15,8 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
+from tests.helpers import miniatures as mini
+from tests.helpers import tiny_diffusion_parts as tiny
 from vlgpt.errors import UserError
 from vlgpt.files import write_once
 from vlgpt.models import conditions
@@ -30,37 +29,8 @@ from vlgpt.models.conditions import (
 )
 from vlgpt.models.ip_adapter import load_resampler
 
-LENGTH = 9
+LENGTH = mini.TEXT_LENGTH
 CAPTIONS = ["a cat", "", "a cat and a very long dog in a hat"]
-
-
-def write_tokenizer(folder):
-    """Letters, with and without the end-of-word mark, and the two marks of CLIP."""
-    folder.mkdir(parents=True)
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({word: number for number, word in enumerate(words)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = CLIPTokenizer(
-        vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"), model_max_length=LENGTH
-    )
-    tokenizer.save_pretrained(folder)
-    return tokenizer, len(words)
-
-
-def text_config(size, width):
-    return CLIPTextConfig(
-        vocab_size=size,
-        hidden_size=width,
-        intermediate_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        max_position_embeddings=LENGTH,
-        projection_dim=12,
-        bos_token_id=size - 2,
-        eos_token_id=size - 1,
-        pad_token_id=size - 1,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -68,19 +38,15 @@ def folder(tmp_path_factory):
     """A text encoder of SD 1.5's layout, both of SDXL's, and an image encoder with its adapter."""
     root = tmp_path_factory.mktemp("encoders")
     torch.manual_seed(0)
-    for name in ("tokenizer", "tokenizer_2"):
-        _, size = write_tokenizer(root / name)
-    CLIPTextModel(text_config(size, 16)).save_pretrained(root / "text_encoder")
-    CLIPTextModelWithProjection(text_config(size, 24)).save_pretrained(root / "text_encoder_2")
-    vision = CLIPVisionConfig(
-        hidden_size=tiny.FEATURE_WIDTH,
-        intermediate_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        image_size=28,
-        patch_size=7,
-        projection_dim=8,
-    )
+    kinds = {"tokenizer": (CLIPTextModel, "text_encoder", 16)}
+    kinds["tokenizer_2"] = (CLIPTextModelWithProjection, "text_encoder_2", 24)
+    for tokenizer, (kind, name, width) in kinds.items():
+        size = mini.write_clip_tokenizer(root / tokenizer)
+        config = CLIPTextConfig(
+            **mini.clip_text(size, hidden_size=width, num_hidden_layers=3), projection_dim=12
+        )
+        kind(config).save_pretrained(root / name)
+    vision = CLIPVisionConfig(**{**mini.VISION, "hidden_size": tiny.FEATURE_WIDTH}, projection_dim=8)
     CLIPVisionModelWithProjection(vision).half().save_pretrained(root / "image_encoder")
     tiny.write_adapter(root / "adapter.bin", tiny.adapter())
     return root

@@ -2,10 +2,10 @@
 
 import diffusers
 import pytest
-import tiny_diffusion_parts as tiny
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
+from tests.helpers import tiny_diffusion_parts as tiny
 from vlgpt.errors import UserError
 from vlgpt.models.conditions import Unconditional, with_pooled
 from vlgpt.models.diffusion import DiffusionDecoder, load_scheduler

@@ -1,25 +1,21 @@
 """Guidance and scale of `diffusion.json` reach every image that is drawn, whoever asks, and the numbers record them."""
 
 import json
-import sys
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
-import miniatures as mini
 import pytest
-import tiny_diffusion_parts as tiny
 import torch
-from chat_parts import new_chat_model, picture_bytes, save_parts
 from PIL import Image
-from tiny_unified import NUM_VISUAL, VISUAL_WIDTH, new_document_tokenizer
-
-sys.path.append(str(Path(__file__).parents[1] / "evaluation"))
-from official_files import write_coco
 
 from evaluation import benchmarks, manifest
 from evaluation.responders import ModelResponder
 from evaluation.run import run
+from tests.helpers import miniatures as mini
+from tests.helpers import tiny_diffusion_parts as tiny
+from tests.helpers.chat_parts import new_chat_model, picture_bytes, save_parts
+from tests.helpers.official_files import write_coco
+from tests.helpers.tiny_unified import NUM_VISUAL, VISUAL_WIDTH, new_document_tokenizer
 from vlgpt.chat.dialogue import Dialogue
 from vlgpt.chat.reply import Finished, Request, answer
 from vlgpt.cli import main

@@ -3,10 +3,10 @@
 from dataclasses import replace
 
 import pytest
-import tiny_diffusion_parts as tiny
 import torch
 from diffusers import UNet2DConditionModel
 
+from tests.helpers import tiny_diffusion_parts as tiny
 from vlgpt.errors import UserError
 from vlgpt.models.diffusion import install_image_attention
 from vlgpt.models.ip_adapter import Resampler, load_resampler, read_ip_adapter

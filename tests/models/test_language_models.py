@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from batches import pack, random_document
-from tiny_unified import new_document_tokenizer, new_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from tests.helpers.batches import pack, random_document
+from tests.helpers.tiny_unified import new_document_tokenizer, new_model
 from vlgpt.errors import UserError
 from vlgpt.models.language_models import (
     LogitRule,

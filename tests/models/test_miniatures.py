@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 
-import miniatures as mini
 import pytest
-import tiny_diffusion_parts as tiny
 import torch
-from batches import pack, random_document
 from PIL import Image
 from transformers import AutoModel, CLIPImageProcessor
 
+from tests.helpers import miniatures as mini
+from tests.helpers import tiny_diffusion_parts as tiny
+from tests.helpers.batches import pack, random_document
 from vlgpt import hf  # noqa: F401 - registers our classes
 from vlgpt import settings as s
 from vlgpt.batch import ConditionBatch, ImageInput
@@ -254,7 +254,7 @@ def test_a_truncated_shard_is_refused(tmp_path):
 
 def test_the_tokenizer_of_another_model_is_refused(shelf, tmp_path):
     train_image_parts(shelf, "clip", "sd15 bin", tmp_path / "stage1")
-    from tiny_unified import train_text_tokenizer
+    from tests.helpers.tiny_unified import train_text_tokenizer
 
     train_text_tokenizer(["many other words " * 9, "éàü"] * 3, vocabulary_size=300).save_pretrained(
         tmp_path / "few"

@@ -1,6 +1,5 @@
 """Loading shares memory: processes of one machine hold one copy of a checkpoint among them."""
 
-import os
 import subprocess
 import sys
 import threading
@@ -9,15 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_unified import new_document_tokenizer, new_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.helpers.processes import HELPERS, environment
+from tests.helpers.tiny_unified import new_document_tokenizer, new_model
 from vlgpt.export import export_model
 from vlgpt.models.multimodal_lm import MultimodalLM
 from vlgpt.models.unified import UnifiedModel
 
 NUM_PROCESSES, TIMEOUT_S = 4, 200
-HERE = Path(__file__).parent
 
 
 def pss_bytes(pids):
@@ -73,11 +72,10 @@ def test_four_processes_hold_a_checkpoint_once(folder, kind, capsys):
     place = "export" if kind == "export" else "lm"
     size = sum(file.stat().st_size for file in (folder / place).glob("*.safetensors"))
     assert 4.9e8 < size < 5.5e8
-    path = f"{HERE.parents[1]}:{os.environ.get('PYTHONPATH', '')}"
-    command = [sys.executable, str(HERE / "startup_worker.py"), kind, str(folder)]
+    command = [sys.executable, str(HELPERS / "startup_worker.py"), kind, str(folder)]
     processes = [
         subprocess.Popen(
-            command, env={**os.environ, "PYTHONPATH": path}, stdin=subprocess.PIPE,
+            command, env=environment(), stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
         )
         for _ in range(NUM_PROCESSES)

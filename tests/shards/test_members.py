@@ -1,11 +1,11 @@
 """Tar members are listed from headers alone: whole regular files, in order, up to the damage."""
 
 import gzip
-import io
 import tarfile
 
 import pytest
 
+from tests.helpers.tars import add, add_special
 from vlgpt.shards.index import list_tar_members, read_tar_member
 
 FILES = {"a.jpg": b"x" * 700, "../b.txt": b"", "c/d.json": b"{}" * 300}
@@ -14,13 +14,9 @@ FILES = {"a.jpg": b"x" * 700, "../b.txt": b"", "c/d.json": b"{}" * 300}
 def write(path, *, special=()):
     with tarfile.open(path, "w") as archive:
         for name, data in FILES.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
+            add(archive, name, data)
             for kind in special:
-                info = tarfile.TarInfo(f"{name}-{kind!r}")
-                info.type, info.linkname = kind, "/etc/passwd"
-                archive.addfile(info)
+                add_special(archive, f"{name}-{kind!r}", kind)
     return path
 
 

@@ -9,6 +9,7 @@ import pickle
 import shutil
 import tarfile
 import threading
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +18,13 @@ import torch
 import webdataset
 from PIL import Image
 
+from tests.helpers.small_data import feature_spec
+from tests.helpers.tars import add_special, write_tar
 from vlgpt.document import Document, ImagePart, TextPart
 from vlgpt.errors import UserError
 from vlgpt.images import BadImage
 from vlgpt.shards import (
     BadSample,
-    FeatureSpec,
     ForeignStream,
     ShardIndex,
     ShardSet,
@@ -216,21 +218,6 @@ def test_one_flipped_bit_is_one_bad_sample(tmp_path):
     assert pickle.loads(pickle.dumps(caught.value)).key == caught.value.key
 
 
-def test_a_cut_or_missing_tar_gives_bad_samples_not_crashes(tmp_path):
-    write(tmp_path)
-    os.truncate(tmp_path / "00000.tar", 2000)
-    (tmp_path / "00001.tar").unlink()
-    shards = ShardSet.open(tmp_path)
-    reasons = []
-    for shard in range(2):
-        for sample in range(4):
-            try:
-                shards.read(shard, sample)
-            except BadSample as error:
-                reasons.append(error.reason)
-    assert reasons == ["truncated_shard"] * 3 + ["unreadable_shard"] * 4
-
-
 @pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 not a zip", b"x" * 100])
 def test_a_damaged_index_is_named_with_its_repair(tmp_path, damage):
     write(tmp_path)
@@ -347,19 +334,7 @@ def test_prefetch_brings_whole_shards(tmp_path):
 # --- features ---
 
 
-def spec(**changes) -> FeatureSpec:
-    values = {
-        "name": "visual",
-        "encoder": "e",
-        "weights_hash": "w",
-        "layer": "-2",
-        "preprocessing": "p",
-        "shape": (2, 8),
-        "dtype": "float16",
-        "views": 3,
-        "per": "image",
-    }
-    return FeatureSpec(**{**values, **changes})
+spec = partial(feature_spec, views=3)
 
 
 @pytest.mark.parametrize(("dtype", "error"), [("float32", 0), ("float16", 2e-3), ("int8", 2e-2)])
@@ -462,21 +437,13 @@ def test_damaged_images_of_a_webdataset_are_raised_or_handled(tmp_path):
 # --- foreign webdataset tars ---
 
 
-def foreign_tar(path: Path, members: list[tuple[str, bytes]]) -> None:
-    with tarfile.open(path, "w") as archive:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-
-
 def pair(key: str, *, image: str = "jpg") -> list[tuple[str, bytes]]:
     return [(f"{key}.{image}", f"image {key}".encode()), (f"{key}.txt", f" caption {key}\n".encode())]
 
 
 def test_foreign_pairs_are_documents(tmp_path):
-    foreign_tar(tmp_path / "00000.tar", pair("a") + pair("b", image="JPG") + pair("x/c", image="webp"))
-    foreign_tar(
+    write_tar(tmp_path / "00000.tar", pair("a") + pair("b", image="JPG") + pair("x/c", image="webp"))
+    write_tar(
         tmp_path / "00001.tar", [("d.png", b"d"), ("d.json", json.dumps({"caption": "from json"}).encode())]
     )
     shards = ShardSet.open(tmp_path)
@@ -489,7 +456,7 @@ def test_foreign_pairs_are_documents(tmp_path):
 
 def test_foreign_tars_are_a_webdataset_of_what_the_index_holds(tmp_path):
     members = [("a.png", real_picture(7)), ("a.txt", b" red "), ("b.txt", b"no image")]
-    foreign_tar(tmp_path / "x.tar", members)
+    write_tar(tmp_path / "x.tar", members)
     (row,) = ShardSet.open(tmp_path).as_webdataset()
     assert (row["__key__"], row["document"].text, row["images"][0].size) == ("a", "red", (8, 6))
 
@@ -513,9 +480,9 @@ class QuietHandler(http.server.SimpleHTTPRequestHandler):
 @pytest.mark.skipif(shutil.which("curl") is None, reason="webdataset streams http with curl")
 def test_foreign_tars_are_streamed_over_http_and_their_damage_is_counted(server):
     folder, url = server
-    foreign_tar(folder / "0.tar", pair("a") + pair("x/b", image="webp") + [("c.txt", b"no image")])
-    foreign_tar(folder / "1.tar", [*pair("d"), ("e.jpg", b"e"), ("e.txt", b"\xff")])
-    foreign_tar(folder / "2.tar", [("f.jpg", b"f" * 5000)])
+    write_tar(folder / "0.tar", pair("a") + pair("x/b", image="webp") + [("c.txt", b"no image")])
+    write_tar(folder / "1.tar", [*pair("d"), ("e.jpg", b"e"), ("e.txt", b"\xff")])
+    write_tar(folder / "2.tar", [("f.jpg", b"f" * 5000)])
     os.truncate(folder / "2.tar", 2000)
     stream = ForeignStream(f"{url}/{{0..2}}.tar")
     found = [(sample.key, sample.document.text, sample.images) for sample in stream]
@@ -534,7 +501,7 @@ def test_foreign_tars_are_streamed_over_http_and_their_damage_is_counted(server)
 def test_members_of_a_sample_may_lie_in_any_order_and_far_apart(tmp_path):
     big = os.urandom(50_000)
     names = [("a.txt", b"first"), ("b.jpg", big), ("a.jpg", b"1"), ("c.jpg", b"3"), ("c.txt", b"third")]
-    foreign_tar(tmp_path / "p.tar", [*names, ("b.txt", b"second")])
+    write_tar(tmp_path / "p.tar", [*names, ("b.txt", b"second")])
     shards = ShardSet.open(tmp_path)
     found = {
         sample.key: (sample.document.text, *sample.images) for sample in (shards.read(0, i) for i in range(3))
@@ -543,14 +510,14 @@ def test_members_of_a_sample_may_lie_in_any_order_and_far_apart(tmp_path):
 
 
 def test_foreign_tars_without_captions_are_pictures_only(tmp_path):
-    foreign_tar(tmp_path / "p.tar", [("a.jpg", b"1"), ("b.jpg", b"2")])
+    write_tar(tmp_path / "p.tar", [("a.jpg", b"1"), ("b.jpg", b"2")])
     assert [sample.document.num_images for sample in samples(ShardSet.open(tmp_path))] == [1, 1]
 
 
 def test_a_rewritten_foreign_tar_is_indexed_again(tmp_path):
-    foreign_tar(tmp_path / "p.tar", pair("a"))
+    write_tar(tmp_path / "p.tar", pair("a"))
     assert ShardSet.open(tmp_path).num_samples == 1
-    foreign_tar(tmp_path / "p.tar", pair("a") + pair("b"))
+    write_tar(tmp_path / "p.tar", pair("a") + pair("b"))
     os.utime(tmp_path / "p.tar", ns=(1, 1))
     assert ShardSet.open(tmp_path).num_samples == 2
 
@@ -566,15 +533,10 @@ def tricky_tar(path: Path) -> None:
         *pair("\u00e9"),
     ]
     members += [("late.jpg", b"late image"), ("binary.jpg", b"x"), ("binary.txt", b"\xff\xfe\xfa")]
-    with tarfile.open(path, "w") as archive:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
+    write_tar(path, members)
+    with tarfile.open(path, "a") as archive:
         for name, kind in (("link.jpg", tarfile.SYMTYPE), ("device.jpg", tarfile.CHRTYPE)):
-            info = tarfile.TarInfo(name)
-            info.type, info.linkname = kind, "/etc/passwd"
-            archive.addfile(info)
+            add_special(archive, name, kind)
 
 
 def test_tar_tricks_are_counted_and_write_nothing(tmp_path):
@@ -607,8 +569,8 @@ def test_tar_tricks_are_counted_and_write_nothing(tmp_path):
 
 @pytest.mark.parametrize("cut", ["in a member", "on a boundary", "to nothing"])
 def test_a_cut_foreign_tar_keeps_what_lies_before_the_cut(tmp_path, cut):
-    foreign_tar(tmp_path / "a.tar", pair("a") + pair("b") + [("c.jpg", b"c" * 2000), ("c.txt", b"c")])
-    foreign_tar(tmp_path / "b.tar", pair("z"))
+    write_tar(tmp_path / "a.tar", pair("a") + pair("b") + [("c.jpg", b"c" * 2000), ("c.txt", b"c")])
+    write_tar(tmp_path / "b.tar", pair("z"))
     size = {"in a member": 4 * 1024 + 512 + 700, "on a boundary": 4 * 1024, "to nothing": 0}[cut]
     os.truncate(tmp_path / "a.tar", size)
     shards = ShardSet.open(tmp_path)
@@ -618,7 +580,7 @@ def test_a_cut_foreign_tar_keeps_what_lies_before_the_cut(tmp_path, cut):
 
 
 def test_a_folder_without_usable_images_is_refused(tmp_path):
-    foreign_tar(tmp_path / "a.tar", [("a.txt", b"x")])
+    write_tar(tmp_path / "a.tar", [("a.txt", b"x")])
     with pytest.raises(UserError, match="no tar holds a usable image"):
         ShardSet.open(tmp_path)
     (tmp_path / "a.tar").unlink()
@@ -630,7 +592,7 @@ def test_a_folder_without_usable_images_is_refused(tmp_path):
 def test_only_what_is_asked_for_is_read(tmp_path, monkeypatch):
     far = os.urandom(50_000)
     members = [("a.txt", b"first"), ("b.jpg", far), ("a.jpg", b"1"), ("c.txt", b"third"), ("c.jpg", b"3")]
-    foreign_tar(tmp_path / "p.tar", [*members, ("b.txt", b"second")])
+    write_tar(tmp_path / "p.tar", [*members, ("b.txt", b"second")])
     shards = ShardSet.open(tmp_path)
     shards.read(0, 0)
     sizes: list[int] = []

@@ -4,14 +4,13 @@ import dataclasses
 
 import pytest
 import torch
-from batches import pack, random_document
-from tiny_unified import new_document_tokenizer, new_model
 
+from tests.helpers.batches import pack, random_document
+from tests.helpers.runs import run_settings
+from tests.helpers.tiny_unified import new_document_tokenizer, new_model
 from vlgpt.batch import ImageInput
-from vlgpt.config import validate
 from vlgpt.models.losses import targets_of
-from vlgpt.models.multimodal_lm import varlen_arguments
-from vlgpt.settings import LanguageStageSettings, LoraSettings, RunSettings
+from vlgpt.settings import LanguageStageSettings, LoraSettings
 from vlgpt.stages.base import parameter_groups
 from vlgpt.stages.language import LanguageStage
 
@@ -36,9 +35,7 @@ class CappedStage(LanguageStage):
 
 def test_a_stage_of_another_package_may_extend_this_one(tokenizer):
     stage = {"kind": f"{__name__}:CappedStage", "language_model": "none", "cap": 3.0, "text_weight": 0.5}
-    values = {"name": "n", "output_dir": "o", "stage": stage, "steps": 1, "global_batch": 1, "micro_batch": 1}
-    values["data"] = {"sources": [{"name": "s", "path": "p"}]}
-    run = validate(RunSettings, values, where="test")
+    run = run_settings(stage=stage)
     image_tokens = [tokenizer.begin_image_id, tokenizer.end_image_id]
     built = CappedStage.assemble(new_model(tokenizer), run.stage, image_tokens=image_tokens, num_sources=1)
     assert (type(built), built.cap, built.text_weight) == (CappedStage, 3.0, 0.5)
@@ -101,47 +98,6 @@ def test_there_is_exactly_one_shift(tokenizer):
         assert torch.equal(same_segment[places], same_segment[places + 1]), "a prediction crosses segments"
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("mode", ["train", "eval", "checkpointing"])
-def test_packed_rows_equal_separate_rows_in_losses_and_gradients(tokenizer, attention, mode):
-    documents = [random_document(n, num_images=n % 3) for n in range(4)]
-    stage = LanguageStage(model=new_model(tokenizer), num_sources=2)
-    stage.model.lm.language_model.set_attn_implementation(attention)
-    stage.train(mode != "eval")
-    if mode == "checkpointing":
-        stage.model.lm.backbone.gradient_checkpointing_enable({"use_reentrant": False})
-    results = []
-    for rows in ([documents], [[document] for document in documents]):
-        stage.zero_grad()
-        terms = stage(pack(rows, tokenizer, length=160))
-        sum(term.total for term in terms.values()).backward()
-        gradients = {n: p.grad.clone() for n, p in stage.named_parameters() if p.grad is not None}
-        results.append(({name: term.total.item() for name, term in terms.items()}, gradients))
-    (packed, packed_gradients), (apart, apart_gradients) = results
-    assert packed == pytest.approx(apart, rel=1e-5)
-    scale = max(g.abs().max() for g in apart_gradients.values())
-    for name, gradient in packed_gradients.items():
-        assert torch.allclose(gradient, apart_gradients[name], atol=1e-5 * scale), name
-
-
-def test_changing_one_packed_document_leaves_the_others_bit_equal(stage, tokenizer):
-    first, other, last = (random_document(n, num_images=1) for n in (5, 6, 7))
-    batch = pack([[first, other, last]], tokenizer, length=160)
-    ids = batch.token_ids.clone()
-    ids[batch.segment_ids == 2] = 5
-    before, after = hidden_of(stage, batch), hidden_of(stage, dataclasses.replace(batch, token_ids=ids))
-    kept = batch.segment_ids != 2
-    assert torch.equal(before[kept], after[kept])
-
-
-def test_varlen_attention_gets_the_exact_segment_bounds_of_three_rows():
-    segments = torch.tensor([[1, 1, 2, 0], [1, 1, 1, 1], [1, 2, 2, 0]])
-    found = varlen_arguments(segments)
-    assert found["cu_seq_lens_q"].tolist() == [0, 2, 3, 4, 8, 9, 11, 12]
-    assert found["cu_seq_lens_k"].dtype == torch.int32
-    assert found["max_length_q"] == 4
-
-
 def test_counts_are_those_of_the_masks_and_sums_add_up_over_sources(stage, tokenizer):
     batch = pack(
         [[random_document(8, num_images=2), random_document(9, num_images=1)]], tokenizer, length=128
@@ -151,16 +107,6 @@ def test_counts_are_those_of_the_masks_and_sums_add_up_over_sources(stage, token
     for name, term in terms.items():
         assert term.by_source[1].sum() == counts[name]
         assert term.by_source[0].sum().item() == pytest.approx(term.total.item(), rel=1e-5)
-
-
-def test_a_batch_without_images_touches_the_same_parameters(stage, tokenizer):
-    texts = pack([[random_document(10, num_images=0)]], tokenizer)
-    assert texts.images is None
-    terms = stage(texts)
-    sum(term.total for term in terms.values()).backward()
-    untouched = [n for n, p in stage.named_parameters() if p.requires_grad and p.grad is None]
-    assert untouched == []
-    assert stage.model.lm.regression_head.layers.weight.grad.abs().max() == 0
 
 
 @pytest.mark.parametrize("trained", ["all", "lora"])

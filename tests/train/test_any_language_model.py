@@ -1,15 +1,16 @@
 """Real transformers classes live their whole life: 1 -> 2 -> 1 ranks, result, export from a commit, reload, a reply."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_unified import NUM_PATCHES, PATCH_WIDTH, new_document_tokenizer, new_model
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from tests.helpers.processes import HELPERS, ROOT
+from tests.helpers.small_data import chat, page, write_dataset, write_feature
+from tests.helpers.tiny_unified import NUM_PATCHES, PATCH_WIDTH, new_document_tokenizer, new_model
 from vlgpt import hf
 from vlgpt.decoding.api import DecodeSettings, Prompt
 from vlgpt.decoding.generator import Generator
@@ -17,13 +18,8 @@ from vlgpt.document import Document, ImagePart, TextPart
 from vlgpt.stages.language import export_run
 from vlgpt.tokens import DocumentTokenizer
 
-sys.path.append(str(Path(__file__).parents[1] / "data"))
-from small_data import chat, page, write_dataset, write_feature
-from test_training import run_script
-
 pytestmark = pytest.mark.timeout(900)  # the fixture lives all lives, on machines that may be busy
 TOKENIZER = new_document_tokenizer()
-WORKER = Path(__file__).with_name("life_worker.py")
 BASE = {
     "vocab_size": TOKENIZER.num_tokens + 3,  # more rows than tokens, as many published models have
     "hidden_size": 32,
@@ -133,8 +129,14 @@ def tuned_run(root):
     return {**values, "output_dir": str(root / "broken" / "tuned"), "stage": stage, "precision": "bf16"}
 
 
+def run_lives(forks, folder, stop_after, *, world_size):
+    command, log = [HELPERS / "life_worker.py", folder, stop_after], folder / "log"
+    codes = forks.run(command, folder=ROOT, log=log, num_ranks=world_size)
+    assert codes == [0] * world_size, log.read_text()[-6000:]
+
+
 @pytest.fixture(scope="module")
-def lives(tmp_path_factory):
+def lives(forks, tmp_path_factory):
     """What every run did in each phase, and the root of all folders."""
     root = tmp_path_factory.mktemp("lives")
     write_parts(root)
@@ -147,7 +149,7 @@ def lives(tmp_path_factory):
         (root / kind).mkdir()
         (root / kind / "runs.json").write_text(json.dumps(runs))
         for world_size, stop_after in phases:
-            run_script([WORKER, root / kind, stop_after], world_size=world_size, timeout_s=800)
+            run_lives(forks, root / kind, stop_after, world_size=world_size)
             path = root / kind / f"result_{world_size}_{stop_after}_0.json"
             found[kind, stop_after] = json.loads(path.read_text())
     return root, found
@@ -228,7 +230,7 @@ def test_stage_3_starts_from_the_fp32_masters_of_stage_2_also_in_bf16(lives):
         assert all(torch.equal(kept[f"{name}.{key}"], value) for key, value in stored.items())
 
 
-def test_smollm2_lives_as_its_miniatures_do(smollm2_folder, tmp_path):
+def test_smollm2_lives_as_its_miniatures_do(forks, smollm2_folder, tmp_path):
     """A pre-trained model, whose logits start near those of text that it knows, trained as the paper trains LLaMA."""
     values = run_of(tmp_path, "llama", "lora", kind="broken")
     tokenizer = DocumentTokenizer.load(smollm2_folder, num_visual=4, template="short")
@@ -242,7 +244,7 @@ def test_smollm2_lives_as_its_miniatures_do(smollm2_folder, tmp_path):
     (tmp_path / "runs.json").write_text(json.dumps({"smollm2": run}))
     results = []
     for world_size in (1, 2):
-        run_script([WORKER, tmp_path, world_size], world_size=world_size, timeout_s=800)
+        run_lives(forks, tmp_path, world_size, world_size=world_size)
         results.append(
             json.loads((tmp_path / f"result_{world_size}_{world_size}_0.json").read_text())["smollm2"]
         )

@@ -6,11 +6,11 @@ import os
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import pytest
-from protocol_driver import Pair
 
+from tests.helpers.processes import HELPERS, environment
+from tests.helpers.protocol_driver import Pair
 from vlgpt import commits, files
 from vlgpt.errors import UserError
 from vlgpt.train import together
@@ -164,14 +164,10 @@ def test_a_small_file_is_either_old_or_new_whatever_fails_in_between(tmp_path, m
     assert target.read_text() == "old"
 
 
-DRIVER = Path(__file__).with_name("protocol_driver.py")
-
-
 def drive(*arguments, timeout_s=250):
     """Run the driver of process pairs; returns its report."""
-    command = [sys.executable, str(DRIVER), *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": str(DRIVER.parents[2])}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout_s)
+    command = [sys.executable, HELPERS / "protocol_driver.py", *map(str, arguments)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=timeout_s)
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(done.stdout)
     assert report["imported"] == [], "the driver must stay small"

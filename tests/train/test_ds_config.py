@@ -1,14 +1,12 @@
 """DeepSpeed's configuration: one fact in one place, and nothing that deepspeed would ignore in silence."""
 
-from pathlib import Path
-
 import pytest
 
+from tests.helpers.processes import ROOT
 from vlgpt.config import load_run
 from vlgpt.errors import UserError
 from vlgpt.train.ds_config import lint, lint_zero, merge_config, read_config
 
-ROOT = Path(__file__).parents[2]
 SETTINGS = load_run(ROOT / "demo/configs/pretrain.yaml", ["precision=bf16", "global_batch=32"])
 
 

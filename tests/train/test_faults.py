@@ -2,30 +2,29 @@
 
 import contextlib
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+from tests.helpers.processes import ROOT, environment
+from tests.helpers.small_data import feature_spec
 from vlgpt import commits
 from vlgpt.errors import UserError
-from vlgpt.shards import FeatureSpec
+from vlgpt.files import free_port
 from vlgpt.train.agreement import disagreement, replica_digest
 from vlgpt.train.facts import check_features
 from vlgpt.train.faults import SpikeDetector
 from vlgpt.train.loop import Run, write_validation
 from vlgpt.train.observers import Uploader, Watchdog
-from vlgpt.train.supervise import supervise, with_fresh_port
+from vlgpt.train.supervise import supervise
 
-ROOT = Path(__file__).parents[2]
 HANG = """
 import sys, time, pathlib
 from vlgpt.train.observers import Watchdog
@@ -49,10 +48,10 @@ print(json.dumps([said, time.monotonic() - started_s]))
 """
 
 
-def python(code, *arguments, **environment):
+def python(code, *arguments, **variables):
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    values = {**os.environ, "PYTHONPATH": str(ROOT), **{k: str(v) for k, v in environment.items()}}
-    return subprocess.Popen(command, env=values, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=environment(**variables), **pipes)
 
 
 def test_a_hang_ends_the_process_with_stacks_of_all_threads(tmp_path):
@@ -87,7 +86,7 @@ def test_a_validation_feeds_the_watchdog_at_every_batch(tmp_path):
 
 def join(processes):
     """Start processes of (RANK, WORLD_SIZE, facts) that meet at one port; returns what each said, and its time."""
-    port = int(with_fresh_port(["{port}"])[0])
+    port = free_port()
     started = [
         python(
             JOIN, json.dumps(facts), RANK=rank, WORLD_SIZE=world, MASTER_ADDR="127.0.0.1", MASTER_PORT=port
@@ -207,19 +206,11 @@ sys.exit(75)
 
 def signalled(folder, number):
     """Exit code of a supervisor that got a signal while its command ran."""
-    launcher = [
-        sys.executable,
-        ROOT / "launchers" / "supervise.py",
-        "--run-dir",
-        folder,
-        "--pause-s",
-        "0",
-        "--",
-    ]
-    command = [*launcher, sys.executable, "-c", PATIENT, folder]
+    supervisor = [ROOT / "launchers" / "supervise.py", "--run-dir", folder, "--pause-s", "0"]
+    command = [sys.executable, *supervisor, "--", sys.executable, "-c", PATIENT, folder]
     process = subprocess.Popen(
         [*map(str, command)],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env=environment(),
         stderr=subprocess.DEVNULL,
         preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # shells' background jobs ignore it
     )
@@ -255,17 +246,7 @@ def test_after_an_interrupt_nothing_starts_again(tmp_path):
     ],
 )
 def test_cached_features_of_other_weights_than_the_runs_are_refused(feature, weights_hash, layer, reason):
-    spec = FeatureSpec(
-        name=feature,
-        encoder="open_clip:x",
-        weights_hash=weights_hash,
-        layer=layer,
-        preprocessing="",
-        shape=(5, 8),
-        dtype="float16",
-        views=1,
-        per="image",
-    )
+    spec = feature_spec(name=feature, weights_hash=weights_hash, layer=layer)
     stage = SimpleNamespace(encoder=SimpleNamespace(layer_name="-2"))
     frozen = {"encoder": "e", "image_tokenizer": "t"}
     if reason is None:

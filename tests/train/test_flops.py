@@ -4,12 +4,12 @@ import contextlib
 
 import pytest
 import torch
-from batches import pack, random_document
-from tiny_unified import new_document_tokenizer, new_model
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.helpers.batches import pack, random_document
+from tests.helpers.tiny_unified import new_document_tokenizer, new_model
 from vlgpt.planning.flops import FlopMeter, counting
 from vlgpt.settings import LoraSettings
 from vlgpt.stages.language import LanguageStage

@@ -1,94 +1,28 @@
 """Whole runs through the real launchers: processes killed, commits damaged, stops asked for, other data on a node."""
 
-import json
-import os
 import random
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import psutil
 import pytest
-import torch
-from safetensors.torch import load_file
 
-sys.path.append(str(Path(__file__).parents[1] / "data"))
-from protocol_driver import DAMAGES
-from small_data import pair, write_dataset, write_feature
-
+from tests.helpers.processes import ROOT, environment, run_ranks
+from tests.helpers.protocol_driver import DAMAGES
+from tests.helpers.small_data import pair, write_dataset
+from tests.helpers.tiny_run import arguments, assert_equal, write_shards
 from vlgpt import commits
 from vlgpt.log import read_metrics
-from vlgpt.train.supervise import with_fresh_port
 
-ROOT = Path(__file__).parents[2]
-SHAPES = {
-    "num_patches": 5,
-    "patch_width": 8,
-    "image_tokens": 4,
-    "image_width": 8,
-    "text_tokens": 3,
-    "text_width": 8,
-}
-TINY = "{width: 32, depth: 1, num_heads: 2, mlp_ratio: 2.0, init_std: 1.0}"
-RUN = ["launchers/train_tokenizer.py", "--deepspeed", "ds_configs/zero2.json"]
-RUN += ["--config", "demo/configs/tokenizer.yaml"]
 DEEPSPEED = ["deepspeed", "--num_accelerators", "2", "--master_port", "{port}"]
 TORCHRUN = ["torchrun", "--nproc_per_node", "2", "--master_port", "{port}"]
-
-
-def write_shards(folder):
-    """Forty pictures with stored features."""
-    write_dataset(folder, [pair(number) for number in range(40)], shard_sizes=[20, 20])
-    shapes = {"patches": (5, 8), "image_condition": (4, 8), "text_condition": (3, 8)}
-    for name, shape in shapes.items():
-        write_feature(folder, name, shape=shape)
-    return folder
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return write_shards(tmp_path_factory.mktemp("data") / "shards")
-
-
-def arguments(data, folder, **overrides):
-    shapes = ", ".join(f"{name}: {size}" for name, size in SHAPES.items())
-    values = {
-        "output_dir": folder,
-        "data.sources": f"[{{name: a, path: '{data}'}}]",
-        "data.num_workers": 0,
-        "stage.shapes": f"{{{shapes}}}",
-        "stage.tokenizer": TINY,
-        "stage.detokenizer": TINY,
-        "stage.num_visual": 3,
-        "stage.visual_width": 16,
-        "stage.statistics_samples": 40,
-        "global_batch": 8,
-        "micro_batch": 2,
-        "steps": 600,
-        "optimizer.warmup_steps": 5,
-        "checkpoint.interval_steps": 5,
-        "log_interval_steps": 50,
-        "step_timeout_s": 60,
-        **overrides,
-    }
-    return [
-        *RUN,
-        "--config",
-        "demo/configs/tokenizer.yaml",
-        *(f"{k}={v}" for k, v in values.items()),
-    ]
-
-
-def environment(**more):
-    return {
-        **os.environ,
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        **more,
-    }
 
 
 def start(folder, command, *, pause_s=3.0, max_restarts=3):
@@ -110,16 +44,6 @@ def finished(process, folder, *, code=0, timeout_s=600):
                 child.kill()
             process.kill()
     assert found == code, folder.with_suffix(".log").read_text()[-4000:]
-
-
-def weights(folder):
-    return load_file(folder / "result" / "image_tokenizer" / "model.safetensors")
-
-
-def assert_equal(first, second):
-    wanted, found = weights(first), weights(second)
-    for name, value in wanted.items():
-        assert torch.equal(value, found[name]), name
 
 
 @pytest.fixture(scope="module")
@@ -230,23 +154,12 @@ def test_a_signal_to_the_supervisor_commits_ends_with_75_and_the_run_goes_on(
     assert_equal(straight, folder)
 
 
-def by_hand(commands, folders):
-    """Two processes with RANK set by hand; returns what each said, its exit code and its seconds."""
-    (port,) = with_fresh_port(["{port}"])
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_SIZE": "2"}
+def refused(commands, folders):
+    """What two ranks say that cannot train together, and the seconds that it took."""
     started_s = time.monotonic()
-    processes = [
-        subprocess.Popen(
-            [sys.executable, ROOT / command[0], *map(str, command[1:])],
-            cwd=folder,
-            env=environment(RANK=str(rank), LOCAL_RANK=str(rank), **shared),
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank, (command, folder) in enumerate(zip(commands, folders))
-    ]
-    said = [process.communicate(timeout=600)[1] for process in processes]
-    return said, [process.returncode for process in processes], time.monotonic() - started_s
+    said, codes = run_ranks([[ROOT / script, *rest] for script, *rest in commands], folders=folders)
+    assert codes == [2, 2], said
+    return said, time.monotonic() - started_s
 
 
 @pytest.mark.slow
@@ -259,10 +172,9 @@ def test_other_settings_or_data_on_a_node_are_refused_before_anything_is_built(d
     write_dataset(tmp_path / "b" / "shards", [pair(number) for number in range(1, 41)], shard_sizes=[20, 20])
     folders = (tmp_path / "a", tmp_path / "b")
     same = arguments("shards", tmp_path / "run")
-    said, codes, seconds = by_hand([same, same], folders)
-    assert codes == [2, 2] and all("differ in data" in text for text in said), said
+    said, seconds = refused([same, same], folders)
+    assert all("differ in data" in text for text in said), said
     other = arguments("shards", tmp_path / "run", **{"optimizer.lr": 0.5})
-    said, codes, more = by_hand([same, other], (folders[0], folders[0]))
-    assert codes == [2, 2] and all("differ in settings" in text for text in said), said
+    said, more = refused([same, other], (folders[0], folders[0]))
+    assert all("differ in settings" in text for text in said), said
     assert max(seconds, more) < 30, "imports included; the meeting itself is measured in test_faults.py"
-    (tmp_path / "seconds.json").write_text(json.dumps([seconds, more]))

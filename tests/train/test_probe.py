@@ -1,15 +1,7 @@
 """The probe during training is the evaluation of the export, on fewer examples."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from probe_clip import CLIP
-from tiny_unified import new_document_tokenizer, new_model
-
-sys.path.append(str(Path(__file__).parents[1] / "evaluation"))
-from official_files import write_coco, write_easy_vqa
 
 from evaluation import benchmarks
 from evaluation.predictions import read_jsonl
@@ -17,22 +9,21 @@ from evaluation.responders import ModelResponder
 from evaluation.run import run, select
 from evaluation.score import score
 from evaluation.training_probe import make_probe
-from vlgpt.config import validate
+from tests.helpers.official_files import write_coco, write_easy_vqa
+from tests.helpers.runs import run_settings
+from tests.helpers.tiny_clip import save_fitting_clip
+from tests.helpers.tiny_unified import new_document_tokenizer, new_model
 from vlgpt.errors import UserError
-from vlgpt.settings import RunSettings
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """An export with its CLIP, and small official files."""
-    from demo.clip import new_open_clip, save_open_clip
     from vlgpt.export import export_model
 
     folder = tmp_path_factory.mktemp("probe")
     tokenizer = new_document_tokenizer()
-    torch.manual_seed(1)
-    save_open_clip(new_open_clip(config=CLIP), config=CLIP, folder=folder / "clip")
-    tokenizer.save(folder / "clip")
+    save_fitting_clip(folder / "clip")
     encoder = {"path": str(folder / "clip"), "library": "open_clip", "layer": -2, "has_cls": True}
     export_model(
         new_model(tokenizer, num_patches=5).eval(), folder / "export", tokenizer=tokenizer, encoder=encoder
@@ -45,18 +36,8 @@ def folder(tmp_path_factory):
 def settings_of(folder, *probes, kind="language"):
     stage = {"kind": "language", "language_model": str(folder / "export"), "template": "short"}
     stage["encoder"] = {"path": str(folder / "clip")}
-    values = {
-        "name": "test",
-        "output_dir": str(folder / "run"),
-        "stage": stage if kind == "language" else {"kind": "image_tokenizer"},
-        "data": {"sources": [{"name": "a", "path": "b"}]},
-        "steps": 1,
-        "global_batch": 1,
-        "micro_batch": 1,
-        "precision": "fp32",
-        "validation": {"probes": probes},
-    }
-    return validate(RunSettings, values, where="test")
+    stage = stage if kind == "language" else {"kind": "image_tokenizer"}
+    return run_settings(output_dir=str(folder / "run"), stage=stage, validation={"probes": probes})
 
 
 def questions(folder, name, **more):

@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 
-sys.path.append(str(Path(__file__).parents[1] / "data"))
-
-from small_data import pair, picture, write_dataset
-
-from vlgpt.config import validate
-from vlgpt.settings import RunSettings
+from tests.helpers.runs import run_settings
+from tests.helpers.small_data import pair, picture, write_dataset
 from vlgpt.train.loop import Run
 from vlgpt.train.run import batches_for_statistics, begin, open_loader
 
@@ -27,22 +21,15 @@ def test_a_bad_sample_that_statistics_meet_too_is_written_to_the_quarantine_once
     folder = write_dataset(
         tmp_path / "pairs", [pair(n) for n in range(8)], shard_sizes=[8], make_picture=two_bad
     )
-    values = {
-        "name": "test",
-        "output_dir": str(tmp_path / "run"),
-        "stage": {"kind": "image_tokenizer"},
-        "data": {
-            "sources": [{"name": "pairs", "path": str(folder)}],
-            "pixels": True,
-            "image_size_px": 8,
-            "num_workers": 0,
-            "max_bad_fraction": 1.0,
-        },
-        "steps": 2,
-        "global_batch": 4,
-        "micro_batch": 4,
-    }
-    settings = validate(RunSettings, values, where="test")
+    data = {"sources": [{"name": "pairs", "path": str(folder)}], "pixels": True, "image_size_px": 8}
+    settings = run_settings(
+        output_dir=str(tmp_path / "run"),
+        stage={"kind": "image_tokenizer"},
+        data={**data, "num_workers": 0, "max_bad_fraction": 1.0},
+        steps=2,
+        global_batch=4,
+        micro_batch=4,
+    )
     seen = []
     stage = SimpleNamespace(
         batch_kind="conditions",

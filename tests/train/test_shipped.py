@@ -1,34 +1,33 @@
 """Every shipped configuration lives its whole life: killed, resumed, finished, exported, reloaded, spoken to.
 
 Only sizes change (`shipped_parts.sizes`): command, paths, precision and everything else are those of the YAML. In `make
-test` the ranks are forks of one process that has everything imported; slow, and for one life always, the command runs.
+test` the ranks are forks of one process that has everything imported; slow, the launcher starts them, 16 to 27 s each
+time (tests/test_pipeline.py starts it once in `make test`).
 """
 
 import json
 import math
-import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from forks import Forks, free_port
 from safetensors.torch import load_file
-from shipped_parts import CONFIGS, DECODER, ROOT, command_of, jpeg, sizes, write_workspace
 from transformers import AutoModel
 
+from tests.helpers.processes import HELPERS, ROOT, environment
+from tests.helpers.shipped_parts import CONFIGS, DECODER, command_of, jpeg, sizes, write_workspace
 from vlgpt import (
     commits,
     hf,  # noqa: F401 - registers our classes
 )
 from vlgpt import settings as s
 from vlgpt.config import load_run
+from vlgpt.files import free_port
 from vlgpt.log import read_metrics
 
 pytestmark = pytest.mark.timeout(600)
-HERE = Path(__file__).parent
 CONFIG_OF = {f"{path.parent.name}/{path.stem}": path for path in CONFIGS}
 ZERO = sorted(path.stem for path in (ROOT / "ds_configs").glob("*.json"))
 VARIANTS = {  # what the documentation offers in place of parts that the YAMLs name
@@ -44,17 +43,6 @@ SIZES = {
     "interval_steps", "num_workers", "image_size_px", "statistics_samples",
 }  # fmt: skip
 LIVES = [(name, zero) for name in CONFIG_OF for zero in ZERO]
-LAUNCHED = [  # a launcher start takes 16 to 27 s
-    pytest.param(*pair, marks=() if pair == ("pretrain/vlgpt_7b", "zero2") else pytest.mark.slow)
-    for pair in LIVES
-]
-
-
-@pytest.fixture(scope="module")
-def forks():
-    forks = Forks()
-    yield forks
-    forks.close()
 
 
 @pytest.fixture(scope="module")
@@ -108,12 +96,6 @@ def forked(forks, workspace):
 
 def launched(workspace):
     """How to run a command with the `deepspeed` launcher, or by itself: -> its exit code, -9 for a kill."""
-    environment = {
-        **os.environ,
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-    }
 
     def run(command, *, log, num_ranks=None):
         start = [sys.executable]
@@ -121,7 +103,7 @@ def launched(workspace):
             start = ["deepspeed", "--num_accelerators", str(num_ranks), "--master_port", str(free_port())]
         with log.open("a") as file:
             done = subprocess.run(
-                [*start, *command], cwd=workspace, env=environment, stdout=file, stderr=file, timeout=250
+                [*start, *command], cwd=workspace, env=environment(), stdout=file, stderr=file, timeout=250
             )
         return done.returncode - 256 if done.returncode > 128 else done.returncode
 
@@ -142,7 +124,7 @@ def live(name, zero, workspace, run_command, *changes):
     run.parent.mkdir(parents=True, exist_ok=True)
     for act, num_ranks, done, dies_at in (("start", 2, 0, 3), ("resume", 2, 2, 4), ("finish", 1, 3, None)):
         log = run.with_name(f"{run.name}_{act}.log")
-        killer = [] if dies_at is None else [str(HERE / "killed_at.py"), commits.tag_of(dies_at)]
+        killer = [] if dies_at is None else [str(HELPERS / "killed_at.py"), commits.tag_of(dies_at)]
         code = run_command([*killer, *command], log=log, num_ranks=num_ranks)
         where = f"{name} under {zero}, {act}: {code}\n{tail(log)}"
         assert code == (0 if dies_at is None else -9), where
@@ -227,8 +209,9 @@ def test_the_parts_that_the_documentation_offers_live_too(variant, workspace, fo
         speak(run, workspace, forked(forks, workspace))
 
 
+@pytest.mark.slow
 @pytest.mark.launcher
-@pytest.mark.parametrize("name, zero", LAUNCHED)
+@pytest.mark.parametrize("name, zero", LIVES)
 def test_the_deepspeed_command_takes_a_shipped_configuration_through_its_life(name, zero, workspace, lived):
     live_before(name, lived)
     run = live(name, zero, workspace, launched(workspace), f"output_dir=runs/launched/{name}_{zero}")
@@ -245,5 +228,5 @@ def test_the_deepspeed_command_takes_a_shipped_configuration_through_its_life(na
 )
 def test_deepspeeds_start_accepts_every_parameter_at_full_size(name, zero, tmp_path, forks):
     json_path = ROOT / "ds_configs" / f"{zero}.json"
-    command = [str(HERE / "full_size.py"), str(CONFIG_OF[name]), str(json_path), str(tmp_path / "save")]
+    command = [str(HELPERS / "full_size.py"), str(CONFIG_OF[name]), str(json_path), str(tmp_path / "save")]
     assert forks.run(command, folder=ROOT, log=tmp_path / "log") == [0], tail(tmp_path / "log")

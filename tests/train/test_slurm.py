@@ -4,13 +4,13 @@ import json
 import os
 import sys
 import time
-from pathlib import Path
 
 import pytest
-from slurm_node import call
-from test_launchers import arguments, assert_equal, write_shards
 
-ROOT = Path(__file__).parents[2]
+from tests.helpers.processes import ROOT, environment
+from tests.helpers.slurm_node import call
+from tests.helpers.tiny_run import arguments, assert_equal, write_shards
+
 TASK = """
 import os, sys, pathlib, signal, time, json, hashlib
 from vlgpt import commits
@@ -57,8 +57,7 @@ def submit(folder, *, num_tasks, steps):
         str(folder),
         str(steps),
     ]
-    environment = {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
-    done = call(*command, cwd=ROOT, env=environment)
+    done = call(*command, cwd=ROOT, env=environment(PYTHON=sys.executable))
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -71,17 +70,25 @@ def wait_for(path, *, timeout_s, log):
         time.sleep(0.5)
 
 
+@pytest.mark.parametrize("folder", ["launchers", "data_prep", "evaluation"])
+def test_scripts_are_valid_bash_requeued_and_keep_their_log(folder):
+    scripts = sorted((ROOT / folder / "slurm").glob("*.sbatch"))
+    assert scripts and call("bash", "-n", *scripts).returncode == 0
+    for path in scripts:
+        assert {"#SBATCH --requeue", "#SBATCH --open-mode=append"} <= set(path.read_text().splitlines()), path
+
+
 @pytest.mark.parametrize(
     "visible, local_rank",
     [(None, 3), ("", 3), ("0,1,2,3", 3), ("4,5,6,7", 3), ("0", 0), ("GPU-8f2a", 0), ("0,1", 1)],
 )
 def test_local_rank_is_a_device_that_the_task_sees(visible, local_rank):
     """Under --gres=gpu:4 every task sees four devices, under --gpus-per-task=1 one, whatever its number."""
-    environment = {**os.environ, "SLURM_PROCID": "7", "SLURM_NTASKS": "8", "SLURM_LOCALID": "3"}
-    environment.pop("CUDA_VISIBLE_DEVICES", None)
+    variables = environment(SLURM_PROCID=7, SLURM_NTASKS=8, SLURM_LOCALID=3)
+    variables.pop("CUDA_VISIBLE_DEVICES", None)
     if visible is not None:
-        environment["CUDA_VISIBLE_DEVICES"] = visible
-    done = call("bash", "launchers/slurm/task.sh", "env", cwd=ROOT, env=environment)
+        variables["CUDA_VISIBLE_DEVICES"] = visible
+    done = call("bash", "launchers/slurm/task.sh", "env", cwd=ROOT, env=variables)
     assert {"RANK=7", "WORLD_SIZE=8", f"LOCAL_RANK={local_rank}"} <= set(done.stdout.splitlines())
 
 
@@ -90,12 +97,12 @@ def test_srun_is_told_the_cores_of_a_task(tmp_path):
     for name, body in {"srun": 'echo "cores: ${SRUN_CPUS_PER_TASK:-none}"', "scontrol": "echo host"}.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
         (tmp_path / name).chmod(0o755)
-    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "42"}
-    environment |= {"SLURM_JOB_NODELIST": "host", "SLURM_NTASKS": "1", "SLURM_JOB_NUM_NODES": "1"}
-    environment |= {"SLURM_SUBMIT_DIR": str(ROOT)}
+    job = {"SLURM_JOB_ID": 42, "SLURM_JOB_NODELIST": "host", "SLURM_NTASKS": 1, "SLURM_JOB_NUM_NODES": 1}
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    variables = environment(PATH=path, SLURM_SUBMIT_DIR=ROOT, **job)
     for cores in ("12", "none"):
         asked = {} if cores == "none" else {"SLURM_CPUS_PER_TASK": cores}
-        done = call("bash", "launchers/slurm/train.sbatch", "x", cwd=ROOT, env=environment | asked)
+        done = call("bash", "launchers/slurm/train.sbatch", "x", cwd=ROOT, env=variables | asked)
         assert f"cores: {cores}" in done.stdout, done.stderr
 
 
@@ -147,9 +154,14 @@ def submit_training(folder, data):
     ]
     run = [str(part) for part in arguments(data, folder / "run")]
     path = f"{ssh.parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
-    environment["OMP_NUM_THREADS"] = "1"
-    done = call("sbatch", *options, "launchers/slurm/train.sbatch", *run, cwd=ROOT, env=environment)
+    done = call(
+        "sbatch",
+        *options,
+        "launchers/slurm/train.sbatch",
+        *run,
+        cwd=ROOT,
+        env=environment(PYTHON=sys.executable, PATH=path),
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 

@@ -1,79 +1,38 @@
 """Laws of the loop and the engine, in real DeepSpeed processes: counts, ranks, accumulation, resume, frozen parts."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_unified import NUM_PATCHES, PATCH_WIDTH, new_document_tokenizer
 
-from vlgpt.train.supervise import with_fresh_port
-
-sys.path.append(str(Path(__file__).parents[1] / "data"))
-from small_data import page, write_dataset, write_feature
-from small_data import pair as pair_of
+from tests.helpers.processes import HELPERS, ROOT
+from tests.helpers.small_data import page, write_dataset, write_feature
+from tests.helpers.small_data import pair as pair_of
+from tests.helpers.tiny_unified import NUM_PATCHES, PATCH_WIDTH, new_document_tokenizer
 
 TOKENIZER = new_document_tokenizer()
-WORKER = Path(__file__).with_name("worker.py")
-
-
-def run_workers(task, folder, *, world_size=1, timeout_s=600, is_killed=False, code=0, **options):
-    """Start `world_size` processes of worker.py side by side, without the launcher; returns their results.
-
-    `task` may be several with commas between, run one after the other in the same processes.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    command = [WORKER, task, folder, json.dumps(options)]
-    outputs, codes = run_script(command, world_size=world_size, timeout_s=timeout_s, code=None)
-    if is_killed:
-        assert codes[-1] == -9, outputs[-1][-3000:]
-        return []
-    for found, output in zip(codes, outputs):
-        assert found == code, output[-3000:]
-    return [json.loads((folder / f"result_{rank}.json").read_text()) for rank in range(world_size)]
-
-
-def run_script(command, *, world_size, timeout_s, code=0):
-    """Start a script `world_size` times side by side, without the launcher; -> outputs, exit codes (`code`: wanted)."""
-    (port,) = with_fresh_port(["{port}"])
-    processes, outputs = [], []
-    for rank in range(world_size):
-        environment = {
-            **os.environ,
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(world_size),
-            "LOCAL_SIZE": str(world_size),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-            "PYTHONPATH": os.pathsep.join([str(WORKER.parents[2]), str(WORKER.parents[1])]),
-        }
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, *map(str, command)],
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-        )
-    try:
-        for process in processes:
-            outputs.append(process.communicate(timeout=timeout_s)[0])
-    finally:
-        for process in processes:
-            process.kill()
-    codes = [process.wait() for process in processes]
-    assert code is None or codes == [code] * world_size, "\n".join(output[-3000:] for output in outputs)
-    return outputs, codes
 
 
 @pytest.fixture(scope="module")
-def layouts(tmp_path_factory):
+def run_workers(forks):
+    """Runs worker.py as the ranks of one world: -> their results."""
+
+    def run(task, folder, *, world_size=1, is_killed=False, code=0, **options):
+        """`task` may be several with commas between, run one after the other in the same processes."""
+        folder.mkdir(parents=True, exist_ok=True)
+        command, log = [HELPERS / "worker.py", task, folder, json.dumps(options)], folder / "log"
+        codes = forks.run(command, folder=ROOT, log=log, num_ranks=world_size, is_death_of_all=False)
+        assert codes == [-9 if is_killed else code] * world_size, log.read_text()[-6000:]
+        if is_killed:
+            return []
+        return [json.loads((folder / f"result_{rank}.json").read_text()) for rank in range(world_size)]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def layouts(run_workers, tmp_path_factory):
     """The same eight packed rows as 1 rank x 8 or 2 micro-batches, and 2 ranks x 4 or 2 of them."""
     root = tmp_path_factory.mktemp("layouts")
     run_workers("layouts", root / "one", world_size=1)
@@ -97,7 +56,7 @@ def test_weights_after_three_steps_depend_on_neither_ranks_nor_accumulation(layo
 
 
 @pytest.fixture(scope="module")
-def updates(tmp_path_factory):
+def updates(run_workers, tmp_path_factory):
     """What one step changes, with accumulation and without, in bf16."""
     root = tmp_path_factory.mktemp("accumulated")
     run_workers("accumulated", root, world_size=2)
@@ -115,7 +74,7 @@ def test_accumulated_micro_batches_count_alike_under_every_optimizer_of_deepspee
 
 
 @pytest.fixture(scope="module")
-def resumed(tmp_path_factory):
+def resumed(run_workers, tmp_path_factory):
     root, options = tmp_path_factory.mktemp("resume"), {"steps": 6, "drop": 0.3}
     runs = {"straight": options, "broken": {**options, "stop_after": 3}}
     straight = run_workers("several", root, runs=runs)[0]["straight"]
@@ -151,7 +110,7 @@ PAIR_TASKS = (
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory):
+def pair(run_workers, tmp_path_factory):
     """Many faults in one start of two ranks; the last one ends both processes with code 70."""
     folder, data = tmp_path_factory.mktemp("pair"), tmp_path_factory.mktemp("data")
     write_dataset(data / "seven", [page(n) for n in range(21)], shard_sizes=[3] * 7, tokenizer=TOKENIZER)
@@ -159,7 +118,7 @@ def pair(tmp_path_factory):
     for source in data.iterdir():
         write_feature(source, "patches", shape=(NUM_PATCHES, PATCH_WIDTH))
     options = {"kind": "full", "data": str(data)}
-    return run_workers(PAIR_TASKS, folder, world_size=2, code=70, timeout_s=600, **options)
+    return run_workers(PAIR_TASKS, folder, world_size=2, code=70, **options)
 
 
 def test_a_non_finite_step_is_skipped_on_all_ranks_and_counted(pair):
@@ -226,7 +185,7 @@ def test_the_moving_average_is_exact_and_survives_a_commit(pair, zero):
         assert found["is_kept"] and found["are_weights_kept"]
 
 
-def test_another_number_of_ranks_goes_on_by_itself_with_the_same_samples(tmp_path):
+def test_another_number_of_ranks_goes_on_by_itself_with_the_same_samples(run_workers, tmp_path):
     """2 -> 1 ranks, and against a run of one rank all along: losses within 1e-5, the same documents."""
     options = {"steps": 4, "kind": "lora"}
     run_workers("train", tmp_path / "elastic", world_size=2, stop_after=2, **options)
@@ -242,7 +201,7 @@ def test_another_number_of_ranks_goes_on_by_itself_with_the_same_samples(tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "full", "tokenizer"])
-def test_two_one_two_ranks_equal_one_rank(tmp_path, kind):
+def test_two_one_two_ranks_equal_one_rank(run_workers, tmp_path, kind):
     """Losses within 1e-5, and every step sees the same documents, whoever reads them."""
     straight = run_workers("train", tmp_path / "straight", steps=6, kind=kind)[0]
     losses, documents = [], []
@@ -319,7 +278,7 @@ def test_reconstructions_are_measured_over_all_ranks_and_the_sheet_shows_the_sam
 @pytest.mark.slow
 @pytest.mark.parametrize("zero", [1, 2])
 @pytest.mark.parametrize("kind", ["tokenizer", "lora", "full", "chat"])
-def test_twenty_steps_a_kill_and_twenty_more_equal_forty_bit_for_bit(tmp_path, kind, zero):
+def test_twenty_steps_a_kill_and_twenty_more_equal_forty_bit_for_bit(run_workers, tmp_path, kind, zero):
     options = {"steps": 40, "kind": kind, "zero": zero, "drop": 0.3}
     straight = run_workers("train", tmp_path / "straight", **options)[0]
     run_workers("train", tmp_path / "killed", commits=[20], die_after=27, is_killed=True, **options)

@@ -1,16 +1,16 @@
 """The optional mirror to Weights & Biases: the same numbers, or a clear refusal."""
 
 import sys
-from pathlib import Path
 
 import pytest
 
+from tests.helpers.processes import ROOT
 from vlgpt.config import load_run
 from vlgpt.errors import UserError
 from vlgpt.log import MetricsLog, read_metrics
 from vlgpt.train.run import mirrors_of
 
-CONFIG = Path(__file__).parents[2] / "demo/configs/pretrain.yaml"
+CONFIG = ROOT / "demo/configs/pretrain.yaml"
 
 
 def test_without_the_package_the_setting_is_refused_with_the_command_to_install_it(tmp_path, monkeypatch):

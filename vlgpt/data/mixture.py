@@ -84,10 +84,12 @@ class Draws:
         z = (self.key + (purpose + 1) * 0x9E3779B97F4A7C15) & _MASK
         z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
         z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+        # The upper 53 bits, as many as a double holds exactly: more could round up to 1.0.
         return ((z ^ (z >> 31)) >> 11) * 2.0**-53
 
     def below(self, limit: int, purpose: int) -> int:
         """A whole number in [0, limit)."""
+        # Biased by at most limit / 2**53. Drawing again, the exact way, would need more than one number per address.
         return int(self.uniform(purpose) * limit)
 
 
@@ -104,7 +106,7 @@ class SourceOrder:
     Args:
         counts: samples per shard `(S,)`; empty shards are allowed.
         shuffle_shards: samples are permuted inside blocks of so many shards, which bounds how many shards are read
-            from at a time. 0 keeps the order of the data set.
+            from at a time.
     """
 
     def __init__(self, name: str, *, seed: int, counts: np.ndarray, shuffle_shards: int):
@@ -116,6 +118,7 @@ class SourceOrder:
             raise UserError(
                 f"source {name!r} holds no sample in its {len(self.counts)} shards; remove it or build it"
             )
+        # A window of a large source lies in one or two epochs and few blocks. A small one needs more, but quick ones.
         self._shards = lru_cache(maxsize=2)(self._permute_shards)
         self._samples = lru_cache(maxsize=4)(self._permute_samples)
 
@@ -148,6 +151,7 @@ class SourceOrder:
             start, size = block_starts[block], int(block_starts[block + 1] - block_starts[block])
             at = blocks == block
             places[at] = start + self._samples(epoch, int(block), size)[places[at] - start]
+        # An empty shard starts where the next one does; `right` finds the last of equal starts, the one with samples.
         position = np.searchsorted(starts, places, side="right") - 1
         return order[position], places - starts[position]
 
@@ -163,6 +167,8 @@ def base_weights(settings: DataSettings, sizes: Sequence[int]) -> np.ndarray:
         )
     weights = np.asarray(sizes, dtype=np.float64) if by_size else np.asarray(given, dtype=np.float64)
     if settings.mixing == "temperature":
+        # T > 1 brings the weights closer together, so that small sources are seen more often: the sampling of languages
+        # in multilingual translation (Arivazhagan et al. 2019).
         weights = np.where(weights > 0, weights, 0.0) ** (1.0 / settings.temperature) * (weights > 0)
     if not weights.sum() > 0:
         raise UserError("data.sources: every weight is 0; give at least one source a positive weight")
@@ -178,8 +184,10 @@ def quotas(weights: np.ndarray) -> np.ndarray:
     # Rounding alone would not sum to 4,096, and would never give a source of weight 0.0001 anything. A remainder above
     # 1 puts such a source before all others.
     exact = weights / weights.sum(axis=1, keepdims=True) * SLOTS
+    # 1e-9: a share that is a whole number but for rounding must not lose a slot.
     whole = np.floor(exact + 1e-9)
     remainder = exact - whole + ((whole == 0) & (weights > 0))
+    # Sorted twice: the rank of every source. Stable, so equal remainders go to the sources named first.
     rank = np.argsort(np.argsort(-remainder, axis=1, kind="stable"), axis=1, kind="stable")
     left = SLOTS - whole.sum(axis=1, keepdims=True)
     slots: np.ndarray = (whole + (rank < left)).astype(np.int64)

@@ -74,7 +74,8 @@ class WindowPlan:
 
     def row(self, row: int) -> list[int]:
         """Slots of a row."""
-        return self.members[self.starts[row] : self.starts[row + 1]].tolist()
+        slots: list[int] = self.members[self.starts[row] : self.starts[row + 1]].tolist()
+        return slots
 
 
 def mean_length(
@@ -83,6 +84,7 @@ def mean_length(
     """Positions of an accepted sequence of one source, from the plans of its first draws; `lengths(shard)`."""
     shards, samples = order.locate(np.arange(min(num_draws, order.num_samples)))
     planned = [
+        # Any keys do, if all ranks take the same.
         assembler.plan(lengths(shard).parts(sample), Draws(key)).length
         for key, (shard, sample) in enumerate(zip(shards.tolist(), samples.tolist()))
     ]
@@ -129,6 +131,7 @@ class Packer:
             # Best fit fills the first rows with the longest sequences: without a permutation every window would begin
             # with long documents and end with short ones.
             row_of = generator(self.seed, "rows", window).permutation(num_rows)[row_of]
+        # Stable: the sequences of a row stay in the order of the stream.
         order = np.argsort(row_of, kind="stable")
         starts = np.concatenate([[0], np.cumsum(np.bincount(row_of, minlength=num_rows))]).astype(np.int64)
         self.planned_ms.append((time.perf_counter() - start_s) * 1000)

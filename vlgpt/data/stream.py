@@ -235,6 +235,7 @@ def batches_of_worker(
     while maker.plan.num_windows is None or position.window < maker.plan.num_windows:
         end = advance(position, size, maker)
         yield rows_of_rank(position, maker, micro_batch=micro_batch, rank=rank, world_size=world_size), end
+        # Passing over the batches of the others plans their windows too, 20 to 50 ms each (docs/loader.md).
         position = advance(end, (num_workers - 1) * size, maker)
 
 
@@ -250,6 +251,7 @@ class Production:
         count_targets: CountTargets | None = None,
     ):
         self._maker, self._batches, self._guard, self._count_targets = maker, batches, guard, count_targets
+        # Two queues, since they are emptied apart: targets a whole step at a time, drafts one by one.
         self._drafts: deque[tuple[Draft, Position]] = deque()
         self._targets: deque[Targets] = deque()
 

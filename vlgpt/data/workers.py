@@ -107,7 +107,7 @@ class _DataWorker(Worker):
 
     def take(self, buffer: int, content: Delivery, *, pin_memory: bool) -> Delivery:
         """A finished batch out of its buffer, which the next but a few will fill."""
-        delivery = self.buffers.take(content, pin_memory=pin_memory)
+        delivery: Delivery = self.buffers.take(content, pin_memory=pin_memory)
         if self._is_counting:
             self.order(("count", 1))
         self.order(("finish", buffer))

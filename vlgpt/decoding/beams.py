@@ -84,6 +84,7 @@ class BeamSearch:
         parents: list[int] = []
         running: list[Hypothesis] = []
         for rank, (total, index) in enumerate(zip(best_totals, best)):
+            # Sorted: from here on there are only forbidden tokens.
             if total == -torch.inf:
                 break
             parent, token_id = divmod(index, masked.shape[1])
@@ -100,6 +101,7 @@ class BeamSearch:
         if self._is_done(group):
             group.running, parents = [], []
         elif self.listener.is_cancelled is not None and self.listener.is_cancelled(running[0].prompt):
+            # Who cancels still gets a reply: the best beam as far as it has come.
             running[0].finish = "length"
             group.finished.append((self._score(running[0]), running[0]))
             group.running, parents = [], []

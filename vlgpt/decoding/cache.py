@@ -49,12 +49,14 @@ class Rows:
         self.lm = lm
         self.cache = DynamicCache()
         width = max(len(p) for p in prompts)
+        # Padded on the left, so that the last slot is the last position of every prompt.
         padded = prompts[0].new_zeros(len(prompts), width, prompts[0].shape[1])
         self.is_seen = torch.zeros(len(prompts), width, dtype=torch.bool, device=padded.device)
         for row, prompt in enumerate(prompts):
             padded[row, width - len(prompt) :] = prompt
             self.is_seen[row, width - len(prompt) :] = True
         self._is_dense = all(len(p) == width for p in prompts)
+        # Padding would have position -1, which a table of learned positions does not hold.
         self.hidden = self._forward(padded, (self.is_seen.cumsum(1) - 1).clamp_min(0))
 
     @property
@@ -138,12 +140,14 @@ class Stream:
         if not self.has_companions:
             return predicted
         unconditional = self.lm.regression_head(self.rows.hidden[index + self.num_rows])
+        # Classifier-free guidance (Ho and Salimans 2022), of embeddings instead of noise; 1 is none.
         return unconditional + self.guidance * (predicted - unconditional)
 
     def advance(self, inputs: Sequence[int | Tensor | None]) -> None:
         """Feed every row a token id, a visual embedding (d,), or nothing (None: the row idles)."""
         device = self.hidden.device
         is_moving = torch.tensor([entry is not None for entry in inputs], device=device)
+        # 0 stands for no token: its embedding is replaced by the visual one, or lies in a slot that is never seen.
         ids = torch.tensor([entry if isinstance(entry, int) else 0 for entry in inputs], device=device)
         embeddings = self.lm.backbone.get_input_embeddings()(ids)
         visual = [row for row, entry in enumerate(inputs) if isinstance(entry, Tensor)]

@@ -87,11 +87,11 @@ def empty_parameters() -> Iterator[None]:
             parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
         register(module, name, parameter)
 
-    nn.Module.register_parameter = register_empty  # type: ignore[method-assign, assignment]
+    nn.Module.register_parameter = register_empty  # type: ignore[method-assign, assignment]  # undone below
     try:
         yield
     finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
+        nn.Module.register_parameter = register  # type: ignore[method-assign]  # its own again
 
 
 def read_arguments(folder: Path, wanted: str) -> JsonObject:
@@ -105,7 +105,8 @@ def read_arguments(folder: Path, wanted: str) -> JsonObject:
     config = json.loads(path.read_text())
     if config.get("class") != wanted:
         raise UserError(f"{folder} holds a {config.get('class')!r}, wanted a {wanted}")
-    return config["arguments"]
+    arguments: JsonObject = config["arguments"]
+    return arguments
 
 
 def load_weights(module: nn.Module, path: Path, *, prefix: str = "") -> None:
@@ -159,6 +160,7 @@ def _assign(module: nn.Module, names: Sequence[str], value: Tensor) -> None:
     if leaf in owner._parameters:
         value = nn.Parameter(value, requires_grad=cast(nn.Parameter, owner._parameters[leaf]).requires_grad)
     for owner, leaf in places:
+        # mypy cannot see that `value` is a Parameter in the first case
         (owner._parameters if leaf in owner._parameters else owner._buffers)[leaf] = value  # type: ignore[assignment]
 
 

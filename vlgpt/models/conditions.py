@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from vlgpt.errors import UserError
-from vlgpt.files import write_atomic, write_once
+from vlgpt.files import JsonObject, write_atomic, write_once
 from vlgpt.log import get_logger
 from vlgpt.models.component import freeze
 from vlgpt.models.encoders import Conditioner, Library, PixelEncoder, load_clip, padded_ids
@@ -253,7 +253,8 @@ def _pretrained(kind: Any, path: str | Path, *, subfolder: str) -> Any:
 
 def _tokenizer(kind: type[CLIPTokenizer], path: str | Path, *, subfolder: str) -> CLIPTokenizer:
     try:
-        return kind.from_pretrained(str(path), subfolder=subfolder)
+        tokenizer: CLIPTokenizer = kind.from_pretrained(str(path), subfolder=subfolder)
+        return tokenizer
     except (OSError, ValueError, TypeError) as error:
         raise UserError(
             f"no {kind.__name__} could be loaded from {path}/{subfolder}: {str(error).splitlines()[0]}"
@@ -323,7 +324,7 @@ def read_parts(path: str | Path) -> dict[str, Any]:
             f"{path} is no file: wanted a JSON that names {', '.join(NEEDED)} of a diffusion decoder"
         )
     try:
-        parts = json.loads(path.read_text())
+        parts: JsonObject = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error
     known = {*PATHS, *FOR_TARGETS, *FOR_DRAWING}

@@ -183,7 +183,10 @@ class OpenClipEncoder(ClipEncoder):
             return lambda texts: torch.tensor(
                 [pad_ids([*tokenizer.encode(t)[: length - 1], tokenizer.eos_token_id], length) for t in texts]
             )
-        return open_clip.get_tokenizer(name if folder is None else f"local-dir:{folder.resolve()}")
+        found: Callable[[list[str]], Tensor] = open_clip.get_tokenizer(
+            name if folder is None else f"local-dir:{folder.resolve()}"
+        )
+        return found
 
     def patches(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, P, C)."""
@@ -230,7 +233,8 @@ def _without_weights(open_clip: ModuleType, name: str) -> nn.Module:
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        return open_clip.create_model(name, load_weights=False, device="meta")
+        model: nn.Module = open_clip.create_model(name, load_weights=False, device="meta")
+        return model
     finally:
         logging.disable(before)
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlgpt.errors import UserError
+from vlgpt.files import JsonObject
 from vlgpt.models.losses import squared_errors
 from vlgpt.registry import load_class
 
@@ -36,7 +37,8 @@ class RegressionHead(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(T, D) -> (T, d)."""
-        return self.layers(hidden)
+        predicted: Tensor = self.layers(hidden)
+        return predicted
 
 
 class LinearHead(RegressionHead):
@@ -64,12 +66,12 @@ def new_head(
 ) -> RegressionHead:
     """A head by short or dotted name. Raises UserError for an unknown one, or for options that it does not take."""
     head = load_class(name, RegressionHead, key="head", known=HEADS)
-    arguments = {"hidden_width": hidden_width, "visual_width": visual_width, **(options or {})}
+    arguments: JsonObject = {"hidden_width": hidden_width, "visual_width": visual_width, **(options or {})}
     try:
         inspect.signature(head).bind(**arguments)
     except TypeError as error:
         raise UserError(f"head_options {dict(options or {})} do not fit head {name!r}: {error}") from error
-    return head(**arguments)  # type: ignore[arg-type]
+    return head(**arguments)
 
 
 def regression_errors(predicted: Tensor, target: Tensor, objective: Objective) -> Tensor:

@@ -75,11 +75,14 @@ def from_configuration(config: PreTrainedConfig, attention: str) -> PreTrainedMo
     """
     from transformers import AutoModelForCausalLM
 
+    # A training step reuses no keys, and with a cache transformers would not look at the positions of packed rows.
     config.use_cache = False
     reasons = []
     for implementation in implementations(attention):
         try:
-            model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, attn_implementation=implementation
+            )
         except LOADING_ERRORS as error:
             reasons.append(f"{implementation}: {str(error).splitlines()[0]}")
             continue
@@ -134,11 +137,12 @@ def load_language_model(
         skeleton = from_configuration(config, attention)
     check_parts(skeleton, name=str(path), trained=trained)
     try:
-        model = load_whole(
+        model: PreTrainedModel = load_whole(
             AutoModelForCausalLM,
             str(path),
             dtype=dtype,
             attn_implementation=skeleton.config._attn_implementation,
+            # nothing is ignored: only then does transformers list such tensors, and `load_whole` refuses them
             ignore_mismatched_sizes=True,
         )
     except LOADING_ERRORS as error:
@@ -183,6 +187,7 @@ class _FixedStates(nn.Module):
         return _States(self.hidden)
 
     def __getattr__(self, name: str) -> Any:
+        # OPT's head calls `model.decoder`, not `model`.
         return self if name == "decoder" else super().__getattr__(name)
 
 
@@ -196,6 +201,7 @@ class _States(SimpleNamespace):
         return None
 
     def __getitem__(self, place: int | slice) -> object:
+        # Some classes take `outputs[0]` instead of the field.
         return (self.last_hidden_state,)[place]
 
 
@@ -229,6 +235,7 @@ def check_logits(model: PreTrainedModel, *, name: str) -> None:
     finally:
         model._modules[place] = body
     found = LogitRule.of(model.config)(head(hidden)).float()
+    # 2 %: a head in bf16, which keeps 8 bits, rounds by 0.4 %.
     if found.shape != own.shape or not torch.allclose(found, own, rtol=0.02, atol=0.02 * float(own.std())):
         raise UserError(
             f"{name} is a {type(model).__name__}, which does more to its logits than a scale and a soft cap: its head "
@@ -251,7 +258,8 @@ def embedding_scale(language_model: PreTrainedModel) -> Tensor:
         # Gemma scales inside its embedding layer: a few rows are looked up and compared with the table.
         rows = torch.arange(min(16, table.num_embeddings), device=table.weight.device)
         raw, entered = table.weight[rows].float(), table(rows).float()
-        return scale * (entered.square().mean() / raw.square().mean().clamp_min(1e-20)).sqrt()
+        ratio: Tensor = entered.square().mean() / raw.square().mean().clamp_min(1e-20)
+        return scale * ratio.sqrt()
 
 
 def resize_vocabulary(language_model: PreTrainedModel, tokenizer: DocumentTokenizer) -> None:

@@ -175,6 +175,7 @@ class QueryTransformer(nn.Module):
             raise ValueError(
                 f"context has {context.shape[1]} tokens, this model reads {self.context_positions.shape[0]}"
             )
+        # The context comes in any scale: hidden states of an encoder have not passed its final norm.
         context = self.context_norm(context) + self.context_positions
         x = self.queries.expand(context.shape[0], -1, -1)
         for block in self.blocks:

@@ -40,6 +40,7 @@ def targets_of(batch: Batch) -> TargetPositions:
     # Images come in reading order, so the k-th visual position belongs to row k of the visual embeddings.
     visual_number = is_visual.cumsum(0) - 1
     sources = batch.source_ids.flatten().long()
+    # Never -1, nor the row or document before: `Batch.validate` refuses a target at the first position of a segment.
     return TargetPositions(
         text_from=text - 1,
         text_ids=batch.token_ids.flatten()[text],

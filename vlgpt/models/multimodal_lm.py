@@ -73,6 +73,7 @@ class MultimodalLM(KeepsBuffers):
         hidden = language_model.get_output_embeddings().in_features  # OPT-350M's differs from what enters
         self.projection = nn.Identity() if entered == visual_width else nn.Linear(visual_width, entered)
         if isinstance(self.projection, nn.Linear):
+            # Standardised inputs keep unit variance, so that `visual_scale` alone sets the scale.
             nn.init.normal_(self.projection.weight, std=visual_width**-0.5)
             nn.init.zeros_(self.projection.bias)
         self.head_name, self.head_options = head, dict(head_options or {})
@@ -100,7 +101,8 @@ class MultimodalLM(KeepsBuffers):
     def causal_lm(self) -> PreTrainedModel:
         """The transformers model, without the adapters around it."""
         model: Any = self.language_model
-        return model.get_base_model() if self.has_lora else model
+        plain: PreTrainedModel = model.get_base_model() if self.has_lora else model
+        return plain
 
     @property
     def dtype(self) -> torch.dtype:
@@ -167,6 +169,7 @@ class MultimodalLM(KeepsBuffers):
         """Predictions at the target positions only: (B, L, D) -> logits (T, num_tokens), embeddings (V, d)."""
         flat = hidden.flatten(0, 1)
         # A view without the padding of the vocabulary saves the mask of `logits`, as large as the logits.
+        # At targets only: the 32,000 logits of a position of LLaMA-7B are eight times as wide as its hidden state.
         logits = self.lm_head(flat[targets.text_from])[..., : self.num_tokens]
         return self.finish_logits(logits), self.regression_head(flat[targets.visual_from])
 
@@ -221,6 +224,7 @@ class MultimodalLM(KeepsBuffers):
         before, after_other, after_end = (self._packed_pair(row) for row in (first, other, changed_end))
         leak = _distance(before[:, length:], after_other[:, length:])
         leak = max(leak, _distance(before[:, :-1], after_end[:, :-1]))
+        # A change of one rounding step, 0.8 % in bf16, is no proof of a leak.
         if not leak < max(1e-3, torch.finfo(before.dtype).eps):
             config = self.backbone.config
             raise UserError(
@@ -343,6 +347,7 @@ def register_packed_attention() -> None:
         packed_lengths: Lengths | None = None,
         **options: Any,
     ) -> tuple[Tensor, None]:
+        # A window narrower than the row needs the mask that transformers makes for it.
         window = options.get("sliding_window") or query.shape[2]
         if packed_lengths is None or query.device.type != "cpu" or window < query.shape[2]:
             return sdpa_attention_forward(

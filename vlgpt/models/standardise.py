@@ -23,7 +23,7 @@ class KeepsBuffers(nn.Module):
             for name, buffer in module._buffers.items()
             if buffer is not None and buffer.dtype == torch.float32
         ]
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's has no types
         for module, name, before in kept:
             after = cast(Tensor, module._buffers[name])
             if after.dtype != before.dtype:
@@ -38,6 +38,9 @@ class Standardiser(KeepsBuffers):
     cross-entropy.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, num_slots: int, width: int):
         super().__init__()
         self.register_buffer("mean", torch.zeros(num_slots, width))
@@ -45,11 +48,11 @@ class Standardiser(KeepsBuffers):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, slots, width) -> (B, slots, width), about zero mean and unit variance."""
-        return ((x - cast(Tensor, self.mean)) / cast(Tensor, self.std)).to(x.dtype)
+        return ((x - self.mean) / self.std).to(x.dtype)
 
     def inverse(self, x: Tensor) -> Tensor:
         """(B, slots, width) -> (B, slots, width), back in the original scale."""
-        return (x * cast(Tensor, self.std) + cast(Tensor, self.mean)).to(x.dtype)
+        return (x * self.std + self.mean).to(x.dtype)
 
     @torch.no_grad()
     def set_statistics(self, moments: Tensor, *, scale_groups: Sequence[int] | None = None) -> None:
@@ -65,8 +68,8 @@ class Standardiser(KeepsBuffers):
             groups = variance.split(list(scale_groups))
             variance = torch.cat([group.mean().expand_as(group) for group in groups])
         floor = 1e-3 * variance.mean().sqrt().clamp_min(1e-6)
-        self.mean.copy_(mean)  # type: ignore[operator]
-        self.std.copy_(variance.sqrt().clamp_min(floor))  # type: ignore[operator]
+        self.mean.copy_(mean)
+        self.std.copy_(variance.sqrt().clamp_min(floor))
 
 
 def accumulate(values: Tensor) -> Tensor:
@@ -106,7 +109,8 @@ class ConditionStandardiser(nn.Module):
 
     def forward(self, condition: Tensor) -> Tensor:
         """(B, K, D) -> (B, num_targets, D)."""
-        return self.standardiser(self.split(condition))
+        target: Tensor = self.standardiser(self.split(condition))
+        return target
 
     def inverse(self, target: Tensor) -> Tensor:
         """(B, num_targets, D) -> (B, K, D)."""

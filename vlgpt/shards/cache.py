@@ -64,7 +64,8 @@ class RemoteFolder:
         import fsspec
 
         with fsspec.open(f"{self.where}/{name}", "rb") as file:
-            return file.read()
+            content: bytes = file.read()
+        return content
 
     def path(self, name: str) -> Path:
         """The local copy, downloaded first if needed. Raises FileNotFoundError, or UserError for a wrong hash."""

@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from vlgpt.errors import UserError
-from vlgpt.files import fsync_folder, open_locked, write_atomic
+from vlgpt.files import JsonObject, fsync_folder, open_locked, write_atomic
 from vlgpt.shards.recent import Recent
 from vlgpt.shards.schema import FeatureSpec, ShardIndex
 
@@ -163,7 +163,8 @@ def write_feature_rows(
 def has_feature_rows(folder: Path, name: str, shard: str, *, tar_sha256: str) -> bool:
     """Whether the rows of this very tar are stored: how an interrupted feature run continues."""
     try:
-        return json.loads(feature_path(folder, name, f"{shard}.json").read_text())["tar_sha256"] == tar_sha256
+        owner: JsonObject = json.loads(feature_path(folder, name, f"{shard}.json").read_text())
+        return bool(owner["tar_sha256"] == tar_sha256)
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return False
 
@@ -178,7 +179,8 @@ def quantise(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def dequantise(rows: np.ndarray, scales: np.ndarray) -> np.ndarray:
     """Inverse of `quantise` up to half a step. (..., C) int8, (...) float32 -> (..., C) float32."""
-    return rows.astype(np.float32) * scales[..., None]
+    values: np.ndarray = rows.astype(np.float32) * scales[..., None]
+    return values
 
 
 class FeatureReader:

@@ -147,7 +147,7 @@ def tar_headers(tar: Path) -> Iterator[tarfile.TarInfo]:
         for info in archive:
             yield info
             # tarfile remembers every member: memory stays flat without
-            archive.members = []  # type: ignore[attr-defined]
+            archive.members = []  # type: ignore[attr-defined]  # not in typeshed
 
 
 @dataclass(frozen=True)

@@ -184,7 +184,7 @@ class ShardIndex:
         """The npz file as bytes, equal for equal content."""
         buffer = io.BytesIO()
         columns = {field.name: np.asarray(getattr(self, field.name)) for field in fields(self)}
-        np.savez(buffer, **columns)  # type: ignore[arg-type]
+        np.savez(buffer, **columns)  # type: ignore[arg-type]  # none is allow_pickle
         return buffer.getvalue()
 
     @staticmethod

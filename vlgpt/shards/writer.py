@@ -163,13 +163,14 @@ def load_tar_writer() -> type[TarWriter]:
     """webdataset's writer. Its import loads torch (seconds, 200 MB): a process calls this before it forks workers."""
     from webdataset import TarWriter
 
-    return TarWriter
+    writer: type[TarWriter] = TarWriter
+    return writer
 
 
 def _record_bytes(document: Document) -> bytes:
     try:
         return json.dumps(document.to_record(), ensure_ascii=False, separators=(",", ":")).encode()
-    except (UnicodeEncodeError, TypeError, ValueError) as error:
+    except (UnicodeEncodeError, TypeError, ValueError, RecursionError) as error:
         raise UnstorableDocument(f"document {document.id!r}: {error}") from error
 
 

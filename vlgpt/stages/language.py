@@ -49,6 +49,7 @@ class LanguageStage(Stage):
     settings_class = LanguageStageSettings
     batch_kind = "packed"
     terms = ("text", "visual")
+    slot_weights: Tensor
 
     def __init__(
         self,
@@ -196,7 +197,7 @@ class LanguageStage(Stage):
             errors = weights = predicted.new_zeros(0)
         else:
             errors = regression_errors(predicted, visual.flatten(0, 1)[targets.visual_rows], self.objective)
-            weights = self.slot_weights[targets.visual_rows % batch.num_visual]  # type: ignore[index]
+            weights = self.slot_weights[targets.visual_rows % batch.num_visual]
         by_visual = sums_by_source(errors, targets.visual_sources, self.num_sources)
         return {  # sums over no targets still hang on every parameter: a rank without targets reduces like the others
             "text": LossTerm(text.sum(), self.text_weight, by_text),

@@ -53,7 +53,7 @@ def _open_store(rank: int, world_size: int, timeout_s: float) -> Store:
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     is_agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     try:
-        store = dist.TCPStore(  # type: ignore[attr-defined]
+        store = dist.TCPStore(
             os.environ["MASTER_ADDR"],
             int(os.environ["MASTER_PORT"]),
             world_size=None,

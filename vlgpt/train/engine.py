@@ -159,7 +159,8 @@ class Engine:
 
     def forward(self, batch: object) -> dict[str, LossTerm]:
         """Losses of one micro-batch, as sums."""
-        return self._engine(batch)
+        terms: dict[str, LossTerm] = self._engine(batch)
+        return terms
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate gradients. DeepSpeed divides by the accumulation and averages over ranks."""
@@ -218,6 +219,7 @@ class Engine:
     def load(self, root: Path, tag: str) -> None:
         """Load what `save` wrote, at the same world size. Raises UserError when DeepSpeed finds nothing."""
         with frozen_parts_out(self.stage):
+            # Not strict: `save` leaves the frozen parameters out.
             path, _ = self._engine.load_checkpoint(str(root), tag=tag, load_module_strict=False)
         if path is None:
             raise UserError(f"DeepSpeed found no checkpoint {tag} under {root}")
@@ -269,7 +271,10 @@ class Engine:
             return contextlib.nullcontext()
         import deepspeed
 
-        return deepspeed.zero.GatheredParameters(list(self.stage.parameters()), modifier_rank=None)
+        gathered: AbstractContextManager[object] = deepspeed.zero.GatheredParameters(
+            list(self.stage.parameters()), modifier_rank=None
+        )
+        return gathered
 
     def whole(self, parameter: Tensor) -> AbstractContextManager[object]:
         """Context in which one parameter is whole and may be changed on rank 0 (ZeRO-3 keeps it in pieces)."""
@@ -277,7 +282,10 @@ class Engine:
             return contextlib.nullcontext()
         import deepspeed
 
-        return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
+        gathered: AbstractContextManager[object] = deepspeed.zero.GatheredParameters(
+            [parameter], modifier_rank=0
+        )
+        return gathered
 
     def trainable_state(self, *, is_kept: bool = True) -> dict[str, Tensor]:
         """fp32 master weights of everything trained, gathered to the CPU of the ranks that say `is_kept`."""
@@ -387,6 +395,7 @@ def convert_to_universal(source: Path, target: Path) -> None:
     except (AssertionError, KeyError, IndexError, ValueError, OSError, NotImplementedError) as error:
         raise RuntimeError(f"{type(error).__name__}: {error}") from error
     finally:
+        # DeepSpeed's note of the newest one. Here the marker of a commit says so, and nothing else may.
         (target.parent / "latest_universal").unlink(missing_ok=True)
 
 

@@ -150,6 +150,7 @@ def train(run: Run, state: RunState) -> None:
         ):
             write_validation(run, step)
             run.observers.heartbeat(step)
+        # Before the save: weights that have drifted apart must not become a checkpoint.
         check_replicas(run, step)
         after_step(run, state)
         run.observers.heartbeat(step)
@@ -183,8 +184,9 @@ def train_step(
     for batch, placed in micro_batches:
         with counting(meter, batch):
             terms = engine.forward(placed)
+        # At least 1: a step without images has no visual targets, and a sum of 0.
         loss = sum(terms[name].weight * terms[name].total / max(counts[name], 1.0) for name in stage.terms)
-        engine.backward(loss * undo_means)  # type: ignore[arg-type]
+        engine.backward(loss * undo_means)  # type: ignore[arg-type]  # the int 0 is a sum of no terms
         for name in stage.terms:
             found = terms[name].by_source
             if found is not None:
@@ -196,6 +198,7 @@ def train_step(
 def global_counts(engine: Engine, targets: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Targets per term over all ranks and micro-batches of this step."""
     terms = engine.stage.terms
+    # float64: fp32 counts exactly to 2^24 only, eight times the positions of the paper's step (4,096 rows of 512).
     local = torch.tensor([[counts[name] for name in terms] for counts in targets], dtype=torch.float64)
     return dict(zip(terms, engine.all_sum(local.sum(0)).tolist()))
 

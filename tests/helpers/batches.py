@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from tiny_unified import NUM_PATCHES, PATCH_WIDTH
 
+from tests.helpers.tiny_unified import NUM_PATCHES, PATCH_WIDTH
 from vlgpt import seeds
 from vlgpt.batch import Batch, ImageInput
 from vlgpt.document import Document, ImagePart, TextPart
 from vlgpt.tokens import DocumentTokenizer, flatten
 
-WORDS = (
+WORDS = [
     "red",
     "blue",
     "green",
@@ -27,7 +27,7 @@ WORDS = (
     "two",
     "lazy",
     "quick",
-)
+]
 
 
 def random_document(number: int, *, num_images: int, is_chat: bool = False) -> Document:

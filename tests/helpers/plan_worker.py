@@ -3,11 +3,10 @@
 import json
 import sys
 
-from test_plan import Case, to_dtype
 from torch import Tensor
 
-from vlgpt.config import validate
-from vlgpt.settings import RunSettings
+from tests.helpers.plan_case import Case, to_dtype
+from tests.helpers.runs import run_settings
 from vlgpt.train.ds_config import merge_config
 from vlgpt.train.engine import Engine, start_process_group, stop_process_group
 
@@ -18,17 +17,7 @@ def num_bytes(tensors) -> int:
 
 def main(size: str, trained: str, precision: str) -> None:
     case = Case(size, trained)
-    values = {
-        "name": "plan",
-        "output_dir": "none",
-        "stage": {"kind": "language", "language_model": "tiny"},
-        "data": {"sources": [{"name": "a", "path": "b"}]},
-        "steps": 1,
-        "global_batch": 4,
-        "micro_batch": 4,
-        "precision": precision,
-    }
-    settings = validate(RunSettings, values, where="test")
+    settings = run_settings(global_batch=4, micro_batch=4, precision=precision)
     start_process_group(timeout_s=300.0)
     zero = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 1_000_000}}
     engine = Engine(case.stage, settings, merge_config(settings, zero, world_size=1, source="test"))

@@ -12,36 +12,21 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from tiny_unified import new_document_tokenizer, new_model
 
-from demo.clip import new_open_clip, save_open_clip
 from demo.decoder import ConvDecoder
+from tests.helpers.tiny_clip import save_fitting_clip
+from tests.helpers.tiny_unified import CONDITION_SHAPES, new_document_tokenizer, new_model
 from vlgpt.decoding.generator import Generator
+from vlgpt.export import export_model
 from vlgpt.models.encoders import load_clip
 from vlgpt.models.unified import UnifiedModel
-
-CLIP = {
-    "embed_dim": 16,
-    "vision_cfg": {"image_size": 24, "patch_size": 12, "width": 24, "layers": 2, "head_width": 12},
-    "text_cfg": {"context_length": 8, "vocab_size": 448, "width": 16, "heads": 2, "layers": 1},
-}
 
 
 def save_parts(folder: Path) -> None:
     """clip/ and decoder/ that fit `new_model(tokenizer, num_patches=5)`."""
+    save_fitting_clip(folder / "clip")
     torch.manual_seed(1)
-    save_open_clip(new_open_clip(config=CLIP), config=CLIP, folder=folder / "clip")
-    new_document_tokenizer().save(folder / "clip")
-    ConvDecoder(
-        image_tokens=3,
-        image_width=16,
-        text_tokens=5,
-        text_width=12,
-        size_px=24,
-        width=24,
-        num_heads=2,
-        channels=32,
-    ).save(folder / "decoder")
+    ConvDecoder(**CONDITION_SHAPES, size_px=24, width=24, num_heads=2, channels=32).save(folder / "decoder")
 
 
 def new_chat_model(tokenizer, **shape) -> UnifiedModel:
@@ -67,14 +52,12 @@ def new_generator(folder: Path, **shape) -> Generator:
     )
 
 
-def save_export(folder: Path) -> Path:
-    """The same as an export folder."""
-    from vlgpt.export import export_model
-
+def save_export(folder: Path, model: UnifiedModel | None = None) -> Path:
+    """The same, or another model, as an export folder with its CLIP and its image decoder."""
     save_parts(folder)
     tokenizer = new_document_tokenizer()
     export_model(
-        new_chat_model(tokenizer),
+        model or new_chat_model(tokenizer),
         folder / "export",
         tokenizer=tokenizer,
         encoder={"path": str(folder / "clip"), "library": "open_clip", "layer": -2, "has_cls": True},

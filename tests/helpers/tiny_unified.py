@@ -15,6 +15,7 @@ from vlgpt.models.unified import UnifiedModel
 from vlgpt.tokens import DocumentTokenizer
 
 NUM_VISUAL, VISUAL_WIDTH, NUM_PATCHES, PATCH_WIDTH = 4, 48, 9, 24
+CONDITION_SHAPES = {"image_tokens": 3, "image_width": 16, "text_tokens": 5, "text_width": 12}
 TEXTS = [
     "The quick brown fox jumps over the lazy dog. What is in the picture?",
     "Draw a red circle beside a blue square, please! An image of three elephants.",
@@ -89,10 +90,7 @@ def new_model(
     detokenizer = ImageDetokenizer(
         num_visual=tokenizer.num_visual,
         visual_width=visual_width,
-        image_tokens=3,
-        image_width=16,
-        text_tokens=5,
-        text_width=12,
+        **CONDITION_SHAPES,
         width=32,
         depth=2,
         num_heads=4,

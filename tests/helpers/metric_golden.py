@@ -1,10 +1,11 @@
 """Inputs with the outputs of official evaluators; `source` in each file names the code that was run."""
 
 import json
-from pathlib import Path
 from typing import Any
 
-FOLDER = Path(__file__).resolve().parents[1] / "assets" / "golden"
+from tests.helpers.processes import ROOT
+
+FOLDER = ROOT / "tests" / "assets" / "golden"
 
 
 def load(name: str) -> dict[str, Any]:

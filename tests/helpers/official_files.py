@@ -266,27 +266,3 @@ def write_all(data: Path) -> None:
     write_flickr30k(data)
     write_magicbrush(data)
     write_easy_vqa(data)
-
-
-def write_clip(folder: Path) -> None:
-    """A tiny random CLIP in open_clip's folder format, with a tokenizer."""
-    import torch
-
-    from demo.clip import new_open_clip, save_open_clip
-    from demo.tiny import train_text_tokenizer
-
-    torch.manual_seed(0)
-    tokenizer = train_text_tokenizer(["a red dog and a blue chair near the house"], vocabulary_size=300)
-    config = {
-        "embed_dim": 16,
-        "vision_cfg": {"layers": 1, "width": 32, "head_width": 16, "patch_size": 8, "image_size": 32},
-        "text_cfg": {
-            "context_length": 24,
-            "vocab_size": len(tokenizer),
-            "width": 32,
-            "heads": 2,
-            "layers": 1,
-        },
-    }
-    save_open_clip(new_open_clip(config=config), config=config, folder=folder)
-    tokenizer.save_pretrained(folder)

@@ -10,9 +10,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from batches import pack
-from probe_clip import CLIP
-from worker import (
+
+from tests.helpers.batches import pack
+from tests.helpers.tiny_clip import save_fitting_clip
+from tests.helpers.tiny_unified import CONDITION_SHAPES
+from tests.helpers.worker import (
     LENGTH,
     TOKENIZER,
     condition_sample,
@@ -22,7 +24,6 @@ from worker import (
     rows_of,
     settings_of,
 )
-
 from vlgpt import commits, seeds
 from vlgpt.batch import LossTerm
 from vlgpt.config import parse_yaml, validate
@@ -221,9 +222,15 @@ def data_settings(folder, **more):
     return validate(DataSettings, parse_yaml(json.dumps(values)), where="test")
 
 
+def packed(data, rank, world_size, *, micro_batch=1, **more):
+    from vlgpt.data.loader import Loader
+
+    place = {"rank": rank, "world_size": world_size}
+    return Loader(data, kind="packed", micro_batch=micro_batch, tokenizer=TOKENIZER, **place, **more)
+
+
 def uneven(folder, rank, world_size, options):
     """A source of seven shards and one of a single shard, through the real loader, under ZeRO-2 and ZeRO-3."""
-    from vlgpt.data.loader import Loader
 
     data = data_settings(options["data"])
     found = {}
@@ -231,9 +238,7 @@ def uneven(folder, rank, world_size, options):
         seeds.seed_everything(0)
         settings = settings_of(folder, steps=6, global_batch=world_size, micro_batch=1)
         engine = engine_of(settings, world_size, zero=zero, kind="lora")
-        loader = Loader(
-            data, kind="packed", micro_batch=1, rank=rank, world_size=world_size, tokenizer=TOKENIZER
-        )
+        loader = packed(data, rank, world_size)
         losses, documents = [], []
         batches = iter(loader)
         for _ in range(6):
@@ -245,15 +250,7 @@ def uneven(folder, rank, world_size, options):
             documents += [name for row in batch.documents for name in row]
             loader.advance(1)
         loader.close()
-        once = Loader(
-            data,
-            kind="packed",
-            micro_batch=1,
-            rank=rank,
-            world_size=world_size,
-            tokenizer=TOKENIZER,
-            is_one_pass=True,
-        )
+        once = packed(data, rank, world_size, is_one_pass=True)
         num_passes = len(list(once))
         once.close()
         found[zero] = {"losses": losses, "documents": documents, "num_passes": num_passes}
@@ -262,7 +259,6 @@ def uneven(folder, rank, world_size, options):
 
 def measured(folder, rank, world_size, options):
     """Validation: packed rows against one document a row, and a probe that generates, under ZeRO-2 and ZeRO-3."""
-    from vlgpt.data.loader import Loader
     from vlgpt.decoding.api import DecodeSettings, Prompt
     from vlgpt.decoding.generator import Generator
     from vlgpt.settings import ValidationSettings
@@ -287,29 +283,14 @@ def measured(folder, rank, world_size, options):
             measure = validator(
                 validating,
                 engine,
-                partial(
-                    Loader,
-                    kind="packed",
-                    micro_batch=1,
-                    rank=rank,
-                    world_size=world_size,
-                    tokenizer=TOKENIZER,
-                ),
+                lambda data, **more: packed(data, rank, world_size, **more),
                 log=MetricsSink(),
                 probe=probe,
             )
             found[zero] = {"whole": measure(1, partial(beats.append, 1)), "beats": len(beats)}
             for packing in ("best_fit", "none"):
                 data = data_settings(options["data"], packing=packing)
-                loader = Loader(
-                    data,
-                    kind="packed",
-                    micro_batch=2,
-                    rank=rank,
-                    world_size=world_size,
-                    tokenizer=TOKENIZER,
-                    is_one_pass=True,
-                )
+                loader = packed(data, rank, world_size, micro_batch=2, is_one_pass=True)
                 found[zero][packing] = validation_losses(
                     engine, iter(loader), 1000, source_names=loader.source_names
                 )
@@ -321,17 +302,16 @@ def pictured(folder, rank, world_size, options):
     """Stage 1 seen: similarity over both ranks' pictures, and the same sheet for the same weights."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    from demo.clip import new_open_clip, save_open_clip
     from demo.decoder import ConvDecoder
     from vlgpt.settings import EncoderSettings, PictureCheckSettings
     from vlgpt.train.pictures import ReconstructionCheck
 
     torch.manual_seed(1)
-    shapes = {"image_tokens": 3, "image_width": 16, "text_tokens": 5, "text_width": 12}
     if rank == 0:
-        ConvDecoder(**shapes, size_px=24, width=24, num_heads=2, channels=32).save(folder / "decoder")
-        save_open_clip(new_open_clip(config=CLIP), config=CLIP, folder=folder / "clip")
-        TOKENIZER.save(folder / "clip")
+        ConvDecoder(**CONDITION_SHAPES, size_px=24, width=24, num_heads=2, channels=32).save(
+            folder / "decoder"
+        )
+        save_fitting_clip(folder / "clip")
     settings = settings_of(folder, steps=6, global_batch=world_size, micro_batch=1)
     engine = engine_of(settings, world_size, kind="tokenizer")
     engine.train(False)

@@ -10,8 +10,8 @@ from urllib.parse import urlsplit
 
 import httpx
 import numpy as np
-from chat_parts import picture_bytes
 
+from tests.helpers.chat_parts import picture_bytes
 from vlgpt.chat.dialogue import Dialogue, Picture
 from vlgpt.decoding.api import DecodeSettings
 from vlgpt.decoding.generator import Generator

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import tiny_diffusion_parts as tiny
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_unified import new_document_tokenizer
 from transformers import (
     AutoModelForCausalLM,
     CLIPTextConfig,
@@ -29,6 +27,8 @@ from transformers import (
 from demo.tiny import CLIP_VISION as VISION
 from demo.tiny import SIZE_PX, TEXT_LENGTH, clip_text, save_clip, save_clip_processor
 from demo.tiny import save_clip_tokenizer as write_clip_tokenizer
+from tests.helpers import tiny_diffusion_parts as tiny
+from tests.helpers.tiny_unified import new_document_tokenizer
 
 PATCH_PX = VISION["patch_size"]
 

@@ -2,7 +2,6 @@
 
 import io
 import json
-import tarfile
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,9 +9,11 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from data_prep.sources import Dropped, Record, source_class
+from tests.helpers.processes import ROOT
+from tests.helpers.tars import write_tar
 from vlgpt.document import ImagePart
 
-ASSETS = Path(__file__).parent.parent / "assets" / "sources"
+ASSETS = ROOT / "tests" / "assets" / "sources"
 
 
 def asset(name: str):
@@ -39,17 +40,6 @@ def write_pictures(folder: Path, names: list[str]) -> None:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(picture(number))
-
-
-def write_tar(path: Path, members: dict[str, bytes]) -> Path:
-    """A plain tar with these members in order."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as archive:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-    return path
 
 
 def write_table(path: Path, rows: list[dict], *, rows_per_group: int = 2) -> Path:

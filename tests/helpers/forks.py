@@ -9,44 +9,36 @@ import json
 import os
 import runpy
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import traceback
-from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+import pytest
 
-
-def free_port():
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
+from tests.helpers.processes import environment
+from vlgpt.files import free_port
 
 
 class Forks:
-    """The process in which everything is imported. `run` is what a launcher does: ranks, and one death ends all."""
+    """The process in which everything is imported. `run` does what a launcher does."""
 
     def __init__(self):
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         self.process = subprocess.Popen(
             [sys.executable, __file__],
-            env=environment,
+            env=environment(HF_HUB_OFFLINE=1),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
 
-    def run(self, command, *, folder, log, num_ranks=1):
-        """Run a script (or `-m module`) in `folder`, output appended to `log`: -> exit codes, -9 for a killed rank."""
-        act = {
-            "command": command,
-            "folder": str(folder),
-            "log": str(log),
-            "ranks": num_ranks,
-            "port": free_port(),
-        }
+    def run(self, command, *, folder, log, num_ranks=1, is_death_of_all=True):
+        """Run a script (or `-m module`) in `folder`, output appended to `log`: -> exit codes, -9 for a killed rank.
+
+        As under a launcher one rank that fails ends all, unless `is_death_of_all` is false.
+        """
+        act = {"command": [str(part) for part in command], "folder": str(folder), "log": str(log)}
+        act |= {"ranks": num_ranks, "port": free_port(), "is_death_of_all": is_death_of_all}
         self.process.stdin.write(json.dumps(act) + "\n")
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
@@ -54,6 +46,13 @@ class Forks:
     def close(self):
         self.process.stdin.close()
         self.process.wait(timeout=20)
+
+
+@pytest.fixture(scope="module")
+def forks():
+    forks = Forks()
+    yield forks
+    forks.close()
 
 
 def serve():
@@ -83,7 +82,7 @@ def serve():
         while children:
             child, status = os.waitpid(-1, 0)
             codes[children.pop(child)] = code = os.waitstatus_to_exitcode(status)
-            for other in children if code else ():
+            for other in children if code and act["is_death_of_all"] else ():
                 os.kill(other, signal.SIGKILL)
         answers.write(json.dumps(codes) + "\n")
         answers.flush()

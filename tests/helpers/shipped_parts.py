@@ -5,26 +5,22 @@ and tokenizer, `openai/clip-vit-large-patch14` has CLIP's, and `data/cc3m` is a 
 """
 
 import json
-import sys
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM
 
-sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("data", "models")]
-
-import miniatures as mini
-import tiny_diffusion_parts as tiny
-from small_data import chat, page, pair, picture, words, write_dataset
-
 from data_prep import features, index
+from tests.helpers import miniatures as mini
+from tests.helpers import tiny_diffusion_parts as tiny
+from tests.helpers.processes import ROOT
+from tests.helpers.small_data import chat, page, pair, picture, words, write_dataset
 from vlgpt import settings as s
 from vlgpt.config import load_run
 from vlgpt.document import Document, ImagePart, TextPart
 from vlgpt.turns import SYSTEM_MESSAGE
 
-ROOT = Path(__file__).parents[2]
 CONFIGS = sorted(p for p in ROOT.glob("launchers/configs/*/*.yaml") if not p.parent.name.startswith("demo"))
 NUM_VISUAL, VISUAL_WIDTH, VOCABULARY, NUM_DOCUMENTS = 4, 32, 512, 24
 DECODER = "decoders/sd15/diffusion.json"  # docs/decoders.md

@@ -12,19 +12,19 @@ import torch
 
 torch.set_num_threads(1)
 
-from batches import pack, random_document  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
-from tiny_unified import (  # noqa: E402
+
+from tests.helpers.batches import pack, random_document  # noqa: E402
+from tests.helpers.runs import run_settings  # noqa: E402
+from tests.helpers.tiny_unified import (  # noqa: E402
     NUM_PATCHES,
     PATCH_WIDTH,
     new_document_tokenizer,
     new_model,
 )
-
 from vlgpt import commits, seeds  # noqa: E402
 from vlgpt.batch import ConditionBatch  # noqa: E402
-from vlgpt.config import parse_yaml, validate  # noqa: E402
-from vlgpt.settings import LoraSettings, RunSettings  # noqa: E402
+from vlgpt.settings import LoraSettings  # noqa: E402
 from vlgpt.stages.language import LanguageStage  # noqa: E402
 from vlgpt.stages.tokenizer import ImageTokenizerStage  # noqa: E402
 from vlgpt.train import checkpoint  # noqa: E402
@@ -37,19 +37,10 @@ LENGTH = 96
 
 
 def settings_of(folder, *, steps, global_batch, micro_batch, eps=1e-6, clipping=1.0, **more):
-    values = {
-        "name": "test",
-        "output_dir": str(folder),
-        "stage": {"kind": "language", "language_model": "tiny"},
-        "data": {"sources": [{"name": "a", "path": "b"}, {"name": "c", "path": "d"}]},
-        "optimizer": {"lr": 1e-2, "warmup_steps": 0, "eps": eps, "gradient_clipping": clipping},
-        "steps": steps,
-        "global_batch": global_batch,
-        "micro_batch": micro_batch,
-        "precision": "fp32",
-        **more,
-    }
-    return validate(RunSettings, parse_yaml(json.dumps(values)), where="test")
+    optimizer = {"lr": 1e-2, "warmup_steps": 0, "eps": eps, "gradient_clipping": clipping}
+    data = {"sources": [{"name": "a", "path": "b"}, {"name": "c", "path": "d"}]}
+    sizes = {"steps": steps, "global_batch": global_batch, "micro_batch": micro_batch}
+    return run_settings(output_dir=str(folder), **{"data": data, "optimizer": optimizer, **sizes, **more})
 
 
 def new_stage(kind, *, drop=0.0):
@@ -335,7 +326,7 @@ TASKS = (layouts, accumulated, train, several, modalities, poison, poisoned_for_
 
 def main():
     """Run the tasks (names with commas between) one after the other; the last one's exit code is the process's."""
-    import loop_tasks
+    from tests.helpers import loop_tasks
 
     names, folder, options = sys.argv[1].split(","), Path(sys.argv[2]), json.loads(sys.argv[3])
     start_process_group(timeout_s=300)

@@ -5,32 +5,37 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from vlgpt.data.assemble import ShardLengths
 from vlgpt.document import Document, ImagePart, Part, TextPart
 from vlgpt.seeds import generator
 from vlgpt.shards import FeatureSpec, ShardSet, ShardWriter, write_feature_rows, write_manifest, write_spec
+from vlgpt.shards.index import IndexBuilder
 from vlgpt.tokens import DocumentTokenizer
 
 NUM_VISUAL = 4
 WORDS = [f"w{i}" for i in range(200)]
 
 
+def word_level(words: Sequence[str], split: Any, **options: Any) -> PreTrainedTokenizerFast:
+    """A text tokenizer of one token per piece of `split`; what is none of these words is unknown."""
+    vocabulary = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", *words])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = split
+    marks = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **marks, **options)
+
+
 def make_tokenizer(*, num_visual: int = NUM_VISUAL) -> DocumentTokenizer:
     """One token per word."""
-    special = ["<unk>", "<s>", "</s>"]
-    chat = ["USER:", "ASSISTANT:"]
-    vocabulary = {word: i for i, word in enumerate([*special, *chat, *WORDS])}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>", add_bos_token=True
-    )
-    return DocumentTokenizer(fast, num_visual=num_visual, template="short")
+    text = word_level(["USER:", "ASSISTANT:", *WORDS], pre_tokenizers.WhitespaceSplit(), add_bos_token=True)
+    return DocumentTokenizer(text, num_visual=num_visual, template="short")
 
 
 def picture(number: int, *, size_px: int = 8, suffix: str = "png") -> tuple[str, bytes]:
@@ -99,22 +104,27 @@ def write_dataset(
     return folder
 
 
+def lengths_of(documents: Sequence[Document], tokenizer: DocumentTokenizer) -> ShardLengths:
+    """What the loader knows of a shard that holds these documents."""
+    builder = IndexBuilder(tokenizer)
+    for document in documents:
+        builder.add(document.id, document, [])
+    return ShardLengths(builder.build(tar_sha256=""), image_length=tokenizer.image_length)
+
+
+def feature_spec(**changes: Any) -> FeatureSpec:
+    """How a feature was made; by default one view of a visual embedding per image, in fp16."""
+    made = {"encoder": "e", "weights_hash": "w", "layer": "-2", "preprocessing": "p"}
+    stored = {"name": "visual", "shape": (2, 8), "dtype": "float16", "views": 1, "per": "image"}
+    return FeatureSpec(**{**made, **stored, **changes})
+
+
 def write_feature(
     folder: Path, name: str, *, shape: tuple[int, ...], views: int = 1, dtype: str = "float32"
 ) -> None:
     """Feature rows that say where they come from: every value is `100 * shard + row + 0.25 * view`."""
     per = "text" if name == "text_condition" else "image"
-    spec = FeatureSpec(
-        name=name,
-        encoder="test",
-        weights_hash="0",
-        layer="last",
-        preprocessing="none",
-        shape=shape,
-        dtype=dtype,
-        views=views,
-        per=per,
-    )
+    spec = feature_spec(name=name, shape=shape, dtype=dtype, views=views, per=per)
     write_spec(folder, spec)
     shards = ShardSet.open(folder)
     for number, shard in enumerate(shards.shards):

@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from tests.helpers.processes import ROOT
 from vlgpt.document import Document, ImagePart, TextPart
 from vlgpt.images import png_bytes
 from vlgpt.seeds import address
 from vlgpt.shards import ShardWriter, write_manifest
 
-JOBS = Path(__file__).parents[2] / "demo" / "jobs.yaml"
+JOBS = ROOT / "demo" / "jobs.yaml"
 SIZE_PX = 36
 TONES = {"none": (250, 200, 40), "light": (250, 220, 200), "medium": (190, 130, 80), "dark": (90, 50, 30)}
 GENDERS = {"man": (0, 0, 200), "woman": (200, 0, 120), "person": (0, 150, 0)}
