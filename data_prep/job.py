@@ -67,18 +67,20 @@ class BuildJob:
         return {name: metadata.version(name) for name in sorted(set(names))}
 
     def settings(self) -> dict[str, object]:
-        """What `build.json` records: a restart with anything else is refused."""
-        options = {name: _plain(value) for name, value in sorted(self.source_options.items())}
+        """What `build.json` records: a restart with anything else is refused. Paths are absolute."""
+        return {"inputs": _plain(self.inputs, Path.resolve), **self._rules(Path.resolve)}
+
+    def _rules(self, place: Callable[[Path], Path]) -> dict[str, object]:
+        """The settings but for the inputs, with every path as `place` writes it."""
         recipe = getattr(self.source, "recipe", None)
         return {
             **({} if recipe is None else {"recipe": json.loads(json.dumps(recipe))}),
             "source": self.source_name,
-            "inputs": [str(path.resolve()) for path in self.inputs],
-            "options": options,
+            "options": _plain(dict(sorted(self.source_options.items())), place),
             "num_records": len(self.source),
             "shard_size": self.shard_size,
             "pictures": self.images.model_dump(),
-            "filters": self.filters.model_dump(mode="json"),
+            "filters": _plain(self.filters.model_dump(), place),
             "tokenizer": "" if self.tokenizer is None else self.tokenizer.fingerprint,
             "versions": self.versions(),
         }
@@ -86,18 +88,18 @@ class BuildJob:
     @property
     def fingerprint(self) -> str:
         """Of the settings that decide the tars: token lengths live in the index, and inputs may be moved."""
-        settings = {
-            key: value for key, value in self.settings().items() if key not in ("tokenizer", "inputs")
-        }
+        settings = {key: value for key, value in self._rules(Path).items() if key != "tokenizer"}
         text = json.dumps(settings, sort_keys=True, allow_nan=False)
         return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
 
 
-def _plain(value: object) -> object:
-    """As JSON has it."""
+def _plain(value: object, place: Callable[[Path], Path]) -> object:
+    """As JSON has it, paths as `place` writes them."""
+    if isinstance(value, dict):
+        return {key: _plain(item, place) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
+        return [_plain(item, place) for item in value]
+    return str(place(value)) if isinstance(value, Path) else value
 
 
 def claim_folder(job: BuildJob) -> None:
@@ -125,8 +127,18 @@ def _differences(old: object, new: object, name: str = "") -> Iterator[tuple[str
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted({*old, *new}):
             yield from _differences(old.get(key), new.get(key), f"{name}.{key}".lstrip("."))
-    elif old != new:
+    elif old != new and not _is_same_place(old, new):
         yield name, old, new
+
+
+def _is_same_place(old: object, new: object) -> bool:
+    """Whether both name one path: folders that were begun before hold some paths as they were given."""
+    return (
+        isinstance(old, str)
+        and isinstance(new, str)
+        and Path(new).is_absolute()
+        and str(Path(old).resolve()) == new
+    )
 
 
 class ShardBuilder:

@@ -85,6 +85,7 @@ def write(output: Path, *, data: Path, names: Sequence[str], skipped: Mapping[st
         style=(TEMPLATES / "report.css").read_text(encoding="utf-8"),
         models=models(results),
         overview=overview(results, paper),
+        few_shot=summary["few_shot"],
         tables=tables(results, paper),
         sections=[_section(name, result, output / name, data) for name, result in results.items()],
         skipped=skipped,

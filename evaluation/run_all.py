@@ -12,9 +12,8 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field
 
 from evaluation import benchmarks, report
@@ -23,16 +22,16 @@ from evaluation.fewshot import Demonstrator, FewShot
 from evaluation.responders import ModelResponder, OracleResponder, ShuffledResponder
 from evaluation.run import AnswerOptions, Pairs, changed, pairs, run, select, write_submission
 from evaluation.score import score_folder
+from vlgpt.config import read_yaml, validate
 from vlgpt.errors import UserError, run_command
 from vlgpt.files import write_atomic
 from vlgpt.log import configure, get_logger
 from vlgpt.options import Argument, parse
 from vlgpt.processes import run_ranks
+from vlgpt.settings import Settings
 
 JOBS = Path(__file__).with_name("jobs.yaml")
 FAKES = {"oracle": OracleResponder, "shuffled": ShuffledResponder}
-JOB_KEYS = {"name", "benchmark", "model", "shots", "seeds", "prompts", "needs", "needs_any", "optional"}
-JOB_KEYS |= {"options", "sampling_options"}
 
 
 class RunAllOptions(AnswerOptions):
@@ -56,6 +55,22 @@ class RunAllOptions(AnswerOptions):
     threads: int | None = Field(None, description="torch threads of each process")
 
 
+class JobRow(Settings):
+    """One line of a job list; jobs.yaml says what each key is for."""
+
+    benchmark: str
+    name: str = ""
+    options: dict[str, Any] = Field(default_factory=dict)
+    sampling_options: dict[str, Any] = Field(default_factory=dict)
+    needs: tuple[str, ...] = ()
+    needs_any: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+    model: str = ""
+    prompts: tuple[str, ...] | None = None
+    shots: int | Literal["dagger"] = 0
+    seeds: tuple[int, ...] = (0,)
+
+
 @dataclass(frozen=True)
 class Job:
     """One benchmark with its demonstrations; `missing` names options that were not given.
@@ -74,28 +89,29 @@ class Job:
 
 
 def jobs(path: Path, *, prompts: str, given: Mapping[str, str]) -> Iterator[Job]:
-    """The jobs of a YAML file for one kind of prompts. Raises UserError for unknown keys."""
-    for row in yaml.safe_load(path.read_text(encoding="utf-8")):
-        if unknown := sorted(set(row) - JOB_KEYS):
-            raise UserError(f"{path}: unknown keys {unknown} in {row}; valid: {sorted(JOB_KEYS)}")
-        if prompts not in row.get("prompts", [prompts]):
+    """The jobs of a YAML file for one kind of prompts. Raises UserError for a file that is no job list."""
+    rows = read_yaml(path)
+    if not isinstance(rows, list):
+        raise UserError(f"{path}: a job list is a YAML list, found {type(rows).__name__}; see {JOBS}")
+    for number, values in enumerate(rows, 1):
+        row = validate(JobRow, values, where=f"{path}, job {number}")
+        if row.prompts is not None and prompts not in row.prompts:
             continue
-        needs, needs_any = row.get("needs", []), row.get("needs_any", [])
-        wanted = [*needs, *needs_any, *row.get("optional", ())]
-        missing = tuple(name for name in needs if name not in given)
-        if needs_any and not set(needs_any) & set(given):
-            missing += (" or ".join(needs_any),)
-        shots = row.get("shots", 0)
-        for seed in row.get("seeds", [0]):
-            name = row.get("name") or row["benchmark"].rpartition(":")[2]
+        wanted = [*row.needs, *row.needs_any, *row.optional]
+        missing = tuple(name for name in row.needs if name not in given)
+        if row.needs_any and not set(row.needs_any) & set(given):
+            missing += (" or ".join(row.needs_any),)
+        shots = row.shots
+        for seed in row.seeds:
+            name = row.name or row.benchmark.rpartition(":")[2]
             name += f"-{shots}shot-seed{seed}" if shots else ""
             yield Job(
                 name=name.replace("daggershot", "dagger"),
-                benchmark=row["benchmark"],
-                few_shot=FewShot.dagger(seed=seed) if shots == "dagger" else FewShot(int(shots), seed=seed),
-                options={**row.get("options", {}), **{key: given[key] for key in wanted if key in given}},
-                sampling_options=row.get("sampling_options", {}),
-                model=row.get("model", ""),
+                benchmark=row.benchmark,
+                few_shot=FewShot(shots, seed=seed) if isinstance(shots, int) else FewShot.dagger(seed=seed),
+                options={**row.options, **{key: given[key] for key in wanted if key in given}},
+                sampling_options=row.sampling_options,
+                model=row.model,
                 missing=missing,
             )
 
@@ -195,7 +211,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"other processes are still at work on {', '.join(open_jobs)}")
         return 0
     if not todo:
-        raise UserError(f"no benchmark has data below {options.data}; docs/evaluation.md lists the files")
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items()) or "it has no jobs"
+        raise UserError(f"no job of {options.jobs} could run on {options.data}: {reasons}")
     if options.metrics:
         write_metrics(options.metrics, [options.output / name / "results.json" for name in todo])
     for path in report.write(options.output, data=options.data, names=todo, skipped=skipped):

@@ -90,6 +90,19 @@ def test_an_export_gives_the_same_logits_bit_by_bit(tied, lora, tmp_path):
     assert generator.tokenizer.begin_image_id == tokenizer.begin_image_id
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")
+@pytest.mark.parametrize("name", [hf.CACHE, "past_key_values"])
+def test_the_cache_of_transformers_goes_in_and_comes_out_under_its_name(tmp_path, name):
+    tokenizer = new_document_tokenizer()
+    export_model(trained(tokenizer), tmp_path, tokenizer=tokenizer)
+    model = AutoModel.from_pretrained(tmp_path)
+    ids = torch.tensor([tokenizer.encode_text("the quick brown fox jumps")])
+    whole = model(input_ids=ids).logits
+    first = model(input_ids=ids[:, :3], use_cache=True)
+    later = model(input_ids=ids[:, 3:], **{name: first[hf.CACHE]})
+    torch.testing.assert_close(later.logits, whole[:, 3:])
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_merging_equals_peft_and_leaves_the_trained_model_as_it_was(tied, tmp_path):
     tokenizer = new_document_tokenizer()

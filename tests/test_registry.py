@@ -68,7 +68,10 @@ def test_a_module_of_the_working_directory_is_found(tmp_path, monkeypatch):
     ("name", "words"),
     [
         ("nothing", ["head 'nothing'", "linear", "mlp", "package.module:Class"]),
-        ("no.such.module:Head", ["no.such.module:Head", "cannot be imported"]),
+        (
+            "no.such.module:Head",
+            ["no.such.module:Head", "cannot be imported", "start in the folder", "PYTHONPATH"],
+        ),
         ("tests.test_registry:NoSuchHead", ["cannot be imported", "NoSuchHead"]),
         ("tests.test_registry:RUN", ["is no class"]),
         ("tests.test_registry:OwnStage", ["base class RegressionHead"]),

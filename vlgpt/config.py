@@ -45,12 +45,22 @@ def parse_yaml(text: str) -> Any:
         raise UserError(f"not valid YAML: {' '.join(str(error).split())}") from error
 
 
+def read_yaml(path: Path) -> Any:
+    """A YAML file. Raises UserError that names the file, also where a syntax error is, or FileNotFoundError."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.absolute()} does not exist")
+    try:
+        return parse_yaml(path.read_text(encoding="utf-8"))
+    except (UserError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: {error}") from error
+
+
 def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunSettings:
     """Read a run's YAML and apply overrides. Raises UserError (one line) or FileNotFoundError."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"configuration {path} does not exist")
-    values = parse_yaml(path.read_text(encoding="utf-8"))
+    values = read_yaml(path)
     if not isinstance(values, dict):
         raise UserError(f"{path}: a configuration is a mapping of keys, found {type(values).__name__}")
     for override in overrides:

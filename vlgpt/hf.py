@@ -44,8 +44,12 @@ from vlgpt.decoding.prompts import ImageReader, empty_prompt, render, square_pix
 from vlgpt.decoding.stepwise import Hooks
 from vlgpt.document import Document, TextPart
 from vlgpt.errors import UserError
+from vlgpt.models.language_models import cache_argument
 from vlgpt.models.unified import UnifiedConfig, UnifiedModel
 from vlgpt.tokens import MODEL_TYPE, DocumentTokenizer, Rendering
+
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+"""The name that this version of transformers gives the KV cache of an output."""
 
 
 class VLGPTConfig(PreTrainedConfig):
@@ -168,6 +172,7 @@ class VLGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: object = None,
+        cache: object = None,
         inputs_embeds: Tensor | None = None,
         visual: Tensor | None = None,
         patches: Tensor | None = None,
@@ -188,18 +193,19 @@ class VLGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):
                     raise UserError(f"{int(is_visual.sum())} visual positions for {images.shape[0]} images")
                 images = images.to(self.dtype)
             inputs_embeds = self.lm.embed(input_ids, is_visual, images)
+        kept = past_key_values if cache is None else cache
         output = self.lm.backbone(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
-            use_cache=bool(use_cache) or past_key_values is not None,
+            use_cache=bool(use_cache) or kept is not None,
+            **cache_argument(self.lm.backbone, kept),
         )
         hidden = output.last_hidden_state[:, -logits_to_keep:] if logits_to_keep else output.last_hidden_state
         return CausalLMOutputWithPast(
             logits=self.lm.logits(hidden),
-            past_key_values=output.past_key_values,  # type: ignore[call-arg]  # `cache` in 5.24: both until 5.40
             hidden_states=(self.lm.regression_head(hidden),),
+            **{CACHE: output.get(CACHE)},
         )
 
     def generate(self, *args: Any, streamer: Any = None, **kwargs: Any) -> Any:

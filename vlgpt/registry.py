@@ -48,7 +48,8 @@ def load_object(name: str, *, key: str) -> object:
         return getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(
-            f"{key} {name!r} cannot be imported ({error}); wanted package.module:Class"
+            f"{key} {name!r} cannot be imported ({error}); wanted package.module:Class of an installed package or of "
+            f"one in {os.getcwd()}: start in the folder that holds it, or add that folder to PYTHONPATH"
         ) from error
 
 

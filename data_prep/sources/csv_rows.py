@@ -59,8 +59,8 @@ def read_header(path: Path) -> tuple[list[str], str]:
         lines = list(_blank_and_header(_lines(stream)))
     first = lines[-1] if lines else b""
     header = first.decode("utf-8-sig", "replace").strip("\r\n")
-    usual, *others = "\t,;" if ".tsv" in path.name.lower() else ",;\t"
-    delimiter = next((letter for letter in (usual, *others) if letter in header), usual)
+    letters = "\t,;" if ".tsv" in path.name.lower() else ",;\t"
+    delimiter = next((letter for letter in letters if letter in header), letters[0])
     names = _fields(header, delimiter) or header.split(delimiter)
     return [name.strip() for name in names], delimiter
 

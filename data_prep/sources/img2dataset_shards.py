@@ -244,19 +244,18 @@ def caption_column(columns: Sequence[str]) -> str | None:
 def _list_not_downloaded(path: Path) -> str:
     fields, delimiter = read_header(path)
     kind = path.suffix[1:].lower()
+    caption: str | None = None
+    url = "url"
     if kind == "txt":
-        urls, url, caption, first = path, "url", None, ""
-    elif url := url_column(fields):
-        urls, caption, first = path, caption_column(fields), ""
+        urls, first = path, ""
+    elif found := url_column(fields):
+        urls, url, caption, first = path, found, caption_column(fields), ""
     else:
         names = [f"column{place}" for place in range(len(fields))]
         place = next((place for place, field in enumerate(fields) if "://" in field), len(fields) - 1)
         names[place - 1], names[place] = "caption", "url"
-        urls, url, caption = (
-            path.with_name(f"titled-{path.name}"),
-            "url",
-            "caption" if len(names) > 1 else None,
-        )
+        urls = path.with_name(f"titled-{path.name}")
+        caption = "caption" if len(names) > 1 else None
         title = delimiter.join(names).replace("\t", "\\t")
         first = (
             "It has no header line with a url (CC3M's list has none), so add one:\n"

@@ -10,7 +10,7 @@ from data_prep.sources.base import BadRecord, Columns, ImageOpener, Info, Record
 from data_prep.sources.dialogue import dialogue_parts
 from data_prep.sources.json_source import JsonSource
 from data_prep.sources.llava import dialogue_images
-from data_prep.sources.records import JsonRecords, RawRecord
+from data_prep.sources.records import JsonRecords, RawRecord, TableRows
 from vlgpt.document import Document
 
 FOLDERS = ("VG_100K", "VG_100K_2")
@@ -31,7 +31,7 @@ class SvitSource(JsonSource):
         *,
         kind: str = "svit",
         count: Callable[[object], int] | None = None,
-    ) -> JsonRecords:
+    ) -> JsonRecords | TableRows:
         return super()._open(inputs, kind=kind, count=count or num_dialogues)
 
     def make(self, raw: RawRecord) -> Record:

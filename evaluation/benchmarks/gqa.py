@@ -75,7 +75,7 @@ class Gqa(ShortAnswers):
                 name: {str(key): metric(value, n) for key, (value, n) in group.items()}
                 for name, group in result.groups.items()
             },
-            notes={"normalise": self.normalise, "cut": self.cut},
+            notes={"normalise": self.normalise, "cut": self.rule},
         )
 
     def submission(self, predictions: Predictions, data: Path) -> list[JsonObject]:

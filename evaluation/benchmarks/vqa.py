@@ -35,6 +35,7 @@ from evaluation.metrics.vqa import Mode, ScoredQuestion, answers_of, question_sc
 from evaluation.metrics.vqa_text import Stem
 from vlgpt.document import Part
 from vlgpt.errors import UserError
+from vlgpt.registry import dotted_name
 
 GROUPS = ("answer_type", "question_type")
 
@@ -43,7 +44,9 @@ GROUPS = ("answer_type", "question_type")
 class ShortAnswers(Benchmark):
     """Questions with one right answer, `truth`: exact match after `cut` (emu | openflamingo | llava | none).
 
-    `info` of an example has its "question", and "answer_type" or "question_type" where accuracy by type is wanted.
+    Every `truth` must stay what it is when it is cut, or no reply could equal it (emu and llava write in lower case).
+    A subclass with another rule overrides `clean`. `info` of an example has its "question", and "answer_type" or
+    "question_type" where accuracy by type is wanted.
     """
 
     primary: ClassVar[str] = "accuracy"
@@ -58,6 +61,12 @@ class ShortAnswers(Benchmark):
     def clean(self, text: str) -> str:
         """The answer without what the model wrote after it, by the rule `cut`."""
         return cut_answer(text, self.cut)
+
+    @property
+    def rule(self) -> str:
+        """Who decides what counts of a reply: `cut`, or the class whose own `clean` does."""
+        owner = next(cls for cls in type(self).__mro__ if "clean" in vars(cls))
+        return self.cut if owner is ShortAnswers else f"{dotted_name(owner)}.clean"
 
     def ideal(self, example: Example) -> str:
         """The truth itself, a short text."""
@@ -75,15 +84,28 @@ class ShortAnswers(Benchmark):
                 f"{self.name} {self.split} has no public answers; upload submission.json to the server"
             )
 
+    def _require_reachable(self, examples: Sequence[Example]) -> None:
+        """Raises UserError for truths that cleaning changes: not even the oracle's reply would equal them."""
+        cleaned = {truth: self.clean(truth) for truth in {example.truth for example in examples}}
+        wrong = [example.truth for example in examples if cleaned[example.truth] != example.truth]
+        if wrong:
+            rule = f"cut={self.cut}" if self.rule == self.cut else self.rule
+            raise UserError(
+                f"{self.name}: {len(wrong)} of {len(examples)} truths can never be right: {rule} makes "
+                f"{cleaned[wrong[0]]!r} of {wrong[0]!r}; give truths as `clean` leaves them, take another "
+                "--option cut, or override `clean` (docs/extending.md)"
+            )
+
     def score(self, examples: Sequence[Example], predictions: Predictions, data: Path) -> Scores:
         """Exact-match accuracy in percent, beside that of answers to other questions."""
         self.require_truths(examples)
+        self._require_reachable(examples)
         answers = self.answers(predictions)
         per_example = {e.id: 100.0 * (answers[e.id] == e.truth) for e in examples}
         chance = chance_of_equal([example.truth for example in examples], self.clean)
         accuracy = metric(sum(per_example.values()) / len(examples), len(examples), chance=chance)
         breakdown = by_type(examples, per_example)
-        return Scores({"accuracy": accuracy}, per_example, breakdown, notes={"cut": self.cut})
+        return Scores({"accuracy": accuracy}, per_example, breakdown, notes={"cut": self.rule})
 
 
 def by_type(examples: Sequence[Example], per_example: Mapping[str, float]) -> dict[str, dict[str, Metric]]:
@@ -129,7 +151,7 @@ class VqaBenchmark(ShortAnswers):
             metrics={"accuracy": metric(value, len(examples), chance=self._chance(examples, scored))},
             per_example=per_example,
             breakdown=by_type(examples, per_example),
-            notes={"mode": self.mode, "stem": self.stem, "cut": self.cut},
+            notes={"mode": self.mode, "stem": self.stem, "cut": self.rule},
         )
 
     def _chance(self, examples: Sequence[Example], scored: Sequence[ScoredQuestion]) -> float:

@@ -14,14 +14,34 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-import yaml
+from pydantic import Field
 
+from vlgpt.config import read_yaml, validate
 from vlgpt.document import ImagePart, Part, Role, TextPart
 from vlgpt.errors import UserError
+from vlgpt.settings import Settings
 
 FOLDER = Path(__file__).parent
 MARKERS = re.compile(r"(<image>|USER:|ASSISTANT:|\[IMG\]$)")
 ROLE_OF: dict[str, Role] = {"USER:": "user", "ASSISTANT:": "assistant"}
+
+
+class PromptRow(Settings):
+    """The templates of one kind of question."""
+
+    prompt: str
+    demonstration: str = ""
+    start: str = ""
+    candidate: str = ""
+    source: str = ""
+
+
+class PromptFile(Settings):
+    """A prompt file; vlgpt.yaml says what each key is for."""
+
+    kind: str
+    prompts: dict[str, PromptRow]
+    strip: dict[str, str] = Field(default_factory=dict)
 
 
 @cache
@@ -96,16 +116,16 @@ def load(kind: str = "vlgpt") -> Mapping[str, PromptTemplate]:
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in FOLDER.glob("*.yaml")))
         raise UserError(f"prompt file {kind!r} not found; valid: {known}, or the path of a .yaml file")
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    content = validate(PromptFile, read_yaml(path), where=str(path))
     return {
         name: PromptTemplate(
-            kind=content["kind"],
+            kind=content.kind,
             name=name,
-            text={key: text for key, text in row.items() if key != "source"},
-            source=row.get("source", ""),
-            strip=content.get("strip", {}),
+            text=row.model_dump(exclude_unset=True, exclude={"source"}),
+            source=row.source,
+            strip=content.strip,
         )
-        for name, row in content["prompts"].items()
+        for name, row in content.prompts.items()
     }
 
 

@@ -12,7 +12,7 @@ from tokenizers import pre_tokenizers
 
 from tests.helpers.html_pages import inert
 from tests.helpers.small_data import NUM_VISUAL, chat, make_tokenizer, page, pair, word_level, write_dataset
-from vlgpt.data.inspect import Inspection, LossWeights, inspect, token_text
+from vlgpt.data.inspect import Inspection, LossWeights, inspect, token_texts
 from vlgpt.data.inspect_page import to_html, to_text
 from vlgpt.data.loader import Loader
 from vlgpt.document import Document, ImagePart, TextPart
@@ -155,6 +155,49 @@ def test_an_empty_inspection_is_a_page() -> None:
 
 
 def test_tokens_are_shown_as_people_read_them() -> None:
-    assert token_text(TOKENIZER, TOKENIZER.begin_image_id) == "[IMG]"
-    assert token_text(TOKENIZER, TOKENIZER.eos_id) == "</s>"
-    assert token_text(TOKENIZER, TOKENIZER.encode_text("w7")[0]) == "w7"
+    ids = [TOKENIZER.begin_image_id, TOKENIZER.eos_id, *TOKENIZER.encode_text("w7")]
+    assert token_texts(TOKENIZER, ids) == ["[IMG]", "</s>", "w7"]
+
+
+@pytest.mark.parametrize("has_byte_tokens", [False, True], ids=["byte-level", "byte-fallback"])
+def test_characters_of_several_tokens_are_shown_as_characters(has_byte_tokens: bool) -> None:
+    tokenizer = byte_tokenizer(has_byte_tokens=has_byte_tokens)
+    ids = tokenizer.encode_text("gr\u00fcn a\u00a0\u4f60\n")
+    mark = "\u2581" if has_byte_tokens else "\u00b7"
+    text = "".join(token_texts(tokenizer, ids)).replace("\u2026", "").replace(mark, "\u00b7")
+    assert text.lstrip("\u00b7") == "gr\u00fcn\u00b7a\\xa0\u4f60\\n"
+    shown = token_texts(tokenizer, ids)
+    assert shown.count("\u2026") == 4 and shown[shown.index("\u2026") + 1] == "\u00fc"
+    broken = token_texts(tokenizer, ids[: ids.index(ids[shown.index("\u2026")]) + 1])
+    assert broken[-1] == "\u2026", "a text that ends within a character"
+
+
+def byte_tokenizer(*, has_byte_tokens: bool) -> DocumentTokenizer:
+    """Byte-level BPE as GPT-2's, or letters with bytes for the rest as LLaMA's; no merges."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    if has_byte_tokens:
+        pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", *"grna"]
+        vocabulary = {piece: number for number, piece in enumerate(pieces)}
+        backend = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+        backend.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+        )
+        backend.decoder = decoders.Sequence(
+            [
+                decoders.Replace("\u2581", " "),
+                decoders.ByteFallback(),
+                decoders.Fuse(),
+                decoders.Strip(" ", 1, 0),
+            ]
+        )
+    else:
+        pieces = ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+        backend = Tokenizer(models.BPE({piece: number for number, piece in enumerate(pieces)}, []))
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        backend.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+    return DocumentTokenizer(fast, num_visual=2, template="short")

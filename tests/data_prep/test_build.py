@@ -4,6 +4,7 @@ mixed.
 
 import io
 import itertools
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -139,6 +140,25 @@ def test_a_folder_is_never_built_with_two_settings(folder, tmp_path, capsys, opt
     assert run(folder, tmp_path / "out", *options) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert name in error and "another --output" in error
+
+
+def test_every_path_of_the_settings_is_absolute(folder, tmp_path, monkeypatch, capsys):
+    """The same words in another folder mean other files."""
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "list.txt").write_text("nothing\n")
+    monkeypatch.chdir(tmp_path / "here")
+    assert run(folder, tmp_path / "out", "--exclude", "list.txt") == 0
+    path = tmp_path / "out/build.json"
+    assert json.loads(path.read_text())["filters"]["exclude"] == str(tmp_path / "here/list.txt")
+    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    assert manifest["build"]["filters"]["exclude"] == str(tmp_path / "here/list.txt")
+    path.write_text(path.read_text().replace(str(tmp_path / "here/list.txt"), "list.txt"))
+    assert run(folder, tmp_path / "out", "--exclude", "list.txt") == 0, "begun when paths were kept as given"
+    monkeypatch.chdir(tmp_path / "there")
+    path.write_text(path.read_text().replace('"list.txt"', json.dumps(str(tmp_path / "here/list.txt"))))
+    assert run(folder, tmp_path / "out", "--exclude", "list.txt") == 2
+    assert "filters.exclude" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
-    CLIPConfig,
-    CLIPImageProcessor,
-    CLIPModel,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
-    CLIPTokenizer,
     CLIPVisionConfig,
     CLIPVisionModel,
     CLIPVisionModelWithProjection,
@@ -28,42 +24,13 @@ from transformers import (
     SiglipModel,
 )
 
+from demo.tiny import CLIP_VISION as VISION
+from demo.tiny import SIZE_PX, TEXT_LENGTH, clip_text, save_clip, save_clip_processor
+from demo.tiny import save_clip_tokenizer as write_clip_tokenizer
 from tests.helpers import tiny_diffusion_parts as tiny
 from tests.helpers.tiny_unified import new_document_tokenizer
 
-SIZE_PX, PATCH_PX, TEXT_LENGTH = 28, 7, 9
-VISION = {
-    "hidden_size": 24,
-    "intermediate_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "image_size": SIZE_PX,
-    "patch_size": PATCH_PX,
-}
-TEXT = {
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "max_position_embeddings": TEXT_LENGTH,
-}
-
-
-def write_clip_tokenizer(folder: Path) -> int:
-    """CLIP's tokenizer files with letters for words: vocab.json, merges.txt; -> its size."""
-    folder.mkdir(parents=True, exist_ok=True)
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({word: number for number, word in enumerate(words)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    files = {"vocab": str(folder / "vocab.json"), "merges": str(folder / "merges.txt")}
-    CLIPTokenizer(**files, model_max_length=TEXT_LENGTH).save_pretrained(folder)
-    return len(words)
-
-
-def clip_text(size: int, **changes) -> dict:
-    marks = {"bos_token_id": size - 2, "eos_token_id": size - 1, "pad_token_id": size - 1}
-    return {**TEXT, "vocab_size": size, **marks, **changes}
+PATCH_PX = VISION["patch_size"]
 
 
 def write_clip(folder: Path, *, is_tower: bool = False) -> None:
@@ -71,14 +38,9 @@ def write_clip(folder: Path, *, is_tower: bool = False) -> None:
     torch.manual_seed(0)
     if is_tower:
         CLIPVisionModel(CLIPVisionConfig(**VISION)).save_pretrained(folder)
+        save_clip_processor(folder)
     else:
-        size = write_clip_tokenizer(folder)
-        CLIPModel(
-            CLIPConfig(vision_config=VISION, text_config=clip_text(size), projection_dim=16)
-        ).save_pretrained(folder)
-    CLIPImageProcessor(
-        size={"shortest_edge": SIZE_PX}, crop_size={"height": SIZE_PX, "width": SIZE_PX}
-    ).save_pretrained(folder)
+        save_clip(folder)
 
 
 def write_siglip(folder: Path) -> None:

@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModel
+from transformers import AutoModel, CLIPImageProcessor
 
 from tests.helpers import miniatures as mini
 from tests.helpers import tiny_diffusion_parts as tiny
@@ -190,7 +190,7 @@ def picture():
 def test_the_same_tower_gives_the_same_patches_with_and_without_its_text_tower(shelf, tmp_path):
     whole = TransformersClipEncoder(shelf("encoder", "clip"), layer=-2)
     whole.model.vision_model.save_pretrained(tmp_path)
-    mini.CLIPImageProcessor().save_pretrained(tmp_path)
+    CLIPImageProcessor().save_pretrained(tmp_path)
     alone = TransformersClipEncoder(tmp_path, layer=2)
     assert torch.equal(whole.patches(pixels(2)), alone.patches(pixels(2)))
     with pytest.raises(UserError, match="image tower alone"):

@@ -23,6 +23,11 @@ from vlgpt.shards import BadSample
 from vlgpt.tokens import DocumentTokenizer, Span
 
 THUMBNAIL_PX = 128
+SPACES = ("\u2581", "\u0120", " ")
+"""How vocabularies write the space in front of a word."""
+INCOMPLETE = "\ufffd"
+ELLIPSIS = "\u2026"
+MAX_TOKENS_OF_CHARACTER = 8
 
 
 @dataclass(frozen=True)
@@ -188,26 +193,51 @@ def _token_views(
             f"row {r}: the batch and the rendering of its documents differ: a bug of the loader"
         )
     roles = [span.role for span in spans for _ in span.ids]
+    texts = [text for span in spans for text in token_texts(tokenizer, span.ids)]
     slot_weights = weights.of_slots(batch.num_visual)
     views, slot = [], 0
-    for position, token_id, role in zip(at.tolist(), ids, roles):
+    for position, token_id, role, text in zip(at.tolist(), ids, roles, texts):
         is_target, is_visual = bool(batch.is_target[r, position]), bool(batch.is_visual[r, position])
         weight = (slot_weights[slot] if is_visual else weights.text) if is_target else 0.0
         slot = slot + 1 if is_visual else 0
-        token = f"v{slot}" if is_visual else token_text(tokenizer, token_id)
+        token = f"v{slot}" if is_visual else text
         views.append(TokenView(position, token, token_id, role, is_target, is_visual, weight))
     return tuple(views)
 
 
-def token_text(tokenizer: DocumentTokenizer, token_id: int) -> str:
-    """A token as a person reads it, its leading space shown as a middle dot."""
-    piece = str(tokenizer.text_tokenizer.convert_ids_to_tokens(token_id))
-    if token_id in tokenizer.text_tokenizer.all_special_ids or piece.startswith("["):
-        return piece
-    text = tokenizer.text_tokenizer.decode([token_id])
-    has_space = piece[:1] in ("\u2581", "\u0120", " ")
-    readable = piece if "\ufffd" in text or not text.strip() else text.strip()
-    return f"\u00b7{readable}" if has_space and readable == text.strip() else readable
+def token_texts(tokenizer: DocumentTokenizer, ids: Sequence[int]) -> list[str]:
+    """Tokens as a person reads them: spaces as middle dots, other white space escaped.
+
+    A character that several tokens write stands at the last of them; the others show an ellipsis.
+    """
+    found: list[str] = []
+    started: list[int] = []  # the tokens of a character that is not yet whole, and what of them is shown
+    shown = 0
+    special = set(tokenizer.text_tokenizer.all_special_ids)
+    for token_id in ids:
+        piece = str(tokenizer.text_tokenizer.convert_ids_to_tokens(token_id))
+        if token_id in special or piece.startswith("["):
+            found.append(piece)
+            started, shown = [], 0
+            continue
+        has_space = not started and piece[:1] in SPACES
+        started.append(token_id)
+        text = tokenizer.text_tokenizer.decode(started, clean_up_tokenization_spaces=False)
+        whole = text.rstrip(INCOMPLETE)
+        new = whole[shown:]
+        # Some tokenizers drop the space in front of what they decode.
+        new = f" {new}" if has_space and not new.startswith(" ") else new
+        is_whole = whole == text or len(started) > MAX_TOKENS_OF_CHARACTER
+        found.append(_visible(new) + ("" if whole == text else ELLIPSIS))
+        started, shown = ([], 0) if is_whole else (started, len(whole))
+    return found
+
+
+def _visible(text: str) -> str:
+    """White space that can be seen."""
+    return "".join(
+        "\u00b7" if letter == " " else repr(letter)[1:-1] if letter.isspace() else letter for letter in text
+    )
 
 
 # --- samples of image stages

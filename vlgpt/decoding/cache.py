@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from vlgpt.models.language_models import cache_argument
 from vlgpt.models.multimodal_lm import MultimodalLM
 
 
@@ -69,8 +70,8 @@ class Rows:
             inputs_embeds=embeddings,
             attention_mask=None if self._is_dense else self.is_seen,
             position_ids=positions,
-            past_key_values=self.cache,
             use_cache=True,
+            **cache_argument(self.lm.backbone, self.cache),
         )
         return output.last_hidden_state[:, -1]
 

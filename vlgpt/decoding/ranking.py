@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vlgpt.decoding.cache import RenderedPrompt, Rows
-from vlgpt.models.language_models import leave_flash
+from vlgpt.models.language_models import cache_argument, leave_flash
 from vlgpt.models.multimodal_lm import MultimodalLM
 
 MAX_PACKED = 1024  # candidate tokens per forward pass: bounds logits and mask
@@ -68,8 +68,8 @@ def _later_tokens(lm: MultimodalLM, rows: Rows, candidates: Sequence[Sequence[in
         inputs_embeds=embeddings,
         attention_mask=mask[None, None],
         position_ids=(rows.num_slots + offset)[None],
-        past_key_values=rows.cache,
         use_cache=True,
+        **cache_argument(lm.backbone, rows.cache),
     )
     rows.cache.crop(-len(owner))
     log_probs = lm.logits(output.last_hidden_state[0]).float().log_softmax(-1)

@@ -6,8 +6,10 @@ attribute names. What a class does between its head and its logits is a `LogitRu
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
@@ -201,6 +203,16 @@ class _States(SimpleNamespace):
     def __getitem__(self, place: int | slice) -> object:
         # Some classes take `outputs[0]` instead of the field.
         return (self.last_hidden_state,)[place]
+
+
+@cache
+def _cache_name(model: Callable[..., object]) -> str:
+    return "cache" if "cache" in inspect.signature(model).parameters else "past_key_values"
+
+
+def cache_argument(model: PreTrainedModel, kept: object) -> dict[str, Any]:
+    """The KV cache as this model's `forward` names it: `past_key_values` ends with transformers 5.40."""
+    return {_cache_name(type(model).forward): kept}
 
 
 @torch.no_grad()

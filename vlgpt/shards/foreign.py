@@ -187,7 +187,8 @@ def index_foreign_tar(tar: Path) -> IndexedTar:
 
         captions, bad = _find_captions(samples, read)
         left_out += [
-            (samples.reason(number), samples.keys[number]) for number in np.flatnonzero(samples.reasons).tolist()
+            (samples.reason(number), samples.keys[number])
+            for number in np.flatnonzero(samples.reasons).tolist()
         ]
         left_out += [(reason, samples.keys[number]) for number, reason in bad.items()]
         has_captions = bool(bad) or any(captions.values())
