@@ -6,7 +6,6 @@ import random
 import zipfile
 
 import pytest
-from corpus import picture
 
 from data_prep.build import main
 from data_prep.check import check_folder
@@ -16,6 +15,7 @@ from data_prep.sources.base import BadRecord, storable
 from data_prep.sources.csv_rows import CsvFile, open_rows
 from data_prep.sources.folder import FolderSource
 from data_prep.sources.records import JsonRecords
+from tests.helpers.corpus import picture
 from vlgpt.document import Document, TextPart
 from vlgpt.errors import UserError
 from vlgpt.shards import ShardSet

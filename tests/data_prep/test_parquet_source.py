@@ -8,12 +8,12 @@ import re
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from source_files import open_source, picture, read_all, shown, write_table
 
 from data_prep.build import main
 from data_prep.sources import Dropped
 from data_prep.sources import records as record_files
 from data_prep.sources.img2dataset import Img2datasetSource
+from tests.helpers.source_files import open_source, picture, read_all, shown, write_table
 from vlgpt.errors import UserError
 from vlgpt.shards import ShardSet
 

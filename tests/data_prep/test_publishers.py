@@ -8,7 +8,10 @@ import zipfile
 
 import pyarrow as pa
 import pytest
-from source_files import (
+
+from data_prep.build import main as build
+from data_prep.sources import Dropped
+from tests.helpers.source_files import (
     asset,
     describe,
     open_source,
@@ -19,9 +22,6 @@ from source_files import (
     write_pictures,
     write_table,
 )
-
-from data_prep.build import main as build
-from data_prep.sources import Dropped
 from vlgpt.errors import UserError
 from vlgpt.images import BadImage
 

@@ -3,11 +3,11 @@
 import json
 
 import pytest
-from source_files import open_source, picture, read_all, write_pictures, write_table, write_tar
 
 from data_prep.build import main as build
 from data_prep.check import main as check
 from data_prep.sources import Dropped
+from tests.helpers.source_files import open_source, picture, read_all, write_pictures, write_table, write_tar
 from vlgpt.document import TextPart
 from vlgpt.errors import UserError
 from vlgpt.shards import ShardSet, manifest
