@@ -386,7 +386,7 @@ def test_bombs_are_given_up(tmp_path, monkeypatch):
 
 
 def test_hostile_headers_cost_no_time(tmp_path):
-    started = time.monotonic()
+    started = time.process_time()
     for name, data in {
         "nothing but zeros": bytes(50 << 20),
         "magic everywhere": b"ustar" * (2 << 20),
@@ -394,11 +394,11 @@ def test_hostile_headers_cost_no_time(tmp_path):
         * 4000,
     }.items():
         list_tar_members(put(tmp_path / name, data))
-    assert time.monotonic() - started < 60
+    assert time.process_time() - started < 20
 
 
 def test_one_bad_caption_stops_neither_index_nor_dedup_nor_check(tmp_path, word_tokenizer, capsys):
-    from source_files import picture
+    from tests.helpers.source_files import picture
 
     members = [("a.jpg", picture(1)), ("a.json", b'{"caption": "cut \\ud83d"}')]
     put(tmp_path / "b" / "00000.tar", tar_bytes([*members, ("b.jpg", picture(2)), ("b.txt", b"a dog")]))

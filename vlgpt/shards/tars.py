@@ -208,14 +208,16 @@ class _Scan:
 
     def _find_header(self, start: int) -> int:
         """The next place with a whole header, the end of the file when there is none."""
-        while chunk := self._read(CHUNK_BYTES + BLOCK_BYTES, start):
+        size = BLOCK_BYTES  # small at first: the next header may be near, and damage everywhere
+        while chunk := self._read(size + BLOCK_BYTES, start):
             at = chunk.find(MAGIC, MAGIC_OFFSET)
             while at >= 0:
                 header = at - MAGIC_OFFSET
                 if _header(chunk[header : header + BLOCK_BYTES]) is not None:
                     return start + header
                 at = chunk.find(MAGIC, at + 1)
-            start += min(len(chunk), CHUNK_BYTES)
+            start += min(len(chunk), size)
+            size = min(4 * size, CHUNK_BYTES)
         return self._size
 
 
