@@ -1,8 +1,10 @@
 """Duplicates leave once, evaluation pictures leave always, everything else stays, for any number of tasks."""
 
+import io
 import itertools
 import json
 import shutil
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 from PIL import Image
 
 from data_prep import check, dedup
-from data_prep.hashes import near_pairs
+from data_prep.hashes import hash_shard, near_pairs
 from tests.helpers.builds import build, documents, write_imagefolder
 from tests.helpers.corpus import encode
 from vlgpt.errors import run_command
@@ -186,3 +188,18 @@ def test_wrong_use_is_one_line(folders, tmp_path, capsys, arguments, message):
     places = {"A": folders[0], "B": folders[1], "W": tmp_path / "w", "O": tmp_path / "o"}
     assert run(*(places.get(argument, argument) for argument in arguments)) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_images_that_cannot_be_decoded_are_near_nothing(tmp_path):
+    tar = tmp_path / "foreign" / "00000.tar"
+    tar.parent.mkdir()
+    with tarfile.open(tar, "w") as file:
+        for number in range(4):
+            for suffix, data in (("jpg", png(0)[:60] + bytes([number]) * 200), ("txt", b"a caption")):
+                member = tarfile.TarInfo(f"{number:05d}.{suffix}")
+                member.size = len(data)
+                file.addfile(member, io.BytesIO(data))
+    shards = ShardSet.open(tar.parent)
+    hashes = hash_shard(shards, 0)
+    assert len(hashes) == 4
+    assert len(near_pairs(np.unique(hashes.phash), max_distance=4)) == 0 and len(np.unique(hashes.phash)) == 4
