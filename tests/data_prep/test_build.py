@@ -32,7 +32,8 @@ def folder(tmp_path: Path) -> Path:
     for number in range(NUM_RECORDS):
         data = picture(number, "PNG" if number % 2 else "JPEG", width=300 + number)
         data = None if number == 4 else data[:100] if number == 9 else data
-        files.append((f"{number}.img", data, {"text": f"picture {number}", "similarity": number / 100}))
+        info = {"text": f"picture {number}", "title": "other", "similarity": number / 100}
+        files.append((f"{number}.img", data, info))
     return write_imagefolder(tmp_path / "in", files)
 
 
@@ -130,7 +131,7 @@ def test_retry_failed_brings_back_repaired_records_and_equals_a_fresh_build(fold
     [
         (("--size-px", "64"), "pictures.size_px = 256, this run has 64"),
         (("--shard-size", "6"), "shard_size = 5, this run has 6"),
-        (("--text-column", "other"), "options.text_column = 'text', this run has 'other'"),
+        (("--text-column", "title"), "options.text_column = 'text', this run has 'title'"),
         (("--min-similarity", "0.1"), "filters.min_similarity = None, this run has 0.1"),
     ],
 )
