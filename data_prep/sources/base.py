@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import reprlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -107,7 +108,7 @@ class Listed(Generic[Raw]):
         return iter(self.items[start:stop])
 
 
-class ConvertingSource(Generic[Raw]):
+class ConvertingSource(ABC, Generic[Raw]):
     """A source that makes one document from each of its raw records. A subclass sets `records` and `make`."""
 
     records: Numbered[Raw]
@@ -119,9 +120,9 @@ class ConvertingSource(Generic[Raw]):
         """One document each."""
         return convert(self.records.read(start, stop), self.make)
 
+    @abstractmethod
     def make(self, raw: Raw) -> Record:
         """The document of a raw record. Raises BadRecord and BadImage, which become counted drops."""
-        raise NotImplementedError
 
 
 def convert(items: Iterable[Raw | Dropped], make: Callable[[Raw], Made]) -> Iterator[Made | Dropped]:

@@ -19,7 +19,7 @@ from data_prep.sources.base import (
 )
 from data_prep.sources.csv_rows import read_header
 from data_prep.sources.fetch import fetch_commands
-from data_prep.sources.inputs import InputFile, list_files
+from data_prep.sources.inputs import list_files, paths_by_name
 from data_prep.sources.records import (
     RawRecord,
     TableRows,
@@ -161,8 +161,12 @@ def open_shards(inputs: Sequence[Path], captions: Sequence[str]) -> Sequence[Num
             raise UserError(_list_not_downloaded(path))
     # NAME_stats.json and the images' own texts belong to img2dataset's output
     found = list_files(inputs, (*TAR_SUFFIXES, ".parquet"), others=(".json",))
-    tables = _by_name([file for file in found if file.path.name.lower().endswith(".parquet")])
-    tars = _by_name([file for file in found if file.path.name.lower().endswith(TAR_SUFFIXES)])
+    tables, tars = (
+        paths_by_name(
+            (file for file in found if file.path.name.lower().endswith(suffixes)), source="img2dataset"
+        )
+        for suffixes in ((".parquet",), TAR_SUFFIXES)
+    )
     if not tars and not tables:
         raise UserError(f"no .tar or .parquet of img2dataset in {', '.join(map(str, inputs))}")
     shards: list[TableShard | TarShard] = []
@@ -180,19 +184,6 @@ def open_shards(inputs: Sequence[Path], captions: Sequence[str]) -> Sequence[Num
     if passed_over:
         get_logger(__name__).info("members of tars passed over: %s", listed(passed_over))
     return shards
-
-
-def _by_name(files: Sequence[InputFile]) -> dict[str, Path]:
-    """Raises UserError for two files of one name: their documents would have the same ids."""
-    found: dict[str, Path] = {}
-    for file in files:
-        if file.name in found:
-            raise UserError(
-                f"source img2dataset: {found[file.name]} and {file.path} would give documents the same ids; "
-                "rename one, or build them as two data sets"
-            )
-        found[file.name] = file.path
-    return found
 
 
 def _is_table(path: Path) -> bool:

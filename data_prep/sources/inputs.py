@@ -50,14 +50,20 @@ def find_files(inputs: Sequence[Path], suffixes: Sequence[str], *, source: str) 
     if not found:
         shown = ", ".join(map(str, inputs)) or "no --input"
         raise UserError(f"source {source}: no {' or '.join(suffixes)} file in {shown}")
-    places: dict[str, Path] = {}
-    for file in found:
-        if file.name in places:
+    paths_by_name(found, source=source)
+    return found
+
+
+def paths_by_name(files: Iterable[InputFile], *, source: str) -> dict[str, Path]:
+    """Raises UserError for two files of one name: their documents would have the same ids."""
+    found: dict[str, Path] = {}
+    for file in files:
+        if file.name in found:
             raise UserError(
-                f"source {source}: {places[file.name]} and {file.path} would give documents the same ids; "
+                f"source {source}: {found[file.name]} and {file.path} would give documents the same ids; "
                 "rename one, or build them as two data sets"
             )
-        places[file.name] = file.path
+        found[file.name] = file.path
     return found
 
 

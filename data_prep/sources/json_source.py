@@ -36,14 +36,8 @@ class JsonSource(ConvertingSource[RawRecord]):
         self.records: JsonRecords | TableRows = self._open(inputs)
         self.images = ImageFinder(images or sorted({file.path.parent for file in self.records.files}))
 
-    def _open(
-        self,
-        inputs: Sequence[Path],
-        *,
-        kind: str = "records",
-        count: Callable[[object], int] | None = None,
-    ) -> JsonRecords | TableRows:
-        return open_json(inputs, self.wanted, source=self.name, what=self.what, kind=kind, count=count)
+    def _open(self, inputs: Sequence[Path]) -> JsonRecords | TableRows:
+        return open_json(inputs, self.wanted, source=self.name, what=self.what)
 
 
 def open_records(

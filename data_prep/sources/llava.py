@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -32,13 +32,7 @@ class LlavaSource(JsonSource):
     name, what = "llava", "LLaVA dialogue file"
     wanted: ClassVar = {"turns": TURN_FIELDS}
 
-    def _open(
-        self,
-        inputs: Sequence[Path],
-        *,
-        kind: str = "records",
-        count: Callable[[object], int] | None = None,
-    ) -> JsonRecords | TableRows:
+    def _open(self, inputs: Sequence[Path]) -> JsonRecords | TableRows:
         return open_records(inputs, self.wanted, source=self.name, what=self.what)
 
     def make(self, raw: RawRecord) -> Record:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
 from data_prep.sources.base import BadRecord, Columns, ImageOpener, Info, Record, mapping
 from data_prep.sources.dialogue import dialogue_parts
-from data_prep.sources.json_source import JsonSource
+from data_prep.sources.json_source import JsonSource, open_json
 from data_prep.sources.llava import dialogue_images
 from data_prep.sources.records import JsonRecords, RawRecord, TableRows
 from vlgpt.document import Document
@@ -25,14 +25,10 @@ class SvitSource(JsonSource):
     name, what = "svit", "SVIT file"
     wanted: ClassVar = {"turns": ("conversations",), "image": ("image_id", "image", "id")}
 
-    def _open(
-        self,
-        inputs: Sequence[Path],
-        *,
-        kind: str = "svit",
-        count: Callable[[object], int] | None = None,
-    ) -> JsonRecords | TableRows:
-        return super()._open(inputs, kind=kind, count=count or num_dialogues)
+    def _open(self, inputs: Sequence[Path]) -> JsonRecords | TableRows:
+        return open_json(
+            inputs, self.wanted, source=self.name, what=self.what, kind="svit", count=num_dialogues
+        )
 
     def make(self, raw: RawRecord) -> Record:
         """One dialogue about one Visual Genome image, from either format. Raises BadRecord when its turns do not
